@@ -1,0 +1,265 @@
+"""The data that travels through one training step.
+
+Every type is a frozen dataclass over plain Python and numpy, so that it can be pickled to a
+worker, written to disk and compared in a test. This module imports nothing of the engine.
+
+A step turns a :class:`Prompt` into a :class:`Rollout` (exact sampled token ids), one
+:class:`TeacherContext` per teacher (the same target ids under the teacher's own prefix) and one
+:class:`TokenSignal` (what the loss does with each target token).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+Message = Mapping[str, Any]
+"""One chat message: ``{"role": ..., "content": ...}`` plus whatever the template understands."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the training data.
+
+    Args:
+        id: unique within the data set; appears in every error and every log.
+        messages: the chat so far; the student writes the next assistant message.
+        tools: JSON schemas handed to the chat template.
+        key: routing key (``data_source`` column): chooses teachers and divergence by task.
+        answer: what a verifier compares with; never shown to the student or a teacher.
+        extra: remaining columns of the row, for verifiers and environments.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    key: str = ""
+    answer: Any = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A run of consecutive tokens of one origin.
+
+    Args:
+        role: "prompt", "assistant" or "environment".
+        token_ids: int64 [T], exactly as fed to or sampled from the model.
+        logprobs: float32 [T] behaviour log-probabilities of sampled tokens (nats, of the
+            distribution that was sampled from), or None for tokens that were not sampled.
+        trains: whether these tokens carry loss.
+        feedback: what the environment answered to this turn, for annotators.
+    """
+
+    role: str
+    token_ids: np.ndarray
+    logprobs: np.ndarray | None = None
+    trains: bool = False
+    feedback: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", np.asarray(self.token_ids, dtype=np.int64))
+        if self.logprobs is not None:
+            object.__setattr__(self, "logprobs", np.asarray(self.logprobs, dtype=np.float32))
+            if self.logprobs.shape != self.token_ids.shape:
+                raise ValueError(
+                    f"a turn has {self.token_ids.shape[0]} token ids but "
+                    f"{self.logprobs.shape[0]} log-probs; every sampled token has exactly one"
+                )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One finished trajectory of the policy, as exact token ids.
+
+    Args:
+        id: unique within the step.
+        prompt: the prompt it answers.
+        turns: prompt turn first, then sampled and environment turns in order.
+        policy_version: optimiser steps taken by the weights that sampled it.
+        stop_reason: "stop", "length" or an environment's own word.
+        reward: outcome in [0, 1], or None while unknown.
+        group: samples of the same prompt in the same step share a group.
+        text: the decoded trained text (for debates, judges, verifiers and logs only).
+    """
+
+    id: str
+    prompt: Prompt
+    turns: tuple[Turn, ...]
+    policy_version: int = 0
+    stop_reason: str = "stop"
+    reward: float | None = None
+    group: str = ""
+    text: str = ""
+
+    @cached_property
+    def token_ids(self) -> np.ndarray:
+        """int64 [L]: the whole trajectory."""
+        return np.concatenate([turn.token_ids for turn in self.turns])
+
+    @cached_property
+    def target_positions(self) -> np.ndarray:
+        """int64 [T]: where the trained tokens stand in :attr:`token_ids`."""
+        trains = np.concatenate([np.full(len(t.token_ids), t.trains) for t in self.turns])
+        return np.flatnonzero(trains)
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """int64 [T]: the trained token ids; every per-token array aligns with this one."""
+        return self.token_ids[self.target_positions]
+
+    @cached_property
+    def target_turns(self) -> np.ndarray:
+        """int64 [T]: index into :attr:`turns` of each trained token."""
+        index = np.concatenate([np.full(len(t.token_ids), i) for i, t in enumerate(self.turns)])
+        return index[self.target_positions]
+
+    @cached_property
+    def logprobs(self) -> np.ndarray | None:
+        """float32 [T]: behaviour log-probs of the trained tokens; None if any is unknown."""
+        trained = [t.logprobs for t in self.turns if t.trains]
+        known = [logprobs for logprobs in trained if logprobs is not None]
+        if not trained or len(known) != len(trained):
+            return None
+        return np.concatenate(known)
+
+
+@dataclass(frozen=True)
+class TeacherContext:
+    """What one teacher reads to judge one rollout: its own prefix, then the same target ids.
+
+    Args:
+        rollout_id: the judged rollout.
+        teacher: name of the teacher.
+        token_ids: int64 [L], the teacher's whole input.
+        target_positions: int64 [T], positions in ``token_ids`` of the rollout's targets, in order.
+    """
+
+    rollout_id: str
+    teacher: str
+    token_ids: np.ndarray
+    target_positions: np.ndarray
+
+    @classmethod
+    def replace_prompt(
+        cls, rollout: Rollout, teacher: str, prefix_ids: Sequence[int] | np.ndarray
+    ) -> TeacherContext:
+        """Put ``prefix_ids`` in place of the rollout's prompt turn and keep everything after it."""
+        prefix = np.asarray(prefix_ids, dtype=np.int64)
+        prompt_length = len(rollout.turns[0].token_ids)
+        context = cls(
+            rollout_id=rollout.id,
+            teacher=teacher,
+            token_ids=np.concatenate([prefix, rollout.token_ids[prompt_length:]]),
+            target_positions=rollout.target_positions - prompt_length + len(prefix),
+        )
+        context.check(rollout)
+        return context
+
+    def check(self, rollout: Rollout) -> None:
+        """Raise ValueError unless the teacher judges exactly the ids that the student sampled."""
+        positions = self.target_positions
+        if len(positions) and (positions[0] < 1 or positions[-1] >= len(self.token_ids)):
+            raise ValueError(
+                f"teacher {self.teacher!r}: target positions {positions[0]}..{positions[-1]} leave "
+                f"the context of {len(self.token_ids)} tokens (rollout {rollout.id!r})"
+            )
+        if not np.array_equal(self.token_ids[positions], rollout.targets):
+            raise ValueError(
+                f"teacher {self.teacher!r}: its context does not hold the student's exact token "
+                f"ids for rollout {rollout.id!r}; contexts must be built from ids, not from text"
+            )
+
+
+@dataclass(frozen=True)
+class TokenSignal:
+    """What the loss does with one rollout: the only thing that a method produces.
+
+    Args:
+        kl_weight: float32 [T] multiplies the divergence at each target (before normalisation).
+        mix: float32 [T, K] weight of each teacher at each target, or None for uniform.
+        advantage: float32 [T] multiplies log p(target), or None for no such term.
+        keep: False drops the rollout from the update.
+        reason: why it was dropped; counted in the metrics.
+    """
+
+    kl_weight: np.ndarray
+    mix: np.ndarray | None = None
+    advantage: np.ndarray | None = None
+    keep: bool = True
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a model is sampled, in Hugging Face's and vLLM's names.
+
+    Args:
+        max_tokens: most new tokens of one completion.
+        temperature: 0 is greedy.
+        top_p: nucleus mass in (0, 1].
+        top_k: 0 keeps every token.
+        repetition_penalty: 1 is off.
+        stop: strings that end a completion (the tokens that complete the string are kept).
+        n: completions per prompt.
+        seed: base seed; completion i of request r is a function of (seed, r.seed, i) only.
+    """
+
+    max_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1"),
+            (self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or positive"),
+            (0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]"),
+            (self.top_k >= 0, "top_k", self.top_k, "0 (off) or positive"),
+            (self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "> 0"),
+            (self.n >= 1, "n", self.n, "at least 1"),
+            (self.n == 1 or self.temperature > 0, "n", self.n, "1 when temperature is 0"),
+        )
+        for ok, name, value, remedy in checks:
+            if not ok:
+                raise ValueError(f"sampling: {name}={value} is not possible; it must be {remedy}")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation.
+
+    Args:
+        token_ids: int64 [T] including the end-of-sequence token when it was sampled.
+        logprobs: float32 [T] under the distribution that was sampled from.
+        stop_reason: "stop" (end of sequence or stop string) or "length".
+        text: decoded without special tokens.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    stop_reason: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to sample from, as token ids.
+
+    Args:
+        id: appears in errors.
+        token_ids: the whole templated prompt.
+        seed: makes its samples independent of every other request and of the batch.
+    """
+
+    id: str
+    token_ids: tuple[int, ...]
+    seed: int = 0
