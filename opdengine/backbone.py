@@ -1,0 +1,237 @@
+"""A causal language model split into backbone and head, so that its head is never called.
+
+The fused loss wants final hidden states and the head's weight. What the model does between the two
+and the logits (scale, bias, soft cap) is read from its configuration and *proved* at load time by
+comparing with the model's own logits; a head that cannot be reproduced is refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from opdengine.packing import Packed, pack
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Head:
+    """``logits = softcap(logit_scale * (hidden @ weight.T + bias))``.
+
+    Args:
+        weight: [V, d].
+        bias: [V] or None.
+        logit_scale: multiplies the logits.
+        softcap: c in c * tanh(logits / c), or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, d] -> [n, V]; for probes only."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str = "auto",
+    attn_implementation: str = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+) -> Any:
+    """Load any causal LM that ``AutoModelForCausalLM`` knows, from a folder or a hub name.
+
+    Raises:
+        ValueError: the folder does not exist or holds no model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_model_path(path)
+    if attn_implementation == "auto":
+        on_gpu = torch.device(device).type == "cuda"
+        has_flash = on_gpu and importlib.util.find_spec("flash_attn") is not None
+        attn_implementation = "flash_attention_2" if has_flash else "sdpa"
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "revision": revision}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, attn_implementation=attn_implementation, **options
+        )
+    except ValueError as error:
+        if "attention" not in str(error).lower():
+            raise
+        logger.warning("%s does not support %s attention: using eager", path, attn_implementation)
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
+    return model.to(device)
+
+
+def check_model_path(path: str) -> None:
+    """Raise ValueError for a local model folder that is missing or has no ``config.json``."""
+    folder = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"model folder {path!r} has no config.json; save a model there with "
+                "model.save_pretrained(...) or name another folder"
+            )
+    elif looks_local or folder.exists():
+        raise ValueError(
+            f"model folder {path!r} does not exist; give a folder written by save_pretrained or "
+            "a hub name such as 'Qwen/Qwen3-4B'"
+        )
+
+
+class Backbone:
+    """A loaded causal LM whose final hidden states and head are used separately.
+
+    Args:
+        model: what :func:`load_model` returns.
+        name: appears in errors.
+        max_tokens: token budget of one forward pass without gradient.
+
+    Raises:
+        ValueError: the head cannot be reproduced from weight, bias, scale and soft cap.
+    """
+
+    def __init__(self, model: Any, name: str = "model", max_tokens: int = 16384) -> None:
+        self.model = model
+        self.name = name
+        self.max_tokens = max_tokens
+        self.trunk = model.base_model
+        if self.trunk is model or model.get_output_embeddings() is None:
+            raise ValueError(
+                f"{name}: {type(model).__name__} has no separate backbone and output embedding; "
+                "only decoder language models with an LM head can be used"
+            )
+        self._scale, self._softcap = _head_constants(model.config.get_text_config())
+        self._prove_head()
+        self.layout = self._choose_layout()
+
+    @property
+    def device(self) -> torch.device:
+        return self.trunk.get_input_embeddings().weight.device
+
+    @property
+    def window(self) -> int | None:
+        """Longest sequence the model was built for, in tokens."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def head(self) -> Head:
+        """The current head; its weight is the live parameter."""
+        layer = self.model.get_output_embeddings()
+        bias = getattr(layer, "bias", None)
+        return Head(layer.weight, bias, self._scale, self._softcap)
+
+    def forward(self, batch: Packed) -> torch.Tensor:
+        """Final hidden states [B * L, d] of a packed batch, after the last norm."""
+        output = self.trunk(
+            input_ids=batch.input_ids.to(self.device),
+            position_ids=batch.position_ids.to(self.device),
+            use_cache=False,
+        )
+        return output.last_hidden_state.flatten(0, 1)
+
+    def hidden(self, batch: Packed, target_positions: Sequence[np.ndarray]) -> torch.Tensor:
+        """Hidden states [T, d] that predict the targets of the batch's members, in their order."""
+        rows = batch.predictors(target_positions).to(self.device)
+        return self.forward(batch).index_select(0, rows)
+
+    @torch.no_grad()
+    def score(
+        self, sequences: Sequence[np.ndarray], target_positions: Sequence[np.ndarray]
+    ) -> list[torch.Tensor]:
+        """Hidden states [T_i, d] predicting the targets of every sequence, without gradient."""
+        result: list[torch.Tensor | None] = [None] * len(sequences)
+        for batch in pack(sequences, max_tokens=self.max_tokens, layout=self.layout):
+            positions = [target_positions[i] for i in batch.members]
+            hidden = self.hidden(batch, positions)
+            for i, rows in zip(
+                batch.members, hidden.split([len(p) for p in positions]), strict=True
+            ):
+                result[i] = rows
+        return [rows for rows in result if rows is not None]
+
+    def _probe_sequences(self) -> list[np.ndarray]:
+        vocabulary = self.trunk.get_input_embeddings().weight.shape[0]
+        ids = (np.arange(1, 24, dtype=np.int64) * 7919) % min(vocabulary, 32000)
+        return [ids[:5], ids[5:16], ids[16:23]]
+
+    @torch.no_grad()
+    def _prove_head(self) -> None:
+        training = self.model.training
+        self.model.eval()
+        ids = torch.from_numpy(self._probe_sequences()[1])[None].to(self.device)
+        theirs = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
+        ours = self.head.logits(hidden).float()
+        self.model.train(training)
+        scale = theirs.abs().max().clamp(min=1e-6)
+        error = ((ours - theirs).abs().max() / scale).item()
+        limit = 1e-4 if hidden.dtype == torch.float32 else 3e-2
+        if not error <= limit:
+            raise ValueError(
+                f"{self.name}: {type(self.model).__name__} computes its logits in a way that is not "
+                f"softcap(scale * (hidden @ W.T + b)) (relative difference {error:.2g}, allowed "
+                f"{limit:g}); its head cannot be used in a fused loss"
+            )
+
+    @torch.no_grad()
+    def _choose_layout(self) -> str:
+        """Packed input if the model treats it exactly like separate sequences, else padded."""
+        implementation = getattr(self.model.config, "_attn_implementation", "")
+        layout = "one_row" if "flash" in implementation else "rows"
+        training = self.model.training
+        self.model.eval()
+        sequences = self._probe_sequences()
+        positions = [np.arange(1, len(s)) for s in sequences]
+        try:
+            batch = pack([np.concatenate(sequences)], max_tokens=64, layout="padded")[0]
+            restarts = np.concatenate([np.arange(len(s)) for s in sequences])
+            offsets = tuple(int(x) for x in np.cumsum([0] + [len(s) for s in sequences])[:-1])
+            packed = Packed((0, 1, 2), batch.input_ids, torch.from_numpy(restarts)[None], offsets)
+            together = self.hidden(packed, positions).float()
+            apart = torch.cat(
+                [
+                    self.hidden(pack([s], max_tokens=64, layout="padded")[0], [p])
+                    for s, p in zip(sequences, positions, strict=True)
+                ]
+            ).float()
+        finally:
+            self.model.train(training)
+        error = ((together - apart).abs().max() / apart.abs().max().clamp(min=1e-6)).item()
+        limit = 1e-4 if self.trunk.dtype == torch.float32 else 5e-2
+        if error <= limit:
+            return layout
+        logger.warning(
+            "%s: packed sequences see each other (difference %.2g): using padded batches",
+            self.name,
+            error,
+        )
+        return "padded"
+
+
+def _head_constants(config: Any) -> tuple[float, float | None]:
+    """Scale and soft cap of the logits, by the names that transformers' models use."""
+    scale = 1.0
+    if getattr(config, "logit_scale", None):  # Cohere
+        scale = float(config.logit_scale)
+    elif getattr(config, "logits_scaling", None):  # Granite divides
+        scale = 1.0 / float(config.logits_scaling)
+    elif getattr(config, "lm_head_multiplier", None):  # Falcon-H1
+        scale = float(config.lm_head_multiplier)
+    return scale, getattr(config, "final_logit_softcapping", None)

@@ -1,0 +1,132 @@
+"""Sequences laid out for one forward pass: many per row, restarting positions, no cross-talk.
+
+With variable-length attention (flash-attn) a micro-batch is one row without padding. With a
+block-diagonal mask (SDPA, flex, eager) attention costs the square of the row, so sequences fill
+rows of about the longest sequence instead (first-fit decreasing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+LAYOUTS = ("one_row", "rows", "padded")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Some of the given sequences as one model input.
+
+    Args:
+        members: indices of the sequences in this batch, in the order of their targets.
+        input_ids: int64 [B, L].
+        position_ids: int64 [B, L], restarting at 0 with every sequence.
+        offsets: for each member, where its first token stands in the flattened input.
+    """
+
+    members: tuple[int, ...]
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    offsets: tuple[int, ...]
+
+    def predictors(self, target_positions: Sequence[np.ndarray]) -> torch.Tensor:
+        """int64 [T]: flattened positions whose hidden states predict the members' targets.
+
+        ``target_positions[i]`` are the positions of the i-th member's targets in its own sequence;
+        the token at position p is predicted by the hidden state at p - 1.
+        """
+        shifted = [
+            offset + np.asarray(positions, dtype=np.int64) - 1
+            for offset, positions in zip(self.offsets, target_positions, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(shifted))
+
+
+def _fill_rows(lengths: Sequence[int], members: Sequence[int], width: int) -> list[list[int]]:
+    """First-fit decreasing: few rows of at most ``width`` tokens, each sequence whole."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for member in sorted(members, key=lambda i: -lengths[i]):
+        row = next((r for r, left in enumerate(room) if left >= lengths[member]), None)
+        if row is None:
+            rows.append([])
+            room.append(width)
+            row = len(rows) - 1
+        rows[row].append(member)
+        room[row] -= lengths[member]
+    return rows
+
+
+def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group sequence indices, longest first, so that each group stays within ``max_tokens``.
+
+    A single sequence longer than ``max_tokens`` forms a group of its own.
+    """
+    groups: list[list[int]] = []
+    total = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not groups or total + lengths[i] > max_tokens:
+            groups.append([])
+            total = 0
+        groups[-1].append(i)
+        total += lengths[i]
+    return groups
+
+
+def pack(
+    sequences: Sequence[np.ndarray], *, max_tokens: int, layout: str = "rows"
+) -> list[Packed]:
+    """Lay out sequences as micro-batches of at most about ``max_tokens`` tokens each.
+
+    Args:
+        sequences: int64 [L_i] token ids each.
+        max_tokens: token budget of a micro-batch.
+        layout: "one_row" (variable-length attention), "rows" (block-diagonal mask), "padded" (one
+            sequence per row, for models that cannot take packed input).
+
+    Raises:
+        ValueError: a sequence is empty or the layout is unknown.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is unknown; choose one of {LAYOUTS}")
+    lengths = [len(s) for s in sequences]
+    if lengths and min(lengths) == 0:
+        raise ValueError(f"sequence {lengths.index(0)} is empty; it has nothing to predict")
+    batches = []
+    for group in split_by_tokens(lengths, max_tokens):
+        if layout == "one_row":
+            rows = [group]
+        elif layout == "rows":
+            rows = _fill_rows(lengths, group, max(lengths[i] for i in group))
+        else:
+            rows = [[i] for i in group]
+        batches.append(_layout(sequences, rows))
+    return batches
+
+
+def _layout(sequences: Sequence[np.ndarray], rows: Sequence[Sequence[int]]) -> Packed:
+    width = max(sum(len(sequences[i]) for i in row) for row in rows)
+    input_ids = np.zeros((len(rows), width), dtype=np.int64)
+    position_ids = np.zeros((len(rows), width), dtype=np.int64)
+    members: list[int] = []
+    offsets: list[int] = []
+    for r, row in enumerate(rows):
+        start = 0
+        for i in row:
+            end = start + len(sequences[i])
+            input_ids[r, start:end] = sequences[i]
+            position_ids[r, start:end] = np.arange(end - start)
+            members.append(i)
+            offsets.append(r * width + start)
+            start = end
+        # What is left of the row is a sequence of its own: it sees and changes nothing else.
+        position_ids[r, start:] = np.arange(width - start)
+    return Packed(
+        members=tuple(members),
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        offsets=tuple(offsets),
+    )

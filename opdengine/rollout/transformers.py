@@ -1,0 +1,266 @@
+"""Batched generation with the model's own forward pass: exact ids, exact log-probs, any device.
+
+One prefill per prompt (samples of a prompt share it), one forward pass per token, finished
+sequences leave the batch. Every sequence has its own random stream, so what is sampled does not
+depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from opdengine.chat import stop_token_ids, vocabulary_size
+from opdengine.types import Completion, Request, SamplingParams
+
+
+class TransformersSampler:
+    """Samples from a loaded Hugging Face model, in the trainer's process.
+
+    The sampler reads the live parameters of ``model``: when that is the trainer's own model, its
+    weights are the trainer's by construction and :meth:`load_policy` only stamps the version.
+
+    Args:
+        model: a causal LM.
+        tokenizer: its tokenizer (for stop strings and text).
+        max_batch_tokens: bound on sequences * (prompt + new tokens) held at a time.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, max_batch_tokens: int = 32768) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_batch_tokens = max_batch_tokens
+        self.policy_version = 0
+        self.stop_ids = stop_token_ids(tokenizer, model)
+        self.vocabulary = vocabulary_size(tokenizer)
+        self.window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams
+    ) -> list[list[Completion]]:
+        """See :class:`opdengine.rollout.Sampler`."""
+        for request in requests:
+            check_room(request, params.max_tokens, self.window)
+        results: list[list[Completion]] = [[] for _ in requests]
+        training = self.model.training
+        self.model.eval()
+        try:
+            for group in self._groups(requests, params):
+                completions = self._generate_batch([requests[i] for i in group], params)
+                for place, i in enumerate(group):
+                    results[i] = completions[place * params.n : (place + 1) * params.n]
+        finally:
+            self.model.train(training)
+        return results
+
+    def load_policy(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Stamp the version; copy the weights unless they are the model's own."""
+        own = self.model.state_dict()
+        with torch.no_grad():
+            for name, value in weights:
+                if own[name].data_ptr() != value.data_ptr():
+                    own[name].copy_(value)
+        self.policy_version = version
+
+    def close(self) -> None:
+        """Nothing is held beyond the model itself."""
+
+    def _groups(self, requests: Sequence[Request], params: SamplingParams) -> list[list[int]]:
+        """Requests of similar length together, each batch within the token budget."""
+        groups: list[list[int]] = []
+        longest = 0
+        for i in sorted(range(len(requests)), key=lambda i: (len(requests[i].token_ids), i)):
+            longest = len(requests[i].token_ids) + params.max_tokens
+            size = (len(groups[-1]) + 1) * params.n if groups else 0
+            if not groups or size * longest > self.max_batch_tokens:
+                groups.append([])
+            groups[-1].append(i)
+        return groups
+
+    @torch.no_grad()
+    def _generate_batch(
+        self, requests: Sequence[Request], params: SamplingParams
+    ) -> list[Completion]:
+        device = self.model.get_input_embeddings().weight.device
+        state = _State(requests, params, device)
+        output = self.model(
+            input_ids=state.prompt_ids,
+            attention_mask=state.prompt_mask,
+            position_ids=state.prompt_positions,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        logits = output.logits[:, -1]
+        if params.n > 1:
+            cache.batch_repeat_interleave(params.n)
+            logits = logits.repeat_interleave(params.n, dim=0)
+        while True:
+            tokens = self._sample(logits[:, : self.vocabulary], state, params)
+            self._finish(tokens, state, params)
+            kept = state.compact()
+            if not len(state.live):
+                break
+            if kept is not None:
+                cache.batch_select_indices(kept)
+            output = self.model(
+                input_ids=state.last[:, None],
+                attention_mask=state.mask,
+                position_ids=state.position[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache, logits = output.past_key_values, output.logits[:, -1]
+        return [
+            Completion(
+                token_ids=np.array(ids, dtype=np.int64),
+                logprobs=np.array(logprobs, dtype=np.float32),
+                stop_reason=reason,
+                text=self.tokenizer.decode(ids, skip_special_tokens=True),
+            )
+            for ids, logprobs, reason in zip(
+                state.ids, state.logprobs, state.reasons, strict=True
+            )
+        ]
+
+    def _sample(
+        self, logits: torch.Tensor, state: _State, params: SamplingParams
+    ) -> list[int]:
+        """Draw one token per live row and note its log-prob under what was sampled from."""
+        logits = logits.float()
+        if params.repetition_penalty != 1.0:
+            logits = _penalise(logits, state, params.repetition_penalty)
+        if params.temperature == 0:
+            logprobs = logits.log_softmax(-1)
+            tokens = logprobs.argmax(-1)
+        else:
+            logits = _truncate(logits / params.temperature, params)
+            logprobs = logits.log_softmax(-1)
+            cumulative = logprobs.exp().cumsum(-1)
+            uniform = torch.from_numpy(state.uniforms()).to(cumulative)[:, None]
+            tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+            # Rounding at the upper edge must not choose a token of probability zero.
+            last = (logprobs > -torch.inf).float().cumsum(-1).argmax(-1, keepdim=True)
+            tokens = torch.minimum(tokens, last)[:, 0]
+        chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+        state.append(tokens, chosen)
+        return tokens.tolist()
+
+    def _finish(self, tokens: list[int], state: _State, params: SamplingParams) -> None:
+        for row, token in zip(state.live, tokens, strict=True):
+            ids = state.ids[row]
+            if token in self.stop_ids or self._hits_stop_string(ids, params.stop):
+                state.reasons[row] = "stop"
+            elif len(ids) >= params.max_tokens:
+                state.reasons[row] = "length"
+
+    def _hits_stop_string(self, ids: list[int], stop: tuple[str, ...]) -> bool:
+        if not stop:
+            return False
+        # Every token adds at least one byte, so the match lies within the last tokens.
+        tail = self.tokenizer.decode(ids[-(max(len(s.encode()) for s in stop) + 4) :])
+        return any(s in tail for s in stop)
+
+
+class _State:
+    """The sequences of one batch: all of them on the host, the live ones on the device."""
+
+    def __init__(
+        self, requests: Sequence[Request], params: SamplingParams, device: torch.device
+    ) -> None:
+        lengths = [len(r.token_ids) for r in requests]
+        width = max(lengths)
+        ids = np.zeros((len(requests), width), dtype=np.int64)
+        mask = np.zeros((len(requests), width), dtype=np.int64)
+        for row, request in enumerate(requests):
+            ids[row, width - lengths[row] :] = request.token_ids
+            mask[row, width - lengths[row] :] = 1
+        self.prompt_ids = torch.from_numpy(ids).to(device)
+        self.prompt_mask = torch.from_numpy(mask).to(device)
+        self.prompt_positions = (self.prompt_mask.cumsum(-1) - 1).clamp(min=0)
+        count = len(requests) * params.n
+        self.prompts = [list(r.token_ids) for r in requests for _ in range(params.n)]
+        self.ids: list[list[int]] = [[] for _ in range(count)]
+        self.logprobs: list[list[float]] = [[] for _ in range(count)]
+        self.reasons = [""] * count
+        self.live = list(range(count))
+        self.mask = self.prompt_mask.repeat_interleave(params.n, dim=0)
+        self.position = torch.tensor(lengths, device=device).repeat_interleave(params.n) - 1
+        self.last = self.prompt_ids.new_zeros(count)
+        self._streams = [
+            np.random.Generator(np.random.Philox(key=stream_key(params.seed, r.seed, i)))
+            for r in requests
+            for i in range(params.n)
+        ]
+
+    def uniforms(self) -> np.ndarray:
+        """One number in [0, 1) for each live row, from the row's own stream."""
+        return np.array([self._streams[row].random() for row in self.live])
+
+    def append(self, tokens: torch.Tensor, logprobs: list[float]) -> None:
+        self.last = tokens
+        self.position = self.position + 1
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.live), 1)], dim=1)
+        for row, token, logprob in zip(self.live, tokens.tolist(), logprobs, strict=True):
+            self.ids[row].append(token)
+            self.logprobs[row].append(logprob)
+
+    def compact(self) -> torch.Tensor | None:
+        """Drop finished rows; returns the indices kept, or None when all live rows stay."""
+        places = [place for place, row in enumerate(self.live) if not self.reasons[row]]
+        if len(places) == len(self.live):
+            return None
+        self.live = [self.live[place] for place in places]
+        kept = torch.tensor(places, dtype=torch.long, device=self.mask.device)
+        self.mask, self.position, self.last = self.mask[kept], self.position[kept], self.last[kept]
+        return kept
+
+
+def check_room(request: Request, max_tokens: int, window: int | None) -> None:
+    """Raise ValueError unless the prompt is not empty and leaves room for ``max_tokens``."""
+    if not request.token_ids:
+        raise ValueError(f"prompt {request.id!r} has no tokens")
+    length = len(request.token_ids)
+    if window is not None and length + max_tokens > window:
+        raise ValueError(
+            f"prompt {request.id!r} has {length} tokens and may be continued by {max_tokens}, which "
+            f"exceeds the model's window of {window}; lower the completion length or drop the "
+            "prompt (max_prompt_length)"
+        )
+
+
+def stream_key(seed: int, request_seed: int, sample: int) -> int:
+    """A well-spread 64-bit key from (seed, request seed, sample index)."""
+    text = f"{seed}:{request_seed}:{sample}".encode()
+    return (zlib.crc32(text) << 32) | zlib.crc32(text[::-1] + b"#")
+
+
+def _penalise(logits: torch.Tensor, state: _State, penalty: float) -> torch.Tensor:
+    """Repetition penalty of CTRL (arXiv 1909.05858), over prompt and completion."""
+    logits = logits.clone()
+    for place, row in enumerate(state.live):
+        seen = torch.tensor(
+            [i for i in {*state.prompts[row], *state.ids[row]} if i < logits.shape[1]],
+            device=logits.device,
+        )
+        values = logits[place, seen]
+        logits[place, seen] = torch.where(values > 0, values / penalty, values * penalty)
+    return logits
+
+
+def _truncate(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Top-k, then nucleus: tokens outside get -inf."""
+    if 0 < params.top_k < logits.shape[-1]:
+        threshold = logits.topk(params.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if params.top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        outside = mass_before >= params.top_p
+        outside[:, 0] = False
+        logits = logits.masked_fill(outside.scatter(1, index, outside), -torch.inf)
+    return logits

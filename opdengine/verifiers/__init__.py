@@ -1,0 +1,69 @@
+"""Verifiers: a completion's text and the reference answer become a score in [0, 1]."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from opdengine.types import Message
+
+Verifier = Callable[[str, Any, Sequence[Message]], float]
+"""``verify(text, answer, messages) -> score``; called with the prompt's messages."""
+
+
+def exact_match(text: str, answer: Any, messages: Sequence[Message]) -> float:
+    """1 when the stripped text equals the answer (or one of a list of answers)."""
+    answers = answer if isinstance(answer, (list, tuple)) else [answer]
+    return float(text.strip() in {str(a).strip() for a in answers})
+
+
+def numeric(text: str, answer: Any, messages: Sequence[Message]) -> float:
+    """1 when the last number in the text equals the answer to a relative 1e-6."""
+    numbers = re.findall(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", text)
+    if not numbers:
+        return 0.0
+    target = float(str(answer).replace(",", ""))
+    return float(abs(float(numbers[-1].replace(",", "")) - target) <= 1e-6 * max(1.0, abs(target)))
+
+
+VERIFIERS: dict[str, Verifier] = {"exact_match": exact_match, "numeric": numeric}
+
+
+def load_verifier(spec: str) -> Verifier:
+    """A verifier by name, as ``package.module:function`` or as ``path/to/file.py:function``.
+
+    Raises:
+        ValueError: nothing callable is found there.
+    """
+    if spec in VERIFIERS:
+        return VERIFIERS[spec]
+    place, _, name = spec.rpartition(":")
+    if not place:
+        raise ValueError(
+            f"unknown verifier {spec!r}; use one of {sorted(VERIFIERS)}, 'module:function' or "
+            "'path/to/file.py:function'"
+        )
+    try:
+        module = _load_file(place) if place.endswith(".py") else importlib.import_module(place)
+        verifier = getattr(module, name)
+    except (ImportError, AttributeError, OSError) as error:
+        raise ValueError(f"verifier {spec!r} cannot be loaded: {error}") from error
+    if not callable(verifier):
+        raise ValueError(f"verifier {spec!r} is not callable")
+    return verifier  # type: ignore[no-any-return]
+
+
+def _load_file(path: str) -> Any:
+    name = f"opdengine_user_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise OSError(f"there is no Python file {path!r}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
