@@ -1,0 +1,463 @@
+"""One dataclass tree, filled from YAML and from the command line.
+
+Names follow Hugging Face's ``TrainingArguments`` and TRL where they have one. Unknown keys and
+impossible values are errors that name the remedy, raised before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key, the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """One teacher.
+
+    Args:
+        model: model folder or hub name.
+        name: used in metrics, logs and caches; default: the last part of ``model``.
+        weight: fixed mixing weight (MT-OPD) or share of the data (MT-SeqKD); relative.
+        key: routing keys (``data_source``) that this teacher answers for; empty: all prompts.
+        dtype: "auto" keeps the dtype of the checkpoint.
+        chat_template: Jinja text or file in place of the tokenizer's own.
+        chat_template_kwargs: handed to the chat template, for example ``enable_thinking: false``.
+    """
+
+    model: str
+    name: str = ""
+    weight: float = 1.0
+    key: list[str] = field(default_factory=list)
+    dtype: str = "auto"
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DebateConfig:
+    """The debate of MAD-OPD (arXiv 2605.01347, section 4.1, equation 7).
+
+    Args:
+        rounds: R; round 1 is blind.
+        temperature, top_p, top_k, repetition_penalty: how teachers are sampled.
+        max_tokens: new tokens of one teacher in one round.
+        prompts: "generic", "tools", "code", a mapping of :class:`DebatePrompts` fields, or a
+            mapping from routing key (and "default") to one of these.
+        use_confidence: ask for confidences and weigh teachers by them; off: uniform weights.
+        use_transcript: teachers judge the student under the transcript; off: under the plain
+            prompt (only the confidences are used).
+        tau: temperature of the softmax over confidence / 100.
+        cache_dir: debates are stored here and never generated twice; default: a folder in
+            ``output_dir``. Share it between runs.
+        seed: seed of the debate; part of the cache key.
+    """
+
+    rounds: int = 2
+    temperature: float = 0.7
+    top_p: float = 0.8
+    top_k: int = 20
+    repetition_penalty: float = 1.0
+    max_tokens: int = 4096
+    prompts: str | dict[str, Any] = "generic"
+    use_confidence: bool = True
+    use_transcript: bool = True
+    tau: float = 1.0
+    cache_dir: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run depends on.
+
+    Args:
+        model: the student: model folder or hub name.
+        train_data: JSONL or Parquet files, or ``datasets`` folders, with a ``prompt`` or
+            ``messages`` column; optional ``id, tools, answer, data_source``.
+        output_dir: where the run is written; an existing run is resumed or refused.
+        teachers: the teachers.
+        method: "opd", "mt_opd", "mt_seqkd" or "mad_opd".
+        divergence: one of "reverse_kl", "forward_kl", "jsd", or a mapping from routing key (and
+            "default") to one: the task-adaptive divergence of MAD-OPD, remark 1.
+        jsd_beta: weight of the teacher in the middle distribution of the JSD.
+        divergence_temperature: divides both models' logits in the loss; independent of sampling.
+        loss_normalization: "token" (mean over all target tokens of the step) or "sequence" (mean
+            over rollouts of token means).
+        debate: settings of the debate.
+        dtype: of the student's parameters; "auto" keeps the checkpoint's.
+        bf16: autocast forward and backward to bfloat16 (parameters keep ``dtype``).
+        attn_implementation: "auto" takes flash-attn on a GPU where installed, else SDPA.
+        trust_remote_code: run code that comes with a model.
+        chat_template: Jinja text or file in place of the student tokenizer's own.
+        chat_template_kwargs: handed to the student's chat template.
+        eval_data: like ``train_data``, with an ``answer`` column.
+        eval_max_prompts: evaluate on at most this many prompts.
+        max_prompt_length: prompts with more tokens are left out and counted.
+        skip_bad_rows: leave out malformed rows (counted) instead of refusing the file.
+        verifier: how an answer is graded: "exact_match", "numeric", "module:function" or
+            "file.py:function".
+        temperature, top_p, top_k, repetition_penalty: how the student is sampled.
+        max_completion_length: most new tokens of a rollout.
+        num_generations: rollouts per prompt.
+        use_vllm: sample with vLLM instead of transformers.
+        vllm_mode: "colocate".
+        vllm_gpu_memory_utilization: share of the GPU's memory for vLLM.
+        vllm_tensor_parallel_size: GPUs per vLLM engine.
+        per_device_train_batch_size: prompts per device and accumulation step.
+        gradient_accumulation_steps: multiplies the prompts of an optimiser step.
+        max_tokens_per_batch: token budget of one forward and backward pass.
+        max_steps: optimiser steps.
+        learning_rate, lr_scheduler_type, warmup_ratio, weight_decay, adam_beta1, adam_beta2,
+            adam_epsilon, max_grad_norm: AdamW and its schedule.
+        gradient_checkpointing: trade compute for memory.
+        loss_impl: implementation of the fused loss: "auto", "triton", "torch" or "reference".
+        workspace_bytes: byte budget for temporaries of the fused loss.
+        seed: of data order, sampling and initialisation.
+        logging_steps, eval_steps, save_steps: how often; 0 is never (evaluation: only before and
+            after).
+        save_total_limit: keep the newest so many checkpoints; None keeps all.
+        log_completions: write rollouts and debates of each step as JSONL.
+        report_to: besides metrics.jsonl: "tensorboard".
+        run_name: shown by trackers.
+        resume_from_checkpoint: "latest" or a checkpoint folder.
+        max_logprob_difference: stop when sampler and trainer disagree by more (mean absolute
+            difference of a step, nats).
+    """
+
+    model: str
+    train_data: list[str]
+    output_dir: str
+    teachers: list[TeacherConfig] = field(default_factory=list)
+    method: str = "mad_opd"
+    divergence: str | dict[str, str] = "reverse_kl"
+    jsd_beta: float = 0.5
+    divergence_temperature: float = 1.0
+    loss_normalization: str = "token"
+    debate: DebateConfig = field(default_factory=DebateConfig)
+
+    dtype: str = "auto"
+    bf16: bool = False
+    attn_implementation: str = "auto"
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    eval_data: list[str] = field(default_factory=list)
+    eval_max_prompts: int | None = None
+    max_prompt_length: int = 4096
+    skip_bad_rows: bool = False
+    verifier: str = "exact_match"
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    max_completion_length: int = 512
+    num_generations: int = 1
+    use_vllm: bool = False
+    vllm_mode: str = "colocate"
+    vllm_gpu_memory_utilization: float = 0.3
+    vllm_tensor_parallel_size: int = 1
+
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    max_tokens_per_batch: int = 16384
+    max_steps: int = 100
+    learning_rate: float = 1e-5
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    loss_impl: str = "auto"
+    workspace_bytes: int | None = None
+    seed: int = 0
+
+    logging_steps: int = 1
+    eval_steps: int = 0
+    save_steps: int = 0
+    save_total_limit: int | None = None
+    log_completions: bool = True
+    report_to: list[str] = field(default_factory=list)
+    run_name: str = ""
+    resume_from_checkpoint: str | None = None
+    max_logprob_difference: float = 0.5
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts of one optimiser step on one device."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def divergence_of(self, key: str) -> str:
+        """The divergence that prompts with this routing key are trained with.
+
+        Raises:
+            ConfigError: the mapping has neither the key nor "default".
+        """
+        return by_key(self.divergence, key, "divergence")
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+        object.__setattr__(self, "teachers", _named(self.teachers))
+
+
+def by_key(setting: Any, key: str, name: str) -> Any:
+    """Look up a setting that may be a mapping from routing key (and "default")."""
+    if not isinstance(setting, Mapping):
+        return setting
+    if key in setting:
+        return setting[key]
+    if "default" in setting:
+        return setting["default"]
+    raise ConfigError(
+        f"{name} has no entry for data_source {key!r} and no 'default' (it has {sorted(setting)}); "
+        "add one of the two"
+    )
+
+
+def _named(teachers: Sequence[TeacherConfig]) -> list[TeacherConfig]:
+    """Give every teacher a name and refuse doubles."""
+    named = [
+        t if t.name else dataclasses.replace(t, name=Path(t.model).name or t.model)
+        for t in teachers
+    ]
+    names = [t.name for t in named]
+    if doubles := sorted({n for n in names if names.count(n) > 1}):
+        raise ConfigError(f"teachers share the name {doubles}; give each teacher its own name")
+    return named
+
+
+def _check_values(config: TrainConfig) -> None:
+    def need(ok: bool, key: str, remedy: str) -> None:
+        if not ok:
+            value: Any = config
+            for part in key.split("."):
+                value = getattr(value, part)
+            raise ConfigError(f"{key}={value!r} is not possible; {remedy}")
+
+    def one_of(key: str, choices: Sequence[str]) -> None:
+        need(getattr(config, key) in choices, key, f"choose one of {list(choices)}")
+
+    kinds = config.divergence if isinstance(config.divergence, dict) else {"": config.divergence}
+    need(
+        bool(kinds) and all(kind in DIVERGENCES for kind in kinds.values()),
+        "divergence",
+        f"use {list(DIVERGENCES)} or a mapping from data_source to one of them",
+    )
+    need(0 < config.jsd_beta < 1, "jsd_beta", "it lies between 0 and 1; the ends are KLs by name")
+    need(config.divergence_temperature > 0, "divergence_temperature", "it must be positive")
+    one_of("loss_normalization", ("token", "sequence"))
+    one_of("lr_scheduler_type", SCHEDULERS)
+    one_of("dtype", DTYPES)
+    one_of("vllm_mode", ("colocate",))
+    one_of("loss_impl", ("auto", "triton", "torch", "reference"))
+    for tracker in config.report_to:
+        need(tracker == "tensorboard", "report_to", "only 'tensorboard' is known")
+    for key in (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_tokens_per_batch",
+        "max_steps",
+        "max_completion_length",
+        "num_generations",
+        "max_prompt_length",
+        "logging_steps",
+        "debate.rounds",
+        "debate.max_tokens",
+    ):
+        section, _, name = key.rpartition(".")
+        owner = getattr(config, section) if section else config
+        need(getattr(owner, name) >= 1, key, "it must be at least 1")
+    need(config.debate.tau > 0, "debate.tau", "it must be positive; large values are uniform")
+    need(config.temperature >= 0, "temperature", "it must be 0 (greedy) or positive")
+    need(
+        config.num_generations == 1 or config.temperature > 0,
+        "num_generations",
+        "with temperature 0 all generations are equal: use 1",
+    )
+    need(config.learning_rate >= 0, "learning_rate", "it must not be negative")
+    need(0 <= config.warmup_ratio <= 1, "warmup_ratio", "it is a share between 0 and 1")
+    need(config.max_grad_norm > 0, "max_grad_norm", "it must be positive")
+    need(bool(config.train_data), "train_data", "name at least one file")
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def load_config(path: str | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file and apply command-line overrides.
+
+    Args:
+        path: YAML file, or None for overrides only.
+        overrides: ``--key value``, ``--key=value``, ``--section.key value``,
+            ``--teachers.0.model path``; a bare ``--flag`` sets a boolean.
+
+    Raises:
+        ConfigError: the file does not exist, a key is unknown or a value has the wrong type.
+    """
+    data: Any = {}
+    if path is not None:
+        file = Path(path)
+        if not file.is_file():
+            raise ConfigError(f"configuration file {path!r} does not exist")
+        try:
+            data = yaml.safe_load(file.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}: the top level must be a mapping of settings")
+    for key, value in _parse_overrides(overrides):
+        _assign(data, key.split("."), value)
+    return from_mapping(TrainConfig, data)
+
+
+def from_mapping(cls: type, data: Mapping[str, Any], where: str = "") -> Any:
+    """Build a dataclass from a mapping; unknown and missing keys are errors.
+
+    Raises:
+        ConfigError: see above; an unknown key comes with the closest known one.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in data:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {where + close[0]!r}?" if close else ""
+            raise ConfigError(f"unknown setting {where + str(key)!r}{hint}")
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in data
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"missing setting {', '.join(repr(where + name) for name in missing)}")
+    values = {key: _coerce(hints[key], value, where + key) for key, value in data.items()}
+    return cls(**values)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The configuration as plain YAML-able values."""
+    return dataclasses.asdict(config)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None or value == "null":
+            if type(None) in options:
+                return None
+        for option in options:
+            if option is type(None):
+                continue
+            try:
+                return _coerce(option, value, where)
+            except ConfigError:
+                continue
+        raise _wrong_type(where, value, hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise _wrong_type(where, value, "a mapping")
+        return from_mapping(hint, value, where + ".")
+    if origin is list:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        (inner,) = typing.get_args(hint)
+        return [_coerce(inner, item, f"{where}.{i}") for i, item in enumerate(items)]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _wrong_type(where, value, "a mapping")
+        inner = typing.get_args(hint)[1]
+        return {str(k): _coerce(inner, v, f"{where}.{k}") for k, v in value.items()}
+    if hint is Any:
+        return value
+    return _coerce_scalar(hint, value, where)
+
+
+def _coerce_scalar(hint: type, value: Any, where: str) -> Any:
+    if isinstance(value, bool) and hint is not bool:
+        raise _wrong_type(where, value, hint.__name__)
+    if isinstance(value, hint):
+        return value
+    try:
+        if hint is float and isinstance(value, (int, str)):
+            return float(value)  # YAML reads 1e-5 as text
+        if hint is int and isinstance(value, (float, str)) and float(value) == int(float(value)):
+            return int(float(value))
+        if hint is bool and str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        if hint is str and isinstance(value, (int, float)):
+            return str(value)
+    except ValueError:
+        pass
+    raise _wrong_type(where, value, hint.__name__)
+
+
+def _wrong_type(where: str, value: Any, wanted: Any) -> ConfigError:
+    return ConfigError(f"{where}={value!r} has the wrong type; expected {wanted}")
+
+
+def _parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    i = 0
+    while i < len(arguments):
+        name = arguments[i]
+        if not name.startswith("--"):
+            raise ConfigError(f"unexpected argument {name!r}; settings are given as --key value")
+        key, equals, text = name[2:].partition("=")
+        if not equals:
+            follows = i + 1 < len(arguments) and not arguments[i + 1].startswith("--")
+            text = arguments[i + 1] if follows else "true"
+            i += follows
+        pairs.append((key.replace("-", "_"), yaml.safe_load(text)))
+        i += 1
+    return pairs
+
+
+def _assign(data: Any, keys: Sequence[str], value: Any) -> None:
+    """Set ``data[k0][k1]... = value``, growing mappings and lists on the way."""
+    *path, last = keys
+    for key, following in zip(path, keys[1:], strict=True):
+        empty: Any = [] if following.isdigit() else {}
+        if isinstance(data, list):
+            index = _index(data, key)
+            if index == len(data):
+                data.append(empty)
+            data = data[index]
+        else:
+            if data.get(key) is None:
+                data[key] = empty
+            data = data[key]
+    if isinstance(data, list):
+        index = _index(data, last)
+        data[index : index + 1] = [value]
+    elif isinstance(data, dict):
+        data[last] = value
+    else:
+        raise ConfigError(f"--{'.'.join(keys)}: {path[-1]!r} is not a section")
+
+
+def _index(data: list[Any], key: str) -> int:
+    if not key.isdigit() or int(key) > len(data):
+        raise ConfigError(f"{key!r} is not a position in a list of {len(data)}")
+    return int(key)

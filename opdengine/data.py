@@ -1,0 +1,257 @@
+"""Prompts from files, checked row by row, and a seeded stream that can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opdengine.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+KNOWN_COLUMNS = ("id", "prompt", "messages", "tools", "answer", "data_source")
+
+
+class DataError(ValueError):
+    """A data file that cannot be used; the message names rows and the remedy."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts and what was left out on the way.
+
+    Args:
+        prompts: the usable prompts, in file order.
+        dropped: number of rows left out, by reason.
+    """
+
+    prompts: tuple[Prompt, ...]
+    dropped: Mapping[str, int]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any prompt changes."""
+        digest = hashlib.sha256()
+        for p in self.prompts:
+            digest.update(json.dumps([p.id, p.messages, p.key], default=str).encode())
+        return digest.hexdigest()[:16]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The routing keys that occur."""
+        return tuple(sorted({p.key for p in self.prompts}))
+
+
+def load_prompts(paths: Sequence[str], *, skip_bad_rows: bool = False) -> PromptSet:
+    """Read and check prompt files.
+
+    Args:
+        paths: JSONL, JSON-list or Parquet files, ``datasets`` folders, or hub data sets as
+            ``name:split``.
+        skip_bad_rows: leave malformed rows out (counted) instead of refusing the file.
+
+    Raises:
+        DataError: a file is missing, a row is malformed, an id occurs twice, or nothing is left.
+    """
+    prompts: list[Prompt] = []
+    bad: list[str] = []
+    reasons: Counter[str] = Counter()
+    seen: dict[str, str] = {}
+    for path in paths:
+        for number, row in _rows(path):
+            place = f"{path}, row {number}"
+            problem, prompt = _check(row, f"{Path(path).stem}:{number}")
+            if prompt is not None and prompt.id in seen:
+                problem = f"duplicate id {prompt.id!r} (first in {seen[prompt.id]})"
+                prompt = None
+            if prompt is None:
+                bad.append(f"  {place}: {problem}")
+                reasons[str(problem).split(" (")[0].split(" '")[0]] += 1
+            else:
+                seen[prompt.id] = place
+                prompts.append(prompt)
+    if bad and not skip_bad_rows:
+        shown = "\n".join(bad[:10]) + ("\n  ..." if len(bad) > 10 else "")
+        raise DataError(
+            f"{len(bad)} of {len(bad) + len(prompts)} rows cannot be used:\n{shown}\n"
+            "Fix them, or leave them out with --skip-bad-rows."
+        )
+    if bad:
+        logger.warning("left out %d bad rows: %s", len(bad), dict(reasons))
+    if not prompts:
+        raise DataError(f"no prompts in {list(paths)}")
+    return PromptSet(tuple(prompts), dict(reasons))
+
+
+def drop_long(
+    prompts: PromptSet, length_of: Callable[[Prompt], int], max_prompt_length: int
+) -> PromptSet:
+    """Leave out prompts of more than ``max_prompt_length`` tokens, counted as "too_long".
+
+    Raises:
+        DataError: nothing is left.
+    """
+    kept, too_long = [], []
+    for p in prompts.prompts:
+        (kept if length_of(p) <= max_prompt_length else too_long).append(p)
+    if too_long:
+        logger.warning(
+            "left out %d of %d prompts longer than max_prompt_length=%d tokens, e.g. %s",
+            len(too_long),
+            len(prompts.prompts),
+            max_prompt_length,
+            ", ".join(repr(p.id) for p in too_long[:3]),
+        )
+    if not kept:
+        raise DataError(
+            f"no prompts left: all {len(too_long)} are longer than max_prompt_length="
+            f"{max_prompt_length} tokens; raise it or check the data"
+        )
+    dropped = dict(prompts.dropped)
+    if too_long:
+        dropped["too_long"] = len(too_long)
+    return PromptSet(tuple(kept), dropped)
+
+
+class PromptStream:
+    """An endless, seeded order of prompts: one permutation per epoch, resumable.
+
+    Args:
+        prompts: what to draw from.
+        seed: of the order.
+    """
+
+    def __init__(self, prompts: PromptSet, seed: int) -> None:
+        self.prompts = prompts.prompts
+        self.seed = seed
+        self.epoch = 0
+        self.cursor = 0
+        self._fingerprint = prompts.fingerprint
+        self._order = self._permutation()
+
+    def next(self, count: int) -> list[Prompt]:
+        """The next ``count`` prompts; no prompt comes twice before all came once."""
+        batch: list[Prompt] = []
+        while len(batch) < count:
+            if self.cursor == len(self.prompts):
+                self.epoch, self.cursor = self.epoch + 1, 0
+                self._order = self._permutation()
+            batch.append(self.prompts[self._order[self.cursor]])
+            self.cursor += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "cursor": self.cursor,
+            "seed": self.seed,
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where a run stopped.
+
+        Raises:
+            DataError: the data or the seed are not those of that run.
+        """
+        for name, current in (("fingerprint", self._fingerprint), ("seed", self.seed)):
+            if state[name] != current:
+                raise DataError(
+                    f"the checkpoint was written with other training data ({name} {state[name]} "
+                    f"then, {current} now); resume with the same data and seed, or start a new run"
+                )
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+        self._order = self._permutation()
+
+    def _permutation(self) -> np.ndarray:
+        return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.prompts))
+
+
+def _check(row: Any, default_id: str) -> tuple[str | None, Prompt | None]:
+    """A prompt, or what is wrong with the row."""
+    if isinstance(row, str):
+        return row, None
+    if not isinstance(row, Mapping):
+        return "not a JSON object", None
+    content = row.get("messages") if row.get("messages") is not None else row.get("prompt")
+    if content is None:
+        return f"neither 'prompt' nor 'messages' (columns: {sorted(map(str, row))})", None
+    if isinstance(content, str):
+        content = [{"role": "user", "content": content}]
+    if not isinstance(content, (list, tuple)) or not content:
+        return "'messages' is not a non-empty list", None
+    for message in content:
+        if not isinstance(message, Mapping) or "role" not in message:
+            return "a message without 'role'", None
+    last = content[-1]
+    if last["role"] == "assistant":
+        return "the last message is the assistant's; the student is to write that one", None
+    if last["role"] == "user" and not str(last.get("content") or "").strip():
+        return "empty prompt", None
+    return None, Prompt(
+        id=str(row.get("id") if row.get("id") is not None else default_id),
+        messages=tuple(_plain(message) for message in content),
+        tools=tuple(_tools(row.get("tools"))),
+        key=str(row.get("data_source") or ""),
+        answer=row.get("answer"),
+        extra={k: v for k, v in row.items() if k not in KNOWN_COLUMNS},
+    )
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Parquet fills absent fields of a struct with None; templates must not see them."""
+    return {k: v for k, v in message.items() if v is not None}
+
+
+def _tools(tools: Any) -> Iterable[Mapping[str, Any]]:
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    return tools or ()
+
+
+def _rows(path: str) -> Iterator[tuple[int, Any]]:
+    """(row number from 1, row) of a file; a row that cannot be decoded comes as its error text."""
+    file = Path(path).expanduser()
+    if file.suffix in (".jsonl", ".ndjson") and file.is_file():
+        yield from _jsonl(file)
+    elif file.suffix == ".json" and file.is_file():
+        yield from enumerate(json.loads(file.read_text("utf-8")), start=1)
+    elif file.suffix == ".parquet" and file.is_file():
+        import pyarrow.parquet as parquet
+
+        yield from enumerate(parquet.read_table(file).to_pylist(), start=1)
+    elif file.is_dir():
+        import datasets
+
+        yield from enumerate(datasets.load_from_disk(str(file)), start=1)
+    elif ":" in path and not file.suffix:
+        import datasets
+
+        name, _, split = path.rpartition(":")
+        yield from enumerate(datasets.load_dataset(name, split=split), start=1)
+    else:
+        raise DataError(
+            f"data file {path!r} does not exist or is none of .jsonl, .json, .parquet, a folder "
+            "written by datasets.save_to_disk, or a hub data set as 'name:split'"
+        )
+
+
+def _jsonl(file: Path) -> Iterator[tuple[int, Any]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                yield number, "not UTF-8"
+            except json.JSONDecodeError as error:
+                yield number, f"not JSON ({error.msg} at column {error.colno})"
