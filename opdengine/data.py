@@ -121,6 +121,10 @@ def drop_long(
     return PromptSet(tuple(kept), dropped)
 
 
+class _Undecodable(str):
+    """Stands in for a row that could not be read; says why."""
+
+
 class PromptStream:
     """An endless, seeded order of prompts: one permutation per epoch, resumable.
 
@@ -177,8 +181,8 @@ class PromptStream:
 
 def _check(row: Any, default_id: str) -> tuple[str | None, Prompt | None]:
     """A prompt, or what is wrong with the row."""
-    if isinstance(row, str):
-        return row, None
+    if isinstance(row, _Undecodable):
+        return str(row), None
     if not isinstance(row, Mapping):
         return "not a JSON object", None
     content = row.get("messages") if row.get("messages") is not None else row.get("prompt")
@@ -218,7 +222,7 @@ def _tools(tools: Any) -> Iterable[Mapping[str, Any]]:
 
 
 def _rows(path: str) -> Iterator[tuple[int, Any]]:
-    """(row number from 1, row) of a file; a row that cannot be decoded comes as its error text."""
+    """(row number from 1, row) of a file; what cannot be decoded comes as :class:`_Undecodable`."""
     file = Path(path).expanduser()
     if file.suffix in (".jsonl", ".ndjson") and file.is_file():
         yield from _jsonl(file)
@@ -252,6 +256,6 @@ def _jsonl(file: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line.decode("utf-8"))
             except UnicodeDecodeError:
-                yield number, "not UTF-8"
+                yield number, _Undecodable("not UTF-8")
             except json.JSONDecodeError as error:
-                yield number, f"not JSON ({error.msg} at column {error.colno})"
+                yield number, _Undecodable(f"not JSON ({error.msg} at column {error.colno})")

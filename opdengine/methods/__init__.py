@@ -1,0 +1,29 @@
+"""The methods by name. Each is one small file: a function from configuration to recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from opdengine.config import ConfigError, TrainConfig
+from opdengine.methods.mad_opd import mad_opd
+from opdengine.methods.mt_seqkd import mt_seqkd
+from opdengine.methods.opd import mt_opd, opd
+from opdengine.recipe import Recipe
+
+METHODS: dict[str, Callable[[TrainConfig], Recipe]] = {
+    "opd": opd,
+    "mt_opd": mt_opd,
+    "mt_seqkd": mt_seqkd,
+    "mad_opd": mad_opd,
+}
+
+
+def build_recipe(config: TrainConfig) -> Recipe:
+    """The recipe of ``config.method``; checks its settings without loading anything.
+
+    Raises:
+        ConfigError: the method is unknown or its settings do not fit it.
+    """
+    if config.method not in METHODS:
+        raise ConfigError(f"method={config.method!r} is unknown; choose one of {sorted(METHODS)}")
+    return METHODS[config.method](config)

@@ -1,0 +1,138 @@
+"""MAD-OPD: multi-agent-debate on-policy distillation (arXiv 2605.01347).
+
+K teachers debate the state for R rounds (section 4.1). Each then judges the student's own tokens
+under prompt + transcript, which the student never sees (equation 8), weighted by the confidences of
+the last round (equation 7): sum_k w_k D(p_Tk(. | s, H, y_<t), p_S(. | s, y_<t)).
+
+``debate.use_transcript: false`` with ``debate.rounds: 1`` is the ablation that keeps the first-turn
+confidences as weights and drops the transcript.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from opdengine.config import ConfigError, DebateConfig, TrainConfig, by_key
+from opdengine.debate import Debate, Debater
+from opdengine.debate_prompts import DebatePrompts, debate_prompts
+from opdengine.methods.opd import need_teachers
+from opdengine.recipe import Annotations, Note, Recipe, distill, route
+from opdengine.teachers import Teacher
+from opdengine.types import Rollout, SamplingParams, TeacherContext
+
+
+class DebateContexts:
+    """Debates every state, then puts the transcript into the teachers' contexts."""
+
+    def __init__(self, config: DebateConfig, cache_dir: Path | None) -> None:
+        self.config = config
+        self._families: dict[str, DebatePrompts] = {}
+        self.debater = Debater(
+            rounds=config.rounds,
+            params=SamplingParams(
+                max_tokens=config.max_tokens,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+                repetition_penalty=config.repetition_penalty,
+                seed=config.seed,
+            ),
+            prompts_for=self.prompts_for,
+            ask_confidence=config.use_confidence,
+            cache_dir=cache_dir,
+        )
+
+    def prompts_for(self, key: str) -> DebatePrompts:
+        """The prompt family for a routing key."""
+        if key not in self._families:
+            spec = self.config.prompts
+            if isinstance(spec, Mapping) and "first" not in spec:
+                spec = by_key(spec, key, "debate.prompts")
+            self._families[key] = debate_prompts(spec)
+        return self._families[key]
+
+    async def annotate(
+        self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]
+    ) -> Annotations:
+        experts = [route(teachers, r.prompt.key) for r in rollouts]
+        generated, cached = self.debater.generated, self.debater.cached
+        debates = await self.debater.debate([r.prompt for r in rollouts], experts)
+        notes = [
+            self.note(rollout, debate, routed)
+            for rollout, debate, routed in zip(rollouts, debates, experts, strict=True)
+        ]
+        metrics = debate_metrics(debates, self.config.tau)
+        metrics["debate/generated"] = self.debater.generated - generated
+        metrics["debate/cached"] = self.debater.cached - cached
+        records = [
+            {"prompt_id": r.prompt.id, "teachers": d.teachers, "rounds": d.rounds,
+             "confidences": d.confidences, "weights": d.weights(self.config.tau).tolist(),
+             "problems": d.problems, "failed": d.failed}
+            for r, d in zip(rollouts, debates, strict=True)
+        ]  # fmt: skip
+        return Annotations(notes, metrics, records)
+
+    def note(self, rollout: Rollout, debate: Debate, teachers: Sequence[Teacher]) -> Note:
+        """Contexts and weights for one rollout."""
+        if debate.failed:
+            return Note(drop=debate.failed)
+        prompt, family = rollout.prompt, self.prompts_for(rollout.prompt.key)
+        contexts = []
+        for k, teacher in enumerate(teachers):
+            messages = prompt.messages
+            if self.config.use_transcript:
+                messages = tuple(family.score_messages(prompt.messages, k, debate.rounds))
+            prefix = teacher.encode(messages, prompt.tools)
+            contexts.append(TeacherContext.replace_prompt(rollout, teacher.name, prefix))
+        return Note(contexts=tuple(contexts), mix=debate.weights(self.config.tau))
+
+
+def debate_metrics(debates: Sequence[Debate], tau: float) -> dict[str, float]:
+    """Problems by reason, mean confidence and weight per teacher, entropy of the weights (nats)."""
+    problems: Counter[str] = Counter()
+    confidences: dict[str, list[float]] = {}
+    weights: dict[str, list[float]] = {}
+    entropies = []
+    for debate in debates:
+        problems.update(debate.problems)
+        if debate.failed:
+            continue
+        mix = debate.weights(tau).astype(np.float64)
+        entropies.append(float(-(mix * np.log(np.maximum(mix, 1e-30))).sum()))
+        for name, stated, weight in zip(debate.teachers, debate.confidences, mix, strict=True):
+            weights.setdefault(name, []).append(float(weight))
+            if stated is not None:
+                confidences.setdefault(name, []).append(stated)
+    metrics = {f"debate/{reason}": float(count) for reason, count in problems.items()}
+    metrics["debate/parse_failures"] = float(problems["missing_confidence"])
+    metrics["debate/failed"] = float(sum(bool(d.failed) for d in debates))
+    if entropies:
+        metrics["debate/weight_entropy"] = float(np.mean(entropies))
+    for name, values in confidences.items():
+        metrics[f"debate/confidence/{name}"] = float(np.mean(values))
+    for name, values in weights.items():
+        metrics[f"teacher_weight/{name}"] = float(np.mean(values))
+    return metrics
+
+
+def mad_opd(config: TrainConfig) -> Recipe:
+    """Debate among K >= 2 teachers, transcript in the teachers' contexts, confidence weights."""
+    need_teachers(config, 2)
+    debate = config.debate
+    if not debate.use_transcript and not debate.use_confidence:
+        raise ConfigError(
+            "debate.use_transcript and debate.use_confidence are both off, so the debate would be "
+            "generated and not used; turn one on or use method 'mt_opd'"
+        )
+    cache = Path(debate.cache_dir or Path(config.output_dir) / "debate_cache")
+    annotator = DebateContexts(debate, cache)
+    if not isinstance(debate.prompts, Mapping) or "first" in debate.prompts:
+        annotator.prompts_for("")  # a bad family is an error now, not at the first debate
+    else:
+        for key in debate.prompts:
+            annotator.prompts_for(key)
+    return Recipe("mad_opd", annotator, (distill,), teachers_per_prompt=2)

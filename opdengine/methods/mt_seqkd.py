@@ -1,0 +1,107 @@
+"""MT-SeqKD: sequence-level distillation from several teachers (Kim & Rush, arXiv 1606.07947).
+
+The off-policy baseline of MAD-OPD (arXiv 2605.01347, section 5): teachers write answers, the student
+is trained on them by cross-entropy. Each prompt is answered by one teacher, drawn in proportion to
+the teachers' weights (the paper mixes 7 : 3, strong : weak).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from opdengine.config import TrainConfig
+from opdengine.methods.opd import need_teachers
+from opdengine.recipe import Annotations, Note, Recipe, route
+from opdengine.teachers import Teacher
+from opdengine.types import Prompt, Request, Rollout, SamplingParams, TokenSignal, Turn
+
+
+class TeacherAnswers:
+    """Lets teachers write the training sequences; an answer is written once per prompt."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self._answers: dict[str, Turn] = {}
+
+    async def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        teachers: Sequence[Teacher],
+        encode: Callable[[Prompt], list[int]],
+    ) -> tuple[list[Rollout], Mapping[str, float]]:
+        missing = {p.id: p for p in prompts if p.id not in self._answers}
+        queues: dict[str, tuple[Teacher, list[Prompt]]] = {}
+        for prompt in missing.values():
+            teacher = self.author(prompt, route(teachers, prompt.key))
+            queues.setdefault(teacher.name, (teacher, []))[1].append(prompt)
+        await asyncio.gather(*(self._write(t, queue) for t, queue in queues.values()))
+        rollouts = [
+            Rollout(
+                id=f"{i}",
+                prompt=p,
+                turns=(Turn("prompt", np.array(encode(p))), self._answers[p.id]),
+                text=self._answers[p.id].feedback or "",
+            )
+            for i, p in enumerate(prompts)
+        ]
+        return rollouts, {f"seqkd/written/{name}": float(len(q)) for name, (_, q) in queues.items()}
+
+    def author(self, prompt: Prompt, teachers: Sequence[Teacher]) -> Teacher:
+        """The teacher that answers this prompt: fixed by the prompt's id and the seed."""
+        digest = hashlib.sha256(f"{self.params.seed}:{prompt.id}".encode()).digest()
+        point = int.from_bytes(digest[:8], "big") / 2**64 * sum(t.weight for t in teachers)
+        for teacher in teachers:
+            point -= teacher.weight
+            if point < 0:
+                return teacher
+        return teachers[-1]
+
+    async def _write(self, teacher: Teacher, prompts: Sequence[Prompt]) -> None:
+        requests = [
+            Request(p.id, tuple(teacher.encode(p.messages, p.tools)), seed=i)
+            for i, p in enumerate(prompts)
+        ]
+        for prompt, answer in zip(
+            prompts, await teacher.generate(requests, self.params), strict=True
+        ):
+            self._answers[prompt.id] = Turn(
+                "assistant", answer.token_ids, trains=True, feedback=answer.text
+            )
+
+
+class NoTeacher:
+    """No teacher judges; the sequences themselves are the signal."""
+
+    async def annotate(
+        self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]
+    ) -> Annotations:
+        return Annotations([Note() for _ in rollouts])
+
+
+def cross_entropy(rollouts: Sequence[Rollout], notes: Sequence[Note]) -> list[TokenSignal]:
+    """Advantage 1 on every target: maximum likelihood of the teacher's answer."""
+    return [
+        TokenSignal(
+            kl_weight=np.zeros(len(r.targets), dtype=np.float32),
+            advantage=np.ones(len(r.targets), dtype=np.float32),
+        )
+        for r in rollouts
+    ]
+
+
+def mt_seqkd(config: TrainConfig) -> Recipe:
+    """Supervised training on answers written by the teachers."""
+    need_teachers(config, 1)
+    params = SamplingParams(
+        max_tokens=config.max_completion_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        repetition_penalty=config.repetition_penalty,
+        seed=config.seed,
+    )
+    return Recipe("mt_seqkd", NoTeacher(), (cross_entropy,), TeacherAnswers(params))

@@ -1,0 +1,70 @@
+"""On-policy distillation from one teacher (OPD) or from several with fixed weights (MT-OPD).
+
+Teachers judge the student's own tokens under the plain prompt. OPD: Agarwal et al.,
+arXiv 2306.13649. MT-OPD: the baseline of MAD-OPD, arXiv 2605.01347, section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from opdengine.config import ConfigError, TrainConfig
+from opdengine.recipe import Annotations, Note, Recipe, distill, route
+from opdengine.teachers import Teacher
+from opdengine.types import Rollout, TeacherContext
+
+
+class PlainContexts:
+    """Every routed teacher reads the prompt in its own chat template, weighted by ``weight``."""
+
+    async def annotate(
+        self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]
+    ) -> Annotations:
+        return Annotations([plain_note(r, route(teachers, r.prompt.key)) for r in rollouts])
+
+
+def plain_note(rollout: Rollout, teachers: Sequence[Teacher]) -> Note:
+    """The rollout under the plain prompt of every teacher, fixed relative weights."""
+    contexts = tuple(
+        TeacherContext.replace_prompt(
+            rollout, t.name, t.encode(rollout.prompt.messages, rollout.prompt.tools)
+        )
+        for t in teachers
+    )
+    weights = np.array([t.weight for t in teachers], dtype=np.float32)
+    return Note(contexts=contexts, mix=weights / weights.sum())
+
+
+def opd(config: TrainConfig) -> Recipe:
+    """One teacher per prompt: a single teacher, or several routed by key."""
+    need_teachers(config, 1)
+    shared = [t.name for t in config.teachers if not t.key]
+    if len(config.teachers) > 1 and shared:
+        raise ConfigError(
+            f"method 'opd' uses one teacher per prompt, but {shared} have no routing key beside "
+            "other teachers; give every teacher a key, keep one teacher, or use 'mt_opd'"
+        )
+    return Recipe("opd", PlainContexts(), (distill,))
+
+
+def mt_opd(config: TrainConfig) -> Recipe:
+    """K teachers, sum of their divergences with fixed weights."""
+    need_teachers(config, 2)
+    return Recipe("mt_opd", PlainContexts(), (distill,))
+
+
+def need_teachers(config: TrainConfig, count: int) -> None:
+    """Raise ConfigError unless enough teachers with usable weights are configured."""
+    if len(config.teachers) < count:
+        raise ConfigError(
+            f"method {config.method!r} needs at least {count} teacher(s), "
+            f"{len(config.teachers)} given; add them under 'teachers'"
+        )
+    for teacher in config.teachers:
+        if not teacher.weight > 0:
+            raise ConfigError(
+                f"teacher {teacher.name!r} has weight {teacher.weight}; it must be positive (leave "
+                "a teacher out to switch it off)"
+            )

@@ -1,0 +1,417 @@
+"""The engine process behind :class:`opdengine.rollout.vllm.VLLMSampler`, and the file of weights.
+
+vLLM replaces torch functions, reseeds the global generator and creates a process group wherever it
+runs, so it gets a process of its own. The process answers one request at a time over a pipe and
+leaves when its parent does. :func:`write_policy` (trainer) and :class:`PolicyLoader` (engine) are
+the two ends of the weight file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+PROBE_TOKENS = 16
+MIN_CPU_KV_BYTES, MAX_CPU_KV_BYTES = 64 << 20, 2 << 30
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What the engine says of itself once it has started.
+
+    Args:
+        is_cpu: whether this is a CPU build of vLLM.
+        window: most tokens of prompt and completion together.
+        vocabulary: number of rows of the embedding.
+        shapes: name -> shape of the model's whole ``state_dict``, in its order.
+        tied: name -> name of the weight that it shares its storage with.
+    """
+
+    is_cpu: bool
+    window: int
+    vocabulary: int
+    shapes: Mapping[str, tuple[int, ...]]
+    tied: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class StoredPolicy:
+    """One version of the weights on disk: ``names`` maps each weight to its key in the file."""
+
+    version: int
+    path: str
+    names: Mapping[str, str]
+
+
+def collect_policy(
+    weights: Iterable[tuple[str, Any]],
+    shapes: Mapping[str, tuple[int, ...]],
+    tied: Mapping[str, str],
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Check that ``weights`` are the whole model and bring them to the host, shared storage once.
+
+    A tied weight that is left out (``named_parameters()`` leaves it out) stands for its twin: the
+    engine must receive both names, or it keeps a stale copy of one.
+
+    Returns:
+        The tensors to store by key, and the key of every name in ``shapes``.
+
+    Raises:
+        ValueError: a name is unknown, repeated or missing, or a shape differs.
+    """
+    tensors: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    places: dict[tuple[Any, ...], str] = {}
+    for name, tensor in weights:
+        _check_weight(name, tuple(tensor.shape), shapes, names)
+        tensor = tensor.detach().cpu()
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        key = places.setdefault(place, name) if tensor.numel() else name
+        names[name] = key
+        if key == name:
+            tensors[name] = tensor
+    for name, twin in tied.items():
+        if name not in names and twin in names:
+            names[name] = names[twin]
+    if missing := [name for name in shapes if name not in names]:
+        raise ValueError(
+            f"the policy lacks {len(missing)} of {len(shapes)} weights, first {missing[0]!r}; "
+            "pass the model's whole state_dict (a partial update leaves the engine with undefined "
+            "rows)"
+        )
+    return tensors, names
+
+
+def _check_weight(
+    name: str,
+    shape: tuple[int, ...],
+    shapes: Mapping[str, tuple[int, ...]],
+    seen: Mapping[str, str],
+) -> None:
+    if name not in shapes:
+        near = difflib.get_close_matches(name, shapes, n=1, cutoff=0)
+        raise ValueError(
+            f"the engine's model has no weight {name!r} (nearest: {near[0] if near else None!r}); "
+            "pass the names of the Hugging Face state_dict, without the prefixes of wrappers "
+            "('module.', '_orig_mod.', 'base_model.model.')"
+        )
+    if shape != tuple(shapes[name]):
+        raise ValueError(
+            f"weight {name!r} has shape {shape}, the engine's model {tuple(shapes[name])}; sampler "
+            "and trainer must be built from the same model"
+        )
+    if name in seen:
+        raise ValueError(f"weight {name!r} was given twice")
+
+
+def write_policy(
+    version: int, tensors: Mapping[str, Any], names: Mapping[str, str], path: str
+) -> StoredPolicy:
+    """Write the result of :func:`collect_policy` to ``path`` (safetensors)."""
+    from safetensors.torch import save_file
+
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    return StoredPolicy(version, path, dict(names))
+
+
+class PolicyLoader:
+    """Mixed into vLLM's workers (``worker_extension_cls``): replaces the model's weights in place."""
+
+    def load_policy_file(self: Any, path: str | None, names: Mapping[str, str]) -> None:
+        """Load a file of :func:`write_policy`, or the model's own checkpoint when path is None."""
+        if path is None:
+            from vllm.model_executor.model_loader import get_model_loader
+
+            loader: Any = get_model_loader(self.vllm_config.load_config)
+            model_config = self.vllm_config.model_config
+            weights = loader.get_all_weights(model_config, self.model_runner.get_model())
+        else:
+            weights = _read_policy(path, names)
+        self.reload_weights(weights_iterator=weights)
+
+
+def _read_policy(path: str, names: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        for name, key in names.items():
+            yield name, file.get_tensor(key)
+
+
+class Cancelled(Exception):
+    """The parent does not want the answer any more."""
+
+
+class Engine:
+    """vLLM in this process.
+
+    Args:
+        config: arguments of :class:`~opdengine.rollout.vllm.VLLMSampler`, by name.
+        connection: looked at between engine steps for a cancellation.
+    """
+
+    def __init__(self, config: Mapping[str, Any], connection: Connection) -> None:
+        from vllm.platforms import current_platform
+
+        self.is_cpu = current_platform.is_cpu()
+        if self.is_cpu:
+            _disable_dynamo()
+        from vllm import LLM
+
+        self.connection = connection
+        self.version = 0
+        self.asleep = False
+        eager = config["enforce_eager"]
+        kv_bytes = config["kv_cache_memory_bytes"]
+        if self.is_cpu and kv_bytes is None:
+            kv_bytes = _cpu_kv_bytes(config)
+        self.llm = LLM(
+            model=config["model"],
+            dtype=config["dtype"],
+            seed=config["seed"],
+            max_model_len=config["max_model_len"],
+            max_num_seqs=config["max_num_seqs"],
+            gpu_memory_utilization=config["gpu_memory_utilization"],
+            tensor_parallel_size=config["tensor_parallel_size"],
+            trust_remote_code=config["trust_remote_code"],
+            kv_cache_memory_bytes=kv_bytes,
+            enforce_eager=self.is_cpu if eager is None else eager,
+            enable_sleep_mode=config["enable_sleep_mode"] and not self.is_cpu,
+            logprobs_mode="processed_logprobs",
+            worker_extension_cls=f"{PolicyLoader.__module__}.{PolicyLoader.__qualname__}",
+        )
+        self.tokenizer = self.llm.get_tokenizer()
+        self.model_config = self.llm.llm_engine.model_config
+        shapes, tied = _model_weights(config["model"], config["trust_remote_code"])
+        self.info = EngineInfo(
+            is_cpu=self.is_cpu,
+            window=self.model_config.max_model_len,
+            vocabulary=self.model_config.get_vocab_size(),
+            shapes=shapes,
+            tied=tied,
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        seeds: Sequence[Sequence[int]],
+        sampling: Mapping[str, Any],
+    ) -> tuple[int, list[tuple[np.ndarray, np.ndarray, str, str]]]:
+        """Sample once per (prompt, seed), prompts outermost.
+
+        Every sample is a request of its own: vLLM seeds child i of one request with seed + i, which
+        would make neighbouring seeds share samples.
+
+        Returns:
+            The version of the weights and one (token ids, log-probs, reason, text) per sample.
+        """
+        from vllm import SamplingParams
+
+        inputs, parameters = [], []
+        for ids, row in zip(prompts, seeds, strict=True):
+            prompt = {"prompt_token_ids": ids.tolist()}
+            for seed in row:
+                inputs.append(prompt)
+                parameters.append(
+                    SamplingParams(
+                        seed=seed,
+                        logprobs=0,
+                        flat_logprobs=True,
+                        # Stop strings may be special tokens; the text is decoded at the end.
+                        detokenize=bool(sampling["stop"]),
+                        skip_special_tokens=False,
+                        **sampling,
+                    )
+                )
+        outputs = [output.outputs[0] for output in self._run(inputs, parameters)]
+        texts = self.tokenizer.batch_decode(
+            [list(output.token_ids) for output in outputs], skip_special_tokens=True
+        )
+        return self.version, [
+            (
+                np.array(output.token_ids, dtype=np.int64),
+                np.array(output.logprobs.logprobs, dtype=np.float32),
+                str(output.finish_reason),
+                text,
+            )
+            for output, text in zip(outputs, texts, strict=True)
+        ]
+
+    def _run(self, inputs: list[Any], parameters: list[Any]) -> list[Any]:
+        """All outputs in order; whatever ends this early leaves no request behind."""
+        engine = self.llm.llm_engine
+        finished: list[Any] = []
+        try:
+            self.llm.enqueue(inputs, parameters, use_tqdm=False)
+            while engine.has_unfinished_requests():
+                finished += [output for output in engine.step() if output.finished]
+                if self.connection.poll():
+                    self.connection.recv()
+                    raise Cancelled
+        except BaseException:
+            left = list(engine.output_processor.request_states)
+            engine.abort_request(left, internal=True)
+            raise
+        return sorted(finished, key=lambda output: int(output.request_id))
+
+    def load(self, policy: StoredPolicy) -> None:
+        """Replace the weights and forget everything computed with the old ones."""
+        if self.asleep:
+            self.llm.wake_up(tags=["weights"])
+        self._load_file(policy.path, policy.names)
+        self.version = policy.version
+
+    def _load_file(self, path: str | None, names: Mapping[str, str]) -> None:
+        self.llm.collective_rpc("load_policy_file", args=(path, dict(names)))
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM refused to reset its prefix cache after a weight update")
+
+    def dry_sync(self) -> None:
+        """Reload the checkpoint as an update would be and see that no log-prob changes."""
+        before = self._probe()
+        self._load_file(None, {})
+        gap = float(np.abs(self._probe() - before).max())
+        bound = 1e-3 if str(self.model_config.dtype) == "torch.float32" else 0.1
+        if not gap <= bound:
+            raise RuntimeError(
+                f"reloading its own checkpoint changed the engine's log-probs by {gap:.3g} nats "
+                f"(bound {bound}); this architecture or quantisation cannot be updated in place"
+            )
+
+    def _probe(self) -> np.ndarray:
+        from vllm import SamplingParams
+
+        count = min(PROBE_TOKENS, self.info.window - 1)
+        ids = [(7919 * i + 1) % self.info.vocabulary for i in range(count)]
+        parameters = SamplingParams(
+            max_tokens=1, temperature=0, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
+        (output,) = self._run([{"prompt_token_ids": ids}], [parameters])
+        return np.array(output.prompt_logprobs.logprobs)
+
+    def sleep(self) -> None:
+        """Level 1: weights to host memory, KV cache dropped."""
+        if not self.is_cpu and not self.asleep:
+            self.llm.sleep(level=1)
+            self.asleep = True
+
+    def wake(self) -> None:
+        """Undo :meth:`sleep`; after a :meth:`load` only the KV cache is still to come back."""
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
+
+    def shutdown(self) -> None:
+        """Stop vLLM's own workers, if it has any."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def _disable_dynamo() -> None:
+    """On CPU vLLM compiles the rank of a token with g++ even in eager mode: 15 s, or a failure."""
+    import torch._dynamo
+
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    torch._dynamo.config.disable = True
+
+
+def _cpu_kv_bytes(config: Mapping[str, Any]) -> int:
+    """KV cache for every sequence at full length, within bounds; vLLM's own default is 92 % of RAM."""
+    from transformers import AutoConfig
+
+    hf = AutoConfig.from_pretrained(
+        config["model"], trust_remote_code=config["trust_remote_code"]
+    ).get_text_config()
+    heads = getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
+    width = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    window = config["max_model_len"] or hf.max_position_embeddings
+    sequence = 2 * hf.num_hidden_layers * heads * width * 4 * window
+    wanted = min(sequence * config["max_num_seqs"], MAX_CPU_KV_BYTES)
+    return max(wanted, sequence, MIN_CPU_KV_BYTES)
+
+
+def _model_weights(
+    model: str, trust_remote_code: bool
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Names and shapes of the ``state_dict``, and which names share storage; allocates nothing."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    empty.tie_weights()
+    shapes: dict[str, tuple[int, ...]] = {}
+    tied: dict[str, str] = {}
+    owner: dict[int, str] = {}
+    for name, tensor in empty.state_dict(keep_vars=True).items():
+        shapes[name] = tuple(tensor.shape)
+        first = owner.setdefault(id(tensor), name)
+        if first != name:
+            tied[name] = first
+    return shapes, tied
+
+
+def _leave_with_parent(parent: int, folders: Sequence[str]) -> None:
+    """Watch for the parent's death; a generation in flight would otherwise outlive it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+def _answer(engine: Engine, operation: str, payload: Mapping[str, Any]) -> tuple[str, Any]:
+    from vllm.exceptions import VLLMClientError
+
+    try:
+        return "ok", getattr(engine, operation)(**payload)
+    except Cancelled:
+        return "cancelled", None
+    except (VLLMClientError, ValueError) as error:
+        return "invalid", str(error)
+    except Exception as error:
+        traceback.print_exc()
+        return "failed", f"{type(error).__name__}: {error}"
+
+
+def main() -> None:
+    """``python -m opdengine.rollout.vllm_worker DESCRIPTOR PARENT_PID``."""
+    connection = Connection(int(sys.argv[1]))
+    config = connection.recv()
+    threading.Thread(
+        target=_leave_with_parent, args=(int(sys.argv[2]), config["folders"]), daemon=True
+    ).start()
+    try:
+        engine = Engine(config, connection)
+        if config["dry_sync"]:
+            engine.dry_sync()
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(("failed", f"{type(error).__name__}: {error}"))
+        return
+    connection.send(("ok", engine.info))
+    while True:
+        try:
+            operation, payload = connection.recv()
+            if operation != "cancel":
+                connection.send(_answer(engine, operation, payload))
+        except (EOFError, OSError):
+            break
+    engine.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

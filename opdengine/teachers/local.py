@@ -1,0 +1,108 @@
+"""A teacher in this process: its backbone scores, its head goes into the fused loss."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opdengine.backbone import Backbone, Head, load_model
+from opdengine.chat import encode_chat, load_tokenizer
+from opdengine.config import TeacherConfig
+from opdengine.rollout.transformers import TransformersSampler
+from opdengine.types import Completion, Message, Request, SamplingParams, TeacherContext
+
+
+class LocalTeacher:
+    """A Hugging Face model as a frozen teacher.
+
+    Args:
+        config: what to load.
+        device: where it lives.
+        attn_implementation: see :func:`opdengine.backbone.load_model`.
+        trust_remote_code: run code that comes with the model.
+        max_tokens: token budget of one scoring or generation batch.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        *,
+        device: torch.device | str = "cpu",
+        attn_implementation: str = "auto",
+        trust_remote_code: bool = False,
+        max_tokens: int = 16384,
+        tokenizer: Any = None,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer or load_tokenizer(
+            config.model, trust_remote_code=trust_remote_code, chat_template=config.chat_template
+        )
+        model = load_model(
+            config.model,
+            dtype=config.dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            device=device,
+        )
+        model.requires_grad_(False).eval()
+        self.backbone = Backbone(model, name=f"teacher {config.name!r}", max_tokens=max_tokens)
+        self._writer = TransformersSampler(model, self.tokenizer, max_batch_tokens=4 * max_tokens)
+        self.fingerprint = model_fingerprint(config.model, model)
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self.config.key)
+
+    @property
+    def weight(self) -> float:
+        return self.config.weight
+
+    @property
+    def window(self) -> int | None:
+        return self.backbone.window
+
+    @property
+    def head(self) -> Head:
+        return self.backbone.head
+
+    def encode(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        return encode_chat(self.tokenizer, messages, tools, self.config.chat_template_kwargs)
+
+    async def generate(
+        self, requests: Sequence[Request], params: SamplingParams
+    ) -> list[Completion]:
+        return [completions[0] for completions in self._writer.generate(requests, params)]
+
+    async def score(self, contexts: Sequence[TeacherContext]) -> list[torch.Tensor]:
+        return self.backbone.score(
+            [c.token_ids for c in contexts], [c.target_positions for c in contexts]
+        )
+
+
+def model_fingerprint(path: str, model: Any) -> str:
+    """Identifies a model's weights without reading all of them.
+
+    Hashes the configuration and, for local folders, name, size and ends of every weight file.
+    """
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        digest.update(path.encode())
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as data:
+            digest.update(data.read(1 << 16))
+            data.seek(max(0, size - (1 << 16)))
+            digest.update(data.read())
+    return digest.hexdigest()[:16]
