@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -62,8 +63,8 @@ class TeacherAnswers:
 
     async def _write(self, teacher: Teacher, prompts: Sequence[Prompt]) -> None:
         requests = [
-            Request(p.id, tuple(teacher.encode(p.messages, p.tools)), seed=i)
-            for i, p in enumerate(prompts)
+            Request(p.id, tuple(teacher.encode(p.messages, p.tools)), seed=zlib.crc32(p.id.encode()))
+            for p in prompts
         ]
         for prompt, answer in zip(
             prompts, await teacher.generate(requests, self.params), strict=True

@@ -1,26 +1,26 @@
-"""The engine process behind :class:`opdengine.rollout.vllm.VLLMSampler`, and the file of weights.
+"""The engine process behind :class:`opdengine.rollout.vllm.VLLMSampler`.
 
 vLLM replaces torch functions, reseeds the global generator and creates a process group wherever it
 runs, so it gets a process of its own. The process answers one request at a time over a pipe and
-leaves when its parent does. :func:`write_policy` (trainer) and :class:`PolicyLoader` (engine) are
-the two ends of the weight file.
+leaves when its parent does.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import shutil
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+
+from opdengine.rollout.policy_file import StoredPolicy, read_policy
 
 PROBE_TOKENS = 16
 MIN_CPU_KV_BYTES, MAX_CPU_KV_BYTES = 64 << 20, 2 << 30
@@ -45,91 +45,11 @@ class EngineInfo:
     tied: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class StoredPolicy:
-    """One version of the weights on disk: ``names`` maps each weight to its key in the file."""
-
-    version: int
-    path: str
-    names: Mapping[str, str]
-
-
-def collect_policy(
-    weights: Iterable[tuple[str, Any]],
-    shapes: Mapping[str, tuple[int, ...]],
-    tied: Mapping[str, str],
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Check that ``weights`` are the whole model and bring them to the host, shared storage once.
-
-    A tied weight that is left out (``named_parameters()`` leaves it out) stands for its twin: the
-    engine must receive both names, or it keeps a stale copy of one.
-
-    Returns:
-        The tensors to store by key, and the key of every name in ``shapes``.
-
-    Raises:
-        ValueError: a name is unknown, repeated or missing, or a shape differs.
-    """
-    tensors: dict[str, Any] = {}
-    names: dict[str, str] = {}
-    places: dict[tuple[Any, ...], str] = {}
-    for name, tensor in weights:
-        _check_weight(name, tuple(tensor.shape), shapes, names)
-        tensor = tensor.detach().cpu()
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        key = places.setdefault(place, name) if tensor.numel() else name
-        names[name] = key
-        if key == name:
-            tensors[name] = tensor
-    for name, twin in tied.items():
-        if name not in names and twin in names:
-            names[name] = names[twin]
-    if missing := [name for name in shapes if name not in names]:
-        raise ValueError(
-            f"the policy lacks {len(missing)} of {len(shapes)} weights, first {missing[0]!r}; "
-            "pass the model's whole state_dict (a partial update leaves the engine with undefined "
-            "rows)"
-        )
-    return tensors, names
-
-
-def _check_weight(
-    name: str,
-    shape: tuple[int, ...],
-    shapes: Mapping[str, tuple[int, ...]],
-    seen: Mapping[str, str],
-) -> None:
-    if name not in shapes:
-        near = difflib.get_close_matches(name, shapes, n=1, cutoff=0)
-        raise ValueError(
-            f"the engine's model has no weight {name!r} (nearest: {near[0] if near else None!r}); "
-            "pass the names of the Hugging Face state_dict, without the prefixes of wrappers "
-            "('module.', '_orig_mod.', 'base_model.model.')"
-        )
-    if shape != tuple(shapes[name]):
-        raise ValueError(
-            f"weight {name!r} has shape {shape}, the engine's model {tuple(shapes[name])}; sampler "
-            "and trainer must be built from the same model"
-        )
-    if name in seen:
-        raise ValueError(f"weight {name!r} was given twice")
-
-
-def write_policy(
-    version: int, tensors: Mapping[str, Any], names: Mapping[str, str], path: str
-) -> StoredPolicy:
-    """Write the result of :func:`collect_policy` to ``path`` (safetensors)."""
-    from safetensors.torch import save_file
-
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-    return StoredPolicy(version, path, dict(names))
-
-
 class PolicyLoader:
     """Mixed into vLLM's workers (``worker_extension_cls``): replaces the model's weights in place."""
 
     def load_policy_file(self: Any, path: str | None, names: Mapping[str, str]) -> None:
-        """Load a file of :func:`write_policy`, or the model's own checkpoint when path is None."""
+        """Load a file of :func:`~opdengine.rollout.policy_file.write_policy`, or the model's own checkpoint when path is None."""
         if path is None:
             from vllm.model_executor.model_loader import get_model_loader
 
@@ -137,16 +57,8 @@ class PolicyLoader:
             model_config = self.vllm_config.model_config
             weights = loader.get_all_weights(model_config, self.model_runner.get_model())
         else:
-            weights = _read_policy(path, names)
+            weights = read_policy(path, names)
         self.reload_weights(weights_iterator=weights)
-
-
-def _read_policy(path: str, names: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        for name, key in names.items():
-            yield name, file.get_tensor(key)
 
 
 class Cancelled(Exception):
@@ -378,15 +290,15 @@ def _answer(engine: Engine, operation: str, payload: Mapping[str, Any]) -> tuple
         return "ok", getattr(engine, operation)(**payload)
     except Cancelled:
         return "cancelled", None
-    except (VLLMClientError, ValueError) as error:
+    except VLLMClientError as error:
         return "invalid", str(error)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
         traceback.print_exc()
         return "failed", f"{type(error).__name__}: {error}"
 
 
 def main() -> None:
-    """``python -m opdengine.rollout.vllm_worker DESCRIPTOR PARENT_PID``."""
+    """Serve one parent: ``python -c "<import and call this>" DESCRIPTOR PARENT_PID``."""
     connection = Connection(int(sys.argv[1]))
     config = connection.recv()
     threading.Thread(
@@ -396,7 +308,7 @@ def main() -> None:
         engine = Engine(config, connection)
         if config["dry_sync"]:
             engine.dry_sync()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
         traceback.print_exc()
         connection.send(("failed", f"{type(error).__name__}: {error}"))
         return
@@ -404,14 +316,12 @@ def main() -> None:
     while True:
         try:
             operation, payload = connection.recv()
-            if operation != "cancel":
+            if operation == "exit":
+                break
+            if operation != "cancel":  # one that came after its answer had left
                 connection.send(_answer(engine, operation, payload))
         except (EOFError, OSError):
             break
     engine.shutdown()
     sys.stdout.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

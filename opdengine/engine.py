@@ -1,0 +1,319 @@
+"""One step of distillation, read from top to bottom in :meth:`Engine.step`."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from opdengine import probes
+from opdengine.backbone import Backbone
+from opdengine.chat import encode_chat
+from opdengine.config import TrainConfig
+from opdengine.objective import Item, Objective, Tally, make_item, normalisers
+from opdengine.packing import pack
+from opdengine.recipe import Annotations, Note, Recipe, combine
+from opdengine.rollout import Sampler
+from opdengine.teachers import Teacher
+from opdengine.types import Prompt, Request, Rollout, SamplingParams, TokenSignal, Turn
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class StepResult:
+    """What one step did."""
+
+    metrics: dict[str, float]
+    rollouts: Sequence[Rollout] = ()
+    records: Sequence[Mapping[str, object]] = ()
+
+
+@dataclass
+class Engine:
+    """Student, teachers, sampler and optimiser of one run.
+
+    Args:
+        config: of the run.
+        recipe: of the method.
+        student: the trained model.
+        tokenizer: the student's.
+        teachers: frozen.
+        sampler: holds the student's weights of :attr:`version`.
+        optimizer, scheduler: update the student.
+        vocab_size: ids of the tokenizer; heads may be wider.
+        version: optimiser steps taken.
+    """
+
+    config: TrainConfig
+    recipe: Recipe
+    student: Backbone
+    tokenizer: Any
+    teachers: Sequence[Teacher]
+    sampler: Sampler
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    vocab_size: int
+    version: int = 0
+    probed: bool = False
+    _clock: dict[str, float] = field(default_factory=dict)
+
+    async def step(self, prompts: Sequence[Prompt]) -> StepResult:
+        """One optimiser step on one batch of prompts."""
+        self._clock = {}
+        rollouts, metrics = await self.rollout(prompts)
+        notes, found = await self.annotate(rollouts)
+        metrics |= found.metrics
+        kept, signals, dropped = self.weigh(rollouts, notes)
+        items = await self.score(kept, signals, notes)
+        tally = Tally()
+        metrics |= self.update(items, tally)
+        metrics |= self.summarise(rollouts, items, tally, dropped)
+        metrics |= {f"timing/{phase}": seconds for phase, seconds in self._clock.items()}
+        return StepResult(metrics, rollouts, found.records)
+
+    # -------------------------------------------------------------------------------- phases
+
+    async def rollout(
+        self, prompts: Sequence[Prompt]
+    ) -> tuple[list[Rollout], dict[str, float]]:
+        """The sequences of this step: sampled from the student, or written by teachers."""
+        with self.timed("rollout"):
+            if self.recipe.demonstrations is not None:
+                rollouts, metrics = await self.recipe.demonstrations(
+                    prompts, self.teachers, self.encode
+                )
+                return rollouts, dict(metrics)
+            return self.sample(prompts), {}
+
+    def sample(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """``num_generations`` rollouts of the current policy for every prompt."""
+        params = self.sampling_params()
+        encoded = [self.encode(p) for p in prompts]
+        # A prompt that comes again in a later step gets new samples, and a resumed run the same.
+        requests = [
+            Request(p.id, tuple(ids), seed=_seed(self.version, place))
+            for place, (p, ids) in enumerate(zip(prompts, encoded, strict=True))
+        ]
+        rollouts = []
+        for place, (prompt, ids, completions) in enumerate(
+            zip(prompts, encoded, self.sampler.generate(requests, params), strict=True)
+        ):
+            for i, completion in enumerate(completions):
+                rollouts.append(
+                    Rollout(
+                        id=f"{place}.{i}",
+                        prompt=prompt,
+                        turns=(
+                            Turn("prompt", np.array(ids)),
+                            Turn("assistant", completion.token_ids, completion.logprobs, True),
+                        ),
+                        policy_version=self.sampler.policy_version,
+                        stop_reason=completion.stop_reason,
+                        group=str(place),
+                        text=completion.text,
+                    )
+                )
+        probes.one_version(rollouts, self.version)
+        return rollouts
+
+    async def annotate(self, rollouts: Sequence[Rollout]) -> tuple[list[Note], Annotations]:
+        """Contexts and weights of the teachers; what does not fit a teacher's window is dropped."""
+        with self.timed("debate"):
+            found = await self.recipe.annotator.annotate(rollouts, self.teachers)
+        windows = {t.name: t.window for t in self.teachers}
+        notes = []
+        for rollout, note in zip(rollouts, found.notes, strict=True):
+            for context in note.contexts:
+                context.check(rollout)
+                window = windows[context.teacher]
+                if window is not None and len(context.token_ids) > window:
+                    note = Note(drop=f"teacher_window/{context.teacher}")
+            notes.append(note)
+        return notes, found
+
+    def weigh(
+        self, rollouts: Sequence[Rollout], notes: Sequence[Note]
+    ) -> tuple[list[Rollout], dict[str, TokenSignal], Counter[str]]:
+        """Token signals of the kept rollouts; the others are counted by reason."""
+        signals = combine([weigher(rollouts, notes) for weigher in self.recipe.weighers])
+        kept, dropped = [], Counter[str]()
+        for rollout, signal in zip(rollouts, signals, strict=True):
+            if not len(rollout.targets):
+                dropped["empty"] += 1
+            elif not signal.keep:
+                dropped[signal.reason or "unknown"] += 1
+            else:
+                kept.append(rollout)
+        by_id = {r.id: s for r, s in zip(rollouts, signals, strict=True)}
+        return kept, {r.id: by_id[r.id] for r in kept}, dropped
+
+    async def score(
+        self,
+        kept: Sequence[Rollout],
+        signals: Mapping[str, TokenSignal],
+        notes: Sequence[Note],
+    ) -> list[Item]:
+        """Hidden states of every teacher for its contexts, then normalised loss items."""
+        contexts = {c.rollout_id: n.contexts for n in notes for c in n.contexts}
+        with self.timed("score"):
+            hidden: dict[tuple[str, str], torch.Tensor] = {}
+            for teacher in self.teachers:
+                queue = [
+                    c for r in kept for c in contexts.get(r.id, ()) if c.teacher == teacher.name
+                ]
+                for context, states in zip(queue, await teacher.score(queue), strict=True):
+                    hidden[context.rollout_id, teacher.name] = states
+        scales = normalisers(kept, self.config.loss_normalization)
+        items = []
+        for rollout, scale in zip(kept, scales, strict=True):
+            names = [c.teacher for c in contexts.get(rollout.id, ())]
+            states = [hidden[rollout.id, name] for name in names]
+            items.append(make_item(rollout, signals[rollout.id], names, states, scale))
+        return items
+
+    def update(self, items: Sequence[Item], tally: Tally) -> dict[str, float]:
+        """Forward, backward and one optimiser step over all micro-batches."""
+        if not items:
+            return {"skipped_steps": 1.0, "policy_version": float(self.version)}
+        objective = self.objective()
+        self.student.model.train()
+        loss_sum = 0.0
+        with self.timed("update"):
+            self.optimizer.zero_grad(set_to_none=True)
+            sequences = [item.rollout.token_ids for item in items]
+            for batch in pack(
+                sequences,
+                max_tokens=self.config.max_tokens_per_batch,
+                layout=self.student.layout,
+            ):
+                members = [items[i] for i in batch.members]
+                with self.autocast():
+                    hidden = self.student.hidden(
+                        batch, [item.rollout.target_positions for item in members]
+                    )
+                self._probe_once(hidden, members)
+                loss = objective(hidden, self.student.head, members, tally)
+                loss.backward()
+                loss_sum += loss.item()
+            metrics = self._optimizer_step(loss_sum)
+        with self.timed("sync"):
+            weights = self.student.model.state_dict().items()
+            self.sampler.load_policy(self.version, weights)
+        return metrics
+
+    def summarise(
+        self,
+        rollouts: Sequence[Rollout],
+        items: Sequence[Item],
+        tally: Tally,
+        dropped: Counter[str],
+    ) -> dict[str, float]:
+        """Metrics of the step; also the probes that need its statistics."""
+        names = [t.name for t in self.teachers]
+        probes.teachers_are_alive(tally, names, self.vocab_size)
+        metrics = tally.means("teacher_kl/") | tally.means("student_entropy")
+        if self.recipe.demonstrations is None and probes.samples_the_model(self.sampling_params()):
+            if self.config.divergence_temperature == 1.0:
+                metrics |= probes.sampler_agrees(tally, self.config.max_logprob_difference)
+        gap = tally.get("gap")
+        if len(gap):
+            metrics["gap/mean"] = float(gap.mean())
+            metrics["gap/p95"] = float(np.quantile(np.abs(gap), 0.95))
+        lengths = [len(r.targets) for r in rollouts]
+        clipped = [r.stop_reason == "length" for r in rollouts]
+        metrics["completions/mean_length"] = float(np.mean(lengths)) if lengths else 0.0
+        metrics["completions/clipped_ratio"] = float(np.mean(clipped)) if clipped else 0.0
+        metrics["completions/kept"] = float(len(items))
+        metrics |= {f"dropped/{reason}": float(count) for reason, count in dropped.items()}
+        seconds = sum(self._clock.values())
+        metrics["perf/tokens_per_second"] = sum(lengths) / seconds if seconds else 0.0
+        return metrics
+
+    # ------------------------------------------------------------------------------- helpers
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The prompt in the student's chat template."""
+        return encode_chat(
+            self.tokenizer, prompt.messages, prompt.tools, self.config.chat_template_kwargs
+        )
+
+    def sampling_params(self) -> SamplingParams:
+        """How the student is sampled in training."""
+        c = self.config
+        return SamplingParams(
+            max_tokens=c.max_completion_length,
+            temperature=c.temperature,
+            top_p=c.top_p,
+            top_k=c.top_k,
+            repetition_penalty=c.repetition_penalty,
+            n=c.num_generations,
+            seed=c.seed,
+        )
+
+    def objective(self) -> Objective:
+        """The loss with the settings of the run."""
+        c = self.config
+        return Objective(
+            heads={t.name: t.head for t in self.teachers},
+            divergence_of=c.divergence_of,
+            jsd_beta=c.jsd_beta,
+            temperature=c.divergence_temperature,
+            vocab_size=self.vocab_size,
+            impl=c.loss_impl,
+            workspace_bytes=c.workspace_bytes,
+        )
+
+    def autocast(self) -> Any:
+        """bfloat16 autocast where asked."""
+        return torch.autocast(
+            self.student.device.type, dtype=torch.bfloat16, enabled=self.config.bf16
+        )
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the wall seconds of a phase to the metrics."""
+        start = time.perf_counter()
+        yield
+        self._clock[phase] = self._clock.get(phase, 0.0) + time.perf_counter() - start
+
+    def _probe_once(self, hidden: torch.Tensor, items: Sequence[Item]) -> None:
+        if self.probed or not items[0].teachers:
+            return
+        for divergence in {self.config.divergence_of(i.rollout.prompt.key) for i in items}:
+            probes.self_distillation_is_zero(
+                hidden, self.student.head, divergence, self.vocab_size, self.config.loss_impl
+            )
+        self.probed = True
+
+    def _optimizer_step(self, loss: float) -> dict[str, float]:
+        parameters = [p for p in self.student.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm).item()
+        if not np.isfinite(loss) or not np.isfinite(norm):
+            raise FloatingPointError(
+                f"step {self.version}: loss {loss}, gradient norm {norm}; lower learning_rate or "
+                "check the data of this step in the rollouts folder"
+            )
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.version += 1
+        return {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": learning_rate,
+            "policy_version": float(self.version),
+        }
+
+
+def _seed(version: int, place: int) -> int:
+    digest = hashlib.sha256(f"{version}:{place}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")

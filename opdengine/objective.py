@@ -1,0 +1,271 @@
+"""Token signals become one scalar. The only place where losses are normalised.
+
+Every reduction is expressed as token weights with denominators over the whole step, and the fused
+op only sums; so the loss and its gradient do not depend on how a step is cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from opd_kernels import TeacherHead, TokenStats, linear_divergence, linear_logprob
+
+from opdengine.backbone import Head
+from opdengine.types import Rollout, TokenSignal
+
+
+@dataclass(frozen=True)
+class Item:
+    """One kept rollout, ready for the loss.
+
+    Args:
+        rollout: whose targets are trained.
+        teachers: names of the teachers that judge it, in the order of ``mix``.
+        hidden: the teachers' hidden states, [T, d_k] each.
+        kl_weight: float32 [T] weight of the divergence, normalised over the step.
+        mix: float32 [T, K].
+        advantage: float32 [T] weight of -log p(target), normalised over the step, or None.
+    """
+
+    rollout: Rollout
+    teachers: tuple[str, ...]
+    hidden: tuple[torch.Tensor, ...]
+    kl_weight: np.ndarray
+    mix: np.ndarray
+    advantage: np.ndarray | None
+
+
+def normalisers(rollouts: Sequence[Rollout], mode: str) -> list[float]:
+    """What every token weight of a rollout is multiplied with.
+
+    Args:
+        rollouts: all kept rollouts of the step.
+        mode: "token": 1 / total targets; "sequence": 1 / (rollouts * own targets).
+    """
+    lengths = [len(r.targets) for r in rollouts]
+    if mode == "token":
+        return [1 / max(sum(lengths), 1)] * len(rollouts)
+    return [1 / (len(rollouts) * max(length, 1)) for length in lengths]
+
+
+def make_item(
+    rollout: Rollout,
+    signal: TokenSignal,
+    teachers: Sequence[str],
+    hidden: Sequence[torch.Tensor],
+    normaliser: float,
+) -> Item:
+    """Check that every per-token array aligns with the targets, and apply the normaliser.
+
+    Raises:
+        ValueError: an array has another length; names the rollout.
+    """
+    count, k = len(rollout.targets), len(teachers)
+    mix = signal.mix if signal.mix is not None else np.full((count, k), 1 / max(k, 1))
+    arrays = {"kl_weight": signal.kl_weight, "mix": mix, "advantage": signal.advantage}
+    for name, array in arrays.items():
+        if array is not None and len(array) != count:
+            raise ValueError(
+                f"rollout {rollout.id!r}: {name} has {len(array)} entries for {count} target tokens"
+            )
+    if mix.shape != (count, k) or any(len(h) != count for h in hidden):
+        raise ValueError(
+            f"rollout {rollout.id!r}: {count} targets and {k} teachers need mix [{count}, {k}] and "
+            f"{count} hidden rows each, got {mix.shape} and {[len(h) for h in hidden]}"
+        )
+    return Item(
+        rollout=rollout,
+        teachers=tuple(teachers),
+        hidden=tuple(hidden),
+        kl_weight=(signal.kl_weight * normaliser).astype(np.float32),
+        mix=mix.astype(np.float32),
+        advantage=None if signal.advantage is None else signal.advantage * normaliser,
+    )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a micro-batch.
+
+    Args:
+        heads: every teacher's head by name.
+        divergence_of: divergence for a routing key.
+        jsd_beta: weight of the teacher in the middle of the JSD.
+        temperature: divides both sides' logits.
+        vocab_size: valid leading columns of every head.
+        impl, workspace_bytes: of the fused op.
+    """
+
+    heads: dict[str, Head]
+    divergence_of: Callable[[str], str]
+    jsd_beta: float = 0.5
+    temperature: float = 1.0
+    vocab_size: int | None = None
+    impl: str = "auto"
+    workspace_bytes: int | None = None
+
+    def __call__(
+        self, hidden: torch.Tensor, head: Head, items: Sequence[Item], tally: Tally | None = None
+    ) -> torch.Tensor:
+        """Sum of all weighted terms.
+
+        Args:
+            hidden: [T, d] student hidden states of the items' targets, in order.
+            head: the student's head.
+            items: rollouts of the micro-batch.
+            tally: collects statistics when given.
+        """
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        starts = np.cumsum([0] + [len(item.rollout.targets) for item in items])
+        for (divergence, teachers), members in self._groups(items).items():
+            rows = torch.from_numpy(
+                np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
+            ).to(hidden.device)
+            # index_select copies; the common case of one group needs none.
+            part = hidden if len(rows) == len(hidden) else hidden.index_select(0, rows)
+            chosen = [items[i] for i in members]
+            if teachers:
+                loss = loss + self._divergence(part, head, chosen, divergence, tally)
+            if any(item.advantage is not None for item in chosen):
+                loss = loss + self._advantage(part, head, chosen, tally)
+        return loss
+
+    def _groups(self, items: Sequence[Item]) -> dict[tuple[str, tuple[str, ...]], list[int]]:
+        """Items that share divergence and teachers go through one call."""
+        groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+        for i, item in enumerate(items):
+            divergence = self.divergence_of(item.rollout.prompt.key) if item.teachers else ""
+            groups.setdefault((divergence, item.teachers), []).append(i)
+        # Rows keep their order within a group; a single group keeps all of them.
+        return groups
+
+    def _divergence(
+        self,
+        hidden: torch.Tensor,
+        head: Head,
+        items: Sequence[Item],
+        divergence: str,
+        tally: Tally | None,
+    ) -> torch.Tensor:
+        device, names = hidden.device, items[0].teachers
+        teachers = []
+        for k, name in enumerate(names):
+            their = self.heads[name]
+            states = torch.cat([item.hidden[k] for item in items]).to(device)
+            teachers.append(
+                TeacherHead(
+                    hidden=states.to(their.weight.dtype),
+                    weight=their.weight,
+                    bias=their.bias,
+                    logit_scale=their.logit_scale,
+                    softcap=their.softcap,
+                )
+            )
+        output = linear_divergence(
+            hidden,
+            head.weight.to(hidden.dtype),
+            teachers,
+            divergence=divergence,
+            jsd_beta=self.jsd_beta,
+            mix=_tensor([item.mix for item in items], device),
+            token_weight=_tensor([item.kl_weight for item in items], device),
+            labels=_labels(items, device),
+            temperature=self.temperature,
+            student_bias=None if head.bias is None else head.bias.to(hidden.dtype),
+            student_logit_scale=head.logit_scale,
+            student_softcap=head.softcap,
+            stats=tally is not None,
+            impl=self.impl,
+            workspace_bytes=self.workspace_bytes,
+            vocab_size=self.vocab_size,
+        )
+        if tally is not None and output.stats is not None:
+            tally.add_divergence(names, items, output.stats)
+        return output.loss
+
+    def _advantage(
+        self, hidden: torch.Tensor, head: Head, items: Sequence[Item], tally: Tally | None
+    ) -> torch.Tensor:
+        logprob = linear_logprob(
+            hidden,
+            head.weight.to(hidden.dtype),
+            _labels(items, hidden.device),
+            bias=None if head.bias is None else head.bias.to(hidden.dtype),
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            temperature=self.temperature,
+            impl=self.impl,
+            workspace_bytes=self.workspace_bytes,
+            vocab_size=self.vocab_size,
+        ).logprob
+        weights = [
+            item.advantage if item.advantage is not None else np.zeros(len(item.rollout.targets))
+            for item in items
+        ]
+        if tally is not None:
+            tally.add_logprob(items, logprob.detach())
+        return -(_tensor(weights, hidden.device) * logprob).sum()
+
+
+def _tensor(arrays: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(arrays).astype(np.float32)).to(device)
+
+
+def _labels(items: Sequence[Item], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([item.rollout.targets for item in items])).to(device)
+
+
+class Tally:
+    """Collects per-token statistics over the micro-batches of a step."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[np.ndarray]] = {}
+
+    def add_divergence(self, names: Sequence[str], items: Sequence[Item], stats: TokenStats) -> None:
+        """Note what the fused op returned as statistics of these items."""
+        self._extend("student_entropy", stats.student_entropy)
+        if stats.gap is not None:
+            self._extend("gap", stats.gap)
+        for k, name in enumerate(names):
+            self._extend(f"teacher_kl/{name}", stats.reverse_kl[:, k])
+            self._extend(f"teacher_entropy/{name}", stats.teacher_entropy[:, k])
+        self._difference(items, stats.student_logprob)
+
+    def add_logprob(self, items: Sequence[Item], logprob: torch.Tensor) -> None:
+        """Note the log-probs of the targets."""
+        self._extend("target_logprob", logprob)
+
+    def _difference(self, items: Sequence[Item], logprob: torch.Tensor | None) -> None:
+        """Trainer minus sampler log-prob of the sampled tokens, where the sampler's are known."""
+        if logprob is None:
+            return
+        rows = logprob.detach().float().cpu().numpy()
+        start = 0
+        for item in items:
+            end = start + len(item.rollout.targets)
+            sampled = item.rollout.logprobs
+            if sampled is not None:
+                self._extend("logprob_difference", rows[start:end] - sampled)
+            start = end
+
+    def _extend(self, name: str, values: torch.Tensor | np.ndarray) -> None:
+        if isinstance(values, torch.Tensor):
+            values = values.detach().float().cpu().numpy()
+        flat = values.ravel()
+        self._values.setdefault(name, []).append(flat[~np.isnan(flat)])
+
+    def get(self, name: str) -> np.ndarray:
+        """All values of one statistic; empty when there are none."""
+        parts = self._values.get(name, [])
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
+
+    def means(self, prefix: str) -> dict[str, float]:
+        """Mean of every statistic whose name starts with ``prefix``."""
+        return {
+            name: float(self.get(name).mean())
+            for name in sorted(self._values)
+            if name.startswith(prefix) and len(self.get(name))
+        }

@@ -1,0 +1,103 @@
+"""Cheap checks that a run does what it says; each raises with an explanation.
+
+Tokenizers are compared in :mod:`opdengine.chat`, heads and packing in :mod:`opdengine.backbone`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from opd_kernels import TeacherHead, linear_divergence
+
+from opdengine.backbone import Head
+from opdengine.objective import Tally
+from opdengine.types import Rollout, SamplingParams
+
+
+class ProbeError(RuntimeError):
+    """A sanity probe failed: going on would train on something wrong."""
+
+
+def self_distillation_is_zero(
+    hidden: torch.Tensor, head: Head, divergence: str, vocab_size: int | None, impl: str
+) -> None:
+    """A student that is its own teacher has a loss of about 0 (hidden: [n, d])."""
+    hidden = hidden.detach()[:64]
+    weight = head.weight.detach().to(hidden.dtype)
+    bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
+    with torch.no_grad():
+        loss = linear_divergence(
+            hidden,
+            weight,
+            [TeacherHead(hidden, weight, bias, head.logit_scale, head.softcap)],
+            divergence=divergence,
+            student_bias=bias,
+            student_logit_scale=head.logit_scale,
+            student_softcap=head.softcap,
+            reduction="mean",
+            vocab_size=vocab_size,
+            impl=impl,
+        ).loss.item()
+    if not abs(loss) <= 1e-4:
+        raise ProbeError(
+            f"the {divergence} of the student to itself is {loss:.3g} instead of 0; the fused loss "
+            "does not fit this model"
+        )
+
+
+def teachers_are_alive(tally: Tally, names: Sequence[str], vocab_size: int) -> None:
+    """A teacher whose mean entropy is that of the uniform distribution teaches nothing."""
+    for name in names:
+        entropies = tally.get(f"teacher_entropy/{name}")
+        if len(entropies) and entropies.mean() > 0.98 * math.log(vocab_size):
+            raise ProbeError(
+                f"teacher {name!r} is dead: its mean entropy {entropies.mean():.3f} is that of the "
+                f"uniform distribution over {vocab_size} tokens ({math.log(vocab_size):.3f}); check "
+                "that its weights were loaded (a checkpoint without lm_head.weight?)"
+            )
+
+
+def samples_the_model(params: SamplingParams) -> bool:
+    """Whether the sampling distribution is the model's own, so that log-probs can be compared."""
+    return (
+        params.temperature == 1.0
+        and params.top_p == 1.0
+        and params.top_k == 0
+        and params.repetition_penalty == 1.0
+    )
+
+
+def sampler_agrees(tally: Tally, limit: float) -> dict[str, float]:
+    """Compare trainer and sampler log-probs of the sampled tokens; returns the metrics.
+
+    Raises:
+        ProbeError: the mean absolute difference exceeds ``limit`` nats.
+    """
+    difference = tally.get("logprob_difference")
+    if not len(difference):
+        return {}
+    mean = float(np.abs(difference).mean())
+    if not mean <= limit:
+        raise ProbeError(
+            f"sampler and trainer disagree about the sampled tokens: mean absolute log-prob "
+            f"difference {mean:.3g} nats, allowed max_logprob_difference={limit:g}; the sampler holds "
+            "other weights or another dtype than the trainer"
+        )
+    return {
+        "sampling/logprob_difference": mean,
+        "sampling/logprob_difference_max": float(np.abs(difference).max()),
+        "sampling/importance_ratio_max": float(np.exp(np.minimum(difference, 50.0)).max()),
+    }
+
+
+def one_version(rollouts: Sequence[Rollout], version: int) -> None:
+    """Every rollout was sampled from the weights that are about to be updated."""
+    stale = sorted({r.policy_version for r in rollouts if r.policy_version != version})
+    if stale:
+        raise ProbeError(
+            f"rollouts of policy versions {stale} reached the update of version {version}; the "
+            "sampler was not synchronised"
+        )
