@@ -1,0 +1,17 @@
+"""Fused linear divergences for on-policy distillation: from hidden states and heads, never from
+[N, V] logits."""
+
+from .divergence import from_trl_beta, linear_divergence
+from .logprob import linear_logprob, token_stats
+from .types import DivergenceOutput, LogprobOutput, TeacherHead, TokenStats
+
+__all__ = [
+    "DivergenceOutput",
+    "LogprobOutput",
+    "TeacherHead",
+    "TokenStats",
+    "from_trl_beta",
+    "linear_divergence",
+    "linear_logprob",
+    "token_stats",
+]

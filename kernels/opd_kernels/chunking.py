@@ -1,0 +1,117 @@
+"""From a byte budget to chunk sizes.
+
+Everything the drivers allocate besides outputs and gradients is counted: the [c, V] buffers, the
+scratch of the row sweeps, gathered hidden states and up-cast tiles of a weight. Not counted,
+because it holds a gradient: the float32 accumulator of a half-precision weight gradient, which
+exists only when the rows do not fit one chunk of gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+DEFAULT_WORKSPACE_BYTES = 1 << 30
+SCRATCH_TILES = 3
+
+# A CPU matrix product is within a few percent of its peak at this many rows, and smaller chunks
+# stay in cache.
+CPU_CHUNK_ROWS = 128
+# Elements of one row-sweep tile: on a CPU small enough to stay in the last-level cache between
+# sweeps.
+TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}
+WEIGHT_TILE_BYTES = 32 << 20
+ROW_OVERHEAD_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Sizes of one pass.
+
+    Attributes:
+        chunk_rows: rows whose logits are alive together.
+        tile_rows: rows one sweep of the torch row operations touches.
+        weight_rows: vocabulary rows of a weight that are up-cast together (0: no weight is
+            up-cast).
+        gradient_rows: rows of dZ gathered in the weight's dtype before the gradient GEMMs (0: dZ
+            stays in place).
+    """
+
+    chunk_rows: int
+    tile_rows: int
+    weight_rows: int
+    gradient_rows: int
+
+
+def plan_chunks(
+    *,
+    rows: int,
+    vocab: int,
+    hidden_sizes: tuple[int, ...],
+    buffers: int,
+    upcast: bool,
+    half_gradient: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    workspace_bytes: int,
+) -> ChunkPlan:
+    """Largest chunks whose temporaries fit ``workspace_bytes``.
+
+    Args:
+        rows: tokens to compute.
+        vocab: columns of the logits.
+        hidden_sizes: hidden size of every head; the widest one bounds the gathers.
+        buffers: [c, V] buffers alive at once in ``dtype`` (student, teacher, accumulator).
+        upcast: some weight is converted to ``dtype`` tile by tile.
+        half_gradient: dZ is gathered in half precision for the gradient GEMMs.
+        dtype: compute dtype.
+        device: where the work runs.
+        workspace_bytes: the budget.
+
+    Raises:
+        ValueError: one row does not fit; states the bytes that are needed.
+    """
+    item = dtype.itemsize
+    widest = max(hidden_sizes)
+    logits_row = buffers * vocab * item + 4 * widest * item + ROW_OVERHEAD_BYTES
+    scratch_row = SCRATCH_TILES * vocab * item
+    gradient_row = 2 * vocab + 2 * widest if half_gradient else 0
+    weight_row = widest * item if upcast else 0
+
+    minimum = logits_row + scratch_row + gradient_row + weight_row
+    if workspace_bytes < minimum:
+        raise ValueError(
+            f"workspace_bytes={workspace_bytes} cannot hold one row of {vocab} logits: "
+            f"pass workspace_bytes >= {minimum}"
+        )
+
+    budget = workspace_bytes
+    tile_rows = max(1, min(rows, TILE_ELEMENTS.get(device.type, 1 << 19) // vocab, budget // 8 // scratch_row))
+    budget -= tile_rows * scratch_row
+    weight_rows = 0
+    if upcast:
+        weight_rows = max(1, min(vocab, WEIGHT_TILE_BYTES // weight_row, budget // 4 // weight_row))
+        budget -= weight_rows * weight_row
+    most = min(rows, CPU_CHUNK_ROWS) if device.type == "cpu" else rows
+    # In half precision dZ gathers about four chunks of logits: the weight gradient is read and
+    # written less often.
+    chunk_rows = balanced(rows, max(1, min(most, budget // (logits_row + 4 * gradient_row))))
+    gradient_rows = 0
+    if half_gradient:
+        chunks = max(1, min(8, (budget - chunk_rows * logits_row) // (chunk_rows * gradient_row)))
+        gradient_rows = chunks * chunk_rows
+    return ChunkPlan(chunk_rows, tile_rows, weight_rows, gradient_rows)
+
+
+def balanced(rows: int, largest: int) -> int:
+    """Chunk size of the same number of chunks as ``largest`` gives, without a thin last one."""
+    chunks = -(-rows // largest)
+    return -(-rows // chunks)
+
+
+def spans(stop: int, step: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) pairs that cover ``range(stop)`` in steps of ``step``."""
+    for start in range(0, stop, step):
+        yield start, min(start + step, stop)

@@ -1,0 +1,310 @@
+"""The chunk driver: streams student and teacher logits through a fixed workspace and hands the
+sweeps to row operations.
+
+Per chunk of c rows: student logits into ``z``; each teacher's logits into ``acc`` (its rows' first
+teacher) or into one reused buffer ``t``; the row operations turn them into statistics and one
+accumulated row of d divergence / d p; dZ replaces the accumulator; the gradient GEMMs follow. The
+workspace does not depend on the number of teachers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .chunking import ChunkPlan, plan_chunks, spans
+from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast, write_logits
+from .selection import RowPlan
+from .torch_impl import StudentRows, TeacherRows, TorchRowOps
+from .types import Head, Problem, TokenStats
+
+_TEACHER_STATS = {
+    "entropy": "teacher_entropy",
+    "top1_prob": "teacher_top1_prob",
+    "agreement": "top1_agreement",
+    "reverse_kl": "reverse_kl",
+    "forward_kl": "forward_kl",
+    "logprob": "teacher_logprob",
+}
+
+
+@dataclass
+class Outcome:
+    """Per-token losses [N] and statistics (NaN where not computed), and the gradients that were
+    asked for."""
+
+    token_loss: Tensor
+    stats: TokenStats | None
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Workspace:
+    """The buffers of one pass, allocated once."""
+
+    def __init__(self, plan: ChunkPlan, vocab: int, like: Tensor, buffers: int, tile_width: int) -> None:
+        self.plan = plan
+        storage = like.new_empty(buffers, plan.chunk_rows, vocab)
+        self.z, self.acc, self.t = storage[0], storage[min(1, buffers - 1)], storage[buffers - 1]
+        self.tile = like.new_empty(plan.weight_rows * tile_width) if plan.weight_rows else None
+        self.gradient = None
+        if plan.gradient_rows:
+            self.gradient = like.new_empty(plan.gradient_rows, vocab, dtype=torch.bfloat16)
+
+
+def run_divergence(problem: Problem, rows: RowPlan, row_scale: Tensor | None, wants: Wants) -> Outcome:
+    """Solve ``problem`` for the rows of ``rows``.
+
+    Args:
+        problem: the validated call.
+        rows: what is computed.
+        row_scale: [N] factor of each row's gradient; read only when a gradient is wanted.
+        wants: the gradients to compute.
+
+    Raises:
+        ValueError: a teacher's logits hold NaN or inf; names the teacher and the first row.
+    """
+    like = problem.student.hidden.new_empty(0, dtype=problem.compute_dtype)
+    outcome = Outcome(like.new_full((problem.rows,), float("nan")), None)
+    if problem.stats:
+        outcome.stats = TokenStats.empty(problem.rows, len(problem.teachers), problem.labels is not None, like)
+    gradient = HeadGradient(problem.student, wants, rows, problem.compute_dtype)
+    if rows.count:
+        _Pass(problem, rows, row_scale, wants, outcome, gradient, like).run()
+    if outcome.stats is not None and outcome.stats.gap is not None:
+        torch.sub(outcome.stats.teacher_logprob, outcome.stats.student_logprob[:, None], out=outcome.stats.gap)
+    outcome.hidden, outcome.weight, outcome.bias = gradient.finish()
+    return outcome
+
+
+class _Pass:
+    """One traversal of the chunks; holds what every step of it needs."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        rows: RowPlan,
+        row_scale: Tensor | None,
+        wants: Wants,
+        outcome: Outcome,
+        gradient: HeadGradient,
+        like: Tensor,
+    ) -> None:
+        self.problem, self.rows, self.row_scale, self.wants = problem, rows, row_scale, wants
+        self.outcome, self.gradient = outcome, gradient
+        self.accumulates = bool(wants) or problem.mixture
+        buffers = 3 if self.accumulates and not rows.single_teacher() else 2
+        heads = (problem.student, *problem.teachers)
+        self.workspace = make_workspace(problem, heads, rows.count, buffers, wants, like)
+        self.ops = TorchRowOps(self.workspace.plan.tile_rows, problem.student.vocab, like)
+        self.finite = torch.ones(rows.count, len(problem.teachers), dtype=torch.bool, device=like.device)
+        self.sink = GradientSink(self.workspace, gradient, problem.student, rows)
+
+    def run(self) -> None:
+        for start, stop in spans(self.rows.count, self.workspace.plan.chunk_rows):
+            self._chunk(start, stop)
+        self.sink.flush()
+        report_bad_teacher(self.problem, self.rows, self.finite)
+
+    def _chunk(self, start: int, stop: int) -> None:
+        problem, rows = self.problem, self.rows
+        z, acc = self.workspace.z[: stop - start], self.workspace.acc[: stop - start]
+        labels = None if problem.labels is None else gather(problem.labels, rows.index, start, stop)
+        mix = gather(problem.mix, rows.index, start, stop)
+        hidden = gather(problem.student.hidden, rows.index, start, stop)
+        write_logits(problem.student, hidden, z, self.workspace.tile)
+        student = self.ops.student_rows(z, labels, problem.stats)
+        self._student_stats(student, start, stop)
+
+        value, acc_mean = z.new_zeros(stop - start), z.new_zeros(stop - start)
+        for k in range(len(problem.teachers)):
+            for left, right, first in rows.segments(k, start, stop):
+                part = slice(left - start, right - start)
+                weight = mix[part, k]
+                result = self._teacher(k, left, right, first, z[part], acc[part], student, part, weight, labels)
+                self._teacher_stats(result, k, left, right)
+                if not problem.mixture:
+                    value[part] += weight * result.value
+                    if result.acc_mean is not None:
+                        acc_mean[part] += weight * result.acc_mean
+        if problem.mixture:
+            ones = torch.ones_like(value)
+            keep = acc if self.wants else None
+            result = self.ops.teacher_rows(
+                problem.rule, z, acc, student, acc=keep, first=True, weight=ones, labels=None, full=False
+            )
+            value = result.value
+            acc_mean = acc_mean if result.acc_mean is None else result.acc_mean
+        rows.scatter(self.outcome.token_loss, value, start, stop)
+        if self.wants:
+            self._gradient(z, acc, student, hidden, acc_mean, mix.sum(1), start, stop)
+
+    def _teacher(
+        self,
+        k: int,
+        left: int,
+        right: int,
+        first: bool,
+        z: Tensor,
+        acc: Tensor,
+        student: StudentRows,
+        part: slice,
+        weight: Tensor,
+        labels: Tensor | None,
+    ) -> TeacherRows:
+        """Logits and row operations of teacher ``k`` on the computed rows ``left:right``."""
+        problem, teacher = self.problem, self.problem.teachers[k]
+        t = acc if first and self.accumulates else self.workspace.t[: right - left]
+        hidden = gather(teacher.hidden, self.rows.index, left, right)
+        write_logits(teacher, hidden, t, self.workspace.tile)
+        student = student.part(part.start, part.stop)
+        labels = None if labels is None else labels[part]
+        if problem.mixture:
+            result = self.ops.mixture_rows(
+                z, t, student, acc=acc, first=first, weight=weight, labels=labels, full=problem.stats
+            )
+        else:
+            keep = acc if self.wants else None
+            result = self.ops.teacher_rows(
+                problem.rule, z, t, student, acc=keep, first=first, weight=weight, labels=labels, full=problem.stats
+            )
+        self.finite[left:right, k] = result.finite
+        return result
+
+    def _gradient(
+        self,
+        z: Tensor,
+        acc: Tensor,
+        student: StudentRows,
+        hidden: Tensor,
+        acc_mean: Tensor,
+        total_weight: Tensor,
+        start: int,
+        stop: int,
+    ) -> None:
+        head = self.problem.student
+        assert self.row_scale is not None
+        row_scale = gather(self.row_scale, self.rows.index, start, stop)
+        out = self.sink.reserve(acc)
+        self.ops.gradient_rows(
+            self.problem.rule,
+            z,
+            acc,
+            student,
+            acc_mean=acc_mean,
+            total_weight=total_weight,
+            row_scale=row_scale * head.factor,
+            softcap=None if head.softcap is None else head.softcap / head.temperature,
+            out=out,
+        )
+        self.sink.commit(out, hidden, start, stop)
+
+    def _student_stats(self, student: StudentRows, start: int, stop: int) -> None:
+        stats = self.outcome.stats
+        if stats is None:
+            return
+        assert student.entropy is not None
+        self.rows.scatter(stats.student_entropy, student.entropy, start, stop)
+        if stats.student_logprob is not None and student.logprob is not None:
+            self.rows.scatter(stats.student_logprob, student.logprob, start, stop)
+
+    def _teacher_stats(self, result: TeacherRows, k: int, left: int, right: int) -> None:
+        stats = self.outcome.stats
+        if stats is None:
+            return
+        for source, name in _TEACHER_STATS.items():
+            target, values = getattr(stats, name), getattr(result, source)
+            if target is not None and values is not None:
+                self.rows.scatter(target, values, left, right, column=k)
+
+
+class GradientSink:
+    """Collects dZ of several chunks where it is stored in half precision, and runs the gradient
+    GEMMs.
+
+    In the compute dtype dZ lies in the accumulator of its chunk and is used at once.
+    """
+
+    def __init__(self, workspace: Workspace, gradient: HeadGradient, head: Head, rows: RowPlan) -> None:
+        self.workspace, self.gradient, self.head, self.rows = workspace, gradient, head, rows
+        self.start = self.stop = 0
+
+    def reserve(self, in_place: Tensor) -> Tensor:
+        """Where dZ of the next chunk goes; ``in_place`` [c, V] is its accumulator."""
+        buffer = self.workspace.gradient
+        if buffer is None:
+            return in_place
+        if self.stop - self.start + in_place.shape[0] > buffer.shape[0]:
+            self.flush()
+        used = self.stop - self.start
+        return buffer[used : used + in_place.shape[0]]
+
+    def commit(self, dz: Tensor, hidden: Tensor, start: int, stop: int) -> None:
+        """dZ of the computed rows ``start:stop`` is ready in ``dz``, which ``reserve`` returned."""
+        if self.workspace.gradient is None:
+            self.gradient.add(dz, hidden, start, stop, self.workspace.tile)
+        else:
+            self.stop = stop
+
+    def flush(self) -> None:
+        """Run the GEMMs of everything collected."""
+        if self.workspace.gradient is None or self.stop == self.start:
+            return
+        dz = self.workspace.gradient[: self.stop - self.start]
+        hidden = gather(self.head.hidden, self.rows.index, self.start, self.stop)
+        self.gradient.add(dz, hidden, self.start, self.stop, self.workspace.tile)
+        self.start = self.stop
+
+
+def make_workspace(
+    problem: Problem, heads: tuple[Head, ...], rows: int, buffers: int, wants: Wants, like: Tensor
+) -> Workspace:
+    """Plan the chunks of ``problem`` and allocate their buffers."""
+    student = problem.student
+    halves = bool(wants) and half_gradient(student.weight, like.dtype)
+    upcasts = [needs_upcast(head.weight, like.dtype, gradient=False) for head in heads]
+    upcasts.append(wants.hidden and needs_upcast(student.weight, like.dtype, gradient=True))
+    widths = tuple(head.weight.shape[1] for head in heads)
+    plan = plan_chunks(
+        rows=rows,
+        vocab=student.vocab,
+        hidden_sizes=widths,
+        buffers=buffers,
+        upcast=any(upcasts),
+        half_gradient=halves,
+        dtype=like.dtype,
+        device=like.device,
+        workspace_bytes=problem.workspace_bytes,
+    )
+    return Workspace(plan, student.vocab, like, buffers, max(widths))
+
+
+def report_bad_teacher(problem: Problem, rows: RowPlan, finite: Tensor) -> None:
+    """Raise for the first teacher row whose logits are NaN or inf while the student's are finite.
+
+    A student that is not finite makes its own loss NaN instead: gradient scalers rely on seeing it.
+    """
+    if bool(finite.all()):
+        return
+    places = torch.arange(rows.count, device=finite.device) if rows.index is None else rows.index
+    for k, teacher in enumerate(problem.teachers):
+        suspects = places[~finite[:, k]]
+        for row in torch.sort(suspects).values.tolist():
+            if not _finite_logits(problem.student, row, problem.compute_dtype):
+                continue
+            raise ValueError(
+                f"teachers[{k}] has NaN or inf logits, first at row {row} "
+                f"(hidden finite: {bool(torch.isfinite(teacher.hidden[row]).all())}): give the row token_weight 0 or "
+                f"mix[{row}, {k}] = 0, or repair the teacher's hidden states or weight"
+            )
+
+
+def _finite_logits(head: Head, row: int, dtype: torch.dtype) -> bool:
+    hidden = head.hidden[row].to(dtype)
+    for start, stop in spans(head.vocab, 8192):
+        if not bool(torch.isfinite(head.weight[start:stop].to(dtype) @ hidden).all()):
+            return False
+    return True

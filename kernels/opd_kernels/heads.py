@@ -1,0 +1,169 @@
+"""The matrix products of a head: logits into a buffer, and the gradients of hidden states, weight
+and bias.
+
+Every product accumulates and returns at least float32. On a GPU half-precision operands go to the
+library GEMM with a float32 output; elsewhere the weight is up-cast one tile of vocabulary rows at
+a time, so that no full-size copy of it ever exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .chunking import spans
+from .selection import RowPlan
+from .types import FLOOR, Head
+
+
+def native_half(weight: Tensor, compute_dtype: torch.dtype) -> bool:
+    """Whether the library multiplies this half-precision weight directly, with a float32 result."""
+    return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and compute_dtype == torch.float32
+
+
+def half_gradient(weight: Tensor, compute_dtype: torch.dtype) -> bool:
+    """Whether dZ is stored in the weight's dtype: bfloat16 only, since float16 would flush its
+    small entries to 0."""
+    return native_half(weight, compute_dtype) and weight.dtype == torch.bfloat16
+
+
+def needs_upcast(weight: Tensor, compute_dtype: torch.dtype, gradient: bool) -> bool:
+    """Whether tiles of this weight are converted to the compute dtype."""
+    direct = half_gradient if gradient else native_half
+    return weight.dtype != compute_dtype and not direct(weight, compute_dtype)
+
+
+def gather(tensor: Tensor, index: Tensor | None, start: int, stop: int) -> Tensor:
+    """Rows ``start:stop`` of the computed rows; ``index`` None means every row is computed, in
+    order."""
+    return tensor[start:stop] if index is None else tensor[index[start:stop]]
+
+
+def write_logits(head: Head, hidden: Tensor, out: Tensor, tile: Tensor | None) -> None:
+    """Fill ``out`` [c, V] (compute dtype) with the logits of ``hidden`` [c, d], temperature
+    applied.
+
+    ``tile`` is flat storage of the compute dtype for up-cast rows of the weight.
+    """
+    weight, factor = head.weight[: head.vocab], head.factor
+    if weight.dtype == out.dtype:
+        scaled = hidden if factor == 1.0 else hidden * factor
+        torch.mm(scaled, weight.t(), out=out)
+    elif native_half(weight, out.dtype):
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+        if factor != 1.0:
+            out.mul_(factor)
+    else:
+        assert tile is not None
+        scaled = hidden.to(out.dtype).mul_(factor)
+        for start, stop, part in upcast_tiles(weight, tile):
+            torch.mm(scaled, part.t(), out=out[:, start:stop])
+    if head.bias is not None:
+        out.add_(head.bias[: head.vocab].to(out.dtype), alpha=factor)
+    if head.softcap is not None:
+        cap = head.softcap / head.temperature
+        out.div_(cap).tanh_().mul_(cap)
+    if head.floor:
+        out.clamp_(min=FLOOR)
+
+
+def upcast_tiles(weight: Tensor, tile: Tensor):
+    """Yield (start, stop, rows of ``weight`` in the dtype of ``tile``), reusing ``tile`` for
+    each."""
+    width = weight.shape[1]
+    for start, stop in spans(weight.shape[0], tile.numel() // width):
+        part = tile[: (stop - start) * width].view(stop - start, width)
+        part.copy_(weight[start:stop])
+        yield start, stop, part
+
+
+@dataclass(frozen=True)
+class Wants:
+    """Which gradients are asked for."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+class HeadGradient:
+    """Accumulates the gradients of one head from chunks of dZ = d loss / d (hidden W^T).
+
+    ``weight`` accumulates in the compute dtype (float32 for half-precision weights) and is cast
+    once.
+    """
+
+    def __init__(self, head: Head, wants: Wants, rows: RowPlan, compute_dtype: torch.dtype) -> None:
+        self.head, self.wants, self.index, self.dtype = head, wants, rows.index, compute_dtype
+        self.stored = compute_dtype if head.weight.dtype == torch.float16 else head.weight.dtype
+        self.hidden: Tensor | None = None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        if wants.hidden:
+            every = rows.count == head.hidden.shape[0]
+            make = torch.empty_like if every else torch.zeros_like
+            self.hidden = make(head.hidden, dtype=self.stored, memory_format=torch.contiguous_format)
+        if wants.bias:
+            self.bias = head.hidden.new_zeros(head.weight.shape[0], dtype=compute_dtype)
+
+    def add(self, dz: Tensor, hidden: Tensor, start: int, stop: int, tile: Tensor | None) -> None:
+        """Add the rows ``start:stop`` of the computed rows: ``dz`` [c, V], ``hidden`` [c, d]."""
+        if self.wants.hidden:
+            self._add_hidden(dz, start, stop, tile)
+        if self.wants.weight:
+            self._add_weight(dz, hidden)
+        if self.bias is not None:
+            self.bias[: self.head.vocab].add_(dz.sum(0, dtype=self.dtype))
+
+    def _add_hidden(self, dz: Tensor, start: int, stop: int, tile: Tensor | None) -> None:
+        assert self.hidden is not None
+        weight = self.head.weight[: self.head.vocab]
+        if self.index is None and weight.dtype == dz.dtype == self.hidden.dtype:
+            torch.mm(dz, weight, out=self.hidden[start:stop])
+            return
+        if weight.dtype == dz.dtype:
+            rows = torch.mm(dz, weight)
+        else:
+            assert tile is not None
+            rows = dz.new_zeros(dz.shape[0], weight.shape[1])
+            for first, last, part in upcast_tiles(weight, tile):
+                rows.addmm_(dz[:, first:last], part)
+        if self.index is None:
+            self.hidden[start:stop] = rows
+        else:
+            self.hidden[self.index[start:stop]] = rows.to(self.hidden.dtype)
+
+    def _add_weight(self, dz: Tensor, hidden: Tensor) -> None:
+        rows, width = self.head.weight.shape
+        used, hidden = self.head.vocab, hidden.to(dz.dtype)
+        first = self.weight is None
+        if self.weight is None:
+            self.weight = dz.new_empty(rows, width, dtype=self.dtype)
+            self.weight[used:].zero_()
+        target = self.weight[:used]
+        if dz.dtype == self.dtype:
+            if first:
+                torch.mm(dz.t(), hidden, out=target)
+            else:
+                target.addmm_(dz.t(), hidden)
+        elif first:
+            torch.mm(dz.t(), hidden, out_dtype=self.dtype, out=target)
+        else:
+            torch.addmm(target, dz.t(), hidden, out_dtype=self.dtype, out=target)
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of (hidden, weight, bias); zeros where no row contributed.
+
+        In the dtype of the head, except for float16: its gradients stay in the compute dtype until
+        the upstream gradient, usually a loss scaler's large factor, has been applied.
+        """
+        weight, bias = self.weight, self.bias
+        if self.wants.weight:
+            like = self.head.weight
+            weight = like.new_zeros(like.shape, dtype=self.stored) if weight is None else weight.to(self.stored)
+        return self.hidden, weight, bias

@@ -1,0 +1,250 @@
+"""Log-probabilities and statistics from hidden states: ``linear_logprob`` and ``token_stats``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .chunking import plan_chunks, spans
+from .divergence import cast_gradients, choose_impl, no_autocast, wanted
+from .driver import Outcome, Workspace, run_divergence
+from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast, write_logits
+from .selection import RowPlan, plan_rows
+from .torch_impl import StudentRows, TorchRowOps
+from .types import STATS_ONLY, Head, LogprobOutput, TeacherHead, TokenStats
+from .validation import (
+    align_vocabularies,
+    check_group,
+    check_impl,
+    check_labels,
+    check_positive,
+    check_vector,
+    compute_dtype_of,
+    make_head,
+    make_problem,
+    make_student,
+    make_workspace_bytes,
+)
+
+__all__ = ["LogprobOutput", "linear_logprob", "token_stats"]
+
+
+def token_stats(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teachers: Sequence[TeacherHead],
+    *,
+    labels: Tensor | None = None,
+    mix: Tensor | Sequence[float] | None = None,
+    token_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    impl: str = "auto",
+    workspace_bytes: int | None = None,
+    vocab_size: int | None = None,
+    student_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    group: Any = None,
+) -> TokenStats:
+    """Per-token statistics of a student and K teachers, forward only; nothing of size V is kept.
+
+    Arguments mean what they mean in ``linear_divergence``. ``mix`` and ``token_weight`` only
+    select: where either is 0 nothing is computed and the statistics are NaN.
+
+    Returns:
+        ``TokenStats``, detached.
+
+    Raises:
+        ValueError: an argument is invalid, or a teacher's logits hold NaN or inf on a computed row.
+    """
+    check_impl(impl)
+    check_group(group)
+    student = make_student(
+        student_hidden, student_weight, student_bias, student_logit_scale, student_softcap, temperature
+    )
+    problem = make_problem(
+        student,
+        teachers,
+        divergence="reverse_kl",
+        jsd_beta=0.5,
+        skew_alpha=0.1,
+        teacher_reduction="sum",
+        mix=mix,
+        token_weight=token_weight,
+        labels=labels,
+        reduction="sum",
+        stats=True,
+        workspace_bytes=workspace_bytes,
+        vocab_size=vocab_size,
+    )
+    with torch.no_grad(), no_autocast(student_hidden.device):
+        if choose_impl(impl, student_hidden.device.type) == "reference":
+            from .reference import reference_divergence
+
+            stats = reference_divergence(problem).stats
+        else:
+            rows = plan_rows(problem.mix, problem.mix_is_uniform, problem.token_weight)
+            stats = run_divergence(replace(problem, rule=STATS_ONLY), rows, None, Wants()).stats
+    assert stats is not None
+    return stats
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    impl: str = "auto",
+    workspace_bytes: int | None = None,
+    vocab_size: int | None = None,
+    group: Any = None,
+) -> LogprobOutput:
+    """Differentiable log p(label) and entropy of every row, without [N, V] logits.
+
+    The backward pass recomputes the logits, since the upstream gradient (for example an importance
+    ratio times an advantage) is unknown in forward; rows whose upstream gradients are 0 are left
+    out of it.
+
+    Args:
+        hidden: [N, d] float32, bfloat16, float16 or float64, row-major.
+        weight: [V, d], same dtype.
+        labels: [N] int64 token ids in [0, V).
+        bias: [V] or None.
+        logit_scale: positive factor of the logits.
+        softcap: positive cap of the logits, or None.
+        temperature: divides the logits.
+        impl: "torch", "reference", "triton" or "auto".
+        workspace_bytes: budget for temporaries, default 1 GiB.
+        vocab_size: number of valid leading vocabulary rows, default all.
+        group: vocabulary-parallel process group.
+
+    Returns:
+        ``LogprobOutput`` with ``logprob`` [N] and ``entropy`` [N], float32 (float64 for float64
+        inputs).
+
+    Raises:
+        ValueError: an argument is invalid.
+    """
+    check_impl(impl)
+    check_group(group)
+    check_positive("temperature", temperature)
+    head = make_head("", hidden, weight, bias, logit_scale, softcap, temperature)
+    (head,) = align_vocabularies((head,), vocab_size)
+    check_vector("labels", labels, hidden.shape[0], hidden.device, integer=True)
+    check_labels(labels, head.vocab)
+    budget = make_workspace_bytes(workspace_bytes)
+    if choose_impl(impl, hidden.device.type) == "reference":
+        from .reference import reference_logprob
+
+        return reference_logprob(head, labels)
+    logprob, entropy = _LinearLogprob.apply(
+        hidden, weight, bias, _LogprobCall(head, labels, budget), wanted(hidden, weight, bias)
+    )
+    return LogprobOutput(logprob, entropy)
+
+
+@dataclass(frozen=True)
+class _LogprobCall:
+    """One validated call: the chunked passes over its rows."""
+
+    head: Head
+    labels: Tensor
+    workspace_bytes: int
+
+    def workspace(self, rows: int, wants: Wants) -> tuple[Workspace, TorchRowOps]:
+        head, dtype = self.head, compute_dtype_of((self.head,))
+        like, weight = head.hidden.new_empty(0, dtype=dtype), head.weight
+        plan = plan_chunks(
+            rows=rows,
+            vocab=head.vocab,
+            hidden_sizes=(weight.shape[1],),
+            buffers=1,
+            upcast=needs_upcast(weight, dtype, gradient=False)
+            or (wants.hidden and needs_upcast(weight, dtype, gradient=True)),
+            half_gradient=False,
+            dtype=dtype,
+            device=weight.device,
+            workspace_bytes=self.workspace_bytes,
+        )
+        return Workspace(plan, head.vocab, like, 1, weight.shape[1]), TorchRowOps(plan.tile_rows, head.vocab, like)
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(log p(label), entropy, log sum exp), each [N]."""
+        rows = self.labels.shape[0]
+        workspace, ops = self.workspace(rows, Wants())
+        out = workspace.z.new_empty(3, rows)
+        for start, stop in spans(rows, workspace.plan.chunk_rows):
+            z = workspace.z[: stop - start]
+            write_logits(self.head, self.head.hidden[start:stop], z, workspace.tile)
+            student = ops.student_rows(z, self.labels[start:stop], True)
+            for target, values in zip(out, (student.logprob, student.entropy, student.lse), strict=True):
+                target[start:stop] = values
+        return out[0], out[1], out[2]
+
+    def backward(self, entropy: Tensor, logprob_scale: Tensor, entropy_scale: Tensor | None, wants: Wants) -> Outcome:
+        """Gradients of ``sum(logprob_scale * logprob + entropy_scale * entropy)``; all tensors
+        [N]."""
+        head = self.head
+        used = logprob_scale != 0 if entropy_scale is None else (logprob_scale != 0) | (entropy_scale != 0)
+        rows = RowPlan(None, used.shape[0], ())
+        if not bool(used.all()):
+            index = torch.nonzero(used)[:, 0]
+            rows = RowPlan(index, index.numel(), ())
+        gradient = HeadGradient(head, wants, rows, entropy.dtype)
+        if rows.count:
+            workspace, ops = self.workspace(rows.count, wants)
+            cap = None if head.softcap is None else head.softcap / head.temperature
+            half = half_gradient(head.weight, entropy.dtype)
+            for start, stop in spans(rows.count, workspace.plan.chunk_rows):
+                z = workspace.z[: stop - start]
+                hidden = gather(head.hidden, rows.index, start, stop)
+                write_logits(head, hidden, z, workspace.tile)
+                student = StudentRows(ops.student_rows(z, None, False).lse, gather(entropy, rows.index, start, stop))
+                ops.logprob_gradient_rows(
+                    z,
+                    gather(self.labels, rows.index, start, stop),
+                    student,
+                    logprob_scale=gather(logprob_scale, rows.index, start, stop) * head.factor,
+                    entropy_scale=None
+                    if entropy_scale is None
+                    else gather(entropy_scale, rows.index, start, stop) * head.factor,
+                    softcap=cap,
+                    out=z,
+                )
+                gradient.add(z.to(head.weight.dtype) if half else z, hidden, start, stop, workspace.tile)
+        return Outcome(entropy, None, *gradient.finish())
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _LogprobCall, wants: Wants
+    ) -> tuple[Tensor, Tensor]:
+        with no_autocast(hidden.device):
+            logprob, entropy, _ = call.forward()
+        ctx.call, ctx.wants = call, wants
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.save_for_backward(hidden, weight, bias, entropy)
+        ctx.set_materialize_grads(False)
+        return logprob, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple:
+        if grad_logprob is None and grad_entropy is None:
+            return None, None, None, None, None
+        hidden, weight, bias, entropy = ctx.saved_tensors
+        call = replace(ctx.call, head=ctx.call.head.with_tensors(hidden, weight, bias))
+        if grad_logprob is None:
+            grad_logprob = torch.zeros_like(entropy)
+        with no_autocast(hidden.device):
+            outcome = call.backward(entropy, grad_logprob, grad_entropy, ctx.wants)
+        return *cast_gradients(ctx, outcome), None, None

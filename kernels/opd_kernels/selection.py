@@ -1,0 +1,99 @@
+"""Which rows are computed, and which teacher works on which of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive computed rows ``start:stop`` that need the same teachers: bit k of ``teachers``
+    is teacher k."""
+
+    start: int
+    stop: int
+    teachers: int
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """The rows to compute, those with the same teachers side by side.
+
+    Attributes:
+        index: [n] positions among the N rows, or None when every row is computed in order.
+        count: n.
+        runs: cover ``range(n)``.
+    """
+
+    index: Tensor | None
+    count: int
+    runs: tuple[Run, ...]
+
+    def segments(self, teacher: int, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+        """Parts of ``start:stop`` that ``teacher`` works on: (start, stop, it is the first teacher
+        of these rows).
+
+        Neighbouring runs are joined, so that one GEMM serves them.
+        """
+        pending: tuple[int, int, bool] | None = None
+        for run in self.runs:
+            left, right = max(run.start, start), min(run.stop, stop)
+            if left >= right or not run.teachers >> teacher & 1:
+                continue
+            first = run.teachers & ((1 << teacher) - 1) == 0
+            if pending is not None and pending[1] == left and pending[2] == first:
+                pending = (pending[0], right, first)
+                continue
+            if pending is not None:
+                yield pending
+            pending = (left, right, first)
+        if pending is not None:
+            yield pending
+
+    def single_teacher(self) -> bool:
+        """Whether no row has two teachers."""
+        return all(run.teachers & (run.teachers - 1) == 0 for run in self.runs)
+
+    def scatter(self, out: Tensor, values: Tensor, start: int, stop: int, column: int | None = None) -> None:
+        """Write the values of computed rows ``start:stop`` to their places in ``out`` [N] or [N,
+        K]."""
+        target = out if column is None else out[:, column]
+        if self.index is None:
+            target[start:stop] = values
+        else:
+            target[self.index[start:stop]] = values.to(out.dtype)
+
+
+def plan_rows(mix: Tensor, uniform: bool, row_weight: Tensor | None) -> RowPlan:
+    """Drop rows without weight or teacher and group the rest by the set of their teachers.
+
+    Args:
+        mix: [N, K] teacher weights.
+        uniform: all rows of ``mix`` are the same.
+        row_weight: [N] or None; rows with 0 are not computed.
+    """
+    rows, teachers = mix.shape
+    if uniform:
+        code = sum(1 << k for k, used in enumerate((mix[0] > 0).tolist()) if used)
+        index = None if row_weight is None else torch.nonzero(row_weight)[:, 0]
+        count = 0 if code == 0 else rows if index is None else index.numel()
+        if count == rows:
+            index = None
+        return RowPlan(index, count, (Run(0, count, code),) if count else ())
+
+    bits = torch.tensor([1 << k for k in range(teachers)], device=mix.device)
+    codes = ((mix > 0) * bits).sum(1)
+    active = codes != 0 if row_weight is None else (codes != 0) & (row_weight != 0)
+    index = torch.nonzero(active)[:, 0]
+    codes, order = torch.sort(codes[index], stable=True)
+    kinds, counts = torch.unique_consecutive(codes, return_counts=True)
+    runs, start = [], 0
+    for code, length in zip(kinds.tolist(), counts.tolist(), strict=True):
+        runs.append(Run(start, start + length, code))
+        start += length
+    whole = start == rows and len(runs) == 1
+    return RowPlan(None if whole else index[order], start, tuple(runs))

@@ -1,0 +1,373 @@
+"""Row operations in plain torch: the CPU path, and the living reference of the Triton row kernels.
+
+The driver owns the buffers; these functions own what is in them. A buffer holds logits when an
+operation first sees it and, here, normalised log-probabilities afterwards: ``z`` after
+``student_rows``, ``t`` after ``teacher_rows``. All sweeps go tile by tile over a few rows, so that
+on a CPU the operands stay in cache from one sweep to the next.
+
+Symbols: z student logits / T, p its softmax; t teacher logits / T, q its softmax; r = log q - log
+p; a = d divergence / d p up to a constant per row, so that d divergence / d z = p (a - E_p[a]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .chunking import SCRATCH_TILES, spans
+from .types import STATS_ONLY, Rule
+
+
+@dataclass
+class StudentRows:
+    """Per-row results of the student, [c] in the compute dtype. The last three only with
+    ``full``."""
+
+    lse: Tensor
+    entropy: Tensor | None = None
+    top1: Tensor | None = None
+    logprob: Tensor | None = None
+
+    def part(self, start: int, stop: int) -> StudentRows:
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[start:stop]
+
+        return StudentRows(self.lse[start:stop], cut(self.entropy), cut(self.top1), cut(self.logprob))
+
+
+@dataclass
+class TeacherRows:
+    """Per-row results of one teacher, [c] in the compute dtype.
+
+    ``value`` is the unweighted divergence, ``acc_mean`` the unweighted E_p[a] (None for the
+    forward KL, which needs none), ``finite`` False where the teacher's logits hold NaN or inf. The
+    rest only with ``full``.
+    """
+
+    value: Tensor
+    acc_mean: Tensor | None
+    finite: Tensor
+    entropy: Tensor | None = None
+    top1_prob: Tensor | None = None
+    agreement: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    forward_kl: Tensor | None = None
+    logprob: Tensor | None = None
+
+
+class TorchRowOps:
+    """Row operations on [c, V] views of a chunk; see the module docstring for the symbols."""
+
+    def __init__(self, tile_rows: int, vocab: int, like: Tensor) -> None:
+        self.tile_rows = tile_rows
+        self.scratch = like.new_empty(SCRATCH_TILES, tile_rows, vocab)
+        self.clamp = 83.0 if like.dtype == torch.float32 else 700.0
+
+    def _tiles(self, rows: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        for start, stop in spans(rows, self.tile_rows):
+            s1, s2, s3 = self.scratch[:, : stop - start]
+            yield slice(start, stop), s1, s2, s3
+
+    def student_rows(self, z: Tensor, labels: Tensor | None, full: bool) -> StudentRows:
+        """Normalise ``z`` [c, V]; ``labels`` [c] int64; ``full`` adds entropy, arg max and label
+        log-prob."""
+        out = StudentRows(z.new_empty(z.shape[0]))
+        if full:
+            out.entropy, out.top1 = z.new_empty(z.shape[0]), torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
+        for rows, s1, s2, _ in self._tiles(z.shape[0]):
+            x = z[rows]
+            out.lse[rows] = _normalise(x, s1)[0]
+            if full:
+                torch.exp(x, out=s1)
+                out.entropy[rows] = _dot(s1, x, s2).neg_()  # type: ignore[index]
+                out.top1[rows] = x.argmax(1)  # type: ignore[index]
+        if labels is not None and full:
+            out.logprob = z.gather(1, labels[:, None])[:, 0]
+        return out
+
+    def teacher_rows(
+        self,
+        rule: Rule,
+        z: Tensor,
+        t: Tensor,
+        student: StudentRows,
+        *,
+        acc: Tensor | None,
+        first: bool,
+        weight: Tensor,
+        labels: Tensor | None,
+        full: bool,
+    ) -> TeacherRows:
+        """Divergence of one teacher and, with ``acc``, its weighted contribution to the
+        accumulator.
+
+        Args:
+            rule: the divergence.
+            z: [c, V] as ``student_rows`` left it.
+            t: [c, V] teacher logits, overwritten. With ``first`` and an accumulator ``t`` is
+                ``acc`` itself.
+            student: rows of ``z``.
+            acc: [c, V] accumulator of ``weight * a`` (forward KL: ``weight * q``), or None when no
+                gradient follows.
+            first: this is the first contribution: the accumulator is written, not added to.
+            weight: [c] weight of this teacher.
+            labels: [c] int64 or None.
+            full: also return the statistics.
+        """
+        count = z.shape[0]
+        value, mean = z.new_empty(count), z.new_empty(count)
+        finite = torch.empty(count, dtype=torch.bool, device=z.device)
+        out = TeacherRows(value, None if rule.kind == "forward_kl" else mean, finite)
+        if full:
+            _allocate(out, z, labels)
+        for rows, s1, s2, s3 in self._tiles(count):
+            x, y = z[rows], t[rows]
+            finite[rows] = torch.isfinite(_normalise(y, s1)[1])
+            if full:
+                self._teacher_stats(out, rows, x, y, student, labels, (s1, s2))
+            target = None if acc is None else acc[rows]
+            sweep = _SWEEPS[rule.kind]
+            sweep(self, rule, x, y, target, first, weight[rows, None], value[rows], mean[rows], (s1, s2, s3))
+        finite &= torch.isfinite(value if out.reverse_kl is None else value + out.reverse_kl)
+        return out
+
+    def mixture_rows(
+        self,
+        z: Tensor,
+        t: Tensor,
+        student: StudentRows,
+        *,
+        acc: Tensor,
+        first: bool,
+        weight: Tensor,
+        labels: Tensor | None,
+        full: bool,
+    ) -> TeacherRows:
+        """Fold ``weight * q`` of one teacher into ``acc`` = log sum_k weight_k q_k. Arguments as
+        ``teacher_rows``."""
+        count = z.shape[0]
+        finite = torch.empty(count, dtype=torch.bool, device=z.device)
+        out = TeacherRows(z.new_empty(0), None, finite)
+        if full:
+            _allocate(out, z, labels)
+        log_weight = weight.log()[:, None]
+        for rows, s1, s2, _ in self._tiles(count):
+            y = t[rows]
+            finite[rows] = torch.isfinite(_normalise(y, s1)[1])
+            if full:
+                self._teacher_stats(out, rows, z[rows], y, student, labels, (s1, s2))
+            y.add_(log_weight[rows])
+            if not first:
+                torch.logaddexp(acc[rows], y, out=acc[rows])
+        return out
+
+    def gradient_rows(
+        self,
+        rule: Rule,
+        z: Tensor,
+        acc: Tensor,
+        student: StudentRows,
+        *,
+        acc_mean: Tensor,
+        total_weight: Tensor,
+        row_scale: Tensor,
+        softcap: float | None,
+        out: Tensor,
+    ) -> None:
+        """dZ of the head's product: ``row_scale * slope * p (acc - acc_mean)``, forward KL ``W p -
+        acc``.
+
+        Args:
+            rule: the divergence.
+            z: [c, V] as ``student_rows`` left it, overwritten.
+            acc: [c, V] accumulator, overwritten.
+            student: rows of ``z``.
+            acc_mean: [c] E_p[acc]; unused by the forward KL.
+            total_weight: [c] sum of the teachers' weights.
+            row_scale: [c] loss weight of the row times d logits / d (hidden W^T).
+            softcap: the cap divided by the temperature, or None; its slope is 1 - (logits /
+                softcap)^2.
+            out: [c, V] of any floating dtype; may be ``acc``.
+        """
+        for rows, s1, s2, _ in self._tiles(z.shape[0]):
+            x, a = z[rows], acc[rows]
+            torch.exp(x, out=s1)
+            if rule.kind == "forward_kl":
+                torch.sub(s1.mul_(total_weight[rows, None]), a, out=a)
+            else:
+                a.sub_(acc_mean[rows, None]).mul_(s1)
+            a.mul_(row_scale[rows, None])
+            if softcap is not None:
+                _softcap_slope(x, student.lse[rows], softcap, s2)
+                a.mul_(s2)
+            if out is not acc:
+                out[rows] = a
+
+    def logprob_gradient_rows(
+        self,
+        z: Tensor,
+        labels: Tensor,
+        student: StudentRows,
+        *,
+        logprob_scale: Tensor,
+        entropy_scale: Tensor | None,
+        softcap: float | None,
+        out: Tensor,
+    ) -> None:
+        """dZ of ``logprob_scale * log p(label) + entropy_scale * entropy``: scales [c], ``out``
+        [c, V] may be ``z``.
+
+        d log p(y) / d z = 1_y - p and d H / d z = -p (log p + H).
+        """
+        entropy = student.entropy
+        for rows, s1, s2, _ in self._tiles(z.shape[0]):
+            x, up = z[rows], logprob_scale[rows, None]
+            if softcap is not None:
+                _softcap_slope(x, student.lse[rows], softcap, s2)
+            torch.exp(x, out=s1)
+            if entropy_scale is None or entropy is None:
+                torch.mul(s1, -up, out=x)
+            else:
+                x.add_(entropy[rows, None]).mul_(-entropy_scale[rows, None]).sub_(up).mul_(s1)
+            x.scatter_add_(1, labels[rows, None], up)
+            if softcap is not None:
+                x.mul_(s2)
+            if out is not z:
+                out[rows] = x
+
+    def _teacher_stats(
+        self,
+        out: TeacherRows,
+        rows: slice,
+        x: Tensor,
+        y: Tensor,
+        student: StudentRows,
+        labels: Tensor | None,
+        scratch: tuple[Tensor, Tensor],
+    ) -> None:
+        """Fill the statistics of one tile; ``x`` and ``y`` are normalised log-probabilities."""
+        s1, s2 = scratch
+        torch.exp(y, out=s1)
+        out.entropy[rows] = _dot(s1, y, s2).neg_()  # type: ignore[index]
+        torch.sub(y, x, out=s2)
+        out.forward_kl[rows] = s1.mul_(s2).sum(1)  # type: ignore[index]
+        torch.exp(x, out=s1)
+        out.reverse_kl[rows] = s1.mul_(s2).sum(1).neg_()  # type: ignore[index]
+        best, where = y.max(1)
+        out.top1_prob[rows] = best.exp()  # type: ignore[index]
+        out.agreement[rows] = (where == student.top1[rows]).to(y.dtype)  # type: ignore[index]
+        if labels is not None:
+            out.logprob[rows] = y.gather(1, labels[rows, None])[:, 0]  # type: ignore[index]
+
+    def _reverse_kl(self, rule, x, y, acc, first, weight, value, mean, scratch) -> None:
+        """a = log p - log q."""
+        s1, s2, _ = scratch
+        gap = torch.sub(x, y, out=y)
+        torch.exp(x, out=s1)
+        value.copy_(_dot(s1, gap, s2))
+        mean.copy_(value)
+        _accumulate(acc, gap, first, weight)
+
+    def _forward_kl(self, rule, x, y, acc, first, weight, value, mean, scratch) -> None:
+        """The accumulator holds weight * q itself."""
+        s1, _, _ = scratch
+        torch.exp(y, out=s1)
+        y.sub_(x).mul_(s1)
+        torch.sum(y, 1, out=value)
+        if acc is not None and first:
+            torch.mul(s1, weight, out=acc)
+        elif acc is not None:
+            acc.addcmul_(s1, weight)
+
+    def _jsd(self, rule, x, y, acc, first, weight, value, mean, scratch) -> None:
+        """With L = log(1 - b + b e^r): log(p/m) = -L, log(q/m) = r - L, a = -(1 - b) L.
+
+        The exponent is clamped; where it is, p is 0 to the precision of the dtype.
+        """
+        s1, s2, s3 = scratch
+        beta = rule.beta
+        torch.exp(y, out=s3)
+        r = torch.sub(y, x, out=y).clamp_(max=self.clamp)
+        torch.expm1(r, out=s1).mul_(beta).log1p_()
+        value.copy_(s3.mul_(r.sub_(s1)).sum(1)).mul_(beta)
+        torch.exp(x, out=s2)
+        torch.sum(s2.mul_(s1), 1, out=mean)
+        mean.mul_(beta - 1.0)
+        value.add_(mean)
+        _accumulate(acc, s1, first, weight * (beta - 1.0), into=True)
+
+    def _skew_kl(self, rule, x, y, acc, first, weight, value, mean, scratch) -> None:
+        """With D = alpha + (1 - alpha) e^-r: log(q/m) = -log D, a = -(1 - alpha) / D."""
+        s1, s2, s3 = scratch
+        rest = 1.0 - rule.alpha
+        torch.exp(y, out=s3)
+        torch.sub(x, y, out=y).clamp_(max=self.clamp)
+        torch.expm1(y, out=s1).mul_(rest)
+        torch.log1p(s1, out=s2)
+        value.copy_(s3.mul_(s2).sum(1).neg_())
+        s1.add_(1.0).reciprocal_()
+        torch.exp(x, out=s2)
+        torch.sum(s2.mul_(s1), 1, out=mean)
+        mean.mul_(-rest)
+        _accumulate(acc, s1, first, weight * -rest, into=True)
+
+    def _stats_only(self, rule, x, y, acc, first, weight, value, mean, scratch) -> None:
+        """No divergence is asked for."""
+        value.zero_()
+
+
+_SWEEPS = {
+    STATS_ONLY.kind: TorchRowOps._stats_only,
+    "reverse_kl": TorchRowOps._reverse_kl,
+    "forward_kl": TorchRowOps._forward_kl,
+    "jsd": TorchRowOps._jsd,
+    "skew_kl": TorchRowOps._skew_kl,
+}
+
+
+def _normalise(x: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits ``x`` [r, V] into log-probabilities in place; return (lse [r], log sum exp(x -
+    max) [r]).
+
+    ``torch.log_softmax`` sums in one running vector, an error near 1e-5 at V = 150k; this pairwise
+    sum stays at 1e-7.
+    """
+    top = x.amax(1, keepdim=True)
+    x.sub_(top)
+    log_sum = torch.exp(x, out=scratch).sum(1, keepdim=True).log_()
+    x.sub_(log_sum)
+    return (top + log_sum)[:, 0], log_sum[:, 0]
+
+
+def _dot(left: Tensor, right: Tensor, scratch: Tensor) -> Tensor:
+    """Row-wise inner product [r]; a product and a pairwise sum, since a GEMM would neither be as
+    accurate nor free."""
+    return torch.mul(left, right, out=scratch).sum(1)
+
+
+def _accumulate(acc: Tensor | None, term: Tensor, first: bool, weight: Tensor, into: bool = False) -> None:
+    """acc = weight * term on the first call (``term`` may be ``acc`` unless ``into``), then acc +=
+    weight * term."""
+    if acc is None:
+        return
+    if not first:
+        acc.addcmul_(term, weight)
+    elif into:
+        torch.mul(term, weight, out=acc)
+    else:
+        term.mul_(weight)
+
+
+def _softcap_slope(log_probs: Tensor, lse: Tensor, softcap: float, out: Tensor) -> None:
+    """1 - (logits / softcap)^2 into ``out``; the logits are ``log_probs + lse``."""
+    torch.add(log_probs, lse[:, None], out=out)
+    out.square_().mul_(-1.0 / softcap**2).add_(1.0)
+
+
+def _allocate(out: TeacherRows, like: Tensor, labels: Tensor | None) -> None:
+    names = ["entropy", "top1_prob", "agreement", "reverse_kl", "forward_kl"]
+    for name in names if labels is None else [*names, "logprob"]:
+        setattr(out, name, like.new_empty(like.shape[0]))

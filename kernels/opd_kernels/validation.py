@@ -1,0 +1,320 @@
+"""Every check of the public arguments, made before any work: a ``ValueError`` that states the
+value and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .chunking import DEFAULT_WORKSPACE_BYTES
+from .types import DIVERGENCES, IMPLS, MAX_TEACHERS, REDUCTIONS, TEACHER_REDUCTIONS, Head, Problem, Rule, TeacherHead
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+def check_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}={value!r} must be a finite number greater than 0")
+
+
+def check_matrix(name: str, tensor: object, dims: str) -> Tensor:
+    """A dense, non-empty, row-major 2-D tensor of a supported dtype."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor {dims}, got {type(tensor).__name__}")
+    if tensor.dim() != 2:
+        raise ValueError(
+            f"{name} must be {dims}, got shape {list(tensor.shape)}: flatten leading axes with .flatten(0, -2)"
+        )
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {tensor.dtype}: use float32, bfloat16, float16 or float64")
+    if 0 in tensor.shape:
+        raise ValueError(f"{name} is empty, shape {list(tensor.shape)}: skip the call when there are no tokens")
+    if (tensor.stride(1) != 1 and tensor.shape[1] > 1) or (tensor.stride(0) < tensor.shape[1] and tensor.shape[0] > 1):
+        raise ValueError(f"{name} is not row-major, strides {tensor.stride()}: pass {name}.contiguous()")
+    return tensor
+
+
+def check_vector(name: str, tensor: object, length: int, device: torch.device, integer: bool = False) -> Tensor:
+    """A [length] tensor on ``device``: int64 with ``integer``, else floating point."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor [{length}], got {type(tensor).__name__}")
+    if tuple(tensor.shape) != (length,):
+        raise ValueError(f"{name} must have shape [{length}], got {list(tensor.shape)}")
+    if integer and tensor.dtype != torch.int64:
+        raise ValueError(f"{name} has dtype {tensor.dtype}: pass int64 token ids")
+    if not integer and not tensor.is_floating_point():
+        raise ValueError(f"{name} has dtype {tensor.dtype}: pass {name}.float()")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, the student on {device}: move it there")
+    return tensor
+
+
+def check_constant(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, which this op does not compute: pass {name}.detach()")
+
+
+def make_head(
+    name: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> Head:
+    """Check one head on its own; ``vocab`` is the width of its weight."""
+    check_matrix(f"{name}hidden", hidden, "[N, d]")
+    check_matrix(f"{name}weight", weight, "[V, d]")
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"{name}weight has hidden size {weight.shape[1]}, {name}hidden has {hidden.shape[1]}: "
+            "pass the head that belongs to these hidden states, as [V, d]"
+        )
+    if weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"{name}weight is {weight.dtype}, {name}hidden is {hidden.dtype}: cast one to the dtype of the other"
+        )
+    if weight.device != hidden.device:
+        raise ValueError(f"{name}weight is on {weight.device}, {name}hidden on {hidden.device}: use one device")
+    check_positive(f"{name}logit_scale", scale)
+    if softcap is not None:
+        check_positive(f"{name}softcap", softcap)
+    floor = False
+    if bias is not None:
+        check_vector(f"{name}bias", bias, weight.shape[0], hidden.device)
+        if bool((torch.isnan(bias) | torch.isposinf(bias)).any()):
+            raise ValueError(
+                f"{name}bias holds NaN or +inf: only finite values and -inf (a column switched off) are allowed"
+            )
+        floor = softcap is None and bool(torch.isneginf(bias).any())
+    return Head(hidden, weight, bias, float(scale), softcap, float(temperature), weight.shape[0], floor)
+
+
+def make_student(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float
+) -> Head:
+    check_positive("temperature", temperature)
+    return make_head("student_", hidden, weight, bias, scale, softcap, temperature)
+
+
+def make_teachers(teachers: Sequence[TeacherHead], student: Head) -> tuple[Head, ...]:
+    """Check the teachers against the student's rows and device."""
+    if isinstance(teachers, TeacherHead) or not isinstance(teachers, Sequence):
+        raise ValueError(f"teachers must be a sequence of TeacherHead, got {type(teachers).__name__}: pass [teacher]")
+    if not 1 <= len(teachers) <= MAX_TEACHERS:
+        raise ValueError(f"teachers holds {len(teachers)} heads: pass 1 to {MAX_TEACHERS}")
+    heads = []
+    for k, teacher in enumerate(teachers):
+        if not isinstance(teacher, TeacherHead):
+            raise ValueError(f"teachers[{k}] is {type(teacher).__name__}: pass TeacherHead(hidden, weight)")
+        head = make_head(
+            f"teachers[{k}].",
+            teacher.hidden,
+            teacher.weight,
+            teacher.bias,
+            teacher.logit_scale,
+            teacher.softcap,
+            student.temperature,
+        )
+        check_constant(f"teachers[{k}].hidden", teacher.hidden)
+        if head.hidden.shape[0] != student.hidden.shape[0]:
+            raise ValueError(
+                f"teachers[{k}].hidden has {head.hidden.shape[0]} rows, student_hidden {student.hidden.shape[0]}: "
+                "row n of both must belong to the same predicted token"
+            )
+        if head.hidden.device != student.hidden.device:
+            raise ValueError(
+                f"teachers[{k}] is on {head.hidden.device}, the student on {student.hidden.device}: use one device"
+            )
+        heads.append(head)
+    return tuple(heads)
+
+
+def align_vocabularies(heads: tuple[Head, ...], vocab_size: int | None) -> tuple[Head, ...]:
+    """Apply ``vocab_size`` to every head; without it all widths must be equal."""
+    widths = [head.weight.shape[0] for head in heads]
+    if vocab_size is None:
+        if len(set(widths)) > 1:
+            raise ValueError(
+                f"the heads have different vocabulary widths, student {widths[0]}, teachers {widths[1:]}: pass "
+                "vocab_size= with the number of valid leading columns, for example len(tokenizer)"
+            )
+        return heads
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= min(widths):
+        raise ValueError(
+            f"vocab_size={vocab_size!r} must be an integer in [1, {min(widths)}], the narrowest head of {widths}"
+        )
+    return tuple(
+        Head(h.hidden, h.weight, h.bias, h.scale, h.softcap, h.temperature, vocab_size, h.floor) for h in heads
+    )
+
+
+def make_rule(divergence: str, jsd_beta: float, skew_alpha: float) -> Rule:
+    """Check the divergence and its parameter."""
+    check_choice("divergence", divergence, DIVERGENCES)
+    if not 0.0 < jsd_beta < 1.0:
+        raise ValueError(
+            f"jsd_beta={jsd_beta} must lie strictly between 0 and 1; the limits are not a KL divergence: "
+            "use divergence='forward_kl' (TRL's beta 0) or 'reverse_kl' (TRL's beta 1)"
+        )
+    if not 0.0 < skew_alpha < 1.0:
+        raise ValueError(
+            f"skew_alpha={skew_alpha} must lie strictly between 0 and 1; at 0 use divergence='forward_kl', "
+            "at 1 the divergence is constant 0"
+        )
+    if divergence != "jsd" and jsd_beta != 0.5:
+        raise ValueError(f"jsd_beta={jsd_beta} has no effect on divergence={divergence!r}: leave it out or use 'jsd'")
+    if divergence != "skew_kl" and skew_alpha != 0.1:
+        raise ValueError(
+            f"skew_alpha={skew_alpha} has no effect on divergence={divergence!r}: leave it out or use 'skew_kl'"
+        )
+    return Rule(divergence, float(jsd_beta), float(skew_alpha))
+
+
+def make_mix(
+    mix: Tensor | Sequence[float] | None, rows: int, teachers: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, bool]:
+    """Weights [N, K] in the compute dtype, and whether all rows are the same."""
+    if mix is None:
+        return torch.full((1, teachers), 1.0 / teachers, dtype=dtype, device=device).expand(rows, teachers), True
+    if not isinstance(mix, Tensor):
+        mix = torch.tensor(mix, dtype=dtype, device=device)
+    if tuple(mix.shape) not in ((teachers,), (rows, teachers)):
+        raise ValueError(f"mix has shape {list(mix.shape)}: pass [K] = [{teachers}] or [N, K] = [{rows}, {teachers}]")
+    if not mix.is_floating_point():
+        raise ValueError(f"mix has dtype {mix.dtype}: pass mix.float()")
+    if mix.device != device:
+        raise ValueError(f"mix is on {mix.device}, the student on {device}: move it there")
+    check_constant("mix", mix)
+    mix = mix.detach().to(dtype)
+    if mix.dim() == 1:
+        return mix.expand(rows, teachers), True
+    return mix, False
+
+
+def check_values(mix: Tensor, token_weight: Tensor | None, reduction: str, labels: Tensor | None, vocab: int) -> None:
+    """Checks that read data, with one device synchronisation while everything is in order."""
+    bad_mix = ~(torch.isfinite(mix) & (mix >= 0))
+    flags = {"mix": bad_mix.any()}
+    active = (mix > 0).any(1)
+    if token_weight is not None:
+        flags["weight"] = (~torch.isfinite(token_weight)).any()
+        total = token_weight.sum()
+        flags["total"] = (total <= 0) & (token_weight != 0).any() & torch.tensor(reduction == "mean", device=mix.device)
+        active = active & (token_weight != 0)
+    if labels is not None:
+        bad_label = active & ((labels < 0) | (labels >= vocab))
+        flags["label"] = bad_label.any()
+    if not bool(torch.stack(list(flags.values())).any()):
+        return
+    if bool(flags["mix"]):
+        row, column = torch.nonzero(bad_mix)[0].tolist()
+        raise ValueError(f"mix[{row}, {column}] = {mix[row, column].item()}: weights must be finite and not negative")
+    if token_weight is not None and bool(flags["weight"]):
+        row = int(torch.nonzero(~torch.isfinite(token_weight))[0])
+        raise ValueError(
+            f"token_weight[{row}] = {token_weight[row].item()}: weights must be finite; use 0 to skip a row"
+        )
+    if token_weight is not None and bool(flags["total"]):
+        raise ValueError(
+            f"token_weight sums to {token_weight.sum().item()}, no denominator for reduction='mean': "
+            "use reduction='sum' and normalise the weights yourself"
+        )
+    assert labels is not None
+    row = int(torch.nonzero(bad_label)[0])
+    raise ValueError(
+        f"labels[{row}] = {labels[row].item()} is outside [0, {vocab}): give ignored positions token_weight 0"
+    )
+
+
+def check_labels(labels: Tensor, vocab: int) -> None:
+    """Every label must be a column."""
+    bad = (labels < 0) | (labels >= vocab)
+    if bool(bad.any()):
+        row = int(torch.nonzero(bad)[0])
+        raise ValueError(f"labels[{row}] = {labels[row].item()} is outside [0, {vocab}): pass only rows with a token")
+
+
+def check_group(group: object) -> None:
+    if group is not None:
+        raise ValueError(
+            f"group={group!r}: vocabulary-parallel heads are not available in this build; gather the head's shards "
+            "and pass group=None"
+        )
+
+
+def make_workspace_bytes(workspace_bytes: int | None) -> int:
+    if workspace_bytes is None:
+        return DEFAULT_WORKSPACE_BYTES
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
+        raise ValueError(f"workspace_bytes={workspace_bytes!r} must be a positive integer")
+    return workspace_bytes
+
+
+def compute_dtype_of(heads: tuple[Head, ...]) -> torch.dtype:
+    """float64 when every head is, else float32."""
+    return torch.float64 if all(head.weight.dtype == torch.float64 for head in heads) else torch.float32
+
+
+def make_problem(
+    student: Head,
+    teachers: Sequence[TeacherHead],
+    *,
+    divergence: str,
+    jsd_beta: float,
+    skew_alpha: float,
+    teacher_reduction: str,
+    mix: Tensor | Sequence[float] | None,
+    token_weight: Tensor | None,
+    labels: Tensor | None,
+    reduction: str,
+    stats: bool,
+    workspace_bytes: int | None,
+    vocab_size: int | None,
+) -> Problem:
+    """Validate everything and return the normalised problem."""
+    check_choice("teacher_reduction", teacher_reduction, TEACHER_REDUCTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    rule = make_rule(divergence, jsd_beta, skew_alpha)
+    student, *others = align_vocabularies((student, *make_teachers(teachers, student)), vocab_size)
+    dtype, device = compute_dtype_of((student, *others)), student.hidden.device
+    rows = student.hidden.shape[0]
+    weights, uniform = make_mix(mix, rows, len(others), dtype, device)
+    if token_weight is not None:
+        check_vector("token_weight", token_weight, rows, device)
+        check_constant("token_weight", token_weight)
+        token_weight = token_weight.detach().to(dtype)
+    if labels is not None:
+        check_vector("labels", labels, rows, device, integer=True)
+    check_values(weights, token_weight, reduction, labels, student.vocab)
+    mixture = teacher_reduction == "mixture"
+    if mixture:
+        total = weights.sum(1, keepdim=True)
+        weights = torch.where(total > 0, weights / total, weights)
+    return Problem(
+        student=student,
+        teachers=tuple(others),
+        rule=rule,
+        mixture=mixture and len(others) > 1,
+        mix=weights,
+        mix_is_uniform=uniform,
+        token_weight=token_weight,
+        labels=labels,
+        reduction=reduction,
+        stats=stats,
+        workspace_bytes=make_workspace_bytes(workspace_bytes),
+        compute_dtype=dtype,
+    )
+
+
+def check_impl(impl: str) -> None:
+    check_choice("impl", impl, IMPLS)
