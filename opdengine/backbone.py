@@ -67,9 +67,7 @@ def load_model(
         attn_implementation = "flash_attention_2" if has_flash else "sdpa"
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "revision": revision}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, attn_implementation=attn_implementation, **options
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attn_implementation, **options)
     except ValueError as error:
         if "attention" not in str(error).lower():
             raise
@@ -152,17 +150,13 @@ class Backbone:
         return self.forward(batch).index_select(0, rows)
 
     @torch.no_grad()
-    def score(
-        self, sequences: Sequence[np.ndarray], target_positions: Sequence[np.ndarray]
-    ) -> list[torch.Tensor]:
+    def score(self, sequences: Sequence[np.ndarray], target_positions: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Hidden states [T_i, d] predicting the targets of every sequence, without gradient."""
         result: list[torch.Tensor | None] = [None] * len(sequences)
         for batch in pack(sequences, max_tokens=self.max_tokens, layout=self.layout):
             positions = [target_positions[i] for i in batch.members]
             hidden = self.hidden(batch, positions)
-            for i, rows in zip(
-                batch.members, hidden.split([len(p) for p in positions]), strict=True
-            ):
+            for i, rows in zip(batch.members, hidden.split([len(p) for p in positions]), strict=True):
                 result[i] = rows
         return [rows for rows in result if rows is not None]
 

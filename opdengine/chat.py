@@ -16,14 +16,12 @@ PROBES = (
     "你好，世界。 こんにちは Привет مرحبا",
     "🙂👩‍💻 \u200b zero width",
     "1234567890 98765.4321 -0.5",
-    "<tool_call>{\"name\": \"search\"}</tool_call> \\boxed{42} $x^2$",
+    '<tool_call>{"name": "search"}</tool_call> \\boxed{42} $x^2$',
     "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ +-*/=()[]|",
 )
 
 
-def load_tokenizer(
-    path: str, *, trust_remote_code: bool = False, chat_template: str | None = None
-) -> Any:
+def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template: str | None = None) -> Any:
     """Load a tokenizer that can render chats.
 
     Args:

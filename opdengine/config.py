@@ -229,17 +229,13 @@ def by_key(setting: Any, key: str, name: str) -> Any:
     if "default" in setting:
         return setting["default"]
     raise ConfigError(
-        f"{name} has no entry for data_source {key!r} and no 'default' (it has {sorted(setting)}); "
-        "add one of the two"
+        f"{name} has no entry for data_source {key!r} and no 'default' (it has {sorted(setting)}); add one of the two"
     )
 
 
 def _named(teachers: Sequence[TeacherConfig]) -> list[TeacherConfig]:
     """Give every teacher a name and refuse doubles."""
-    named = [
-        t if t.name else dataclasses.replace(t, name=Path(t.model).name or t.model)
-        for t in teachers
-    ]
+    named = [t if t.name else dataclasses.replace(t, name=Path(t.model).name or t.model) for t in teachers]
     names = [t.name for t in named]
     if doubles := sorted({n for n in names if names.count(n) > 1}):
         raise ConfigError(f"teachers share the name {doubles}; give each teacher its own name")
@@ -346,9 +342,7 @@ def from_mapping(cls: type, data: Mapping[str, Any], where: str = "") -> Any:
     missing = [
         name
         for name, f in fields.items()
-        if name not in data
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
+        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ConfigError(f"missing setting {', '.join(repr(where + name) for name in missing)}")
@@ -365,9 +359,8 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(hint)
-        if value is None or value == "null":
-            if type(None) in options:
-                return None
+        if (value is None or value == "null") and type(None) in options:
+            return None
         for option in options:
             if option is type(None):
                 continue

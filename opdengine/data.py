@@ -91,9 +91,7 @@ def load_prompts(paths: Sequence[str], *, skip_bad_rows: bool = False) -> Prompt
     return PromptSet(tuple(prompts), dict(reasons))
 
 
-def drop_long(
-    prompts: PromptSet, length_of: Callable[[Prompt], int], max_prompt_length: int
-) -> PromptSet:
+def drop_long(prompts: PromptSet, length_of: Callable[[Prompt], int], max_prompt_length: int) -> PromptSet:
     """Leave out prompts of more than ``max_prompt_length`` tokens, counted as "too_long".
 
     Raises:

@@ -86,9 +86,7 @@ class Debater:
         self.generated = 0
         self.cached = 0
 
-    async def debate(
-        self, prompts: Sequence[Prompt], teachers: Sequence[Sequence[Teacher]]
-    ) -> list[Debate]:
+    async def debate(self, prompts: Sequence[Prompt], teachers: Sequence[Sequence[Teacher]]) -> list[Debate]:
         """Debate every prompt among its teachers; equal states are debated once.
 
         Args:
@@ -139,13 +137,9 @@ class Debater:
         """One reply of every teacher to every state; the teachers of a round work in parallel."""
         queues: dict[str, tuple[Teacher, list[tuple[str, int, Request]]]] = {}
         for key, (prompt, experts) in states.items():
-            requests = [
-                self._request(key, prompt, expert, k, number, texts[key])
-                for k, expert in enumerate(experts)
-            ]
+            requests = [self._request(key, prompt, expert, k, number, texts[key]) for k, expert in enumerate(experts)]
             room = [
-                expert.window is None
-                or len(request.token_ids) + self.params.max_tokens <= expert.window
+                expert.window is None or len(request.token_ids) + self.params.max_tokens <= expert.window
                 for expert, request in zip(experts, requests, strict=True)
             ]
             if not all(room):
@@ -154,10 +148,7 @@ class Debater:
             for k, (expert, request) in enumerate(zip(experts, requests, strict=True)):
                 queues.setdefault(expert.name, (expert, []))[1].append((key, k, request))
         answers = await asyncio.gather(
-            *(
-                teacher.generate([request for _, _, request in queue], self.params)
-                for teacher, queue in queues.values()
-            )
+            *(teacher.generate([request for _, _, request in queue], self.params) for teacher, queue in queues.values())
         )
         replies = {key: [""] * len(experts) for key, (_, experts) in states.items()}
         for (_, queue), completions in zip(queues.values(), answers, strict=True):

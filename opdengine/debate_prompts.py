@@ -64,8 +64,7 @@ class DebatePrompts:
                 raise ValueError(f"debate prompt {name!r} lacks the placeholder {sorted(missing)}")
             if unknown := names - legal:
                 raise ValueError(
-                    f"debate prompt {name!r} uses unknown placeholders {sorted(unknown)}; "
-                    f"it may use {sorted(legal)}"
+                    f"debate prompt {name!r} uses unknown placeholders {sorted(unknown)}; it may use {sorted(legal)}"
                 )
 
     def transcript(self, rounds: Sequence[Sequence[str]]) -> str:
@@ -77,9 +76,7 @@ class DebatePrompts:
         ]
         return self.start + "\n".join(entries) + self.end
 
-    def first_messages(
-        self, messages: Sequence[Message], expert: int, ask_confidence: bool
-    ) -> list[Message]:
+    def first_messages(self, messages: Sequence[Message], expert: int, ask_confidence: bool) -> list[Message]:
         """Round 1: the teacher answers the state alone."""
         return self._ask(messages, self.first, expert, "", ask_confidence)
 

@@ -82,15 +82,11 @@ class Engine:
 
     # -------------------------------------------------------------------------------- phases
 
-    async def rollout(
-        self, prompts: Sequence[Prompt]
-    ) -> tuple[list[Rollout], dict[str, float]]:
+    async def rollout(self, prompts: Sequence[Prompt]) -> tuple[list[Rollout], dict[str, float]]:
         """The sequences of this step: sampled from the student, or written by teachers."""
         with self.timed("rollout"):
             if self.recipe.demonstrations is not None:
-                rollouts, metrics = await self.recipe.demonstrations(
-                    prompts, self.teachers, self.encode
-                )
+                rollouts, metrics = await self.recipe.demonstrations(prompts, self.teachers, self.encode)
                 return rollouts, dict(metrics)
             return self.sample(prompts), {}
 
@@ -167,9 +163,7 @@ class Engine:
         with self.timed("score"):
             hidden: dict[tuple[str, str], torch.Tensor] = {}
             for teacher in self.teachers:
-                queue = [
-                    c for r in kept for c in contexts.get(r.id, ()) if c.teacher == teacher.name
-                ]
+                queue = [c for r in kept for c in contexts.get(r.id, ()) if c.teacher == teacher.name]
                 for context, states in zip(queue, await teacher.score(queue), strict=True):
                     hidden[context.rollout_id, teacher.name] = states
         scales = normalisers(kept, self.config.loss_normalization)
@@ -197,9 +191,7 @@ class Engine:
             ):
                 members = [items[i] for i in batch.members]
                 with self.autocast():
-                    hidden = self.student.hidden(
-                        batch, [item.rollout.target_positions for item in members]
-                    )
+                    hidden = self.student.hidden(batch, [item.rollout.target_positions for item in members])
                 self._probe_once(hidden, members)
                 loss = objective(hidden, self.student.head, members, tally)
                 loss.backward()
@@ -221,9 +213,10 @@ class Engine:
         names = [t.name for t in self.teachers]
         probes.teachers_are_alive(tally, names, self.vocab_size)
         metrics = tally.means("teacher_kl/") | tally.means("student_entropy")
-        if self.recipe.demonstrations is None and probes.samples_the_model(self.sampling_params()):
-            if self.config.divergence_temperature == 1.0:
-                metrics |= probes.sampler_agrees(tally, self.config.max_logprob_difference)
+        on_policy = self.recipe.demonstrations is None
+        comparable = probes.samples_the_model(self.sampling_params()) and self.config.divergence_temperature == 1.0
+        if on_policy and comparable:
+            metrics |= probes.sampler_agrees(tally, self.config.max_logprob_difference)
         gap = tally.get("gap")
         if len(gap):
             metrics["gap/mean"] = float(gap.mean())
@@ -242,9 +235,7 @@ class Engine:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The prompt in the student's chat template."""
-        return encode_chat(
-            self.tokenizer, prompt.messages, prompt.tools, self.config.chat_template_kwargs
-        )
+        return encode_chat(self.tokenizer, prompt.messages, prompt.tools, self.config.chat_template_kwargs)
 
     def sampling_params(self) -> SamplingParams:
         """How the student is sampled in training."""
@@ -274,9 +265,7 @@ class Engine:
 
     def autocast(self) -> Any:
         """bfloat16 autocast where asked."""
-        return torch.autocast(
-            self.student.device.type, dtype=torch.bfloat16, enabled=self.config.bf16
-        )
+        return torch.autocast(self.student.device.type, dtype=torch.bfloat16, enabled=self.config.bf16)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

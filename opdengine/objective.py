@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from opd_kernels import TeacherHead, TokenStats, linear_divergence, linear_logprob
 
+from opd_kernels import TeacherHead, TokenStats, linear_divergence, linear_logprob
 from opdengine.backbone import Head
 from opdengine.types import Rollout, TokenSignal
 
@@ -68,9 +68,7 @@ def make_item(
     arrays = {"kl_weight": signal.kl_weight, "mix": mix, "advantage": signal.advantage}
     for name, array in arrays.items():
         if array is not None and len(array) != count:
-            raise ValueError(
-                f"rollout {rollout.id!r}: {name} has {len(array)} entries for {count} target tokens"
-            )
+            raise ValueError(f"rollout {rollout.id!r}: {name} has {len(array)} entries for {count} target tokens")
     if mix.shape != (count, k) or any(len(h) != count for h in hidden):
         raise ValueError(
             f"rollout {rollout.id!r}: {count} targets and {k} teachers need mix [{count}, {k}] and "
@@ -121,9 +119,9 @@ class Objective:
         loss = hidden.new_zeros((), dtype=torch.float32)
         starts = np.cumsum([0] + [len(item.rollout.targets) for item in items])
         for (divergence, teachers), members in self._groups(items).items():
-            rows = torch.from_numpy(
-                np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
-            ).to(hidden.device)
+            rows = torch.from_numpy(np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])).to(
+                hidden.device
+            )
             # index_select copies; the common case of one group needs none.
             part = hidden if len(rows) == len(hidden) else hidden.index_select(0, rows)
             chosen = [items[i] for i in members]
@@ -186,9 +184,7 @@ class Objective:
             tally.add_divergence(names, items, output.stats)
         return output.loss
 
-    def _advantage(
-        self, hidden: torch.Tensor, head: Head, items: Sequence[Item], tally: Tally | None
-    ) -> torch.Tensor:
+    def _advantage(self, hidden: torch.Tensor, head: Head, items: Sequence[Item], tally: Tally | None) -> torch.Tensor:
         logprob = linear_logprob(
             hidden,
             head.weight.to(hidden.dtype),
@@ -202,8 +198,7 @@ class Objective:
             vocab_size=self.vocab_size,
         ).logprob
         weights = [
-            item.advantage if item.advantage is not None else np.zeros(len(item.rollout.targets))
-            for item in items
+            item.advantage if item.advantage is not None else np.zeros(len(item.rollout.targets)) for item in items
         ]
         if tally is not None:
             tally.add_logprob(items, logprob.detach())

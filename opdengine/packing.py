@@ -76,9 +76,7 @@ def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
-def pack(
-    sequences: Sequence[np.ndarray], *, max_tokens: int, layout: str = "rows"
-) -> list[Packed]:
+def pack(sequences: Sequence[np.ndarray], *, max_tokens: int, layout: str = "rows") -> list[Packed]:
     """Lay out sequences as micro-batches of at most about ``max_tokens`` tokens each.
 
     Args:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from opd_kernels import TeacherHead, linear_divergence
 
+from opd_kernels import TeacherHead, linear_divergence
 from opdengine.backbone import Head
 from opdengine.objective import Tally
 from opdengine.types import Rollout, SamplingParams
@@ -52,7 +52,7 @@ def teachers_are_alive(tally: Tally, names: Sequence[str], vocab_size: int) -> N
     """A teacher whose mean entropy is that of the uniform distribution teaches nothing."""
     for name in names:
         entropies = tally.get(f"teacher_entropy/{name}")
-        if len(entropies) and entropies.mean() > 0.98 * math.log(vocab_size):
+        if len(entropies) and entropies.mean() > 0.99 * math.log(vocab_size):
             raise ProbeError(
                 f"teacher {name!r} is dead: its mean entropy {entropies.mean():.3f} is that of the "
                 f"uniform distribution over {vocab_size} tokens ({math.log(vocab_size):.3f}); check "
@@ -62,12 +62,7 @@ def teachers_are_alive(tally: Tally, names: Sequence[str], vocab_size: int) -> N
 
 def samples_the_model(params: SamplingParams) -> bool:
     """Whether the sampling distribution is the model's own, so that log-probs can be compared."""
-    return (
-        params.temperature == 1.0
-        and params.top_p == 1.0
-        and params.top_k == 0
-        and params.repetition_penalty == 1.0
-    )
+    return params.temperature == 1.0 and params.top_p == 1.0 and params.top_k == 0 and params.repetition_penalty == 1.0
 
 
 def sampler_agrees(tally: Tally, limit: float) -> dict[str, float]:

@@ -41,17 +41,13 @@ class Annotations:
 class Annotator(Protocol):
     """Chooses under which contexts and with which weights teachers judge; may ask them to write."""
 
-    async def annotate(
-        self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]
-    ) -> Annotations: ...
+    async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations: ...
 
 
 class Weigher(Protocol):
     """Pure: rollouts and notes of a whole step -> one signal each."""
 
-    def __call__(
-        self, rollouts: Sequence[Rollout], notes: Sequence[Note]
-    ) -> list[TokenSignal]: ...
+    def __call__(self, rollouts: Sequence[Rollout], notes: Sequence[Note]) -> list[TokenSignal]: ...
 
 
 class DemonstrationSource(Protocol):
@@ -121,7 +117,5 @@ def distill(rollouts: Sequence[Rollout], notes: Sequence[Note]) -> list[TokenSig
         if note.turn_weight is not None:
             weight = np.asarray(note.turn_weight, dtype=np.float32)[rollout.target_turns]
         mix = None if note.mix is None else np.tile(note.mix, (count, 1)).astype(np.float32)
-        signals.append(
-            TokenSignal(kl_weight=weight, mix=mix, keep=not note.drop, reason=note.drop)
-        )
+        signals.append(TokenSignal(kl_weight=weight, mix=mix, keep=not note.drop, reason=note.drop))
     return signals

@@ -145,9 +145,7 @@ class TeacherContext:
     target_positions: np.ndarray
 
     @classmethod
-    def replace_prompt(
-        cls, rollout: Rollout, teacher: str, prefix_ids: Sequence[int] | np.ndarray
-    ) -> TeacherContext:
+    def replace_prompt(cls, rollout: Rollout, teacher: str, prefix_ids: Sequence[int] | np.ndarray) -> TeacherContext:
         """Put ``prefix_ids`` in place of the rollout's prompt turn and keep everything after it."""
         prefix = np.asarray(prefix_ids, dtype=np.int64)
         prompt_length = len(rollout.turns[0].token_ids)

@@ -55,9 +55,7 @@ class DebateContexts:
             self._families[key] = debate_prompts(spec)
         return self._families[key]
 
-    async def annotate(
-        self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]
-    ) -> Annotations:
+    async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
         experts = [route(teachers, r.prompt.key) for r in rollouts]
         generated, cached = self.debater.generated, self.debater.cached
         debates = await self.debater.debate([r.prompt for r in rollouts], experts)

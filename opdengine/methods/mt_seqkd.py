@@ -63,23 +63,16 @@ class TeacherAnswers:
 
     async def _write(self, teacher: Teacher, prompts: Sequence[Prompt]) -> None:
         requests = [
-            Request(p.id, tuple(teacher.encode(p.messages, p.tools)), seed=zlib.crc32(p.id.encode()))
-            for p in prompts
+            Request(p.id, tuple(teacher.encode(p.messages, p.tools)), seed=zlib.crc32(p.id.encode())) for p in prompts
         ]
-        for prompt, answer in zip(
-            prompts, await teacher.generate(requests, self.params), strict=True
-        ):
-            self._answers[prompt.id] = Turn(
-                "assistant", answer.token_ids, trains=True, feedback=answer.text
-            )
+        for prompt, answer in zip(prompts, await teacher.generate(requests, self.params), strict=True):
+            self._answers[prompt.id] = Turn("assistant", answer.token_ids, trains=True, feedback=answer.text)
 
 
 class NoTeacher:
     """No teacher judges; the sequences themselves are the signal."""
 
-    async def annotate(
-        self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]
-    ) -> Annotations:
+    async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
         return Annotations([Note() for _ in rollouts])
 
 

@@ -19,18 +19,14 @@ from opdengine.types import Rollout, TeacherContext
 class PlainContexts:
     """Every routed teacher reads the prompt in its own chat template, weighted by ``weight``."""
 
-    async def annotate(
-        self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]
-    ) -> Annotations:
+    async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
         return Annotations([plain_note(r, route(teachers, r.prompt.key)) for r in rollouts])
 
 
 def plain_note(rollout: Rollout, teachers: Sequence[Teacher]) -> Note:
     """The rollout under the plain prompt of every teacher, fixed relative weights."""
     contexts = tuple(
-        TeacherContext.replace_prompt(
-            rollout, t.name, t.encode(rollout.prompt.messages, rollout.prompt.tools)
-        )
+        TeacherContext.replace_prompt(rollout, t.name, t.encode(rollout.prompt.messages, rollout.prompt.tools))
         for t in teachers
     )
     weights = np.array([t.weight for t in teachers], dtype=np.float32)

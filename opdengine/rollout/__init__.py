@@ -16,9 +16,7 @@ class Sampler(Protocol):
 
     policy_version: int
 
-    def generate(
-        self, requests: Sequence[Request], params: SamplingParams
-    ) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
         """Sample ``params.n`` completions for every request, in order.
 
         Completion ``i`` of a request depends on ``(params.seed, request.seed, i)`` and the weights

@@ -44,9 +44,7 @@ class EngineProcess:
         self._connection: Connection | None = None
         self._log = ""
 
-    def start(
-        self, config: Mapping[str, Any], environment: Mapping[str, str], log: str, timeout: float
-    ) -> EngineInfo:
+    def start(self, config: Mapping[str, Any], environment: Mapping[str, str], log: str, timeout: float) -> EngineInfo:
         """Start the child and wait until it is ready.
 
         Args:

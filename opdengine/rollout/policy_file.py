@@ -82,9 +82,7 @@ def _check_weight(
         raise ValueError(f"weight {name!r} was given twice")
 
 
-def write_policy(
-    version: int, tensors: Mapping[str, Any], names: Mapping[str, str], path: str
-) -> StoredPolicy:
+def write_policy(version: int, tensors: Mapping[str, Any], names: Mapping[str, str], path: str) -> StoredPolicy:
     """Write the result of :func:`collect_policy` to ``path`` (safetensors)."""
     from safetensors.torch import save_file
 

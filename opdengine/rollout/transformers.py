@@ -39,9 +39,7 @@ class TransformersSampler:
         self.vocabulary = vocabulary_size(tokenizer)
         self.window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-    def generate(
-        self, requests: Sequence[Request], params: SamplingParams
-    ) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
         """See :class:`opdengine.rollout.Sampler`."""
         for request in requests:
             check_room(request, params.max_tokens, self.window)
@@ -82,9 +80,7 @@ class TransformersSampler:
         return groups
 
     @torch.no_grad()
-    def _generate_batch(
-        self, requests: Sequence[Request], params: SamplingParams
-    ) -> list[Completion]:
+    def _generate_batch(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         device = self.model.get_input_embeddings().weight.device
         state = _State(requests, params, device)
         output = self.model(
@@ -122,14 +118,10 @@ class TransformersSampler:
                 stop_reason=reason,
                 text=self.tokenizer.decode(ids, skip_special_tokens=True),
             )
-            for ids, logprobs, reason in zip(
-                state.ids, state.logprobs, state.reasons, strict=True
-            )
+            for ids, logprobs, reason in zip(state.ids, state.logprobs, state.reasons, strict=True)
         ]
 
-    def _sample(
-        self, logits: torch.Tensor, state: _State, params: SamplingParams
-    ) -> list[int]:
+    def _sample(self, logits: torch.Tensor, state: _State, params: SamplingParams) -> list[int]:
         """Draw one token per live row and note its log-prob under what was sampled from."""
         logits = logits.float()
         if params.repetition_penalty != 1.0:
@@ -169,9 +161,7 @@ class TransformersSampler:
 class _State:
     """The sequences of one batch: all of them on the host, the live ones on the device."""
 
-    def __init__(
-        self, requests: Sequence[Request], params: SamplingParams, device: torch.device
-    ) -> None:
+    def __init__(self, requests: Sequence[Request], params: SamplingParams, device: torch.device) -> None:
         lengths = [len(r.token_ids) for r in requests]
         width = max(lengths)
         ids = np.zeros((len(requests), width), dtype=np.int64)

@@ -17,7 +17,7 @@ import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,6 +32,8 @@ from opdengine.rollout.transformers import check_room, stream_key
 from opdengine.types import Completion, Request, SamplingParams
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import torch
 
     from opdengine.rollout.vllm_worker import EngineInfo

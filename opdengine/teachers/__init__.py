@@ -47,15 +47,11 @@ class Teacher(Protocol):
         """Its frozen output head."""
         ...
 
-    def encode(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
-    ) -> list[int]:
+    def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids of a chat in this teacher's own template, ready for its reply."""
         ...
 
-    async def generate(
-        self, requests: Sequence[Request], params: SamplingParams
-    ) -> list[Completion]:
+    async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """One completion per request, in order."""
         ...
 

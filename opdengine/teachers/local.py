@@ -73,20 +73,14 @@ class LocalTeacher:
     def head(self) -> Head:
         return self.backbone.head
 
-    def encode(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
-    ) -> list[int]:
+    def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         return encode_chat(self.tokenizer, messages, tools, self.config.chat_template_kwargs)
 
-    async def generate(
-        self, requests: Sequence[Request], params: SamplingParams
-    ) -> list[Completion]:
+    async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         return [completions[0] for completions in self._writer.generate(requests, params)]
 
     async def score(self, contexts: Sequence[TeacherContext]) -> list[torch.Tensor]:
-        return self.backbone.score(
-            [c.token_ids for c in contexts], [c.target_positions for c in contexts]
-        )
+        return self.backbone.score([c.token_ids for c in contexts], [c.target_positions for c in contexts])
 
 
 def model_fingerprint(path: str, model: Any) -> str:

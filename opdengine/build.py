@@ -1,0 +1,130 @@
+"""From a configuration to an engine: the only place that loads models."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opdengine.backbone import Backbone, load_model
+from opdengine.chat import load_tokenizer, require_same_tokenizer, vocabulary_size
+from opdengine.config import ConfigError, TrainConfig
+from opdengine.engine import Engine
+from opdengine.recipe import Recipe
+from opdengine.rollout import Sampler
+from opdengine.teachers.local import LocalTeacher
+
+logger = logging.getLogger(__name__)
+
+
+def build_engine(config: TrainConfig, recipe: Recipe, tokenizer: Any, checkpoint: Path | None = None) -> Engine:
+    """Load student, teachers and sampler.
+
+    Args:
+        config: of the run.
+        recipe: of its method.
+        tokenizer: the student's.
+        checkpoint: take the student's weights from here.
+
+    Raises:
+        ValueError: a teacher does not share the tokenizer, or a head is narrower than it.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vocab_size = vocabulary_size(tokenizer)
+    tokenizers = [_teacher_tokenizer(config, i, tokenizer) for i in range(len(config.teachers))]
+    model = load_model(
+        config.model if checkpoint is None else str(checkpoint / "model"),
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        device=device,
+    )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    student = Backbone(model, "student", config.max_tokens_per_batch)
+    teachers = [
+        LocalTeacher(
+            teacher,
+            device=device,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+            max_tokens=config.max_tokens_per_batch,
+            tokenizer=teacher_tokenizer,
+        )
+        for teacher, teacher_tokenizer in zip(config.teachers, tokenizers, strict=True)
+    ]
+    for name, head in [("student", student.head), *((t.name, t.head) for t in teachers)]:
+        if head.weight.shape[0] < vocab_size:
+            raise ConfigError(
+                f"{name}: its head has {head.weight.shape[0]} rows, but the tokenizer knows "
+                f"{vocab_size} ids; model and tokenizer do not belong together"
+            )
+    optimizer = build_optimizer(config, model)
+    return Engine(
+        config=config,
+        recipe=recipe,
+        student=student,
+        tokenizer=tokenizer,
+        teachers=teachers,
+        sampler=build_sampler(config, model, tokenizer),
+        optimizer=optimizer,
+        scheduler=build_scheduler(config, optimizer),
+        vocab_size=vocab_size,
+    )
+
+
+def build_optimizer(config: TrainConfig, model: Any) -> torch.optim.AdamW:
+    """AdamW; norms and biases are not decayed."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    plain = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    return torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+
+
+def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning-rate schedule by its transformers name."""
+    from transformers import get_scheduler
+
+    return get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=round(config.warmup_ratio * config.max_steps),
+        num_training_steps=config.max_steps,
+    )
+
+
+def build_sampler(config: TrainConfig, model: Any, tokenizer: Any) -> Sampler:
+    """The student's sampler: vLLM where asked, else the trainer's own model."""
+    if config.use_vllm:
+        from opdengine.rollout.vllm import VLLMSampler
+
+        return VLLMSampler(
+            config.model,
+            dtype=str(model.dtype).removeprefix("torch."),
+            max_model_len=config.max_prompt_length + config.max_completion_length,
+            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+            tensor_parallel_size=config.vllm_tensor_parallel_size,
+        )
+    from opdengine.rollout.transformers import TransformersSampler
+
+    return TransformersSampler(model, tokenizer, max_batch_tokens=4 * config.max_tokens_per_batch)
+
+
+def _teacher_tokenizer(config: TrainConfig, index: int, student: Any) -> Any:
+    teacher = config.teachers[index]
+    tokenizer = load_tokenizer(
+        teacher.model,
+        trust_remote_code=config.trust_remote_code,
+        chat_template=teacher.chat_template,
+    )
+    require_same_tokenizer(student, tokenizer, teacher.name)
+    return tokenizer

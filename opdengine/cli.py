@@ -1,0 +1,125 @@
+"""``opdengine train | eval | debate | doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import json
+import logging
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from opdengine.checkpoint import CheckpointError
+from opdengine.config import TrainConfig, load_config
+from opdengine.types import Prompt
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; user errors end with one message and status 2, not with a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "transformers", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    parser = argparse.ArgumentParser("opdengine", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help_text in (
+        ("train", "train a student: opdengine train --config run.yaml [--key value ...]"),
+        ("debate", "print one debate: opdengine debate --config run.yaml --prompt TEXT"),
+        ("eval", "grade a model: opdengine eval --config run.yaml [--model FOLDER]"),
+    ):
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("--config", help="YAML file of settings")
+        if name == "debate":
+            command.add_argument("--prompt", required=True, help="what to debate")
+            command.add_argument("--data_source", default="", help="routing key of the prompt")
+    commands.add_parser("doctor", help="show versions and what can be used here")
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "doctor":
+        return doctor()
+    try:
+        config = load_config(options.config, rest)
+        if options.command == "train":
+            return _train(config)
+        if options.command == "debate":
+            return _debate(config, options.prompt, options.data_source)
+        return _eval(config)
+    except (ValueError, CheckpointError) as error:
+        sys.stderr.write(f"opdengine: {error}\n")
+        return 2
+
+
+def _train(config: TrainConfig) -> int:
+    from opdengine.train import train
+
+    result = train(config)
+    sys.stdout.write(f"finished: {result.final_model}\n")
+    return 0
+
+
+def _eval(config: TrainConfig) -> int:
+    from opdengine.backbone import load_model
+    from opdengine.chat import encode_chat, load_tokenizer
+    from opdengine.data import load_prompts
+    from opdengine.evaluate import evaluate
+    from opdengine.rollout.transformers import TransformersSampler
+    from opdengine.verifiers import load_verifier
+
+    verifier = load_verifier(config.verifier)
+    prompts = load_prompts(config.eval_data or config.train_data).prompts
+    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
+    sampler = TransformersSampler(load_model(config.model, dtype=config.dtype), tokenizer)
+    result = evaluate(
+        sampler,
+        prompts[: config.eval_max_prompts],
+        lambda p: encode_chat(tokenizer, p.messages, p.tools, config.chat_template_kwargs),
+        verifier,
+        config.max_completion_length,
+    )
+    sys.stdout.write(json.dumps(result.metrics(), indent=1) + "\n")
+    return 0
+
+
+def _debate(config: TrainConfig, text: str, key: str) -> int:
+    from opdengine.methods.mad_opd import DebateContexts
+    from opdengine.teachers.local import LocalTeacher
+
+    prompt = Prompt("command line", ({"role": "user", "content": text},), key=key)
+    chosen = [t for t in config.teachers if not t.key or key in t.key]
+    if len(chosen) < 2:
+        raise ValueError(f"a debate needs two teachers; data_source {key!r} has {len(chosen)}")
+    teachers = [LocalTeacher(t, trust_remote_code=config.trust_remote_code) for t in chosen]
+    debater = DebateContexts(config.debate, cache_dir=None).debater
+    (debate,) = asyncio.run(debater.debate([prompt], [teachers]))
+    for number, texts in enumerate(debate.rounds, start=1):
+        for name, said in zip(debate.teachers, texts, strict=True):
+            sys.stdout.write(f"--- round {number}, {name}\n{said}\n")
+    weights = debate.weights(config.debate.tau)
+    for name, weight in zip(debate.teachers, weights, strict=True):
+        sys.stdout.write(f"weight of {name}: {weight:.3f}\n")
+    return 0
+
+
+def doctor() -> int:
+    """Print versions, devices and which optional parts are installed."""
+    lines = [f"python {platform.python_version()}"]
+    for package in ("opdengine", "torch", "triton", "transformers", "vllm", "flash-attn", "peft"):
+        try:
+            lines.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            found = importlib.util.find_spec(package.replace("-", "_")) is not None
+            lines.append(f"{package} {'installed under another name' if found else 'missing'}")
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        for i in range(torch.cuda.device_count()):
+            lines.append(f"GPU {i}: {torch.cuda.get_device_name(i)}")
+        if not torch.cuda.is_available():
+            lines.append("no GPU: models run on the CPU")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
