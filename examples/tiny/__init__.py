@@ -1,0 +1,1 @@
+"""The world of the demo: a task, a tokenizer, debating teachers and a weak student."""
