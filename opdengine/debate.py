@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,25 @@ class Debate:
         return (weights / weights.sum()).astype(np.float32)
 
 
+@dataclass
+class _Talk:
+    """What was said so far; this is what the cache keeps. A debate of more rounds continues it.
+
+    Args:
+        rounds: ``rounds[r][k]`` is expert k's text of round r + 1.
+        truncated: turns of each round that ran into the length limit.
+        failed: why no further round is possible; else empty.
+    """
+
+    rounds: list[list[str]] = field(default_factory=list)
+    truncated: list[int] = field(default_factory=list)
+    failed: str = ""
+
+    def is_done(self, rounds: int) -> bool:
+        """Whether nothing more is to be said for a debate of so many rounds."""
+        return bool(self.failed) or len(self.rounds) >= rounds
+
+
 class Debater:
     """Runs debates over batches of states, all states of a round at once.
 
@@ -94,70 +113,44 @@ class Debater:
             teachers: for every prompt its K >= 2 teachers.
         """
         keys = [self._key(p, t) for p, t in zip(prompts, teachers, strict=True)]
-        done: dict[str, Debate] = {}
-        todo: dict[str, tuple[Prompt, Sequence[Teacher]]] = {}
-        for key, prompt, experts in zip(keys, prompts, teachers, strict=True):
-            if key in done or key in todo:
-                continue
-            found = self._load(key)
-            if found is None:
-                todo[key] = (prompt, experts)
-            else:
-                done[key] = found
-        self.cached += len(done)
-        self.generated += len(todo)
-        if todo:
-            done.update(await self._run(todo))
-        return [done[key] for key in keys]
-
-    async def _run(self, todo: dict[str, tuple[Prompt, Sequence[Teacher]]]) -> dict[str, Debate]:
-        texts: dict[str, list[list[str]]] = {key: [] for key in todo}
-        problems: dict[str, Counter[str]] = {key: Counter() for key in todo}
-        failed: dict[str, str] = {}
+        states = {k: state for k, *state in zip(keys, prompts, teachers, strict=True)}
+        talks = {key: self._load(key) for key in states}
+        unfinished = {k: states[k] for k, talk in talks.items() if not talk.is_done(self.rounds)}
+        self.cached += len(states) - len(unfinished)
+        self.generated += len(unfinished)
         for number in range(self.rounds):
-            live = {key: state for key, state in todo.items() if key not in failed}
-            replies = await self._round(live, number, texts, problems, failed)
-            for key in live:
-                if key not in failed:
-                    texts[key].append(replies[key])
-        results = {}
-        for key, (_, experts) in todo.items():
-            results[key] = self._conclude(experts, texts[key], problems[key], failed.get(key, ""))
-            self._store(key, results[key])
-        return results
+            waiting = {k: state for k, state in unfinished.items() if not talks[k].is_done(number + 1)}
+            if waiting:
+                await self._round(waiting, number, talks)
+        for key in unfinished:
+            self._store(key, talks[key])
+        return [self._conclude(states[key][1], talks[key]) for key in keys]
 
-    async def _round(
-        self,
-        states: dict[str, tuple[Prompt, Sequence[Teacher]]],
-        number: int,
-        texts: dict[str, list[list[str]]],
-        problems: dict[str, Counter[str]],
-        failed: dict[str, str],
-    ) -> dict[str, list[str]]:
+    async def _round(self, states: dict[str, Any], number: int, talks: dict[str, _Talk]) -> None:
         """One reply of every teacher to every state; the teachers of a round work in parallel."""
         queues: dict[str, tuple[Teacher, list[tuple[str, int, Request]]]] = {}
         for key, (prompt, experts) in states.items():
-            requests = [self._request(key, prompt, expert, k, number, texts[key]) for k, expert in enumerate(experts)]
+            requests = [
+                self._request(key, prompt, expert, k, number, talks[key].rounds) for k, expert in enumerate(experts)
+            ]
             room = [
                 expert.window is None or len(request.token_ids) + self.params.max_tokens <= expert.window
                 for expert, request in zip(experts, requests, strict=True)
             ]
             if not all(room):
-                failed[key] = "debate_too_long"
+                talks[key].failed = "debate_too_long"
                 continue
+            talks[key].rounds.append([""] * len(experts))
+            talks[key].truncated.append(0)
             for k, (expert, request) in enumerate(zip(experts, requests, strict=True)):
                 queues.setdefault(expert.name, (expert, []))[1].append((key, k, request))
         answers = await asyncio.gather(
             *(teacher.generate([request for _, _, request in queue], self.params) for teacher, queue in queues.values())
         )
-        replies = {key: [""] * len(experts) for key, (_, experts) in states.items()}
         for (_, queue), completions in zip(queues.values(), answers, strict=True):
             for (key, k, _), completion in zip(queue, completions, strict=True):
-                text = completion.text.strip()
-                replies[key][k] = text
-                problems[key]["empty_turn"] += not text
-                problems[key]["truncated_turn"] += completion.stop_reason == "length"
-        return replies
+                talks[key].rounds[number][k] = completion.text.strip()
+                talks[key].truncated[number] += completion.stop_reason == "length"
 
     def _request(
         self,
@@ -176,15 +169,17 @@ class Debater:
         seed = int(hashlib.sha256(f"{key}:{number}:{k}".encode()).hexdigest()[:12], 16)
         return Request(prompt.id, tuple(expert.encode(messages, prompt.tools)), seed)
 
-    def _conclude(
-        self,
-        experts: Sequence[Teacher],
-        rounds: Sequence[Sequence[str]],
-        problems: Counter[str],
-        failed: str,
-    ) -> Debate:
+    def _conclude(self, experts: Sequence[Teacher], talk: _Talk) -> Debate:
+        """Read the confidences of the last round and count what went wrong."""
+        rounds = talk.rounds[: self.rounds]
+        if len(rounds) < self.rounds:
+            return Debate(tuple(t.name for t in experts), (), (), {}, talk.failed)
+        problems: Counter[str] = Counter(
+            empty_turn=sum(not text for texts in rounds for text in texts),
+            truncated_turn=sum(talk.truncated[: self.rounds]),
+        )
         confidences: list[float | None] = []
-        for text in rounds[-1] if rounds and not failed else ():
+        for text in rounds[-1]:
             stated = parse_confidence(text) if self.ask_confidence else None
             if stated is not None:
                 problems["clamped_confidence"] += not 0 <= stated <= 100
@@ -194,20 +189,18 @@ class Debater:
             confidences.append(stated)
         return Debate(
             teachers=tuple(t.name for t in experts),
-            rounds=() if failed else tuple(tuple(texts) for texts in rounds),
+            rounds=tuple(tuple(texts) for texts in rounds),
             confidences=tuple(confidences),
             problems={reason: count for reason, count in problems.items() if count},
-            failed=failed,
         )
 
     def _key(self, prompt: Prompt, teachers: Sequence[Teacher]) -> str:
-        """Everything a debate depends on; the policy is not part of it."""
+        """Everything a round depends on; neither the policy nor the number of rounds is part of it."""
         content: list[Any] = [
             CACHE_VERSION,
             [dict(m) for m in prompt.messages],
             [dict(t) for t in prompt.tools],
             [[t.name, t.fingerprint, t.encode(prompt.messages, prompt.tools)] for t in teachers],
-            self.rounds,
             asdict(self.prompts_for(prompt.key)),
             asdict(self.params),
             self.ask_confidence,
@@ -217,25 +210,16 @@ class Debater:
     def _file(self, key: str) -> Path | None:
         return None if self.cache_dir is None else self.cache_dir / key[:2] / f"{key}.json"
 
-    def _load(self, key: str) -> Debate | None:
+    def _load(self, key: str) -> _Talk:
         file = self._file(key)
-        if file is None or not file.is_file():
-            return None
-        data = json.loads(file.read_text("utf-8"))
-        return Debate(
-            teachers=tuple(data["teachers"]),
-            rounds=tuple(tuple(texts) for texts in data["rounds"]),
-            confidences=tuple(data["confidences"]),
-            problems=data["problems"],
-            failed=data["failed"],
-        )
+        return _Talk() if file is None or not file.is_file() else _Talk(**json.loads(file.read_text("utf-8")))
 
-    def _store(self, key: str, debate: Debate) -> None:
+    def _store(self, key: str, talk: _Talk) -> None:
         """Write whole or not at all, so that a killed run leaves no half debate."""
         file = self._file(key)
         if file is None:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(json.dumps(asdict(debate), ensure_ascii=False), "utf-8")
+        partial.write_text(json.dumps(asdict(talk), ensure_ascii=False), "utf-8")
         partial.replace(file)
