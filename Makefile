@@ -1,0 +1,56 @@
+# Everything a fresh machine needs: `make demo` and `make test` create the environment themselves.
+PYTHON ?= python3
+VENV ?= .venv
+# On a machine without a GPU the CPU build saves gigabytes, e.g.
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+PY = $(VENV)/bin/python
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test check bench models clean help
+
+help:
+	@echo "make demo     distil the bundled tiny models: MAD-OPD beside its baselines (minutes, 2 cores)"
+	@echo "make test     linters, type checker and the whole test suite"
+	@echo "make bench    throughput of the fused loss and of a whole step"
+	@echo "make models   train the bundled tiny models again"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+
+# A stamp for each set of packages; rebuilt when pyproject.toml changes.
+$(VENV)/.torch: | $(VENV)/bin/python
+	$(PY) -m pip install --quiet $(TORCH)
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/.torch
+	@echo "installing the packages of the demo into $(VENV) ..."
+	$(PY) -m pip install --quiet -e ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.torch
+	@echo "installing the packages of the tests into $(VENV) ..."
+	$(PY) -m pip install --quiet -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(PY) examples/train_mad_opd.py $(ARGS)
+
+check: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: check
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+bench: $(VENV)/.dev
+	$(PY) -m pytest benchmarks -m "" $(ARGS)
+
+models: $(VENV)/.demo
+	$(PY) examples/tiny/build.py --out examples/tiny/models
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
