@@ -25,7 +25,7 @@ WORKER = "from opdengine.rollout.vllm_worker import main; main()"
 
 
 class EngineError(RuntimeError):
-    """The engine process could not do what it was asked; it has been stopped."""
+    """The engine could not do what it was asked."""
 
 
 class EngineDiedError(EngineError):
@@ -43,6 +43,7 @@ class EngineProcess:
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._log = ""
+        self._pending = False
 
     def start(self, config: Mapping[str, Any], environment: Mapping[str, str], log: str, timeout: float) -> EngineInfo:
         """Start the child and wait until it is ready.
@@ -70,14 +71,14 @@ class EngineProcess:
         self._connection = ours
         try:
             self._send(config)
-            return self._receive("start", timeout)
+            return self._accept("start", *self._wait("start", timeout))
         except BaseException:
             self.kill()
             raise
 
     def alive(self) -> bool:
-        """Whether there is a running child."""
-        return self._child is not None and self._child.poll() is None
+        """Whether there is a child that runs and owes no answer of an earlier call."""
+        return self._child is not None and self._child.poll() is None and not self._pending
 
     @property
     def pid(self) -> int | None:
@@ -86,19 +87,23 @@ class EngineProcess:
 
     def call(self, operation: str, payload: Mapping[str, Any], timeout: float) -> Any:
         """Ask for one operation; when this is interrupted, the child drops it too."""
-        self._send((operation, payload))
+        self._pending = True
         try:
-            return self._receive(operation, timeout)
-        except (EngineError, InvalidRequestError):
+            self._send((operation, payload))
+            status, answer = self._wait(operation, timeout)
+            self._pending = False
+        except EngineError:
             raise
         except BaseException:
             self._cancel()
             raise
+        return self._accept(operation, status, answer)
 
     def kill(self) -> None:
         """End the child at once; the next call starts another."""
         child, self._child = self._child, None
         connection, self._connection = self._connection, None
+        self._pending = False
         if connection is not None:
             connection.close()
         if child is not None:
@@ -127,8 +132,7 @@ class EngineProcess:
             self.kill()  # half a message is in the pipe
             raise
 
-    def _receive(self, operation: str, timeout: float) -> Any:
-        status, answer = self._wait(operation, timeout)
+    def _accept(self, operation: str, status: str, answer: Any) -> Any:
         if status == "invalid":
             raise InvalidRequestError(f"vLLM refuses: {answer}")
         if status != "ok":
@@ -165,6 +169,7 @@ class EngineProcess:
         try:
             self._send(("cancel", {}))
             self._wait("cancel", CANCEL_SECONDS)
+            self._pending = False
         except EngineError as error:
             logger.warning("%s", error)
         except BaseException:

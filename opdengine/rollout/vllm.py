@@ -155,9 +155,7 @@ class VLLMSampler:
             self.close()
             raise
 
-    def generate(
-        self, requests: Sequence[Request], params: SamplingParams
-    ) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
         """See :class:`~opdengine.rollout.Sampler`.
 
         Log-probs are those of the distribution that was sampled from, after temperature, penalty,
@@ -183,9 +181,7 @@ class VLLMSampler:
         }
         with self._lock:
             self.wake()
-            version, samples = self._call(
-                "generate", {"prompts": prompts, "seeds": seeds, "sampling": sampling}
-            )
+            version, samples = self._call("generate", {"prompts": prompts, "seeds": seeds, "sampling": sampling})
             if version != self.policy_version:
                 self._process.kill()
                 raise EngineError(
@@ -259,9 +255,7 @@ class VLLMSampler:
         check_room(request, max_tokens, self.info.window)
         ids = np.asarray(request.token_ids)
         if ids.dtype.kind not in "iu":
-            raise ValueError(
-                f"prompt {request.id!r} has token ids of type {ids.dtype}, not integer"
-            )
+            raise ValueError(f"prompt {request.id!r} has token ids of type {ids.dtype}, not integer")
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.info.vocabulary:
             raise ValueError(

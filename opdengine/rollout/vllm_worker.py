@@ -49,7 +49,7 @@ class PolicyLoader:
     """Mixed into vLLM's workers (``worker_extension_cls``): replaces the model's weights in place."""
 
     def load_policy_file(self: Any, path: str | None, names: Mapping[str, str]) -> None:
-        """Load a file of :func:`~opdengine.rollout.policy_file.write_policy`, or the model's own checkpoint when path is None."""
+        """Load a stored policy, or the model's own checkpoint when path is None."""
         if path is None:
             from vllm.model_executor.model_loader import get_model_loader
 
@@ -147,9 +147,7 @@ class Engine:
                     )
                 )
         outputs = [output.outputs[0] for output in self._run(inputs, parameters)]
-        texts = self.tokenizer.batch_decode(
-            [list(output.token_ids) for output in outputs], skip_special_tokens=True
-        )
+        texts = self.tokenizer.batch_decode([list(output.token_ids) for output in outputs], skip_special_tokens=True)
         return self.version, [
             (
                 np.array(output.token_ids, dtype=np.int64),
@@ -241,9 +239,7 @@ def _cpu_kv_bytes(config: Mapping[str, Any]) -> int:
     """KV cache for every sequence at full length, within bounds; vLLM's own default is 92 % of RAM."""
     from transformers import AutoConfig
 
-    hf = AutoConfig.from_pretrained(
-        config["model"], trust_remote_code=config["trust_remote_code"]
-    ).get_text_config()
+    hf = AutoConfig.from_pretrained(config["model"], trust_remote_code=config["trust_remote_code"]).get_text_config()
     heads = getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
     width = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     window = config["max_model_len"] or hf.max_position_embeddings
@@ -252,9 +248,7 @@ def _cpu_kv_bytes(config: Mapping[str, Any]) -> int:
     return max(wanted, sequence, MIN_CPU_KV_BYTES)
 
 
-def _model_weights(
-    model: str, trust_remote_code: bool
-) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+def _model_weights(model: str, trust_remote_code: bool) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Names and shapes of the ``state_dict``, and which names share storage; allocates nothing."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -292,7 +286,7 @@ def _answer(engine: Engine, operation: str, payload: Mapping[str, Any]) -> tuple
         return "cancelled", None
     except VLLMClientError as error:
         return "invalid", str(error)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
+    except Exception as error:  # whatever it is, the parent must hear of it
         traceback.print_exc()
         return "failed", f"{type(error).__name__}: {error}"
 
@@ -301,14 +295,12 @@ def main() -> None:
     """Serve one parent: ``python -c "<import and call this>" DESCRIPTOR PARENT_PID``."""
     connection = Connection(int(sys.argv[1]))
     config = connection.recv()
-    threading.Thread(
-        target=_leave_with_parent, args=(int(sys.argv[2]), config["folders"]), daemon=True
-    ).start()
+    threading.Thread(target=_leave_with_parent, args=(int(sys.argv[2]), config["folders"]), daemon=True).start()
     try:
         engine = Engine(config, connection)
         if config["dry_sync"]:
             engine.dry_sync()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
+    except Exception as error:  # whatever it is, the parent must hear of it
         traceback.print_exc()
         connection.send(("failed", f"{type(error).__name__}: {error}"))
         return
