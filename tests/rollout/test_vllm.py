@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from opdengine.rollout.policy_file import collect_policy, read_policy, write_policy
-from opdengine.rollout.vllm import EngineError, VLLMMissingError, VLLMSampler
+from opdengine.rollout.vllm import EngineDiedError, EngineError, VLLMMissingError, VLLMSampler
 from opdengine.types import Completion, Request, SamplingParams
 
 WINDOW = 128
@@ -348,7 +348,7 @@ def test_update_of_a_tied_model_is_exact(sampler: VLLMSampler, model: Any, path:
 
 
 @engine_test
-def test_untied_model_updates_and_closing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untied_model_updates_and_closing_leaves_nothing(tmp_path: Path) -> None:
     path = save_model(tmp_path / "untied", tied=False)
     old = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -435,6 +435,20 @@ def test_killed_engine_is_replaced_with_the_same_policy(sampler: VLLMSampler, mo
     assert sampler._process.pid != pid
     assert same(results, expected)
     assert worst_gap(model, requests(), [row[:2] for row in results]) < 1e-4
+
+
+@engine_test
+def test_engine_that_dies_twice_in_a_call_is_an_error(sampler: VLLMSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def die(operation: str, payload: Any, timeout: float) -> None:
+        asked.append(operation)
+        raise EngineDiedError("killed")
+
+    monkeypatch.setattr(sampler._process, "call", die)
+    with pytest.raises(EngineDiedError, match="killed"):
+        sampler.generate(requests(), SamplingParams(max_tokens=4))
+    assert asked == ["generate", "generate"]
 
 
 @engine_test
