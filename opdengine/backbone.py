@@ -56,7 +56,8 @@ def load_model(
     """Load any causal LM that ``AutoModelForCausalLM`` knows, from a folder or a hub name.
 
     Raises:
-        ValueError: the folder does not exist or holds no model.
+        ValueError: the folder does not exist or holds no model, or the attention implementation is
+            not installed.
     """
     from transformers import AutoModelForCausalLM
 
@@ -73,7 +74,22 @@ def load_model(
             raise
         logger.warning("%s does not support %s attention: using eager", path, attn_implementation)
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
+    except (OSError, ImportError) as error:
+        raise ValueError(f"the model {path!r} cannot be loaded: {error}") from error
     return model.to(device)
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_window(path: str, *, trust_remote_code: bool = False) -> int | None:
+    """Longest sequence of a model, in tokens, from its configuration alone; None if unbounded."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_model_path(path: str) -> None:

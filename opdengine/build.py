@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from opdengine.backbone import Backbone, load_model
+from opdengine.backbone import Backbone, default_device, load_model
 from opdengine.chat import load_tokenizer, require_same_tokenizer, vocabulary_size
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.engine import Engine
@@ -31,7 +31,7 @@ def build_engine(config: TrainConfig, recipe: Recipe, tokenizer: Any, checkpoint
     Raises:
         ValueError: a teacher does not share the tokenizer, or a head is narrower than it.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     vocab_size = vocabulary_size(tokenizer)
     tokenizers = [_teacher_tokenizer(config, i, tokenizer) for i in range(len(config.teachers))]
     model = load_model(

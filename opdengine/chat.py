@@ -38,8 +38,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
     except OSError as error:
         raise ValueError(f"no tokenizer could be loaded from {path!r}: {error}") from error
     if chat_template is not None:
-        is_file = len(chat_template) < 4096 and Path(chat_template).is_file()
-        tokenizer.chat_template = Path(chat_template).read_text() if is_file else chat_template
+        tokenizer.chat_template = _read_template(chat_template)
     if not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer of {path!r} has no chat template; set chat_template to a Jinja template "
@@ -50,23 +49,66 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
     return tokenizer
 
 
+def _read_template(text: str) -> str:
+    if len(text) < 4096 and Path(text).is_file():
+        return Path(text).read_text("utf-8")
+    if "{" not in text:
+        raise ValueError(f"chat_template={text!r} is neither a file nor a Jinja template; correct the path")
+    return text
+
+
+def text_of(content: Any) -> str:
+    """A message's content as one string: the text itself, or the joined parts of a list of parts.
+
+    Raises:
+        ValueError: a part is not text.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"message content of type {type(content).__name__}; use a string or a list of text parts")
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise ValueError(f"message part of type {kind!r}; only text can be used")
+        texts.append(text)
+    return "".join(texts)
+
+
+def plain_message(message: Message) -> dict[str, Any]:
+    """The message with its content as one string: many templates drop or misprint lists of parts."""
+    content = message.get("content")
+    return dict(message) if content is None else {**message, "content": text_of(content)}
+
+
 def encode_chat(
     tokenizer: Any,
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] = (),
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of a chat, ready for the next assistant message."""
-    return list(
-        tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+    """Token ids of a chat, ready for the next assistant message.
+
+    Raises:
+        ValueError: the template refuses the chat, or a message holds more than text.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        ids = tokenizer.apply_chat_template(
+            [plain_message(message) for message in messages],
             tools=[dict(tool) for tool in tools] or None,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
             **(template_kwargs or {}),
         )
-    )
+    except TemplateError as error:
+        roles = [str(message.get("role")) for message in messages]
+        raise ValueError(f"the chat template cannot render a chat of the roles {roles}: {error}") from error
+    return list(ids)
 
 
 def vocabulary_size(tokenizer: Any) -> int:
@@ -88,7 +130,8 @@ def require_same_tokenizer(student: Any, teacher: Any, name: str) -> None:
     """Prove that a teacher reads the student's token ids as the student means them.
 
     Encodes probe strings and every token that was added to either vocabulary (chat markup, tool
-    markup, end of sequence) with both; equal widths prove nothing.
+    markup, end of sequence) with both, and compares the ids of all tokens that both know; equal
+    widths prove nothing.
 
     Raises:
         ValueError: some string is encoded differently; shows the first of them.
@@ -98,10 +141,13 @@ def require_same_tokenizer(student: Any, teacher: Any, name: str) -> None:
     added = {*student.get_added_vocab(), *teacher.get_added_vocab()}
     differing = []
     for probe in (*PROBES, *sorted(added)):
-        ours = student.encode(probe, add_special_tokens=False)
-        theirs = teacher.encode(probe, add_special_tokens=False)
-        if ours != theirs:
-            differing.append(f"  {probe!r}: student {ours[:12]}, {name} {theirs[:12]}")
+        one = student.encode(probe, add_special_tokens=False)
+        other = teacher.encode(probe, add_special_tokens=False)
+        if one != other:
+            differing.append(f"  {probe!r}: student {one[:12]}, {name} {other[:12]}")
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    moved = [token for token, i in ours.items() if theirs.get(token, i) != i]
+    differing += [f"  token {token!r}: student {ours[token]}, {name} {theirs[token]}" for token in sorted(moved)]
     if student.eos_token_id != teacher.eos_token_id:
         differing.append(f"  eos: student {student.eos_token_id}, {name} {teacher.eos_token_id}")
     if differing:

@@ -39,7 +39,8 @@ def save_checkpoint(
     """
     final = folder / f"step_{step}"
     partial = folder / f".step_{step}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for left_by_a_killed_run in folder.glob(".step_*.partial"):
+        shutil.rmtree(left_by_a_killed_run)
     partial.mkdir(parents=True)
     model.save_pretrained(partial / "model")
     tokenizer.save_pretrained(partial / "model")

@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     if options.command == "doctor":
         return doctor()
+    from opdengine.probes import ProbeError
+
     try:
         config = load_config(options.config, rest)
         if options.command == "train":
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "debate":
             return _debate(config, options.prompt, options.data_source)
         return _eval(config)
-    except (ValueError, CheckpointError) as error:
+    except (ValueError, CheckpointError, ProbeError) as error:
         sys.stderr.write(f"opdengine: {error}\n")
         return 2
 
@@ -59,17 +61,27 @@ def _train(config: TrainConfig) -> int:
 
 
 def _eval(config: TrainConfig) -> int:
-    from opdengine.backbone import load_model
+    from opdengine.backbone import default_device, load_model
     from opdengine.chat import encode_chat, load_tokenizer
     from opdengine.data import load_prompts
-    from opdengine.evaluate import evaluate
+    from opdengine.evaluate import evaluate, require_answers
     from opdengine.rollout.transformers import TransformersSampler
     from opdengine.verifiers import load_verifier
 
     verifier = load_verifier(config.verifier)
-    prompts = load_prompts(config.eval_data or config.train_data).prompts
-    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
-    sampler = TransformersSampler(load_model(config.model, dtype=config.dtype), tokenizer)
+    paths = config.eval_data or config.train_data
+    prompts = require_answers(load_prompts(paths, skip_bad_rows=config.skip_bad_rows).prompts)
+    tokenizer = load_tokenizer(
+        config.model, trust_remote_code=config.trust_remote_code, chat_template=config.chat_template
+    )
+    model = load_model(
+        config.model,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        device=default_device(),
+    )
+    sampler = TransformersSampler(model, tokenizer, max_batch_tokens=4 * config.max_tokens_per_batch)
     result = evaluate(
         sampler,
         prompts[: config.eval_max_prompts],
@@ -82,6 +94,7 @@ def _eval(config: TrainConfig) -> int:
 
 
 def _debate(config: TrainConfig, text: str, key: str) -> int:
+    from opdengine.backbone import default_device
     from opdengine.methods.mad_opd import DebateContexts
     from opdengine.teachers.local import LocalTeacher
 
@@ -89,12 +102,14 @@ def _debate(config: TrainConfig, text: str, key: str) -> int:
     chosen = [t for t in config.teachers if not t.key or key in t.key]
     if len(chosen) < 2:
         raise ValueError(f"a debate needs two teachers; data_source {key!r} has {len(chosen)}")
-    teachers = [LocalTeacher(t, trust_remote_code=config.trust_remote_code) for t in chosen]
+    teachers = [LocalTeacher(t, device=default_device(), trust_remote_code=config.trust_remote_code) for t in chosen]
     debater = DebateContexts(config.debate, cache_dir=None).debater
     (debate,) = asyncio.run(debater.debate([prompt], [teachers]))
     for number, texts in enumerate(debate.rounds, start=1):
         for name, said in zip(debate.teachers, texts, strict=True):
             sys.stdout.write(f"--- round {number}, {name}\n{said}\n")
+    if debate.failed:
+        raise ValueError(f"there was no debate: {debate.failed}; shorten the prompt or debate.max_tokens")
     weights = debate.weights(config.debate.tau)
     for name, weight in zip(debate.teachers, weights, strict=True):
         sys.stdout.write(f"weight of {name}: {weight:.3f}\n")

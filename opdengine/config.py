@@ -7,6 +7,7 @@ impossible values are errors that name the remedy, raised before any model is lo
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import types
 import typing
@@ -283,8 +284,12 @@ def _check_values(config: TrainConfig) -> None:
         section, _, name = key.rpartition(".")
         owner = getattr(config, section) if section else config
         need(getattr(owner, name) >= 1, key, "it must be at least 1")
+    for prefix, sampling in (("", config), ("debate.", config.debate)):
+        need(sampling.temperature >= 0, f"{prefix}temperature", "it must be 0 (greedy) or positive")
+        need(0 < sampling.top_p <= 1, f"{prefix}top_p", "it lies in (0, 1]; 1 keeps every token")
+        need(sampling.top_k >= 0, f"{prefix}top_k", "it must not be negative; 0 keeps every token")
+        need(sampling.repetition_penalty > 0, f"{prefix}repetition_penalty", "it must be positive; 1 is off")
     need(config.debate.tau > 0, "debate.tau", "it must be positive; large values are uniform")
-    need(config.temperature >= 0, "temperature", "it must be 0 (greedy) or positive")
     need(
         config.num_generations == 1 or config.temperature > 0,
         "num_generations",
@@ -293,6 +298,20 @@ def _check_values(config: TrainConfig) -> None:
     need(config.learning_rate >= 0, "learning_rate", "it must not be negative")
     need(0 <= config.warmup_ratio <= 1, "warmup_ratio", "it is a share between 0 and 1")
     need(config.max_grad_norm > 0, "max_grad_norm", "it must be positive")
+    need(config.weight_decay >= 0, "weight_decay", "it must not be negative")
+    need(0 <= config.adam_beta1 < 1, "adam_beta1", "it lies in [0, 1)")
+    need(0 <= config.adam_beta2 < 1, "adam_beta2", "it lies in [0, 1)")
+    need(config.adam_epsilon > 0, "adam_epsilon", "it must be positive")
+    need(config.seed >= 0, "seed", "it must not be negative")
+    need(config.max_logprob_difference > 0, "max_logprob_difference", "it must be positive")
+    for key in ("save_total_limit", "eval_max_prompts", "workspace_bytes"):
+        value = getattr(config, key)
+        need(value is None or value >= 1, key, "it must be at least 1, or null for no limit")
+    for key in ("eval_steps", "save_steps"):
+        need(getattr(config, key) >= 0, key, "it must not be negative; 0 is never")
+    for i, teacher in enumerate(config.teachers):
+        if teacher.dtype not in DTYPES:
+            raise ConfigError(f"teachers.{i}.dtype={teacher.dtype!r} is not possible; choose one of {list(DTYPES)}")
     need(bool(config.train_data), "train_data", "name at least one file")
 
 
@@ -399,7 +418,7 @@ def _coerce_scalar(hint: type, value: Any, where: str) -> Any:
             return int(float(value))
         if hint is bool and str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
-        if hint is str and isinstance(value, (int, float)):
+        if hint is str and isinstance(value, (int, float, datetime.date)):
             return str(value)
     except ValueError:
         pass
@@ -422,9 +441,16 @@ def _parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             follows = i + 1 < len(arguments) and not arguments[i + 1].startswith("--")
             text = arguments[i + 1] if follows else "true"
             i += follows
-        pairs.append((key.replace("-", "_"), yaml.safe_load(text)))
+        pairs.append((key.replace("-", "_"), _override_value(text)))
         i += 1
     return pairs
+
+
+def _override_value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # a chat template, say: Jinja is not YAML
 
 
 def _assign(data: Any, keys: Sequence[str], value: Any) -> None:
@@ -437,6 +463,8 @@ def _assign(data: Any, keys: Sequence[str], value: Any) -> None:
             if index == len(data):
                 data.append(empty)
             data = data[index]
+        elif not isinstance(data, dict):
+            raise ConfigError(f"--{'.'.join(keys)}: {key!r} is below a plain value, not a section")
         else:
             if data.get(key) is None:
                 data[key] = empty

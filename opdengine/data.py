@@ -6,13 +6,14 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from opdengine.chat import plain_message
 from opdengine.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class PromptSet:
         """Changes when any prompt changes."""
         digest = hashlib.sha256()
         for p in self.prompts:
-            digest.update(json.dumps([p.id, p.messages, p.key], default=str).encode())
+            digest.update(json.dumps([p.id, p.messages, p.tools, p.key], default=str).encode())
         return digest.hexdigest()[:16]
 
     @property
@@ -65,10 +66,10 @@ def load_prompts(paths: Sequence[str], *, skip_bad_rows: bool = False) -> Prompt
     bad: list[str] = []
     reasons: Counter[str] = Counter()
     seen: dict[str, str] = {}
-    for path in paths:
+    for path, stem in zip(paths, _stems(paths), strict=True):
         for number, row in _rows(path):
             place = f"{path}, row {number}"
-            problem, prompt = _check(row, f"{Path(path).stem}:{number}")
+            problem, prompt = _check(row, f"{stem}:{number}")
             if prompt is not None and prompt.id in seen:
                 problem = f"duplicate id {prompt.id!r} (first in {seen[prompt.id]})"
                 prompt = None
@@ -87,31 +88,49 @@ def load_prompts(paths: Sequence[str], *, skip_bad_rows: bool = False) -> Prompt
     if bad:
         logger.warning("left out %d bad rows: %s", len(bad), dict(reasons))
     if not prompts:
-        raise DataError(f"no prompts in {list(paths)}")
+        left_out = f": all {len(bad)} rows are bad:\n" + "\n".join(bad[:10]) if bad else ""
+        raise DataError(f"no prompts in {list(paths)}{left_out}")
     return PromptSet(tuple(prompts), dict(reasons))
 
 
-def drop_long(prompts: PromptSet, length_of: Callable[[Prompt], int], max_prompt_length: int) -> PromptSet:
-    """Leave out prompts of more than ``max_prompt_length`` tokens, counted as "too_long".
+def drop_long(
+    prompts: PromptSet,
+    length_of: Callable[[Prompt], int],
+    limit: int,
+    reason: str = "max_prompt_length",
+) -> PromptSet:
+    """Leave out prompts of more than ``limit`` tokens, counted as "too_long".
+
+    Args:
+        prompts: to filter.
+        length_of: tokens of a prompt.
+        limit: most tokens.
+        reason: where the limit comes from, for messages.
 
     Raises:
-        DataError: nothing is left.
+        DataError: a prompt cannot be rendered, or nothing is left.
     """
-    kept, too_long = [], []
+    kept: list[Prompt] = []
+    too_long: list[Prompt] = []
     for p in prompts.prompts:
-        (kept if length_of(p) <= max_prompt_length else too_long).append(p)
+        try:
+            length = length_of(p)
+        except ValueError as error:
+            raise DataError(f"prompt {p.id!r}: {error}") from error
+        (kept if length <= limit else too_long).append(p)
     if too_long:
         logger.warning(
-            "left out %d of %d prompts longer than max_prompt_length=%d tokens, e.g. %s",
+            "left out %d of %d prompts longer than %d tokens (%s), e.g. %s",
             len(too_long),
             len(prompts.prompts),
-            max_prompt_length,
+            limit,
+            reason,
             ", ".join(repr(p.id) for p in too_long[:3]),
         )
     if not kept:
         raise DataError(
-            f"no prompts left: all {len(too_long)} are longer than max_prompt_length="
-            f"{max_prompt_length} tokens; raise it or check the data"
+            f"no prompts left: all {len(too_long)} are longer than {limit} tokens ({reason}); raise "
+            "the limit or check the data"
         )
     dropped = dict(prompts.dropped)
     if too_long:
@@ -191,32 +210,50 @@ def _check(row: Any, default_id: str) -> tuple[str | None, Prompt | None]:
     if not isinstance(content, (list, tuple)) or not content:
         return "'messages' is not a non-empty list", None
     for message in content:
-        if not isinstance(message, Mapping) or "role" not in message:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             return "a message without 'role'", None
-    last = content[-1]
+    try:
+        messages = tuple(plain_message(_without_none(message)) for message in content)
+        tools = _tools(row.get("tools"))
+    except ValueError as error:
+        return str(error), None
+    last = messages[-1]
     if last["role"] == "assistant":
         return "the last message is the assistant's; the student is to write that one", None
-    if last["role"] == "user" and not str(last.get("content") or "").strip():
+    if last["role"] == "user" and not last.get("content", "").strip():
         return "empty prompt", None
     return None, Prompt(
         id=str(row.get("id") if row.get("id") is not None else default_id),
-        messages=tuple(_plain(message) for message in content),
-        tools=tuple(_tools(row.get("tools"))),
+        messages=messages,
+        tools=tools,
         key=str(row.get("data_source") or ""),
         answer=row.get("answer"),
         extra={k: v for k, v in row.items() if k not in KNOWN_COLUMNS},
     )
 
 
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+def _without_none(message: Mapping[str, Any]) -> dict[str, Any]:
     """Parquet fills absent fields of a struct with None; templates must not see them."""
     return {k: v for k, v in message.items() if v is not None}
 
 
-def _tools(tools: Any) -> Iterable[Mapping[str, Any]]:
-    if isinstance(tools, str):
-        tools = json.loads(tools)
-    return tools or ()
+def _tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"'tools' is not JSON ({error.msg} at column {error.colno})") from error
+    if not tools:
+        return ()
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError("'tools' is not a list of JSON schemas")
+    return tuple(tools)
+
+
+def _stems(paths: Sequence[str]) -> list[str]:
+    """What the ids of rows without an id start with: the file's name, numbered where it is shared."""
+    stems = [Path(path).stem for path in paths]
+    return [stem if stems.count(stem) == 1 else f"{stem}#{i}" for i, stem in enumerate(stems)]
 
 
 def _rows(path: str) -> Iterator[tuple[int, Any]]:
@@ -225,25 +262,37 @@ def _rows(path: str) -> Iterator[tuple[int, Any]]:
     if file.suffix in (".jsonl", ".ndjson") and file.is_file():
         yield from _jsonl(file)
     elif file.suffix == ".json" and file.is_file():
-        yield from enumerate(json.loads(file.read_text("utf-8")), start=1)
+        yield from enumerate(_read(path, lambda: json.loads(file.read_text("utf-8"))), start=1)
     elif file.suffix == ".parquet" and file.is_file():
         import pyarrow.parquet as parquet
 
-        yield from enumerate(parquet.read_table(file).to_pylist(), start=1)
+        yield from enumerate(_read(path, lambda: parquet.read_table(file).to_pylist()), start=1)
     elif file.is_dir():
         import datasets
 
-        yield from enumerate(datasets.load_from_disk(str(file)), start=1)
+        yield from enumerate(_read(path, lambda: datasets.load_from_disk(str(file))), start=1)
     elif ":" in path and not file.suffix:
         import datasets
 
         name, _, split = path.rpartition(":")
-        yield from enumerate(datasets.load_dataset(name, split=split), start=1)
+        yield from enumerate(_read(path, lambda: datasets.load_dataset(name, split=split)), start=1)
     else:
         raise DataError(
             f"data file {path!r} does not exist or is none of .jsonl, .json, .parquet, a folder "
             "written by datasets.save_to_disk, or a hub data set as 'name:split'"
         )
+
+
+def _read(path: str, load: Callable[[], Any]) -> Any:
+    """The rows that ``load`` returns; whatever goes wrong names the file."""
+    try:
+        rows = load()
+    except (ValueError, OSError) as error:
+        raise DataError(f"data file {path!r} cannot be read: {error}") from error
+    if isinstance(rows, Mapping):
+        names = sorted(map(str, rows))[:5]
+        raise DataError(f"data file {path!r} holds a mapping with {names}; one list of rows is needed")
+    return rows
 
 
 def _jsonl(file: Path) -> Iterator[tuple[int, Any]]:

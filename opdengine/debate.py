@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ import numpy as np
 from opdengine.debate_prompts import DebatePrompts, parse_confidence
 from opdengine.teachers import Teacher
 from opdengine.types import Prompt, Request, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
 
@@ -104,6 +107,7 @@ class Debater:
         self.cache_dir = cache_dir
         self.generated = 0
         self.cached = 0
+        self.unreadable = 0
 
     async def debate(self, prompts: Sequence[Prompt], teachers: Sequence[Sequence[Teacher]]) -> list[Debate]:
         """Debate every prompt among its teachers; equal states are debated once.
@@ -113,7 +117,7 @@ class Debater:
             teachers: for every prompt its K >= 2 teachers.
         """
         keys = [self._key(p, t) for p, t in zip(prompts, teachers, strict=True)]
-        states = {k: state for k, *state in zip(keys, prompts, teachers, strict=True)}
+        states = dict(zip(keys, zip(prompts, teachers, strict=True), strict=True))
         talks = {key: self._load(key) for key in states}
         unfinished = {k: states[k] for k, talk in talks.items() if not talk.is_done(self.rounds)}
         self.cached += len(states) - len(unfinished)
@@ -212,7 +216,19 @@ class Debater:
 
     def _load(self, key: str) -> _Talk:
         file = self._file(key)
-        return _Talk() if file is None or not file.is_file() else _Talk(**json.loads(file.read_text("utf-8")))
+        if file is None or not file.is_file():
+            return _Talk()
+        try:
+            talk = _Talk(**json.loads(file.read_text("utf-8")))
+            if any(not isinstance(text, str) for texts in talk.rounds for text in texts):
+                raise TypeError("a turn is not text")
+            if len(talk.truncated) != len(talk.rounds):
+                raise ValueError(f"{len(talk.rounds)} rounds, {len(talk.truncated)} counts")
+        except (ValueError, TypeError) as error:
+            logger.warning("the stored debate %s cannot be read (%s): debating again", file, error)
+            self.unreadable += 1
+            return _Talk()
+        return talk
 
     def _store(self, key: str, talk: _Talk) -> None:
         """Write whole or not at all, so that a killed run leaves no half debate."""

@@ -12,6 +12,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from opdengine.chat import text_of
 from opdengine.types import Message
 
 CONFIDENCE_TAG = re.compile(r"<<\s*CONFIDENCE\s*=\s*([+-]?\d+(?:\.\d+)?)\s*>>")
@@ -106,7 +107,7 @@ class DebatePrompts:
     ) -> list[Message]:
         last_is_user = bool(messages) and messages[-1].get("role") == "user"
         content = template.format(
-            task=messages[-1]["content"] if last_is_user else self.continuation,
+            task=text_of(messages[-1].get("content")) if last_is_user else self.continuation,
             expert=expert_letter(expert),
             transcript=transcript,
             confidence=self.confidence if ask_confidence else "",

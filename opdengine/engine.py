@@ -143,10 +143,10 @@ class Engine:
         signals = combine([weigher(rollouts, notes) for weigher in self.recipe.weighers])
         kept, dropped = [], Counter[str]()
         for rollout, signal in zip(rollouts, signals, strict=True):
-            if not len(rollout.targets):
-                dropped["empty"] += 1
-            elif not signal.keep:
+            if not signal.keep:
                 dropped[signal.reason or "unknown"] += 1
+            elif not len(rollout.targets):
+                dropped["empty"] += 1
             else:
                 kept.append(rollout)
         by_id = {r.id: s for r, s in zip(rollouts, signals, strict=True)}
@@ -170,8 +170,8 @@ class Engine:
         items = []
         for rollout, scale in zip(kept, scales, strict=True):
             names = [c.teacher for c in contexts.get(rollout.id, ())]
-            states = [hidden[rollout.id, name] for name in names]
-            items.append(make_item(rollout, signals[rollout.id], names, states, scale))
+            judged = [hidden[rollout.id, name] for name in names]
+            items.append(make_item(rollout, signals[rollout.id], names, judged, scale))
         return items
 
     def update(self, items: Sequence[Item], tally: Tally) -> dict[str, float]:
@@ -291,7 +291,7 @@ class Engine:
                 f"step {self.version}: loss {loss}, gradient norm {norm}; lower learning_rate or "
                 "check the data of this step in the rollouts folder"
             )
-        learning_rate = self.scheduler.get_last_lr()[0]
+        learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
         self.version += 1

@@ -53,6 +53,20 @@ class Evaluation:
         return values
 
 
+def require_answers(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    """The prompts, all of which have an answer.
+
+    Raises:
+        ValueError: some have none; names the first.
+    """
+    without = [p.id for p in prompts if p.answer is None]
+    if without:
+        raise ValueError(
+            f"{len(without)} evaluation prompts have no 'answer' (e.g. {without[:3]}); evaluation compares with it"
+        )
+    return prompts
+
+
 def evaluate(
     sampler: Sampler,
     prompts: Sequence[Prompt],

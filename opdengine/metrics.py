@@ -31,7 +31,7 @@ class MetricsWriter:
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record the metrics of one step."""

@@ -92,7 +92,7 @@ class Objective:
         heads: every teacher's head by name.
         divergence_of: divergence for a routing key.
         jsd_beta: weight of the teacher in the middle of the JSD.
-        temperature: divides both sides' logits.
+        temperature: divides both sides' logits in the divergence; log p(target) is the model's own.
         vocab_size: valid leading columns of every head.
         impl, workspace_bytes: of the fused op.
     """
@@ -192,7 +192,6 @@ class Objective:
             bias=None if head.bias is None else head.bias.to(hidden.dtype),
             logit_scale=head.logit_scale,
             softcap=head.softcap,
-            temperature=self.temperature,
             impl=self.impl,
             workspace_bytes=self.workspace_bytes,
             vocab_size=self.vocab_size,

@@ -60,19 +60,21 @@ def _fill_rows(lengths: Sequence[int], members: Sequence[int], width: int) -> li
     return rows
 
 
-def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def split_by_tokens(lengths: Sequence[int], max_tokens: int, *, padded: bool = False) -> list[list[int]]:
     """Group sequence indices, longest first, so that each group stays within ``max_tokens``.
 
-    A single sequence longer than ``max_tokens`` forms a group of its own.
+    A single sequence longer than ``max_tokens`` forms a group of its own. ``padded`` counts every
+    sequence as long as the longest of its group.
     """
     groups: list[list[int]] = []
     total = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not groups or total + lengths[i] > max_tokens:
+        cost = lengths[groups[-1][0]] if padded and groups else lengths[i]
+        if not groups or total + cost > max_tokens:
             groups.append([])
-            total = 0
+            total, cost = 0, lengths[i]
         groups[-1].append(i)
-        total += lengths[i]
+        total += cost
     return groups
 
 
@@ -94,7 +96,7 @@ def pack(sequences: Sequence[np.ndarray], *, max_tokens: int, layout: str = "row
     if lengths and min(lengths) == 0:
         raise ValueError(f"sequence {lengths.index(0)} is empty; it has nothing to predict")
     batches = []
-    for group in split_by_tokens(lengths, max_tokens):
+    for group in split_by_tokens(lengths, max_tokens, padded=layout == "padded"):
         if layout == "one_row":
             rows = [group]
         elif layout == "rows":

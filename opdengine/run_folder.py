@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from opdengine.checkpoint import find_checkpoint, read_state
+from opdengine.checkpoint import find_checkpoint, list_checkpoints, read_state
 from opdengine.config import ConfigError, TrainConfig, to_mapping
 
 MAY_CHANGE = {
@@ -19,8 +19,12 @@ MAY_CHANGE = {
 """Settings that a resumed run may have differently: they do not change what is learned."""
 
 
+OWN = ("config.yaml", "metrics.jsonl", "checkpoints", "final")
+"""What shows that a folder holds a run."""
+
+
 class RunFolder:
-    """Opens the folder before any model is loaded.
+    """Checks the folder before any model is loaded; :meth:`claim` writes to it.
 
     Args:
         config: of the run.
@@ -32,20 +36,36 @@ class RunFolder:
 
     def __init__(self, config: TrainConfig) -> None:
         self.path = Path(config.output_dir)
+        self.config = config
         self.checkpoint: Path | None = None
-        existing = self.path / "config.yaml"
-        if config.resume_from_checkpoint is not None:
-            self.checkpoint = find_checkpoint(self.path, config.resume_from_checkpoint)
-            if existing.is_file():
-                _require_same(yaml.safe_load(existing.read_text()), to_mapping(config))
-        elif existing.is_file():
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"output_dir={config.output_dir!r} is a file; name a folder")
+        occupied = any((self.path / name).exists() for name in OWN)
+        if config.resume_from_checkpoint is None:
+            if occupied:
+                raise ConfigError(f"output_dir={config.output_dir!r} already holds a run; {self._way_out()}")
+            return
+        self.checkpoint = find_checkpoint(self.path, config.resume_from_checkpoint)
+        origin = self.checkpoint.resolve().parent.parent
+        if occupied and origin != self.path.resolve():
             raise ConfigError(
-                f"output_dir={config.output_dir!r} already holds a run; continue it with "
-                "--resume_from_checkpoint latest, or choose another folder"
+                f"output_dir={config.output_dir!r} holds another run than the checkpoint "
+                f"{str(self.checkpoint)!r}; choose a new folder, or resume from a checkpoint of this one"
             )
+        if (origin / "config.yaml").is_file():
+            _require_same(yaml.safe_load((origin / "config.yaml").read_text("utf-8")), to_mapping(config))
+
+    def claim(self) -> None:
+        """Make the folder this run's; called once everything that can be refused has been checked."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if self.checkpoint is None:
-            existing.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False))
+        if not (self.path / "config.yaml").exists():
+            text = yaml.safe_dump(to_mapping(self.config), sort_keys=False, allow_unicode=True)
+            (self.path / "config.yaml").write_text(text, "utf-8")
+
+    def _way_out(self) -> str:
+        if list_checkpoints(self.path / "checkpoints"):
+            return "continue it with --resume_from_checkpoint latest, or choose another folder"
+        return "it has no checkpoint to continue from: choose another folder or remove this one"
 
     @property
     def state(self) -> dict[str, Any]:

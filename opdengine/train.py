@@ -8,18 +8,19 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from opdengine.backbone import check_model_path
+from opdengine.backbone import check_model_path, read_window
 from opdengine.build import build_engine
-from opdengine.chat import load_tokenizer
+from opdengine.chat import encode_chat, load_tokenizer
 from opdengine.checkpoint import restore_optimizer, save_checkpoint
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.data import PromptSet, PromptStream, drop_long, load_prompts
 from opdengine.engine import Engine, StepResult
-from opdengine.evaluate import evaluate
+from opdengine.evaluate import evaluate, require_answers
 from opdengine.methods import build_recipe
 from opdengine.metrics import MetricsWriter, write_jsonl
 from opdengine.progress import Progress
@@ -50,6 +51,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     verifier = load_verifier(config.verifier)
     for path in [config.model, *(t.model for t in config.teachers)]:
         check_model_path(path)
+    folder = RunFolder(config)
     prompts = load_prompts(config.train_data, skip_bad_rows=config.skip_bad_rows)
     held_out = _held_out(config)
     check_routing(config, recipe, prompts)
@@ -58,21 +60,25 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         trust_remote_code=config.trust_remote_code,
         chat_template=config.chat_template,
     )
-    folder = RunFolder(config)
+    prompts = fit_prompts(config, tokenizer, prompts, held_out)
+    stream = PromptStream(prompts, config.seed)
+    saved = folder.state
+    if saved:
+        stream.load_state_dict(saved["stream"])
     _seed_everything(config.seed)
     engine = build_engine(config, recipe, tokenizer, folder.checkpoint)
-    prompts = drop_long(prompts, lambda p: len(engine.encode(p)), config.max_prompt_length)
-    stream = PromptStream(prompts, config.seed)
-    start = 0
+    start = saved.get("step", 0)
     if folder.checkpoint is not None:
-        start = folder.state["step"]
-        engine.version = folder.state["version"]
+        engine.version = saved["version"]
         engine.sampler.load_policy(engine.version, engine.student.model.state_dict().items())
-        engine.scheduler.load_state_dict(folder.state["scheduler"])
-        stream.load_state_dict(folder.state["stream"])
+        engine.scheduler.load_state_dict(saved["scheduler"])
+        # A scheduler sets the rate only when it steps, and does not when it is loaded.
+        for group, rate in zip(engine.optimizer.param_groups, engine.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
         restore_optimizer(folder.checkpoint, engine.optimizer)
+    folder.claim()
     writer = MetricsWriter(folder.path, config.report_to, last_step=start)
-    metrics: dict[str, float] = dict(folder.state.get("metrics", {}))
+    metrics: dict[str, float] = dict(saved.get("metrics", {}))
 
     def measure(step: int) -> dict[str, float]:
         if not held_out:
@@ -87,9 +93,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 
     try:
         with Progress(config, start, enabled=progress) as bar, asyncio.Runner() as runner:
-            if start == 0 and held_out:
-                metrics |= measure(0)
-                writer.write(0, {**metrics, **_dropped(prompts)})
+            if start == 0 and (held_out or prompts.dropped):
+                metrics |= measure(0) | _dropped(prompts)
+                writer.write(0, metrics)
             for step in range(start + 1, config.max_steps + 1):
                 result = runner.run(engine.step(stream.next(config.prompts_per_step)))
                 metrics = metrics | result.metrics
@@ -128,18 +134,47 @@ def check_routing(config: TrainConfig, recipe: Recipe, prompts: PromptSet) -> No
                 f"prompt, but data_source {key!r} is answered by {routed or 'none'}; set the "
                 "teachers' 'key'"
             )
+    named = {key for t in config.teachers for key in t.key}
+    if isinstance(config.divergence, dict):
+        named |= set(config.divergence) - {"default"}
+    if unused := sorted(named - set(prompts.keys)):
+        logger.warning("no prompt has the data_source %s named in the settings (it has %s)", unused, list(prompts.keys))
+
+
+def fit_prompts(config: TrainConfig, tokenizer: Any, prompts: PromptSet, held_out: Sequence[Prompt]) -> PromptSet:
+    """Leave out prompts that are too long for the settings or the student's window.
+
+    Raises:
+        ConfigError: the completion alone fills the window, or an evaluation prompt does not fit.
+        DataError: no prompt is left.
+    """
+    limit, reason = config.max_prompt_length, "max_prompt_length"
+    window = read_window(config.model, trust_remote_code=config.trust_remote_code)
+    if window is not None and window - config.max_completion_length < limit:
+        limit = window - config.max_completion_length
+        reason = f"the student's window of {window} less max_completion_length={config.max_completion_length}"
+    if limit < 1:
+        raise ConfigError(
+            f"max_completion_length={config.max_completion_length} is not possible; the student's "
+            f"window has {window} tokens for prompt and completion together"
+        )
+
+    def length_of(prompt: Prompt) -> int:
+        return len(encode_chat(tokenizer, prompt.messages, prompt.tools, config.chat_template_kwargs))
+
+    if too_long := [p.id for p in held_out if length_of(p) > limit]:
+        raise ConfigError(
+            f"{len(too_long)} evaluation prompts are longer than {limit} tokens ({reason}), e.g. "
+            f"{too_long[:3]}; raise the limit or leave them out of eval_data"
+        )
+    return drop_long(prompts, length_of, limit, reason)
 
 
 def _held_out(config: TrainConfig) -> Sequence[Prompt]:
     if not config.eval_data:
         return ()
     prompts = load_prompts(config.eval_data, skip_bad_rows=config.skip_bad_rows).prompts
-    without = [p.id for p in prompts if p.answer is None]
-    if without:
-        raise ConfigError(
-            f"{len(without)} evaluation prompts have no 'answer' (e.g. {without[:3]}); evaluation compares with it"
-        )
-    return prompts[: config.eval_max_prompts]
+    return require_answers(prompts)[: config.eval_max_prompts]
 
 
 def _seed_everything(seed: int) -> None:

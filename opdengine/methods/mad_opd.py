@@ -57,20 +57,22 @@ class DebateContexts:
 
     async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
         experts = [route(teachers, r.prompt.key) for r in rollouts]
-        generated, cached = self.debater.generated, self.debater.cached
+        generated, cached, unreadable = self.debater.generated, self.debater.cached, self.debater.unreadable
         debates = await self.debater.debate([r.prompt for r in rollouts], experts)
         notes = [
             self.note(rollout, debate, routed)
             for rollout, debate, routed in zip(rollouts, debates, experts, strict=True)
         ]
-        metrics = debate_metrics(debates, self.config.tau)
+        by_prompt = {r.prompt.id: d for r, d in zip(rollouts, debates, strict=True)}  # samples share theirs
+        metrics = debate_metrics(list(by_prompt.values()), self.config.tau)
         metrics["debate/generated"] = self.debater.generated - generated
         metrics["debate/cached"] = self.debater.cached - cached
+        metrics["debate/cache_unreadable"] = self.debater.unreadable - unreadable
         records = [
-            {"prompt_id": r.prompt.id, "teachers": d.teachers, "rounds": d.rounds,
+            {"prompt_id": prompt_id, "teachers": d.teachers, "rounds": d.rounds,
              "confidences": d.confidences, "weights": d.weights(self.config.tau).tolist(),
              "problems": d.problems, "failed": d.failed}
-            for r, d in zip(rollouts, debates, strict=True)
+            for prompt_id, d in by_prompt.items()
         ]  # fmt: skip
         return Annotations(notes, metrics, records)
 

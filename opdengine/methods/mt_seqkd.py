@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from opdengine.config import TrainConfig
+from opdengine.config import ConfigError, TrainConfig
 from opdengine.methods.opd import need_teachers
 from opdengine.recipe import Annotations, Note, Recipe, route
 from opdengine.teachers import Teacher
-from opdengine.types import Prompt, Request, Rollout, SamplingParams, TokenSignal, Turn
+from opdengine.types import Completion, Prompt, Request, Rollout, SamplingParams, TokenSignal, Turn
 
 
 class TeacherAnswers:
@@ -26,7 +26,7 @@ class TeacherAnswers:
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
-        self._answers: dict[str, Turn] = {}
+        self._answers: dict[str, Completion] = {}
 
     async def __call__(
         self,
@@ -44,8 +44,12 @@ class TeacherAnswers:
             Rollout(
                 id=f"{i}",
                 prompt=p,
-                turns=(Turn("prompt", np.array(encode(p))), self._answers[p.id]),
-                text=self._answers[p.id].feedback or "",
+                turns=(
+                    Turn("prompt", np.array(encode(p))),
+                    Turn("assistant", self._answers[p.id].token_ids, trains=True),
+                ),
+                stop_reason=self._answers[p.id].stop_reason,
+                text=self._answers[p.id].text,
             )
             for i, p in enumerate(prompts)
         ]
@@ -62,11 +66,16 @@ class TeacherAnswers:
         return teachers[-1]
 
     async def _write(self, teacher: Teacher, prompts: Sequence[Prompt]) -> None:
-        requests = [
-            Request(p.id, tuple(teacher.encode(p.messages, p.tools)), seed=zlib.crc32(p.id.encode())) for p in prompts
-        ]
-        for prompt, answer in zip(prompts, await teacher.generate(requests, self.params), strict=True):
-            self._answers[prompt.id] = Turn("assistant", answer.token_ids, trains=True, feedback=answer.text)
+        queue = []
+        for p in prompts:
+            ids = tuple(teacher.encode(p.messages, p.tools))
+            if teacher.window is not None and len(ids) + self.params.max_tokens > teacher.window:
+                nothing = np.zeros(0, dtype=np.int64)
+                self._answers[p.id] = Completion(nothing, nothing, f"teacher_window/{teacher.name}", "")
+            else:
+                queue.append(Request(p.id, ids, seed=zlib.crc32(p.id.encode())))
+        for request, answer in zip(queue, await teacher.generate(queue, self.params), strict=True):
+            self._answers[request.id] = answer
 
 
 class NoTeacher:
@@ -77,11 +86,13 @@ class NoTeacher:
 
 
 def cross_entropy(rollouts: Sequence[Rollout], notes: Sequence[Note]) -> list[TokenSignal]:
-    """Advantage 1 on every target: maximum likelihood of the teacher's answer."""
+    """Advantage 1 on every target: maximum likelihood of the teacher's answer, where there is one."""
     return [
         TokenSignal(
             kl_weight=np.zeros(len(r.targets), dtype=np.float32),
             advantage=np.ones(len(r.targets), dtype=np.float32),
+            keep=len(r.targets) > 0,
+            reason=r.stop_reason,
         )
         for r in rollouts
     ]
@@ -90,6 +101,11 @@ def cross_entropy(rollouts: Sequence[Rollout], notes: Sequence[Note]) -> list[To
 def mt_seqkd(config: TrainConfig) -> Recipe:
     """Supervised training on answers written by the teachers."""
     need_teachers(config, 1)
+    if config.num_generations != 1:
+        raise ConfigError(
+            f"num_generations={config.num_generations} is not possible; in method 'mt_seqkd' one teacher "
+            "writes one answer per prompt: use 1"
+        )
     params = SamplingParams(
         max_tokens=config.max_completion_length,
         temperature=config.temperature,

@@ -15,6 +15,8 @@ from opdengine.recipe import Annotations, Note, Recipe, distill, route
 from opdengine.teachers import Teacher
 from opdengine.types import Rollout, TeacherContext
 
+MAX_TEACHERS = 8
+
 
 class PlainContexts:
     """Every routed teacher reads the prompt in its own chat template, weighted by ``weight``."""
@@ -42,6 +44,12 @@ def opd(config: TrainConfig) -> Recipe:
             f"method 'opd' uses one teacher per prompt, but {shared} have no routing key beside "
             "other teachers; give every teacher a key, keep one teacher, or use 'mt_opd'"
         )
+    claimed = [key for t in config.teachers for key in set(t.key)]
+    if doubles := sorted({key for key in claimed if claimed.count(key) > 1}):
+        raise ConfigError(
+            f"method 'opd' uses one teacher per prompt, but several teachers have the key {doubles}; "
+            "give every key to one teacher, or use 'mt_opd'"
+        )
     return Recipe("opd", PlainContexts(), (distill,))
 
 
@@ -58,8 +66,10 @@ def need_teachers(config: TrainConfig, count: int) -> None:
             f"method {config.method!r} needs at least {count} teacher(s), "
             f"{len(config.teachers)} given; add them under 'teachers'"
         )
+    if len(config.teachers) > MAX_TEACHERS:
+        raise ConfigError(f"{len(config.teachers)} teachers given; the fused loss takes at most {MAX_TEACHERS}")
     for teacher in config.teachers:
-        if not teacher.weight > 0:
+        if not 0 < teacher.weight < float("inf"):
             raise ConfigError(
                 f"teacher {teacher.name!r} has weight {teacher.weight}; it must be positive (leave "
                 "a teacher out to switch it off)"

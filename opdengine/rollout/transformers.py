@@ -82,7 +82,7 @@ class TransformersSampler:
     @torch.no_grad()
     def _generate_batch(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         device = self.model.get_input_embeddings().weight.device
-        state = _State(requests, params, device)
+        state = _State(requests, params, device, self.vocabulary)
         output = self.model(
             input_ids=state.prompt_ids,
             attention_mask=state.prompt_mask,
@@ -90,11 +90,14 @@ class TransformersSampler:
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = output.past_key_values
+        # State-space models name their cache otherwise; their state already leaves the padding out.
+        stateful = not hasattr(output, "past_key_values")
+        cache = output.cache_params if stateful else output.past_key_values
         logits = output.logits[:, -1]
         if params.n > 1:
-            cache.batch_repeat_interleave(params.n)
-            logits = logits.repeat_interleave(params.n, dim=0)
+            copies = torch.arange(len(requests), device=device).repeat_interleave(params.n)
+            cache.reorder_cache(copies)  # the one selection that every kind of layer knows
+            logits = logits.index_select(0, copies)
         while True:
             tokens = self._sample(logits[:, : self.vocabulary], state, params)
             self._finish(tokens, state, params)
@@ -102,15 +105,16 @@ class TransformersSampler:
             if not len(state.live):
                 break
             if kept is not None:
-                cache.batch_select_indices(kept)
-            output = self.model(
-                input_ids=state.last[:, None],
-                attention_mask=state.mask,
-                position_ids=state.position[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache, logits = output.past_key_values, output.logits[:, -1]
+                cache.reorder_cache(kept)
+            inputs: dict[str, Any] = {"cache_params": cache}
+            if not stateful:
+                inputs = {
+                    "past_key_values": cache,
+                    "attention_mask": state.mask,
+                    "position_ids": state.position[:, None],
+                }
+            output = self.model(input_ids=state.last[:, None], use_cache=True, **inputs)
+            logits = output.logits[:, -1]
         return [
             Completion(
                 token_ids=np.array(ids, dtype=np.int64),
@@ -125,7 +129,7 @@ class TransformersSampler:
         """Draw one token per live row and note its log-prob under what was sampled from."""
         logits = logits.float()
         if params.repetition_penalty != 1.0:
-            logits = _penalise(logits, state, params.repetition_penalty)
+            logits = _penalise(logits, state.seen, params.repetition_penalty)
         if params.temperature == 0:
             logprobs = logits.log_softmax(-1)
             tokens = logprobs.argmax(-1)
@@ -161,7 +165,9 @@ class TransformersSampler:
 class _State:
     """The sequences of one batch: all of them on the host, the live ones on the device."""
 
-    def __init__(self, requests: Sequence[Request], params: SamplingParams, device: torch.device) -> None:
+    def __init__(
+        self, requests: Sequence[Request], params: SamplingParams, device: torch.device, vocabulary: int
+    ) -> None:
         lengths = [len(r.token_ids) for r in requests]
         width = max(lengths)
         ids = np.zeros((len(requests), width), dtype=np.int64)
@@ -173,7 +179,13 @@ class _State:
         self.prompt_mask = torch.from_numpy(mask).to(device)
         self.prompt_positions = (self.prompt_mask.cumsum(-1) - 1).clamp(min=0)
         count = len(requests) * params.n
-        self.prompts = [list(r.token_ids) for r in requests for _ in range(params.n)]
+        self.seen: torch.Tensor | None = None
+        if params.repetition_penalty != 1.0:
+            # One column more takes ids beyond the tokenizer, and the padding.
+            seen = torch.zeros(len(requests), vocabulary + 1, dtype=torch.bool, device=device)
+            places = self.prompt_ids.masked_fill(self.prompt_mask == 0, vocabulary).clamp(max=vocabulary)
+            seen.scatter_(1, places, True)
+            self.seen = seen.repeat_interleave(params.n, dim=0)
         self.ids: list[list[int]] = [[] for _ in range(count)]
         self.logprobs: list[list[float]] = [[] for _ in range(count)]
         self.reasons = [""] * count
@@ -193,6 +205,8 @@ class _State:
 
     def append(self, tokens: torch.Tensor, logprobs: list[float]) -> None:
         self.last = tokens
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
         self.position = self.position + 1
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.live), 1)], dim=1)
         for row, token, logprob in zip(self.live, tokens.tolist(), logprobs, strict=True):
@@ -207,6 +221,8 @@ class _State:
         self.live = [self.live[place] for place in places]
         kept = torch.tensor(places, dtype=torch.long, device=self.mask.device)
         self.mask, self.position, self.last = self.mask[kept], self.position[kept], self.last[kept]
+        if self.seen is not None:
+            self.seen = self.seen[kept]
         return kept
 
 
@@ -229,17 +245,11 @@ def stream_key(seed: int, request_seed: int, sample: int) -> int:
     return (zlib.crc32(text) << 32) | zlib.crc32(text[::-1] + b"#")
 
 
-def _penalise(logits: torch.Tensor, state: _State, penalty: float) -> torch.Tensor:
-    """Repetition penalty of CTRL (arXiv 1909.05858), over prompt and completion."""
-    logits = logits.clone()
-    for place, row in enumerate(state.live):
-        seen = torch.tensor(
-            [i for i in {*state.prompts[row], *state.ids[row]} if i < logits.shape[1]],
-            device=logits.device,
-        )
-        values = logits[place, seen]
-        logits[place, seen] = torch.where(values > 0, values / penalty, values * penalty)
-    return logits
+def _penalise(logits: torch.Tensor, seen: torch.Tensor | None, penalty: float) -> torch.Tensor:
+    """Repetition penalty of CTRL (arXiv 1909.05858), over prompt and completion (seen: [B, V + 1])."""
+    assert seen is not None
+    penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen[:, : logits.shape[1]], penalised, logits)
 
 
 def _truncate(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -249,8 +259,8 @@ def _truncate(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         logits = logits.masked_fill(logits < threshold, -torch.inf)
     if params.top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
-        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        outside = mass_before >= params.top_p
+        mass = ordered.softmax(-1)
+        outside = mass.cumsum(-1) - mass >= params.top_p
         outside[:, 0] = False
         logits = logits.masked_fill(outside.scatter(1, index, outside), -torch.inf)
     return logits
