@@ -74,8 +74,8 @@ def run_divergence(problem: Problem, rows: RowPlan, row_scale: Tensor | None, wa
     gradient = HeadGradient(problem.student, wants, rows, problem.compute_dtype)
     if rows.count:
         _Pass(problem, rows, row_scale, wants, outcome, gradient, like).run()
-    if outcome.stats is not None and outcome.stats.gap is not None:
-        torch.sub(outcome.stats.teacher_logprob, outcome.stats.student_logprob[:, None], out=outcome.stats.gap)
+    if outcome.stats is not None:
+        outcome.stats.fill_gap()
     outcome.hidden, outcome.weight, outcome.bias = gradient.finish()
     return outcome
 

@@ -8,6 +8,7 @@ a time, so that no full-size copy of it ever exists.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +70,7 @@ def write_logits(head: Head, hidden: Tensor, out: Tensor, tile: Tensor | None) -
         out.clamp_(min=FLOOR)
 
 
-def upcast_tiles(weight: Tensor, tile: Tensor):
+def upcast_tiles(weight: Tensor, tile: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (start, stop, rows of ``weight`` in the dtype of ``tile``), reusing ``tile`` for
     each."""
     width = weight.shape[1]
@@ -132,7 +133,7 @@ class HeadGradient:
             assert tile is not None
             rows = dz.new_zeros(dz.shape[0], weight.shape[1])
             for first, last, part in upcast_tiles(weight, tile):
-                rows.addmm_(dz[:, first:last], part)
+                torch.addmm(rows, dz[:, first:last], part, out=rows)
         if self.index is None:
             self.hidden[start:stop] = rows
         else:
@@ -150,7 +151,7 @@ class HeadGradient:
             if first:
                 torch.mm(dz.t(), hidden, out=target)
             else:
-                target.addmm_(dz.t(), hidden)
+                torch.addmm(target, dz.t(), hidden, out=target)
         elif first:
             torch.mm(dz.t(), hidden, out_dtype=self.dtype, out=target)
         else:

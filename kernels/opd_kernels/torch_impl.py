@@ -128,9 +128,18 @@ class TorchRowOps:
             finite[rows] = torch.isfinite(_normalise(y, s1)[1])
             if full:
                 self._teacher_stats(out, rows, x, y, student, labels, (s1, s2))
-            target = None if acc is None else acc[rows]
-            sweep = _SWEEPS[rule.kind]
-            sweep(self, rule, x, y, target, first, weight[rows, None], value[rows], mean[rows], (s1, s2, s3))
+            tile = _Tile(
+                x=x,
+                y=y,
+                acc=None if acc is None else acc[rows],
+                first=first,
+                weight=weight[rows, None],
+                value=value[rows],
+                mean=mean[rows],
+                scratch=(s1, s2, s3),
+                clamp=self.clamp,
+            )
+            _SWEEPS[rule.kind](rule, tile)
         finite &= torch.isfinite(value if out.reverse_kl is None else value + out.reverse_kl)
         return out
 
@@ -262,69 +271,106 @@ class TorchRowOps:
         if labels is not None:
             out.logprob[rows] = y.gather(1, labels[rows, None])[:, 0]  # type: ignore[index]
 
-    def _reverse_kl(self, rule, x, y, acc, first, weight, value, mean, scratch) -> None:
-        """a = log p - log q."""
-        s1, s2, _ = scratch
-        gap = torch.sub(x, y, out=y)
-        torch.exp(x, out=s1)
-        value.copy_(_dot(s1, gap, s2))
-        mean.copy_(value)
-        _accumulate(acc, gap, first, weight)
 
-    def _forward_kl(self, rule, x, y, acc, first, weight, value, mean, scratch) -> None:
-        """The accumulator holds weight * q itself."""
-        s1, _, _ = scratch
-        torch.exp(y, out=s1)
-        y.sub_(x).mul_(s1)
-        torch.sum(y, 1, out=value)
-        if acc is not None and first:
-            torch.mul(s1, weight, out=acc)
-        elif acc is not None:
-            acc.addcmul_(s1, weight)
+@dataclass
+class _Tile:
+    """Operands of one divergence sweep over r rows.
 
-    def _jsd(self, rule, x, y, acc, first, weight, value, mean, scratch) -> None:
-        """With L = log(1 - b + b e^r): log(p/m) = -L, log(q/m) = r - L, a = -(1 - b) L.
+    Attributes:
+        x: [r, V] log p.
+        y: [r, V] log q, overwritten.
+        acc: [r, V] accumulator, or None; the same memory as ``y`` when ``first``.
+        first: write the accumulator instead of adding to it.
+        weight: [r, 1] teacher weight.
+        value: [r] divergence, written.
+        mean: [r] E_p[a], written (not by the forward KL).
+        scratch: three [r, V] buffers.
+        clamp: largest exponent.
+    """
 
-        The exponent is clamped; where it is, p is 0 to the precision of the dtype.
-        """
-        s1, s2, s3 = scratch
-        beta = rule.beta
-        torch.exp(y, out=s3)
-        r = torch.sub(y, x, out=y).clamp_(max=self.clamp)
-        torch.expm1(r, out=s1).mul_(beta).log1p_()
-        value.copy_(s3.mul_(r.sub_(s1)).sum(1)).mul_(beta)
-        torch.exp(x, out=s2)
-        torch.sum(s2.mul_(s1), 1, out=mean)
-        mean.mul_(beta - 1.0)
-        value.add_(mean)
-        _accumulate(acc, s1, first, weight * (beta - 1.0), into=True)
+    x: Tensor
+    y: Tensor
+    acc: Tensor | None
+    first: bool
+    weight: Tensor
+    value: Tensor
+    mean: Tensor
+    scratch: tuple[Tensor, Tensor, Tensor]
+    clamp: float
 
-    def _skew_kl(self, rule, x, y, acc, first, weight, value, mean, scratch) -> None:
-        """With D = alpha + (1 - alpha) e^-r: log(q/m) = -log D, a = -(1 - alpha) / D."""
-        s1, s2, s3 = scratch
-        rest = 1.0 - rule.alpha
-        torch.exp(y, out=s3)
-        torch.sub(x, y, out=y).clamp_(max=self.clamp)
-        torch.expm1(y, out=s1).mul_(rest)
-        torch.log1p(s1, out=s2)
-        value.copy_(s3.mul_(s2).sum(1).neg_())
-        s1.add_(1.0).reciprocal_()
-        torch.exp(x, out=s2)
-        torch.sum(s2.mul_(s1), 1, out=mean)
-        mean.mul_(-rest)
-        _accumulate(acc, s1, first, weight * -rest, into=True)
+    def accumulate(self, term: Tensor, factor: float = 1.0) -> None:
+        """Add ``factor * weight * term``; ``term`` is overwritten."""
+        if self.acc is None:
+            return
+        weight = self.weight if factor == 1.0 else self.weight * factor
+        if self.first:
+            torch.mul(term, weight, out=self.acc)
+        else:
+            self.acc.addcmul_(term, weight)
 
-    def _stats_only(self, rule, x, y, acc, first, weight, value, mean, scratch) -> None:
-        """No divergence is asked for."""
-        value.zero_()
+
+def _reverse_kl(rule: Rule, tile: _Tile) -> None:
+    """a = log p - log q."""
+    s1, s2, _ = tile.scratch
+    gap = torch.sub(tile.x, tile.y, out=tile.y)
+    torch.exp(tile.x, out=s1)
+    tile.value.copy_(_dot(s1, gap, s2))
+    tile.mean.copy_(tile.value)
+    tile.accumulate(gap)
+
+
+def _forward_kl(rule: Rule, tile: _Tile) -> None:
+    """The accumulator holds weight * q itself."""
+    s1, _, _ = tile.scratch
+    torch.exp(tile.y, out=s1)
+    tile.y.sub_(tile.x).mul_(s1)
+    torch.sum(tile.y, 1, out=tile.value)
+    tile.accumulate(s1)
+
+
+def _jsd(rule: Rule, tile: _Tile) -> None:
+    """With L = log(1 - b + b e^r): log(p/m) = -L, log(q/m) = r - L, a = -(1 - b) L.
+
+    The exponent is clamped; where it is, p is 0 to the precision of the dtype.
+    """
+    s1, s2, s3 = tile.scratch
+    torch.exp(tile.y, out=s3)
+    r = torch.sub(tile.y, tile.x, out=tile.y).clamp_(max=tile.clamp)
+    torch.expm1(r, out=s1).mul_(rule.beta).log1p_()
+    tile.value.copy_(s3.mul_(r.sub_(s1)).sum(1)).mul_(rule.beta)
+    torch.exp(tile.x, out=s2)
+    torch.sum(s2.mul_(s1), 1, out=tile.mean)
+    tile.mean.mul_(rule.beta - 1.0)
+    tile.value.add_(tile.mean)
+    tile.accumulate(s1, rule.beta - 1.0)
+
+
+def _skew_kl(rule: Rule, tile: _Tile) -> None:
+    """With D = alpha + (1 - alpha) e^-r: log(q/m) = -log D, a = -(1 - alpha) / D."""
+    s1, s2, s3 = tile.scratch
+    torch.exp(tile.y, out=s3)
+    torch.sub(tile.x, tile.y, out=tile.y).clamp_(max=tile.clamp)
+    torch.expm1(tile.y, out=s1).mul_(1.0 - rule.alpha)
+    torch.log1p(s1, out=s2)
+    tile.value.copy_(s3.mul_(s2).sum(1).neg_())
+    s1.add_(1.0).reciprocal_()
+    torch.exp(tile.x, out=s2)
+    torch.sum(s2.mul_(s1), 1, out=tile.mean)
+    tile.mean.mul_(rule.alpha - 1.0)
+    tile.accumulate(s1, rule.alpha - 1.0)
+
+
+def _stats_only(rule: Rule, tile: _Tile) -> None:
+    """No divergence is asked for."""
+    tile.value.zero_()
 
 
 _SWEEPS = {
-    STATS_ONLY.kind: TorchRowOps._stats_only,
-    "reverse_kl": TorchRowOps._reverse_kl,
-    "forward_kl": TorchRowOps._forward_kl,
-    "jsd": TorchRowOps._jsd,
-    "skew_kl": TorchRowOps._skew_kl,
+    "reverse_kl": _reverse_kl,
+    "forward_kl": _forward_kl,
+    "jsd": _jsd,
+    "skew_kl": _skew_kl,
+    STATS_ONLY.kind: _stats_only,
 }
 
 
@@ -346,19 +392,6 @@ def _dot(left: Tensor, right: Tensor, scratch: Tensor) -> Tensor:
     """Row-wise inner product [r]; a product and a pairwise sum, since a GEMM would neither be as
     accurate nor free."""
     return torch.mul(left, right, out=scratch).sum(1)
-
-
-def _accumulate(acc: Tensor | None, term: Tensor, first: bool, weight: Tensor, into: bool = False) -> None:
-    """acc = weight * term on the first call (``term`` may be ``acc`` unless ``into``), then acc +=
-    weight * term."""
-    if acc is None:
-        return
-    if not first:
-        acc.addcmul_(term, weight)
-    elif into:
-        torch.mul(term, weight, out=acc)
-    else:
-        term.mul_(weight)
 
 
 def _softcap_slope(log_probs: Tensor, lse: Tensor, softcap: float, out: Tensor) -> None:

@@ -84,6 +84,11 @@ class TokenStats:
 
         return cls(**{f.name: unset(f.name) for f in fields(cls)})  # type: ignore[arg-type]
 
+    def fill_gap(self) -> None:
+        """``gap`` from the two log-probs; NaN where either is."""
+        if self.gap is not None and self.teacher_logprob is not None and self.student_logprob is not None:
+            torch.sub(self.teacher_logprob, self.student_logprob[:, None], out=self.gap)
+
 
 @dataclass(frozen=True)
 class DivergenceOutput:

@@ -1,0 +1,76 @@
+"""Controlled KL: the gradient is as exact for close teachers as for far ones, and no worse than torch's own float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+from opd_kernels import TeacherHead, linear_divergence
+
+KINDS = ["reverse_kl", "forward_kl", "jsd", "skew_kl"]
+ROWS, VOCAB, WIDTH = 8, 8192, 32
+
+
+def close_pair(distance: float):
+    """Teacher logits = student logits + noise whose KL is about ``distance``, exactly, by widening the teacher."""
+    g = torch.Generator().manual_seed(11)
+    hidden = torch.randn(ROWS, WIDTH, generator=g)
+    weight = torch.randn(VOCAB, WIDTH, generator=g) * 0.3
+    noise = torch.randn(VOCAB, 4, generator=g)
+    steer = torch.nn.functional.normalize(torch.randn(ROWS, 4, generator=g), dim=1) * (2 * distance) ** 0.5
+    return hidden, weight, TeacherHead(torch.cat([hidden, steer], 1), torch.cat([weight, noise], 1))
+
+
+def eager_gradient(hidden, weight, teacher, kind, dtype):
+    hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+    p = log_softmax(hidden @ weight.t(), -1)
+    q = log_softmax(teacher.hidden.to(dtype) @ teacher.weight.to(dtype).t(), -1)
+    half = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, dtype=dtype))
+    skew = torch.logaddexp(p + torch.log(torch.tensor(0.9, dtype=dtype)), q + torch.log(torch.tensor(0.1, dtype=dtype)))
+    loss = {
+        "reverse_kl": lambda: (p.exp() * (p - q)).sum(),
+        "forward_kl": lambda: (q.exp() * (q - p)).sum(),
+        "jsd": lambda: 0.5 * (p.exp() * (p - half)).sum() + 0.5 * (q.exp() * (q - half)).sum(),
+        "skew_kl": lambda: (q.exp() * (q - skew)).sum(),
+    }[kind]()
+    return loss, torch.autograd.grad(loss, (hidden, weight))
+
+
+def relative_error(got, want):
+    return (got.double() - want).norm().item() / want.norm().item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("distance", [9e-2, 2e-2, 8e-4])
+def test_gradient_error_is_bounded_by_torch(kind, distance):
+    hidden, weight, teacher = close_pair(distance)
+    exact_loss, exact = eager_gradient(hidden, weight, teacher, kind, torch.float64)
+    _, plain = eager_gradient(hidden, weight, teacher, kind, torch.float32)
+    hidden.requires_grad_(), weight.requires_grad_()
+    out = linear_divergence(hidden, weight, [teacher], divergence=kind)
+    got = torch.autograd.grad(out.loss, (hidden, weight))
+    reverse = linear_divergence(hidden, weight, [teacher]).loss.item() / ROWS
+    assert 0.3 * distance < reverse < 3 * distance
+    assert out.loss.item() == pytest.approx(exact_loss.item(), rel=1e-3, abs=1e-6)
+    for mine, theirs, want in zip(got, plain, exact, strict=True):
+        assert relative_error(mine, want) < 3 * relative_error(theirs, want) + 1e-5
+        assert relative_error(mine, want) < 2e-3
+
+
+def test_bfloat16_logits_would_fail_this_suite():
+    """The bound above has teeth: rounding the logits to bfloat16 misses it by far."""
+    hidden, weight, teacher = close_pair(8e-4)
+    _, (exact, _) = eager_gradient(hidden, weight, teacher, "reverse_kl", torch.float64)
+    p = log_softmax((hidden @ weight.t()).bfloat16().float(), -1)
+    q = log_softmax((teacher.hidden @ teacher.weight.t()).bfloat16().float(), -1)
+    gap = p - q
+    rounded = (p.exp() * (gap - (p.exp() * gap).sum(1, keepdim=True))) @ weight
+    assert relative_error(rounded, exact) > 0.02
+
+
+def test_same_model_as_teacher_gives_zero():
+    hidden, weight, _ = close_pair(1e-2)
+    for kind in KINDS:
+        out = linear_divergence(hidden, weight, [TeacherHead(hidden, weight)], divergence=kind)
+        assert abs(out.loss.item()) < 1e-6
