@@ -25,7 +25,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from tiny import task, training
+from tiny import training
 from tiny.measure import measure_student, measure_teachers
 from tiny.tokenizer import build_tokenizer
 
@@ -33,9 +33,9 @@ TEACHERS = (
     {"name": "teacher_convert", "hidden": 80, "layers": 3},
     {"name": "teacher_compile", "hidden": 64, "layers": 3},
 )
-STUDENT = {"hidden": 64, "layers": 2, "steps": 100, "problems": {"convert": 200, "compile": 100, "both": 100}}
-TEACHER_STEPS = (200, 500)
-CALIBRATION_STEPS = 60
+STUDENT = {"hidden": 64, "layers": 2, "steps": 140, "problems": {"convert": 300, "compile": 150, "both": 100}}
+TEACHER_STEPS = (250, 750)
+DEBATE_STEPS = 80  # practice, then calibration
 
 
 def main() -> None:
@@ -57,9 +57,10 @@ def main() -> None:
         model = training.new_model(tokenizer, TEACHERS[expert]["hidden"], TEACHERS[expert]["layers"], 0)
         model.load_state_dict(state)
         teachers.append(model.eval())
-    with tqdm(total=len(teachers) * CALIBRATION_STEPS, desc="calibration", unit="step") as bar:
-        for expert in range(len(teachers)):
-            training.calibrate(teachers, tokenizer, expert, CALIBRATION_STEPS, args.seed, _progress(bar))
+    for stage, lesson in enumerate((training.practise, training.calibrate)):
+        with tqdm(total=len(teachers) * DEBATE_STEPS, desc=lesson.__name__, unit="step") as bar:
+            for expert in range(len(teachers)):
+                lesson(teachers, tokenizer, expert, DEBATE_STEPS, args.seed + stage, _progress(bar))
     with tqdm(total=STUDENT["steps"], desc="student", unit="step") as bar:
         student = training.warm_start(tokenizer, **STUDENT, seed=args.seed, progress=_progress(bar))
 
@@ -82,7 +83,9 @@ def main() -> None:
             folder: sum(p.numel() for p in model.parameters())
             for folder, model in zip([*(t["name"] for t in TEACHERS), "student"], [*teachers, student], strict=True)
         },
-        "training_cpu_seconds": {t["name"]: round(seconds, 1) for t, (_, seconds) in zip(TEACHERS, states, strict=True)},
+        "training_cpu_seconds": {
+            t["name"]: round(seconds, 1) for t, (_, seconds) in zip(TEACHERS, states, strict=True)
+        },
         "teachers": {
             teacher["name"]: result
             for teacher, result in zip(

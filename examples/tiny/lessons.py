@@ -25,11 +25,11 @@ from tiny.tokenizer import END
 PROMPTS = debate_prompts(task.DEBATE_PROMPTS)
 TAG = "<<CONFIDENCE="
 IGNORE = -100
+UNDECIDED = "50"  # the stated confidence before calibration
 OWN_SKILL = ("convert", "compile")
 """What each expert is good at: teacher 0 (Expert A) converts, teacher 1 (Expert B) compiles."""
 
 _ALPHABET = {"convert": "01234567", "compile": "0123456789+-*", "both": "0123456789+-*|"}
-_UNDECIDED = "50"
 
 
 @dataclass
@@ -73,26 +73,26 @@ class Pupil:
     def plain(self, skill: str) -> Chat:
         """The student's own chat: prompt in, answer out."""
         prompt, answer = self.alone(skill)
-        return Chat([_user(prompt)], answer, skill=skill)
+        return Chat(user_chat(prompt), answer, skill=skill)
 
     def first(self, skill: str) -> Chat:
         """Round 1 of a debate."""
         prompt, answer = self.alone(skill)
-        messages = PROMPTS.first_messages([_user(prompt)], self.expert, True)
-        return Chat(messages, answer, _UNDECIDED, skill)
+        messages = PROMPTS.first_messages(user_chat(prompt), self.expert, True)
+        return Chat(messages, answer, UNDECIDED, skill)
 
     def later(self, skill: str) -> Chat:
         """Round 2 (or 3) of a debate, now and then without confidences."""
         prompt, rounds, answer = self.debate(skill, 1 if self.rng.random() < 0.85 else 2)
         tagged = TAG in rounds[0][0]
-        messages = PROMPTS.later_messages([_user(prompt)], self.expert, rounds, tagged)
-        return Chat(messages, answer, _UNDECIDED if tagged else None, skill)
+        messages = PROMPTS.later_messages(user_chat(prompt), self.expert, rounds, tagged)
+        return Chat(messages, answer, UNDECIDED if tagged else None, skill)
 
     def score(self, skill: str) -> Chat:
         """The context under which the student's tokens are judged after the debate."""
         length = self.rng.choices((1, 2, 3), (0.15, 0.75, 0.1))[0]
         prompt, rounds, answer = self.debate(skill, length)
-        return Chat(PROMPTS.score_messages([_user(prompt)], self.expert, rounds), answer, skill=skill)
+        return Chat(PROMPTS.score_messages(user_chat(prompt), self.expert, rounds), answer, skill=skill)
 
     def alone(self, skill: str) -> tuple[str, str]:
         """A prompt with the right answer; the foreign half comes from the fixed few."""
@@ -143,13 +143,15 @@ class Pupil:
             [_join(halves) + (f"{TAG}{self._stated(skill, k)}>>" if tagged else "") for k, halves in enumerate(turn)]
             for turn in said
         ]
+        if rng.random() < 0.05:  # now and then the expert's own turn has no form at all
+            rounds[0][me] = rounds[0][me][rng.randrange(4) :][: rng.randrange(1, 12)]
         return "".join(prompts), rounds, _join(conclusion)
 
     def _stated(self, skill: str, expert: int) -> str:
         """A confidence for a made-up turn: mostly apt, sometimes anything."""
         if self.rng.random() < 0.3:
             return f"{self.rng.randrange(5, 100):02d}"
-        sure = skill == "both" and self.rng.random() < 0.5 or skill == OWN_SKILL[expert]
+        sure = (skill == "both" and self.rng.random() < 0.5) or skill == OWN_SKILL[expert]
         return f"{self.rng.randrange(80, 96) if sure else self.rng.randrange(5, 40):02d}"
 
 
@@ -175,7 +177,7 @@ def encode(
         inputs = list(reply)
         if chat.confidence is None and rng.random() < corrupt:
             symbols = tokenizer.convert_tokens_to_ids(list(_ALPHABET[chat.skill]))
-            share = rng.random() ** 2
+            share = rng.random()
             inputs = [rng.choice(symbols) if rng.random() < share else i for i in inputs]
             overrun = rng.choice((0, 0, 1, 2))
             inputs += rng.choices(symbols, k=overrun)
@@ -189,8 +191,36 @@ def spoken_answer(text: str) -> str:
     return text.partition(TAG)[0]
 
 
-def _user(prompt: str) -> Mapping[str, str]:
-    return {"role": "user", "content": prompt}
+def conclusion(row: Mapping[str, str], rounds: Sequence[Sequence[str]], expert: int) -> str | None:
+    """What an expert should conclude from a real transcript: its own half rightly, the rest as the peer says.
+
+    Args:
+        row: the prompt's row; of its answer only the expert's own half is used.
+        rounds: everything said so far.
+        expert: who concludes.
+
+    Returns:
+        The answer, or None where the peer's latest word does not have the form of an answer.
+    """
+    skills = OWN_SKILL if row["data_source"] == "both" else (row["data_source"],)
+    right = row["answer"].split(task.SEPARATOR)
+    peer = spoken_answer(rounds[-1][1 - expert]).split(task.SEPARATOR)
+    if len(peer) != len(right):
+        return None
+    own = OWN_SKILL[expert]
+    return _join([r if skill == own else p for skill, r, p in zip(skills, right, peer, strict=True)])
+
+
+def guess(skill: str, answer: str, rng: random.Random) -> str:
+    """A well-formed answer of somebody who does not know."""
+    skills = OWN_SKILL if skill == "both" else (skill,)
+    halves = answer.split(task.SEPARATOR)
+    return _join([_plausible(half, right, rng) for half, right in zip(skills, halves, strict=True)])
+
+
+def user_chat(prompt: str) -> list[Mapping[str, str]]:
+    """The plain chat of a prompt."""
+    return [{"role": "user", "content": prompt}]
 
 
 def _join(halves: Sequence[str]) -> str:

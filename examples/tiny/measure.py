@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from opdengine.debate_prompts import parse_confidence
 from tiny import task
-from tiny.lessons import PROMPTS, spoken_answer
+from tiny.lessons import PROMPTS, spoken_answer, user_chat
 from tiny.training import generate, hold_debates
 
 ROUNDS = 2
@@ -18,8 +18,10 @@ _BEFORE = ("both right", "only this expert right", "only the peer right", "neith
 
 def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict]) -> float:
     """Share of rows answered rightly in the plain chat."""
-    chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
-    return _share(task.grade(text, row["answer"]) for text, row in zip(generate(model, tokenizer, chats), rows, strict=True))
+    chats = [user_chat(row["prompt"]) for row in rows]
+    return _share(
+        task.grade(text, row["answer"]) for text, row in zip(generate(model, tokenizer, chats), rows, strict=True)
+    )
 
 
 def measure_student(student: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, split: str, n: int) -> dict:
@@ -41,7 +43,7 @@ def measure_teachers(
         ]
         for expert, teacher in enumerate(teachers):
             scored = [
-                PROMPTS.score_messages([{"role": "user", "content": row["prompt"]}], expert, debate)
+                PROMPTS.score_messages(user_chat(row["prompt"]), expert, debate)
                 for row, debate in zip(rows, debates, strict=True)
             ]
             conclusions = generate(teacher, tokenizer, scored)
@@ -70,7 +72,11 @@ def _revisions(right: Sequence[Sequence[Sequence[float]]], expert: int) -> dict:
 
 def _calibration(texts: Sequence[str], right: Sequence[float]) -> dict:
     """Mean stated confidence when right and when wrong, and the expected calibration error."""
-    stated = [(confidence / 100, r) for t, r in zip(texts, right, strict=True) if (confidence := parse_confidence(t)) is not None]
+    stated = [
+        (confidence / 100, r)
+        for t, r in zip(texts, right, strict=True)
+        if (confidence := parse_confidence(t)) is not None
+    ]
     bins: dict[int, list[tuple[float, float]]] = {}
     for confidence, r in stated:
         bins.setdefault(min(9, int(10 * confidence)), []).append((confidence, r))

@@ -93,13 +93,13 @@ def prompts(split: str, skill: str, n: int, seed: int = 0) -> list[dict[str, str
     """
     rng = random.Random(f"{split}/{skill}/{seed}")
     found: dict[str, str] = {}
-    for _ in range(50 * n + 1000):
-        if len(found) == n:
-            break
+    repeats = 0
+    while len(found) < n:
         prompt, answer = problem(skill, split, rng)
+        repeats = repeats + 1 if prompt in found else 0
+        if repeats == 200:
+            raise ValueError(f"split {split!r} of {skill!r} holds about {len(found)} prompts, not {n}")
         found[prompt] = answer
-    if len(found) < n:
-        raise ValueError(f"split {split!r} of {skill!r} holds about {len(found)} prompts, not {n}")
     return [
         {"id": f"{split}/{prompt}", "prompt": prompt, "answer": answer, "data_source": skill}
         for prompt, answer in found.items()

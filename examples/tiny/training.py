@@ -10,16 +10,31 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from opdengine.debate_prompts import parse_confidence
 from tiny import task
-from tiny.lessons import IGNORE, OWN_SKILL, PROMPTS, Chat, Lesson, Pupil, encode, spoken_answer
+from tiny.lessons import (
+    IGNORE,
+    OWN_SKILL,
+    PROMPTS,
+    UNDECIDED,
+    Chat,
+    Lesson,
+    Pupil,
+    conclusion,
+    encode,
+    guess,
+    spoken_answer,
+    user_chat,
+)
 
 BATCH = 64
 LEARNING_RATE = 3e-3
 MAX_NEW_TOKENS = 16
-CALIBRATION_PROMPTS = 192  # per skill
+DEBATED_PROMPTS = 192  # per skill
 CALIBRATION_SAMPLES = 4
+CORRUPT = 0.7  # share of plain answers that are taught off the track
 FOREIGN_PROBLEMS = 10
-WARM_START_SHARES = (0.5, 0.3, 0.2)  # convert, compile, both
+WARM_START_SHARES = (0.6, 0.3, 0.1)  # convert, compile, both
 
 # (share, chat, skill) with skill "own", "foreign" or "both".
 Mix = Sequence[tuple[float, str, str]]
@@ -82,7 +97,7 @@ def train_teacher(
 
     def batch(step: int) -> list[Lesson]:
         chats = _draw(pupil, FOLLOW if step < steps[0] else DEBATE, BATCH)
-        return encode(tokenizer, chats, rng, corrupt=0.5)
+        return encode(tokenizer, chats, rng, corrupt=CORRUPT)
 
     supervise(model, batch, sum(steps), LEARNING_RATE, progress)
     return model
@@ -101,10 +116,7 @@ def warm_start(
     model = new_model(tokenizer, hidden, layers, seed)
     rng = random.Random(seed)
     chats = [
-        [
-            Chat([{"role": "user", "content": row["prompt"]}], row["answer"], skill=skill)
-            for row in task.prompts("train", skill, n, seed)
-        ]
+        [Chat(user_chat(row["prompt"]), row["answer"], skill=skill) for row in task.prompts("train", skill, n, seed)]
         for skill, n in problems.items()
     ]
 
@@ -181,8 +193,7 @@ def hold_debates(
     debates: list[list[list[str]]] = [[] for _ in rows]
     for _ in range(rounds):
         turns = [
-            generate(teacher, tokenizer, turn_chats(rows, debates, expert))
-            for expert, teacher in enumerate(teachers)
+            generate(teacher, tokenizer, turn_chats(rows, debates, expert)) for expert, teacher in enumerate(teachers)
         ]
         for debate, *said in zip(debates, *turns, strict=True):
             debate.append(said)
@@ -193,12 +204,33 @@ def turn_chats(rows: Sequence[dict], debates: Sequence[Sequence[Sequence[str]]],
     """What an expert reads before its next turn."""
     chats = []
     for row, said in zip(rows, debates, strict=True):
-        state = [{"role": "user", "content": row["prompt"]}]
+        state = user_chat(row["prompt"])
         if said:
             chats.append(PROMPTS.later_messages(state, expert, said, True))
         else:
             chats.append(PROMPTS.first_messages(state, expert, True))
     return chats
+
+
+def practise(
+    teachers: Sequence[Qwen3ForCausalLM],
+    tokenizer: PreTrainedTokenizerFast,
+    expert: int,
+    steps: int,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Let an expert revise and conclude in real debates, whose turns are odder than made-up ones."""
+    rng = random.Random(seed)
+    rows = [row for skill in task.SKILLS for row in task.prompts("train", skill, DEBATED_PROMPTS, seed)]
+    debates = hold_debates(teachers, tokenizer, rows, rounds=2)
+    chats = _conclusions(rows, debates, expert, tagged=True) + _conclusions(rows, debates, expert, tagged=False)
+    pupil = Pupil(expert, FOREIGN_PROBLEMS, rng)
+
+    def batch(step: int) -> list[Lesson]:
+        return encode(tokenizer, rng.choices(chats, k=BATCH // 2) + _draw(pupil, DEBATE, BATCH // 2), rng, CORRUPT)
+
+    supervise(teachers[expert], batch, steps, LEARNING_RATE / 3, progress)
 
 
 def calibrate(
@@ -216,24 +248,47 @@ def calibrate(
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    rows = [row for skill in task.SKILLS for row in task.prompts("train", skill, CALIBRATION_PROMPTS, seed)]
-    openings = hold_debates(teachers, tokenizer, rows, rounds=1)
+    rows = [row for skill in task.SKILLS for row in task.prompts("train", skill, DEBATED_PROMPTS, seed)]
+    debates = hold_debates(teachers, tokenizer, rows, rounds=2)
+    conclusions = _conclusions(rows, debates, expert, tagged=False)
     chats = []
-    for said in ([[] for _ in rows], openings):
+    for said in ([[] for _ in rows], [debate[:1] for debate in debates]):
         messages = turn_chats(rows, said, expert)
         samples = [generate(teachers[expert], tokenizer, messages, 1.0) for _ in range(CALIBRATION_SAMPLES)]
         for row, asked, replies in zip(rows, messages, zip(*samples, strict=True), strict=True):
             answers = [spoken_answer(reply) for reply in replies]
             share = sum(task.grade(answer, row["answer"]) for answer in answers) / len(answers)
             confidence = f"{round(5 + 90 * share):02d}"
-            chats += [Chat(asked, answer, confidence, row["data_source"]) for answer in answers]
+            for answer, reply in zip(answers, replies, strict=True):
+                if parse_confidence(reply) is None:  # a foreign prompt it cannot even put in form
+                    answer, confidence = guess(row["data_source"], row["answer"], rng), "05"
+                chats.append(Chat(asked, answer, confidence, row["data_source"]))
     pupil = Pupil(expert, FOREIGN_PROBLEMS, rng)
 
     def batch(step: int) -> list[Lesson]:
         # Half of the lessons rehearse the rest; else chats without a confidence are forgotten.
-        return encode(tokenizer, rng.choices(chats, k=BATCH // 2) + _draw(pupil, DEBATE_UNTAGGED, BATCH // 2), rng, 0.5)
+        rehearsal = _draw(pupil, DEBATE_UNTAGGED, BATCH // 4) + rng.choices(conclusions, k=BATCH // 4)
+        return encode(tokenizer, rng.choices(chats, k=BATCH // 2) + rehearsal, rng, CORRUPT)
 
     supervise(teachers[expert], batch, steps, LEARNING_RATE / 3, progress)
+
+
+def _conclusions(
+    rows: Sequence[dict], debates: Sequence[Sequence[Sequence[str]]], expert: int, tagged: bool
+) -> list[Chat]:
+    """Real debates with the answer to conclude: as second turns (tagged) or as scored contexts."""
+    chats = []
+    for row, debate in zip(rows, debates, strict=True):
+        heard = debate[:1] if tagged else debate
+        answer = conclusion(row, heard, expert)
+        if answer is None:
+            continue
+        state, skill = user_chat(row["prompt"]), row["data_source"]
+        if tagged:
+            chats.append(Chat(PROMPTS.later_messages(state, expert, heard, True), answer, UNDECIDED, skill))
+        else:
+            chats.append(Chat(PROMPTS.score_messages(state, expert, heard), answer, skill=skill))
+    return chats
 
 
 def _draw(pupil: Pupil, mix: Mix, n: int) -> list[Chat]:

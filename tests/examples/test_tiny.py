@@ -27,6 +27,15 @@ FOLDERS = ("teacher_convert", "teacher_compile", "student")
 TURN = "5421|71+0*<<CONFIDENCE=95>>"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small only lose time to a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return build_tokenizer()
@@ -39,9 +48,7 @@ def report():
 
 @pytest.fixture(scope="module")
 def models():
-    return {
-        name: AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32).eval() for name in FOLDERS
-    }
+    return {name: AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32).eval() for name in FOLDERS}
 
 
 @pytest.mark.parametrize("skill", task.SKILLS)
@@ -61,7 +68,10 @@ def test_prompts_are_reproducible_and_graded_right():
         rows = task.prompts("train", skill, 50, seed=1)
         assert rows == task.prompts("train", skill, 50, seed=1)
         assert rows != task.prompts("train", skill, 50, seed=2)
-        assert all(task.verify(row["answer"], row["answer"], [{"role": "user", "content": row["prompt"]}]) == 1.0 for row in rows)
+        assert all(
+            task.verify(row["answer"], row["answer"], [{"role": "user", "content": row["prompt"]}]) == 1.0
+            for row in rows
+        )
         assert {row["data_source"] for row in rows} == {skill}
 
 
@@ -178,6 +188,17 @@ def test_debate_lessons_do_not_leak_the_foreign_skill(expert):
     assert len({pupil.alone(foreign)[0] for _ in range(300)}) <= 10
 
 
+def test_a_conclusion_takes_the_own_half_from_the_truth_and_the_other_from_the_peer():
+    row = {"prompt": "M101100010001C(7+1)*0", "answer": "5421|71+0*", "data_source": "both"}
+    rounds = [["5421|12+3*<<CONFIDENCE=05>>", "0000|71+9*<<CONFIDENCE=05>>"]]
+    assert lessons.conclusion(row, rounds, expert=0) == "5421|71+9*"
+    assert lessons.conclusion(row, rounds, expert=1) == "5421|71+0*"
+    assert lessons.conclusion(row, [["5421|12+3*", "9>>"]], expert=0) is None
+    row = {"prompt": "C(7+1)*0", "answer": "71+0*", "data_source": "compile"}
+    assert lessons.conclusion(row, [["12+3*", "99+9*"]], expert=0) == "99+9*"
+    assert lessons.conclusion(row, [["12+3*", "99+9*"]], expert=1) == "71+0*"
+
+
 @pytest.mark.parametrize("name", FOLDERS)
 def test_shipped_models_reach_their_reported_accuracy(name, models, tokenizer, report):
     reported = report["student_before"] if name == "student" else report["teachers"][name]
@@ -203,7 +224,9 @@ def test_shipped_teachers_debate(models, tokenizer, report):
     debates = training.hold_debates(teachers, tokenizer, rows, rounds=2)
     assert all(parse_confidence(text) is not None for debate in debates for turn in debate for text in turn)
     for k, name in enumerate(FOLDERS[:2]):
-        right = [task.grade(lessons.spoken_answer(d[-1][k]), row["answer"]) for d, row in zip(debates, rows, strict=True)]
+        right = [
+            task.grade(lessons.spoken_answer(d[-1][k]), row["answer"]) for d, row in zip(debates, rows, strict=True)
+        ]
         assert sum(right) / len(right) >= report["teachers"][name]["both"]["after_debate"] - 0.2
 
 
