@@ -48,26 +48,30 @@ def write_logits(head: Head, hidden: Tensor, out: Tensor, tile: Tensor | None) -
 
     ``tile`` is flat storage of the compute dtype for up-cast rows of the weight.
     """
-    weight, factor = head.weight[: head.vocab], head.factor
-    if weight.dtype == out.dtype:
-        scaled = hidden if factor == 1.0 else hidden * factor
-        torch.mm(scaled, weight.t(), out=out)
-    elif native_half(weight, out.dtype):
-        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-        if factor != 1.0:
-            out.mul_(factor)
-    else:
-        assert tile is not None
-        scaled = hidden.to(out.dtype).mul_(factor)
-        for start, stop, part in upcast_tiles(weight, tile):
-            torch.mm(scaled, part.t(), out=out[:, start:stop])
+    write_product(head, hidden, out, tile)
     if head.bias is not None:
-        out.add_(head.bias[: head.vocab].to(out.dtype), alpha=factor)
+        out.add_(head.bias[: head.vocab].to(out.dtype), alpha=head.factor)
     if head.softcap is not None:
         cap = head.softcap / head.temperature
         out.div_(cap).tanh_().mul_(cap)
     if head.floor:
         out.clamp_(min=FLOOR)
+
+
+def write_product(head: Head, hidden: Tensor, out: Tensor, tile: Tensor | None) -> None:
+    """``factor * hidden W^T`` into ``out`` [c, V]: the logits before bias, softcap and floor."""
+    weight, factor = head.weight[: head.vocab], head.factor
+    if weight.dtype == out.dtype:
+        scaled = hidden if factor == 1.0 else hidden * factor
+        torch.mm(scaled, weight.t(), out=out)
+    elif native_half(weight, out.dtype):
+        # The GEMM scales its float32 result on the way out; beta = 0 ignores what is in it.
+        torch.addmm(out, hidden, weight.t(), out_dtype=out.dtype, beta=0.0, alpha=factor, out=out)
+    else:
+        assert tile is not None
+        scaled = hidden.to(out.dtype).mul_(factor)
+        for start, stop, part in upcast_tiles(weight, tile):
+            torch.mm(scaled, part.t(), out=out[:, start:stop])
 
 
 def upcast_tiles(weight: Tensor, tile: Tensor) -> Iterator[tuple[int, int, Tensor]]:

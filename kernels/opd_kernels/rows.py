@@ -18,6 +18,7 @@ buffer start at multiples of 16 elements and ``width``, V rounded up to 16, fits
 masked with ``width``, which keeps them vectorised, and columns from V on are replaced.
 """
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton
@@ -60,10 +61,10 @@ def statistics_kernel(
     t_bias_ptr,
     table_ptr,
     partial_ptr,
-    z_factor: tl.float32,
-    t_factor: tl.float32,
-    z_cap: tl.float32,
-    t_cap: tl.float32,
+    z_factor,
+    t_factor,
+    z_cap,
+    t_cap,
     rows,
     splits,
     vocab,
@@ -209,7 +210,7 @@ def value_kernel(
     t_ptr,
     table_ptr,
     partial_ptr,
-    parameter: tl.float32,
+    parameter,
     rows,
     splits,
     vocab,
@@ -256,7 +257,7 @@ def fold_kernel(
     acc_ptr,
     t_ptr,
     table_ptr,
-    parameter: tl.float32,
+    parameter,
     splits,
     vocab,
     width,
@@ -300,8 +301,8 @@ def gradient_kernel(
     weight_ptr,
     scale_ptr,
     out_ptr,
-    parameter: tl.float32,
-    cap: tl.float32,
+    parameter,
+    cap,
     splits,
     vocab,
     width,
@@ -352,7 +353,7 @@ def logprob_gradient_kernel(
     logprob_scale_ptr,
     entropy_scale_ptr,
     out_ptr,
-    cap: tl.float32,
+    cap,
     splits,
     vocab,
     width,
@@ -450,18 +451,21 @@ def term(z, t, table_ptr, table_stride, row, parameter, KIND: tl.constexpr, SIDE
     """What one teacher adds to ``acc``: w t (reverse KL, whose a is W z - acc), w q (forward KL),
     w a (the others)."""
     weight = tl.load(table_ptr + (SIDE + SIDE_WEIGHT) * table_stride + row)
-    if KIND == "reverse_kl":
-        return weight * t
     q_top, q_log = normaliser(table_ptr, table_stride, row, SIDE)
-    if KIND == "forward_kl":
-        return weight * tl.exp((t - q_top) - q_log)
-    top, log = normaliser(table_ptr, table_stride, row, TOP)
-    r = (t - z) - ((q_top - top) + (q_log - log))
-    weight *= parameter - 1.0
-    if KIND == "jsd":
-        return weight * jsd_log(r, parameter)
-    tl.static_assert(KIND == "skew_kl")
-    return weight / skew_ratio(r, parameter)
+    if KIND == "reverse_kl":
+        out = weight * t
+    elif KIND == "forward_kl":
+        out = weight * tl.exp((t - q_top) - q_log)
+    else:
+        top, log = normaliser(table_ptr, table_stride, row, TOP)
+        r = (t - z) - ((q_top - top) + (q_log - log))
+        weight *= parameter - 1.0
+        if KIND == "jsd":
+            out = weight * jsd_log(r, parameter)
+        else:
+            tl.static_assert(KIND == "skew_kl")
+            out = weight / skew_ratio(r, parameter)
+    return out
 
 
 @triton.jit

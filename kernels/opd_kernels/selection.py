@@ -33,26 +33,27 @@ class RowPlan:
     count: int
     runs: tuple[Run, ...]
 
-    def segments(self, teacher: int, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
-        """Parts of ``start:stop`` that ``teacher`` works on: (start, stop, it is the first teacher
-        of these rows).
+    def segments(self, teacher: int, start: int, stop: int) -> Iterator[tuple[int, int, tuple[int, bool]]]:
+        """Parts of ``start:stop`` that ``teacher`` works on: (start, stop, (teachers of these rows
+        before it, up to 2; it is their last one)).
 
         Neighbouring runs are joined, so that one GEMM serves them.
         """
-        pending: tuple[int, int, bool] | None = None
+        for run, left, right in self._overlaps(start, stop):
+            if run.teachers >> teacher & 1:
+                before = (run.teachers & ((1 << teacher) - 1)).bit_count()
+                yield left, right, (min(before, 2), run.teachers >> teacher == 1)
+
+    def groups(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Parts of ``start:stop``: (start, stop, teachers of these rows, up to 3)."""
+        for run, left, right in self._overlaps(start, stop):
+            yield left, right, min(run.teachers.bit_count(), 3)
+
+    def _overlaps(self, start: int, stop: int) -> Iterator[tuple[Run, int, int]]:
         for run in self.runs:
             left, right = max(run.start, start), min(run.stop, stop)
-            if left >= right or not run.teachers >> teacher & 1:
-                continue
-            first = run.teachers & ((1 << teacher) - 1) == 0
-            if pending is not None and pending[1] == left and pending[2] == first:
-                pending = (pending[0], right, first)
-                continue
-            if pending is not None:
-                yield pending
-            pending = (left, right, first)
-        if pending is not None:
-            yield pending
+            if left < right:
+                yield run, left, right
 
     def single_teacher(self) -> bool:
         """Whether no row has two teachers."""
