@@ -1,0 +1,120 @@
+"""A tiny model, requests and the Hugging Face reference for the tests of the vLLM sampler."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from opdengine.rollout.vllm import VLLMSampler
+from opdengine.types import Completion, Request
+
+WINDOW = 320
+SPECIAL = ("<eos>", "<tool>")
+
+
+def save_model(folder: Path, tied: bool) -> str:
+    """A random two-layer Qwen3 in float32 and a byte-level tokenizer of its own."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(int(tied))
+    config = Qwen3Config(
+        vocab_size=len(fast),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=WINDOW,
+        tie_word_embeddings=tied,
+        initializer_range=0.15,
+        eos_token_id=fast.eos_token_id,
+    )
+    model = Qwen3ForCausalLM(config).float()
+    model.generation_config.eos_token_id = fast.eos_token_id
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def open_sampler(path: str, **options: Any) -> VLLMSampler:
+    settings = {"dtype": "float32", "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
+    return VLLMSampler(path, **{**settings, **options})
+
+
+def requests(count: int = 4, length: int = 12) -> list[Request]:
+    rng = np.random.default_rng(length)
+    return [Request(f"p{i}", tuple(rng.integers(0, 256, length + 3 * i).tolist()), seed=100 + i) for i in range(count)]
+
+
+@torch.no_grad()
+def reference_logprobs(
+    model: Any,
+    prompt: Sequence[int],
+    ids: np.ndarray,
+    processors: Sequence[Callable[..., Any]] = (),
+) -> np.ndarray:
+    """float32 [T]: log-probs of ``ids`` by the Hugging Face model and its logits processors."""
+    sequence = torch.tensor([*prompt, *ids.tolist()])
+    logits = model(sequence[None]).logits[0]
+    chosen = []
+    for position in range(len(prompt), len(sequence)):
+        row = logits[position - 1][None]
+        for process in processors:
+            row = process(sequence[None, :position], row)
+        chosen.append(row.log_softmax(-1)[0, sequence[position]])
+    return torch.stack(chosen).numpy()
+
+
+def worst_gap(model: Any, prompts: Sequence[Request], results: list[list[Completion]]) -> float:
+    """Largest difference between sampled log-probs and those of ``model``, in nats."""
+    return max(
+        float(np.abs(reference_logprobs(model, r.token_ids, c.token_ids) - c.logprobs).max())
+        for r, completions in zip(prompts, results, strict=True)
+        for c in completions
+    )
+
+
+def same(first: list[list[Completion]], second: list[list[Completion]]) -> bool:
+    return all(
+        np.array_equal(a.token_ids, b.token_ids) and np.allclose(a.logprobs, b.logprobs, atol=1e-5)
+        for row_a, row_b in zip(first, second, strict=True)
+        for a, b in zip(row_a, row_b, strict=True)
+    )
+
+
+def train(model: Any, seed: int = 0) -> Any:
+    """One optimiser step that moves every weight."""
+    torch.manual_seed(seed)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    ids = torch.randint(0, 256, (4, 24))
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    return model.eval()
+
+
+def alive(pid: int | None) -> bool:
+    try:
+        os.kill(pid or 0, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def after(seconds: float, act: Callable[[], None]) -> threading.Timer:
+    timer = threading.Timer(seconds, act)
+    timer.start()
+    return timer
