@@ -116,7 +116,9 @@ def test_extreme_logits_in_float32(make_case, kind, teacher_reduction):
     for mine, theirs, exact_value in zip(got, plain, want, strict=True):
         assert mine.isfinite().all()
         lost = (theirs.double() - exact_value).norm()
-        assert (mine.double() - exact_value).norm() <= 3 * lost + 1e-5 * exact_value.norm() + 1e-6
+        assert (
+            mine.double() - exact_value
+        ).norm() <= 3 * lost + 1e-5 * exact_value.norm() + 1e-7 * case.hidden.abs().max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
