@@ -50,6 +50,7 @@ def plan_chunks(
     vocab: int,
     hidden_sizes: tuple[int, ...],
     buffers: int,
+    scratch_tiles: int,
     upcast: bool,
     half_gradient: bool,
     dtype: torch.dtype,
@@ -60,9 +61,10 @@ def plan_chunks(
 
     Args:
         rows: tokens to compute.
-        vocab: columns of the logits.
+        vocab: columns of the logits, padding included.
         hidden_sizes: hidden size of every head; the widest one bounds the gathers.
         buffers: [c, V] buffers alive at once in ``dtype`` (student, teacher, accumulator).
+        scratch_tiles: [tile, V] scratch buffers of the row operations.
         upcast: some weight is converted to ``dtype`` tile by tile.
         half_gradient: dZ is gathered in half precision for the gradient GEMMs.
         dtype: compute dtype.
@@ -75,7 +77,7 @@ def plan_chunks(
     item = dtype.itemsize
     widest = max(hidden_sizes)
     logits_row = buffers * vocab * item + 4 * widest * item + ROW_OVERHEAD_BYTES
-    scratch_row = SCRATCH_TILES * vocab * item
+    scratch_row = scratch_tiles * vocab * item
     gradient_row = 2 * vocab + 2 * widest if half_gradient else 0
     weight_row = widest * item if upcast else 0
 
@@ -87,7 +89,7 @@ def plan_chunks(
         )
 
     budget = workspace_bytes
-    tile_rows = max(1, min(rows, TILE_ELEMENTS.get(device.type, 1 << 19) // vocab, budget // 8 // scratch_row))
+    tile_rows = max(1, min(rows, TILE_ELEMENTS.get(device.type, 1 << 19) // vocab, budget // 8 // max(1, scratch_row)))
     budget -= tile_rows * scratch_row
     weight_rows = 0
     if upcast:

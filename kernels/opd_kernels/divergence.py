@@ -3,8 +3,6 @@ and heads."""
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -14,13 +12,12 @@ from torch import Tensor
 
 from .driver import Outcome, run_divergence
 from .heads import Wants
+from .row_ops import choose_impl
 from .selection import RowPlan, plan_rows
 from .types import DivergenceOutput, Problem, TeacherHead, TokenStats
 from .validation import check_group, check_impl, make_problem, make_student
 
 __all__ = ["DivergenceOutput", "TeacherHead", "TokenStats", "from_trl_beta", "linear_divergence"]
-
-logger = logging.getLogger("opd_kernels")
 
 
 def linear_divergence(
@@ -113,10 +110,12 @@ def linear_divergence(
         workspace_bytes=workspace_bytes,
         vocab_size=vocab_size,
     )
-    if choose_impl(impl, student_hidden.device.type) == "reference":
+    chosen = choose_impl(impl, student_hidden.device.type, problem.compute_dtype)
+    if chosen == "reference":
         from .reference import reference_divergence
 
         return reference_divergence(problem)
+    problem = replace(problem, impl=chosen)
     names = [f.name for f in fields(TokenStats)]
     outputs = _LinearDivergence.apply(
         student_hidden, student_weight, student_bias, problem, wanted(student_hidden, student_weight, student_bias)
@@ -142,21 +141,6 @@ def from_trl_beta(beta: float) -> dict[str, Any]:
     if not 0.0 < beta < 1.0:
         raise ValueError(f"beta={beta} is outside [0, 1]")
     return {"divergence": "jsd", "jsd_beta": beta}
-
-
-def choose_impl(impl: str, device: str) -> str:
-    """The implementation that runs; says once per process what "auto" means here."""
-    if impl == "triton":
-        raise ValueError("impl='triton' is not available in this build: use impl='auto' or 'torch'")
-    if impl == "auto":
-        _log_choice("torch", device)
-        return "torch"
-    return impl
-
-
-@functools.cache
-def _log_choice(impl: str, device: str) -> None:
-    logger.info("opd_kernels: impl='auto' on %s uses %r", device, impl)
 
 
 def no_autocast(device: torch.device) -> torch.autocast:

@@ -2,9 +2,9 @@
 sweeps to row operations.
 
 Per chunk of c rows: student logits into ``z``; each teacher's logits into ``acc`` (its rows' first
-teacher) or into one reused buffer ``t``; the row operations turn them into statistics and one
-accumulated row of d divergence / d p; dZ replaces the accumulator; the gradient GEMMs follow. The
-workspace does not depend on the number of teachers.
+teacher) or into one reused buffer ``t``; the row operations turn them into statistics and gather d
+divergence / d p in ``acc`` (the row's last teacher may stay in ``t``); from these dZ is formed,
+and the gradient GEMMs follow. The workspace does not depend on the number of teachers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .chunking import ChunkPlan, plan_chunks, spans
-from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast, write_logits
+from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast
+from .row_ops import make_row_ops, row_layout
 from .selection import RowPlan
-from .torch_impl import StudentRows, TeacherRows, TorchRowOps
+from .torch_impl import StudentRows, TeacherRows
 from .types import Head, Problem, TokenStats
 
 _TEACHER_STATS = {
@@ -45,14 +46,18 @@ class Outcome:
 class Workspace:
     """The buffers of one pass, allocated once."""
 
-    def __init__(self, plan: ChunkPlan, vocab: int, like: Tensor, buffers: int, tile_width: int) -> None:
+    def __init__(
+        self, plan: ChunkPlan, vocab: int, like: Tensor, buffers: int, tile_width: int, width: int | None = None
+    ) -> None:
+        """Buffers of ``vocab`` columns whose rows lie ``width`` elements apart."""
         self.plan = plan
-        storage = like.new_empty(buffers, plan.chunk_rows, vocab)
+        width = vocab if width is None else width
+        storage = like.new_empty(buffers, plan.chunk_rows, width)[..., :vocab]
         self.z, self.acc, self.t = storage[0], storage[min(1, buffers - 1)], storage[buffers - 1]
         self.tile = like.new_empty(plan.weight_rows * tile_width) if plan.weight_rows else None
         self.gradient = None
         if plan.gradient_rows:
-            self.gradient = like.new_empty(plan.gradient_rows, vocab, dtype=torch.bfloat16)
+            self.gradient = like.new_empty(plan.gradient_rows, width, dtype=torch.bfloat16)[:, :vocab]
 
 
 def run_divergence(problem: Problem, rows: RowPlan, row_scale: Tensor | None, wants: Wants) -> Outcome:
@@ -99,7 +104,7 @@ class _Pass:
         buffers = 3 if self.accumulates and not rows.single_teacher() else 2
         heads = (problem.student, *problem.teachers)
         self.workspace = make_workspace(problem, heads, rows.count, buffers, wants, like)
-        self.ops = TorchRowOps(self.workspace.plan.tile_rows, problem.student.vocab, like)
+        self.ops = make_row_ops(problem.impl, self.workspace.plan.tile_rows, problem.student.vocab, like)
         self.finite = torch.ones(rows.count, len(problem.teachers), dtype=torch.bool, device=like.device)
         self.sink = GradientSink(self.workspace, gradient, problem.student, rows)
 
@@ -115,29 +120,25 @@ class _Pass:
         labels = None if problem.labels is None else gather(problem.labels, rows.index, start, stop)
         mix = gather(problem.mix, rows.index, start, stop)
         hidden = gather(problem.student.hidden, rows.index, start, stop)
-        write_logits(problem.student, hidden, z, self.workspace.tile)
-        student = self.ops.student_rows(z, labels, problem.stats)
-        self._student_stats(student, start, stop)
+        self.ops.write_logits(problem.student, hidden, z, self.workspace.tile)
+        student = self.ops.student_rows(problem.student, z, labels, problem.stats, joint=True)
 
         value, acc_mean = z.new_zeros(stop - start), z.new_zeros(stop - start)
         for k in range(len(problem.teachers)):
-            for left, right, first in rows.segments(k, start, stop):
+            for left, right, place in rows.segments(k, start, stop):
                 part = slice(left - start, right - start)
                 weight = mix[part, k]
-                result = self._teacher(k, left, right, first, z[part], acc[part], student, part, weight, labels)
+                result = self._teacher(k, left, right, place, z[part], acc[part], student, part, weight, labels)
                 self._teacher_stats(result, k, left, right)
                 if not problem.mixture:
                     value[part] += weight * result.value
                     if result.acc_mean is not None:
                         acc_mean[part] += weight * result.acc_mean
         if problem.mixture:
-            ones = torch.ones_like(value)
-            keep = acc if self.wants else None
-            result = self.ops.teacher_rows(
-                problem.rule, z, acc, student, acc=keep, first=True, weight=ones, labels=None, full=False
-            )
+            result = self.ops.mixture_value(problem.rule, z, acc, student, keep=bool(self.wants))
             value = result.value
             acc_mean = acc_mean if result.acc_mean is None else result.acc_mean
+        self._student_stats(student, start, stop)
         rows.scatter(self.outcome.token_loss, value, start, stop)
         if self.wants:
             self._gradient(z, acc, student, hidden, acc_mean, mix.sum(1), start, stop)
@@ -147,7 +148,7 @@ class _Pass:
         k: int,
         left: int,
         right: int,
-        first: bool,
+        place: tuple[int, bool],
         z: Tensor,
         acc: Tensor,
         student: StudentRows,
@@ -155,21 +156,42 @@ class _Pass:
         weight: Tensor,
         labels: Tensor | None,
     ) -> TeacherRows:
-        """Logits and row operations of teacher ``k`` on the computed rows ``left:right``."""
+        """Logits and row operations of teacher ``k`` on the computed rows ``left:right``, the
+        ``part`` of the chunk; ``place`` as ``RowPlan.segments`` gives it."""
         problem, teacher = self.problem, self.problem.teachers[k]
-        t = acc if first and self.accumulates else self.workspace.t[: right - left]
+        before, last = place
+        t = acc if before == 0 and self.accumulates else self.workspace.t[part]
         hidden = gather(teacher.hidden, self.rows.index, left, right)
-        write_logits(teacher, hidden, t, self.workspace.tile)
+        self.ops.write_logits(teacher, hidden, t, self.workspace.tile)
         student = student.part(part.start, part.stop)
         labels = None if labels is None else labels[part]
         if problem.mixture:
             result = self.ops.mixture_rows(
-                z, t, student, acc=acc, first=first, weight=weight, labels=labels, full=problem.stats
+                problem.student,
+                teacher,
+                z,
+                t,
+                student,
+                acc=acc,
+                before=before,
+                weight=weight,
+                labels=labels,
+                full=problem.stats,
             )
         else:
-            keep = acc if self.wants else None
             result = self.ops.teacher_rows(
-                problem.rule, z, t, student, acc=keep, first=first, weight=weight, labels=labels, full=problem.stats
+                problem.rule,
+                problem.student,
+                teacher,
+                z,
+                t,
+                student,
+                acc=acc if self.wants else None,
+                before=before,
+                last=last,
+                weight=weight,
+                labels=labels,
+                full=problem.stats,
             )
         self.finite[left:right, k] = result.finite
         return result
@@ -188,18 +210,23 @@ class _Pass:
         head = self.problem.student
         assert self.row_scale is not None
         row_scale = gather(self.row_scale, self.rows.index, start, stop)
-        out = self.sink.reserve(acc)
-        self.ops.gradient_rows(
-            self.problem.rule,
-            z,
-            acc,
-            student,
-            acc_mean=acc_mean,
-            total_weight=total_weight,
-            row_scale=row_scale * head.factor,
-            softcap=None if head.softcap is None else head.softcap / head.temperature,
-            out=out,
-        )
+        out, row_scale = self.sink.reserve(acc), row_scale * head.factor
+        groups = [(start, stop, 1)] if self.problem.mixture else self.rows.groups(start, stop)
+        for left, right, teachers in groups:
+            part = slice(left - start, right - start)
+            self.ops.gradient_rows(
+                self.problem.rule,
+                z[part],
+                acc[part],
+                self.workspace.t[part],
+                student.part(part.start, part.stop),
+                teachers=teachers,
+                acc_mean=acc_mean[part],
+                total_weight=total_weight[part],
+                row_scale=row_scale[part],
+                softcap=None if head.softcap is None else head.softcap / head.temperature,
+                out=out[part],
+            )
         self.sink.commit(out, hidden, start, stop)
 
     def _student_stats(self, student: StudentRows, start: int, stop: int) -> None:
@@ -268,18 +295,20 @@ def make_workspace(
     upcasts = [needs_upcast(head.weight, like.dtype, gradient=False) for head in heads]
     upcasts.append(wants.hidden and needs_upcast(student.weight, like.dtype, gradient=True))
     widths = tuple(head.weight.shape[1] for head in heads)
+    columns, scratch_tiles = row_layout(problem.impl, student.vocab)
     plan = plan_chunks(
         rows=rows,
-        vocab=student.vocab,
+        vocab=columns,
         hidden_sizes=widths,
         buffers=buffers,
+        scratch_tiles=scratch_tiles,
         upcast=any(upcasts),
         half_gradient=halves,
         dtype=like.dtype,
         device=like.device,
         workspace_bytes=problem.workspace_bytes,
     )
-    return Workspace(plan, student.vocab, like, buffers, max(widths))
+    return Workspace(plan, student.vocab, like, buffers, max(widths), columns)
 
 
 def report_bad_teacher(problem: Problem, rows: RowPlan, finite: Tensor) -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .chunking import plan_chunks, spans
-from .divergence import cast_gradients, choose_impl, no_autocast, wanted
-from .driver import Outcome, Workspace, run_divergence
-from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast, write_logits
+from .divergence import cast_gradients, no_autocast, wanted
+from .driver import GradientSink, Outcome, Workspace, run_divergence
+from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast
+from .row_ops import RowOps, choose_impl, make_row_ops, row_layout
 from .selection import RowPlan, plan_rows
-from .torch_impl import StudentRows, TorchRowOps
 from .types import STATS_ONLY, Head, LogprobOutput, TeacherHead, TokenStats
 from .validation import (
     align_vocabularies,
@@ -82,13 +82,14 @@ def token_stats(
         vocab_size=vocab_size,
     )
     with torch.no_grad(), no_autocast(student_hidden.device):
-        if choose_impl(impl, student_hidden.device.type) == "reference":
+        chosen = choose_impl(impl, student_hidden.device.type, problem.compute_dtype)
+        if chosen == "reference":
             from .reference import reference_divergence
 
             stats = reference_divergence(problem).stats
         else:
             rows = plan_rows(problem.mix, problem.mix_is_uniform, problem.token_weight)
-            stats = run_divergence(replace(problem, rule=STATS_ONLY), rows, None, Wants()).stats
+            stats = run_divergence(replace(problem, rule=STATS_ONLY, impl=chosen), rows, None, Wants()).stats
     assert stats is not None
     return stats
 
@@ -141,12 +142,13 @@ def linear_logprob(
     check_vector("labels", labels, hidden.shape[0], hidden.device, integer=True)
     check_labels(labels, head.vocab)
     budget = make_workspace_bytes(workspace_bytes)
-    if choose_impl(impl, hidden.device.type) == "reference":
+    chosen = choose_impl(impl, hidden.device.type, compute_dtype_of((head,)))
+    if chosen == "reference":
         from .reference import reference_logprob
 
         return reference_logprob(head, labels)
     logprob, entropy = _LinearLogprob.apply(
-        hidden, weight, bias, _LogprobCall(head, labels, budget), wanted(hidden, weight, bias)
+        hidden, weight, bias, _LogprobCall(head, labels, budget, chosen), wanted(hidden, weight, bias)
     )
     return LogprobOutput(logprob, entropy)
 
@@ -158,23 +160,27 @@ class _LogprobCall:
     head: Head
     labels: Tensor
     workspace_bytes: int
+    impl: str
 
-    def workspace(self, rows: int, wants: Wants) -> tuple[Workspace, TorchRowOps]:
+    def workspace(self, rows: int, wants: Wants) -> tuple[Workspace, RowOps]:
         head, dtype = self.head, compute_dtype_of((self.head,))
         like, weight = head.hidden.new_empty(0, dtype=dtype), head.weight
+        columns, scratch_tiles = row_layout(self.impl, head.vocab)
         plan = plan_chunks(
             rows=rows,
-            vocab=head.vocab,
+            vocab=columns,
             hidden_sizes=(weight.shape[1],),
             buffers=1,
+            scratch_tiles=scratch_tiles,
             upcast=needs_upcast(weight, dtype, gradient=False)
             or (wants.hidden and needs_upcast(weight, dtype, gradient=True)),
-            half_gradient=False,
+            half_gradient=bool(wants) and half_gradient(weight, dtype),
             dtype=dtype,
             device=weight.device,
             workspace_bytes=self.workspace_bytes,
         )
-        return Workspace(plan, head.vocab, like, 1, weight.shape[1]), TorchRowOps(plan.tile_rows, head.vocab, like)
+        workspace = Workspace(plan, head.vocab, like, 1, weight.shape[1], columns)
+        return workspace, make_row_ops(self.impl, plan.tile_rows, head.vocab, like)
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """(log p(label), entropy, log sum exp), each [N]."""
@@ -183,8 +189,8 @@ class _LogprobCall:
         out = workspace.z.new_empty(3, rows)
         for start, stop in spans(rows, workspace.plan.chunk_rows):
             z = workspace.z[: stop - start]
-            write_logits(self.head, self.head.hidden[start:stop], z, workspace.tile)
-            student = ops.student_rows(z, self.labels[start:stop], True)
+            ops.write_logits(self.head, self.head.hidden[start:stop], z, workspace.tile)
+            student = ops.student_rows(self.head, z, self.labels[start:stop], True, joint=False)
             for target, values in zip(out, (student.logprob, student.entropy, student.lse), strict=True):
                 target[start:stop] = values
         return out[0], out[1], out[2]
@@ -201,25 +207,28 @@ class _LogprobCall:
         gradient = HeadGradient(head, wants, rows, entropy.dtype)
         if rows.count:
             workspace, ops = self.workspace(rows.count, wants)
+            sink = GradientSink(workspace, gradient, head, rows)
             cap = None if head.softcap is None else head.softcap / head.temperature
-            half = half_gradient(head.weight, entropy.dtype)
             for start, stop in spans(rows.count, workspace.plan.chunk_rows):
                 z = workspace.z[: stop - start]
                 hidden = gather(head.hidden, rows.index, start, stop)
-                write_logits(head, hidden, z, workspace.tile)
-                student = StudentRows(ops.student_rows(z, None, False).lse, gather(entropy, rows.index, start, stop))
+                ops.write_logits(head, hidden, z, workspace.tile)
+                student = ops.student_rows(head, z, None, False, joint=False)
+                out = sink.reserve(z)
                 ops.logprob_gradient_rows(
                     z,
                     gather(self.labels, rows.index, start, stop),
                     student,
+                    entropy=gather(entropy, rows.index, start, stop),
                     logprob_scale=gather(logprob_scale, rows.index, start, stop) * head.factor,
                     entropy_scale=None
                     if entropy_scale is None
                     else gather(entropy_scale, rows.index, start, stop) * head.factor,
                     softcap=cap,
-                    out=z,
+                    out=out,
                 )
-                gradient.add(z.to(head.weight.dtype) if half else z, hidden, start, stop, workspace.tile)
+                sink.commit(out, hidden, start, stop)
+            sink.flush()
         return Outcome(entropy, None, *gradient.finish())
 
 

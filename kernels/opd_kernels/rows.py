@@ -28,6 +28,7 @@ from .types import FLOOR as FLOOR_LOGIT
 
 BLOCK = 4096
 WARPS = 8
+MERGE_WARPS = 4
 ALIGNMENT = 16
 
 # Stands in for a missing logit: exp gives exactly 0, differences stay finite.
@@ -53,7 +54,7 @@ MEAN_GAP, REVERSE_KL, FORWARD_KL, Q_ENTROPY, Q_TOP1, Q_AGREES, Q_LOGPROB = (tl.c
 RESULTS = 7
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def statistics_kernel(
     z_ptr,
     t_ptr,
@@ -115,7 +116,7 @@ def statistics_kernel(
         tl.store(place + (GAP_PART + 1) * field, tl.sum(e_q * g, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def merge_kernel(
     partial_ptr,
     z_ptr,
@@ -204,7 +205,7 @@ def merge_kernel(
                 tl.store(result + Q_LOGPROB * result_stride, (t_label - q_top) - q_log, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def value_kernel(
     z_ptr,
     t_ptr,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Tag = TypeVar("Tag")
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,17 @@ class RowPlan:
 
         Neighbouring runs are joined, so that one GEMM serves them.
         """
-        for run, left, right in self._overlaps(start, stop):
-            if run.teachers >> teacher & 1:
-                before = (run.teachers & ((1 << teacher) - 1)).bit_count()
-                yield left, right, (min(before, 2), run.teachers >> teacher == 1)
+
+        def tag(teachers: int) -> tuple[int, bool]:
+            return min((teachers & ((1 << teacher) - 1)).bit_count(), 2), teachers >> teacher == 1
+
+        runs = self._overlaps(start, stop)
+        return joined((left, right, tag(run.teachers)) for run, left, right in runs if run.teachers >> teacher & 1)
 
     def groups(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Parts of ``start:stop``: (start, stop, teachers of these rows, up to 3)."""
-        for run, left, right in self._overlaps(start, stop):
-            yield left, right, min(run.teachers.bit_count(), 3)
+        runs = self._overlaps(start, stop)
+        return joined((left, right, min(run.teachers.bit_count(), 3)) for run, left, right in runs)
 
     def _overlaps(self, start: int, stop: int) -> Iterator[tuple[Run, int, int]]:
         for run in self.runs:
@@ -67,6 +72,19 @@ class RowPlan:
             target[start:stop] = values
         else:
             target[self.index[start:stop]] = values.to(out.dtype)
+
+
+def joined(parts: Iterable[tuple[int, int, Tag]]) -> Iterator[tuple[int, int, Tag]]:
+    """Join (start, stop, tag) parts that touch and have the same tag."""
+    pending: tuple[int, int, Tag] | None = None
+    for left, right, tag in parts:
+        if pending is not None and pending[1] == left and pending[2] == tag:
+            left = pending[0]
+        elif pending is not None:
+            yield pending
+        pending = (left, right, tag)
+    if pending is not None:
+        yield pending
 
 
 def plan_rows(mix: Tensor, uniform: bool, row_weight: Tensor | None) -> RowPlan:

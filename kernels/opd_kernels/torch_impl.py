@@ -1,8 +1,8 @@
 """Row operations in plain torch: the CPU path, and the living reference of the Triton row kernels.
 
-The driver owns the buffers; these functions own what is in them. A buffer holds logits when an
-operation first sees it and, here, normalised log-probabilities afterwards: ``z`` after
-``student_rows``, ``t`` after ``teacher_rows``. All sweeps go tile by tile over a few rows, so that
+The driver owns the buffers; these functions own what is in them. ``write_logits`` fills a buffer;
+here it holds normalised log-probabilities afterwards: ``z`` after ``student_rows``, ``t`` after
+``teacher_rows``. All sweeps go tile by tile over a few rows, so that
 on a CPU the operands stay in cache from one sweep to the next.
 
 Symbols: z student logits / T, p its softmax; t teacher logits / T, q its softmax; r = log q - log
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .chunking import SCRATCH_TILES, spans
-from .types import STATS_ONLY, Rule
+from .heads import write_logits
+from .types import STATS_ONLY, Head, Rule
 
 
 @dataclass
@@ -71,9 +72,17 @@ class TorchRowOps:
             s1, s2, s3 = self.scratch[:, : stop - start]
             yield slice(start, stop), s1, s2, s3
 
-    def student_rows(self, z: Tensor, labels: Tensor | None, full: bool) -> StudentRows:
+    def write_logits(self, head: Head, hidden: Tensor, out: Tensor, tile: Tensor | None) -> None:
+        """Fill ``out`` [c, V] from ``hidden`` [c, d], for the operations below."""
+        write_logits(head, hidden, out, tile)
+
+    def student_rows(self, head: Head, z: Tensor, labels: Tensor | None, full: bool, joint: bool) -> StudentRows:
         """Normalise ``z`` [c, V]; ``labels`` [c] int64; ``full`` adds entropy, arg max and label
-        log-prob."""
+        log-prob.
+
+        With ``joint``, ``teacher_rows`` or ``mixture_rows`` follows for every row, and the results
+        may be empty until then.
+        """
         out = StudentRows(z.new_empty(z.shape[0]))
         if full:
             out.entropy, out.top1 = z.new_empty(z.shape[0]), torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
@@ -91,12 +100,15 @@ class TorchRowOps:
     def teacher_rows(
         self,
         rule: Rule,
+        student_head: Head,
+        head: Head,
         z: Tensor,
         t: Tensor,
         student: StudentRows,
         *,
         acc: Tensor | None,
-        first: bool,
+        before: int,
+        last: bool,
         weight: Tensor,
         labels: Tensor | None,
         full: bool,
@@ -106,13 +118,17 @@ class TorchRowOps:
 
         Args:
             rule: the divergence.
+            student_head: the head of ``z``.
+            head: the head of ``t``.
             z: [c, V] as ``student_rows`` left it.
-            t: [c, V] teacher logits, overwritten. With ``first`` and an accumulator ``t`` is
-                ``acc`` itself.
+            t: [c, V] as ``write_logits`` left it, overwritten. The first teacher's ``t`` is
+                ``acc``, if there is one.
             student: rows of ``z``.
             acc: [c, V] accumulator of ``weight * a`` (forward KL: ``weight * q``), or None when no
                 gradient follows.
-            first: this is the first contribution: the accumulator is written, not added to.
+            before: teachers of these rows that came before; with 0 the accumulator is written, not
+                added to.
+            last: no other teacher of these rows follows.
             weight: [c] weight of this teacher.
             labels: [c] int64 or None.
             full: also return the statistics.
@@ -132,7 +148,7 @@ class TorchRowOps:
                 x=x,
                 y=y,
                 acc=None if acc is None else acc[rows],
-                first=first,
+                first=before == 0,
                 weight=weight[rows, None],
                 value=value[rows],
                 mean=mean[rows],
@@ -145,12 +161,14 @@ class TorchRowOps:
 
     def mixture_rows(
         self,
+        student_head: Head,
+        head: Head,
         z: Tensor,
         t: Tensor,
         student: StudentRows,
         *,
         acc: Tensor,
-        first: bool,
+        before: int,
         weight: Tensor,
         labels: Tensor | None,
         full: bool,
@@ -169,17 +187,31 @@ class TorchRowOps:
             if full:
                 self._teacher_stats(out, rows, z[rows], y, student, labels, (s1, s2))
             y.add_(log_weight[rows])
-            if not first:
+            if before:
                 torch.logaddexp(acc[rows], y, out=acc[rows])
         return out
+
+    def mixture_value(self, rule: Rule, z: Tensor, acc: Tensor, student: StudentRows, keep: bool) -> TeacherRows:
+        """Divergence from the mixture that ``mixture_rows`` left in ``acc``; with ``keep`` a
+        gradient follows."""
+        value, mean = z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
+        one = value.new_ones(1, 1)
+        for rows, *scratch in self._tiles(z.shape[0]):
+            x, y, (s1, s2, s3) = z[rows], acc[rows], scratch
+            _normalise(y, s1)
+            kept = y if keep else None
+            _SWEEPS[rule.kind](rule, _Tile(x, y, kept, True, one, value[rows], mean[rows], (s1, s2, s3), self.clamp))
+        return TeacherRows(value, None if rule.kind == "forward_kl" else mean, torch.isfinite(value))
 
     def gradient_rows(
         self,
         rule: Rule,
         z: Tensor,
         acc: Tensor,
+        t: Tensor,
         student: StudentRows,
         *,
+        teachers: int,
         acc_mean: Tensor,
         total_weight: Tensor,
         row_scale: Tensor,
@@ -193,7 +225,9 @@ class TorchRowOps:
             rule: the divergence.
             z: [c, V] as ``student_rows`` left it, overwritten.
             acc: [c, V] accumulator, overwritten.
+            t: [c, V] as the last teacher of the rows left it.
             student: rows of ``z``.
+            teachers: teachers of these rows, 3 for more; 1 for a mixture.
             acc_mean: [c] E_p[acc]; unused by the forward KL.
             total_weight: [c] sum of the teachers' weights.
             row_scale: [c] loss weight of the row times d logits / d (hidden W^T).
@@ -201,6 +235,7 @@ class TorchRowOps:
                 softcap)^2.
             out: [c, V] of any floating dtype; may be ``acc``.
         """
+        in_place = out.data_ptr() == acc.data_ptr()
         for rows, s1, s2, _ in self._tiles(z.shape[0]):
             x, a = z[rows], acc[rows]
             torch.exp(x, out=s1)
@@ -212,7 +247,7 @@ class TorchRowOps:
             if softcap is not None:
                 _softcap_slope(x, student.lse[rows], softcap, s2)
                 a.mul_(s2)
-            if out is not acc:
+            if not in_place:
                 out[rows] = a
 
     def logprob_gradient_rows(
@@ -221,23 +256,23 @@ class TorchRowOps:
         labels: Tensor,
         student: StudentRows,
         *,
+        entropy: Tensor,
         logprob_scale: Tensor,
         entropy_scale: Tensor | None,
         softcap: float | None,
         out: Tensor,
     ) -> None:
-        """dZ of ``logprob_scale * log p(label) + entropy_scale * entropy``: scales [c], ``out``
-        [c, V] may be ``z``.
+        """dZ of ``logprob_scale * log p(label) + entropy_scale * entropy``: ``entropy`` and
+        scales [c], ``out`` [c, V] may be ``z``.
 
         d log p(y) / d z = 1_y - p and d H / d z = -p (log p + H).
         """
-        entropy = student.entropy
         for rows, s1, s2, _ in self._tiles(z.shape[0]):
             x, up = z[rows], logprob_scale[rows, None]
             if softcap is not None:
                 _softcap_slope(x, student.lse[rows], softcap, s2)
             torch.exp(x, out=s1)
-            if entropy_scale is None or entropy is None:
+            if entropy_scale is None:
                 torch.mul(s1, -up, out=x)
             else:
                 x.add_(entropy[rows, None]).mul_(-entropy_scale[rows, None]).sub_(up).mul_(s1)

@@ -165,6 +165,7 @@ class Problem:
         mix_is_uniform: every row has the same weights.
         token_weight: [N] in the compute dtype, or None for ones.
         labels: [N] int64 or None; checked on the rows that are computed.
+        impl: whose row operations run, "torch" or "triton".
     """
 
     student: Head
@@ -179,6 +180,7 @@ class Problem:
     stats: bool
     workspace_bytes: int
     compute_dtype: torch.dtype
+    impl: str = "torch"
 
     @property
     def rows(self) -> int:

@@ -1,0 +1,154 @@
+"""Which implementation runs, and what its row operations look like to the drivers."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .chunking import SCRATCH_TILES
+from .torch_impl import StudentRows, TeacherRows, TorchRowOps
+from .types import Head, Rule
+
+logger = logging.getLogger("opd_kernels")
+
+
+class RowOps(Protocol):
+    """Operations on the [c, V] buffers of a chunk; ``TorchRowOps`` documents them."""
+
+    def write_logits(self, head: Head, hidden: Tensor, out: Tensor, tile: Tensor | None) -> None: ...
+
+    def student_rows(self, head: Head, z: Tensor, labels: Tensor | None, full: bool, joint: bool) -> StudentRows: ...
+
+    def teacher_rows(
+        self,
+        rule: Rule,
+        student_head: Head,
+        head: Head,
+        z: Tensor,
+        t: Tensor,
+        student: StudentRows,
+        *,
+        acc: Tensor | None,
+        before: int,
+        last: bool,
+        weight: Tensor,
+        labels: Tensor | None,
+        full: bool,
+    ) -> TeacherRows: ...
+
+    def mixture_rows(
+        self,
+        student_head: Head,
+        head: Head,
+        z: Tensor,
+        t: Tensor,
+        student: StudentRows,
+        *,
+        acc: Tensor,
+        before: int,
+        weight: Tensor,
+        labels: Tensor | None,
+        full: bool,
+    ) -> TeacherRows: ...
+
+    def mixture_value(self, rule: Rule, z: Tensor, acc: Tensor, student: StudentRows, keep: bool) -> TeacherRows: ...
+
+    def gradient_rows(
+        self,
+        rule: Rule,
+        z: Tensor,
+        acc: Tensor,
+        t: Tensor,
+        student: StudentRows,
+        *,
+        teachers: int,
+        acc_mean: Tensor,
+        total_weight: Tensor,
+        row_scale: Tensor,
+        softcap: float | None,
+        out: Tensor,
+    ) -> None: ...
+
+    def logprob_gradient_rows(
+        self,
+        z: Tensor,
+        labels: Tensor,
+        student: StudentRows,
+        *,
+        entropy: Tensor,
+        logprob_scale: Tensor,
+        entropy_scale: Tensor | None,
+        softcap: float | None,
+        out: Tensor,
+    ) -> None: ...
+
+
+def choose_impl(impl: str, device: str, compute_dtype: torch.dtype) -> str:
+    """The implementation that runs; says once per process what "auto" means here.
+
+    Args:
+        impl: as the caller gave it.
+        device: device type of the tensors.
+        compute_dtype: float64 when every head is, else float32.
+
+    Raises:
+        ValueError: impl="triton" cannot serve this device or dtype.
+    """
+    if impl == "auto":
+        chosen = "triton" if device == "cuda" and compute_dtype == torch.float32 and has_triton() else "torch"
+        _log_choice(chosen, device)
+        return chosen
+    if impl == "triton":
+        if compute_dtype != torch.float32:
+            raise ValueError(f"impl='triton' computes in float32, not in {compute_dtype}: use 'torch' or 'reference'")
+        if not has_triton():
+            raise ValueError("impl='triton' needs the triton package: install it, or use impl='torch'")
+        if device != "cuda" and not interpreted():
+            raise ValueError(
+                f"impl='triton' needs CUDA tensors, got device {device!r}: use impl='torch' (tests run the kernels on "
+                "a CPU with TRITON_INTERPRET=1, set before triton is imported)"
+            )
+    return impl
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether triton is installed; it is imported only when it is used."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether the kernels were made for triton's interpreter, which runs on CPU tensors."""
+    import triton
+
+    from . import rows
+
+    return not isinstance(rows.gradient_kernel, triton.JITFunction)
+
+
+def row_layout(impl: str, vocab: int) -> tuple[int, int]:
+    """(elements from one row of a buffer to the next, scratch tiles of the row operations)."""
+    if impl != "triton":
+        return vocab, SCRATCH_TILES
+    from .rows import ALIGNMENT
+
+    return -(-vocab // ALIGNMENT) * ALIGNMENT, 0
+
+
+def make_row_ops(impl: str, tile_rows: int, vocab: int, like: Tensor) -> RowOps:
+    """Row operations of ``impl`` for buffers with ``vocab`` columns of the dtype of ``like``."""
+    if impl == "triton":
+        from .triton_impl import TritonRowOps
+
+        return TritonRowOps(vocab)
+    return TorchRowOps(tile_rows, vocab, like)
+
+
+@functools.cache
+def _log_choice(impl: str, device: str) -> None:
+    logger.info("opd_kernels: impl='auto' on %s uses %r", device, impl)
