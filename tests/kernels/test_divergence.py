@@ -234,9 +234,10 @@ def test_float16_gradients_survive_small_weights_under_a_loss_scaler(make_case):
 
 def test_autocast_does_not_reach_the_logits(make_case):
     case = make_case(2, dtype=torch.float32)
-    plain = loss_and_gradients(case, "torch")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_same(loss_and_gradients(case, "torch"), plain, rtol=0, atol=0)
+    for options in ({}, {"token_weight": case.token_weight, "reduction": "none"}):
+        plain = loss_and_gradients(case, "torch", **options)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_same(loss_and_gradients(case, "torch", **options), plain, rtol=0, atol=0)
 
 
 def test_chunking_does_not_change_the_result(make_case):
