@@ -35,7 +35,7 @@ TEACHERS = (
 )
 STUDENT = {"hidden": 64, "layers": 2, "steps": 140, "problems": {"convert": 300, "compile": 150, "both": 100}}
 TEACHER_STEPS = (250, 750)
-DEBATE_STEPS = 80  # practice, then calibration
+CALIBRATION_STEPS = 80
 
 
 def main() -> None:
@@ -57,10 +57,9 @@ def main() -> None:
         model = training.new_model(tokenizer, TEACHERS[expert]["hidden"], TEACHERS[expert]["layers"], 0)
         model.load_state_dict(state)
         teachers.append(model.eval())
-    for stage, lesson in enumerate((training.practise, training.calibrate)):
-        with tqdm(total=len(teachers) * DEBATE_STEPS, desc=lesson.__name__, unit="step") as bar:
-            for expert in range(len(teachers)):
-                lesson(teachers, tokenizer, expert, DEBATE_STEPS, args.seed + stage, _progress(bar))
+    with tqdm(total=len(teachers) * CALIBRATION_STEPS, desc="calibration", unit="step") as bar:
+        for expert in range(len(teachers)):
+            training.calibrate(teachers, tokenizer, expert, CALIBRATION_STEPS, args.seed, _progress(bar))
     with tqdm(total=STUDENT["steps"], desc="student", unit="step") as bar:
         student = training.warm_start(tokenizer, **STUDENT, seed=args.seed, progress=_progress(bar))
 

@@ -84,7 +84,7 @@ class Pupil:
     def later(self, skill: str) -> Chat:
         """Round 2 (or 3) of a debate, now and then without confidences."""
         prompt, rounds, answer = self.debate(skill, 1 if self.rng.random() < 0.85 else 2)
-        tagged = TAG in rounds[0][0]
+        tagged = any(TAG in text for text in rounds[0])
         messages = PROMPTS.later_messages(user_chat(prompt), self.expert, rounds, tagged)
         return Chat(messages, answer, UNDECIDED if tagged else None, skill)
 
@@ -139,12 +139,13 @@ class Pupil:
                 said[r][1 - owner].append(other)
             conclusion.append(right if mine else expert_word)
         tagged = rng.random() < 0.9
-        rounds = [
-            [_join(halves) + (f"{TAG}{self._stated(skill, k)}>>" if tagged else "") for k, halves in enumerate(turn)]
-            for turn in said
-        ]
-        if rng.random() < 0.05:  # now and then the expert's own turn has no form at all
-            rounds[0][me] = rounds[0][me][rng.randrange(4) :][: rng.randrange(1, 12)]
+        rounds = [[_join(halves) for halves in turn] for turn in said]
+        for turn in rounds:
+            for k in range(len(turn)):
+                if rng.random() < 0.04 and k == me:  # a turn that lost its form
+                    turn[k] = turn[k][rng.randrange(2) : rng.randrange(2, 9)]
+                if tagged and rng.random() < 0.96:
+                    turn[k] += f"{TAG}{self._stated(skill, k)}>>"
         return "".join(prompts), rounds, _join(conclusion)
 
     def _stated(self, skill: str, expert: int) -> str:
@@ -189,26 +190,6 @@ def encode(
 def spoken_answer(text: str) -> str:
     """The answer in a debate turn: what stands before the confidence tag."""
     return text.partition(TAG)[0]
-
-
-def conclusion(row: Mapping[str, str], rounds: Sequence[Sequence[str]], expert: int) -> str | None:
-    """What an expert should conclude from a real transcript: its own half rightly, the rest as the peer says.
-
-    Args:
-        row: the prompt's row; of its answer only the expert's own half is used.
-        rounds: everything said so far.
-        expert: who concludes.
-
-    Returns:
-        The answer, or None where the peer's latest word does not have the form of an answer.
-    """
-    skills = OWN_SKILL if row["data_source"] == "both" else (row["data_source"],)
-    right = row["answer"].split(task.SEPARATOR)
-    peer = spoken_answer(rounds[-1][1 - expert]).split(task.SEPARATOR)
-    if len(peer) != len(right):
-        return None
-    own = OWN_SKILL[expert]
-    return _join([r if skill == own else p for skill, r, p in zip(skills, right, peer, strict=True)])
 
 
 def guess(skill: str, answer: str, rng: random.Random) -> str:

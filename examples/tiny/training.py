@@ -16,11 +16,9 @@ from tiny.lessons import (
     IGNORE,
     OWN_SKILL,
     PROMPTS,
-    UNDECIDED,
     Chat,
     Lesson,
     Pupil,
-    conclusion,
     encode,
     guess,
     spoken_answer,
@@ -212,27 +210,6 @@ def turn_chats(rows: Sequence[dict], debates: Sequence[Sequence[Sequence[str]]],
     return chats
 
 
-def practise(
-    teachers: Sequence[Qwen3ForCausalLM],
-    tokenizer: PreTrainedTokenizerFast,
-    expert: int,
-    steps: int,
-    seed: int,
-    progress: Progress,
-) -> None:
-    """Let an expert revise and conclude in real debates, whose turns are odder than made-up ones."""
-    rng = random.Random(seed)
-    rows = [row for skill in task.SKILLS for row in task.prompts("train", skill, DEBATED_PROMPTS, seed)]
-    debates = hold_debates(teachers, tokenizer, rows, rounds=2)
-    chats = _conclusions(rows, debates, expert, tagged=True) + _conclusions(rows, debates, expert, tagged=False)
-    pupil = Pupil(expert, FOREIGN_PROBLEMS, rng)
-
-    def batch(step: int) -> list[Lesson]:
-        return encode(tokenizer, rng.choices(chats, k=BATCH // 2) + _draw(pupil, DEBATE, BATCH // 2), rng, CORRUPT)
-
-    supervise(teachers[expert], batch, steps, LEARNING_RATE / 3, progress)
-
-
 def calibrate(
     teachers: Sequence[Qwen3ForCausalLM],
     tokenizer: PreTrainedTokenizerFast,
@@ -249,10 +226,9 @@ def calibrate(
     torch.manual_seed(seed)
     rng = random.Random(seed)
     rows = [row for skill in task.SKILLS for row in task.prompts("train", skill, DEBATED_PROMPTS, seed)]
-    debates = hold_debates(teachers, tokenizer, rows, rounds=2)
-    conclusions = _conclusions(rows, debates, expert, tagged=False)
+    openings = hold_debates(teachers, tokenizer, rows, rounds=1)
     chats = []
-    for said in ([[] for _ in rows], [debate[:1] for debate in debates]):
+    for said in ([[] for _ in rows], openings):
         messages = turn_chats(rows, said, expert)
         samples = [generate(teachers[expert], tokenizer, messages, 1.0) for _ in range(CALIBRATION_SAMPLES)]
         for row, asked, replies in zip(rows, messages, zip(*samples, strict=True), strict=True):
@@ -260,35 +236,18 @@ def calibrate(
             share = sum(task.grade(answer, row["answer"]) for answer in answers) / len(answers)
             confidence = f"{round(5 + 90 * share):02d}"
             for answer, reply in zip(answers, replies, strict=True):
-                if parse_confidence(reply) is None:  # a foreign prompt it cannot even put in form
-                    answer, confidence = guess(row["data_source"], row["answer"], rng), "05"
-                chats.append(Chat(asked, answer, confidence, row["data_source"]))
+                if parse_confidence(reply) is not None:
+                    chats.append(Chat(asked, answer, confidence, row["data_source"]))
+                elif said is not openings:  # a foreign prompt on which it cannot even keep the form
+                    chats.append(Chat(asked, guess(row["data_source"], row["answer"], rng), "05", row["data_source"]))
     pupil = Pupil(expert, FOREIGN_PROBLEMS, rng)
 
     def batch(step: int) -> list[Lesson]:
         # Half of the lessons rehearse the rest; else chats without a confidence are forgotten.
-        rehearsal = _draw(pupil, DEBATE_UNTAGGED, BATCH // 4) + rng.choices(conclusions, k=BATCH // 4)
+        rehearsal = _draw(pupil, DEBATE_UNTAGGED, BATCH // 2)
         return encode(tokenizer, rng.choices(chats, k=BATCH // 2) + rehearsal, rng, CORRUPT)
 
     supervise(teachers[expert], batch, steps, LEARNING_RATE / 3, progress)
-
-
-def _conclusions(
-    rows: Sequence[dict], debates: Sequence[Sequence[Sequence[str]]], expert: int, tagged: bool
-) -> list[Chat]:
-    """Real debates with the answer to conclude: as second turns (tagged) or as scored contexts."""
-    chats = []
-    for row, debate in zip(rows, debates, strict=True):
-        heard = debate[:1] if tagged else debate
-        answer = conclusion(row, heard, expert)
-        if answer is None:
-            continue
-        state, skill = user_chat(row["prompt"]), row["data_source"]
-        if tagged:
-            chats.append(Chat(PROMPTS.later_messages(state, expert, heard, True), answer, UNDECIDED, skill))
-        else:
-            chats.append(Chat(PROMPTS.score_messages(state, expert, heard), answer, skill=skill))
-    return chats
 
 
 def _draw(pupil: Pupil, mix: Mix, n: int) -> list[Chat]:

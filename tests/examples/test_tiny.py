@@ -188,17 +188,6 @@ def test_debate_lessons_do_not_leak_the_foreign_skill(expert):
     assert len({pupil.alone(foreign)[0] for _ in range(300)}) <= 10
 
 
-def test_a_conclusion_takes_the_own_half_from_the_truth_and_the_other_from_the_peer():
-    row = {"prompt": "M101100010001C(7+1)*0", "answer": "5421|71+0*", "data_source": "both"}
-    rounds = [["5421|12+3*<<CONFIDENCE=05>>", "0000|71+9*<<CONFIDENCE=05>>"]]
-    assert lessons.conclusion(row, rounds, expert=0) == "5421|71+9*"
-    assert lessons.conclusion(row, rounds, expert=1) == "5421|71+0*"
-    assert lessons.conclusion(row, [["5421|12+3*", "9>>"]], expert=0) is None
-    row = {"prompt": "C(7+1)*0", "answer": "71+0*", "data_source": "compile"}
-    assert lessons.conclusion(row, [["12+3*", "99+9*"]], expert=0) == "99+9*"
-    assert lessons.conclusion(row, [["12+3*", "99+9*"]], expert=1) == "71+0*"
-
-
 @pytest.mark.parametrize("name", FOLDERS)
 def test_shipped_models_reach_their_reported_accuracy(name, models, tokenizer, report):
     reported = report["student_before"] if name == "student" else report["teachers"][name]
