@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -76,6 +77,12 @@ def make_model(
 
 
 @pytest.fixture(scope="session")
+def tiny() -> SimpleNamespace:
+    """The two functions above, for tests that need a model or a tokenizer of their own."""
+    return SimpleNamespace(make_tokenizer=make_tokenizer, make_model=make_model)
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
 
@@ -96,7 +103,12 @@ def prompt_file(tmp_path_factory) -> str:
     """Twelve prompts of two tasks."""
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
     rows = [
-        {"id": f"p{i}", "prompt": f"What is {i} + {i}?", "answer": str(2 * i), "data_source": "agentic" if i % 2 else "code"}
+        {
+            "id": f"p{i}",
+            "prompt": f"What is {i} + {i}?",
+            "answer": str(2 * i),
+            "data_source": "agentic" if i % 2 else "code",
+        }
         for i in range(12)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,411 @@
+"""Every mistake of a user is one clear message: the value, the remedy, and no model loaded before."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_helpers import make_config
+from transformers import AutoModelForCausalLM
+
+from opdengine.cli import main
+from opdengine.config import ConfigError, TrainConfig, load_config
+from opdengine.data import DataError, PromptSet, PromptStream, load_prompts
+from opdengine.train import train
+
+
+@pytest.fixture(autouse=True)
+def _no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded before the mistake was found")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+def rows(path: Path, *data: Any) -> str:
+    path.write_text("".join((d if isinstance(d, str) else json.dumps(d)) + "\n" for d in data))
+    return str(path)
+
+
+# ----------------------------------------------------------------------------------- settings
+
+BASE = ["--model", "m", "--train_data", "d.jsonl", "--output_dir", "o"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learnin_rate", "1"], r"unknown setting 'learnin_rate'; did you mean 'learning_rate'\?"),
+        (["--debate.round", "3"], r"unknown setting 'debate.round'; did you mean 'debate.rounds'\?"),
+        (["--teachers.0.model", "t", "--teachers.0.nam", "x"], r"'teachers.0.nam'; did you mean 'teachers.0.name'\?"),
+        (["--zzzzz", "1"], "unknown setting 'zzzzz'$"),
+        (["--max_steps", "many"], "max_steps='many' has the wrong type; expected int"),
+        (["--max_steps", "1.5"], "max_steps=1.5 has the wrong type"),
+        (["--bf16", "maybe"], "bf16='maybe' has the wrong type"),
+        (["--max_steps", "0"], "max_steps=0 is not possible; it must be at least 1"),
+        (["--divergence", "kl"], r"divergence='kl' is not possible; use \['reverse_kl'"),
+        (["--divergence.code", "kl"], "divergence="),
+        (["--jsd_beta", "1"], "jsd_beta=1.0 is not possible"),
+        (["--top_p", "0"], r"top_p=0.0 is not possible; it lies in \(0, 1\]"),
+        (["--debate.top_p", "1.5"], "debate.top_p=1.5 is not possible"),
+        (["--top_k", "-1"], "top_k=-1 is not possible"),
+        (["--debate.temperature", "-1"], "debate.temperature=-1.0"),
+        (["--repetition_penalty", "0"], "repetition_penalty=0.0"),
+        (["--debate.tau", "0"], "debate.tau=0.0"),
+        (["--debate.rounds", "0"], "debate.rounds=0"),
+        (["--temperature", "0", "--num_generations", "2"], "num_generations=2 .* use 1"),
+        (["--save_total_limit", "0"], "save_total_limit=0"),
+        (["--workspace_bytes", "0"], "workspace_bytes=0"),
+        (["--seed", "-1"], "seed=-1"),
+        (["--weight_decay", "-1"], "weight_decay=-1"),
+        (["--report_to", "wandbb"], "report_to=.*tensorboard"),
+        (["--loss_normalization", "batch"], "loss_normalization='batch'.*'token', 'sequence'"),
+        (["--lr_scheduler_type", "cosin"], "lr_scheduler_type='cosin'"),
+        (["--teachers.0.model", "a/t", "--teachers.1.model", "b/t"], r"share the name \['t'\]"),
+        (["--teachers.0.model", "t", "--teachers.0.dtype", "int8"], "teachers.0.dtype='int8'"),
+        (["--teachers.1.model", "t"], "'1' is not a position in a list of 0"),
+        (["--teachers", "null"], "teachers.0=None has the wrong type"),
+        (["--model.name.x", "y"], "'model'|'name'"),
+        (["model=x"], "unexpected argument 'model=x'; settings are given as --key value"),
+    ],
+)
+def test_settings(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [*BASE, *arguments])
+
+
+def test_missing_settings_and_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="missing setting 'train_data', 'output_dir'"):
+        load_config(None, ["--model", "m"])
+    with pytest.raises(ConfigError, match=r"missing setting 'teachers.0.model'"):
+        load_config(None, [*BASE, "--teachers.0.name", "t"])
+    with pytest.raises(ConfigError, match="'nowhere.yaml' does not exist"):
+        load_config("nowhere.yaml")
+    (tmp_path / "bad.yaml").write_text("model: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(str(tmp_path / "bad.yaml"))
+    (tmp_path / "list.yaml").write_text("- model")
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        load_config(str(tmp_path / "list.yaml"))
+
+
+def test_what_the_command_line_understands(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: m\ntrain_data: d.jsonl\noutput_dir: o\nlearning_rate: 1e-5\n")
+    config = load_config(
+        str(tmp_path / "run.yaml"),
+        ["--teachers.0.model", "a/b", "--teachers.1.model=c", "--skip-bad-rows", "--max_steps", "1e3",
+         "--divergence.code", "reverse_kl", "--divergence.default=jsd", "--run_name", "2026-01-02",
+         "--save_total_limit", "null", "--debate.use_confidence", "false", "--chat_template", "{{ x }} {% if %}"],
+    )  # fmt: skip
+    assert config.learning_rate == 1e-5  # YAML reads this as text
+    assert config.train_data == ["d.jsonl"]
+    assert [t.name for t in config.teachers] == ["b", "c"]
+    assert config.skip_bad_rows is True and config.max_steps == 1000 and config.save_total_limit is None
+    assert config.divergence_of("code") == "reverse_kl" and config.divergence_of("x") == "jsd"
+    assert config.run_name == "2026-01-02"
+    assert config.debate.use_confidence is False
+    assert config.chat_template == "{{ x }} {% if %}"
+
+
+# ------------------------------------------------------------------------------------- methods
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "sft"}, "method='sft' is unknown; choose one of .*mad_opd"),
+        ({"method": "mad_opd", "teachers": []}, "needs at least 2 teacher"),
+        ({"method": "opd"}, "'opd' uses one teacher per prompt, but .*big.*mt_opd"),
+        ({"method": "mt_seqkd", "num_generations": 2}, "num_generations=2 .*one answer per prompt"),
+        ({"method": "mad_opd", "debate": {"use_transcript": False, "use_confidence": False}}, "both off"),
+        ({"method": "mad_opd", "debate": {"prompts": "chess"}}, "unknown debate prompts 'chess'"),
+        ({"divergence": {"code": "jsd"}}, "no entry for data_source 'agentic' and no 'default'"),
+        ({"verifier": "grade"}, "unknown verifier 'grade'; use one of"),
+        ({"verifier": "no_such_module:f"}, "'no_such_module:f' cannot be loaded"),
+        ({"verifier": "os.path:sep"}, "'os.path:sep' is not callable"),
+        ({"verifier": "nowhere.py:f"}, "no Python file 'nowhere.py'"),
+        ({"chat_template": "templates/none.jinja"}, "'templates/none.jinja' is neither a file nor a Jinja template"),
+        ({"model": "./nowhere"}, "model folder './nowhere' does not exist; give a folder"),
+        ({"max_completion_length": 2000}, "max_completion_length=2000 .* window has 1024 tokens"),
+        ({"max_prompt_length": 3}, "no prompts left: all 12 are longer than 3 tokens .max_prompt_length."),
+        ({"max_completion_length": 1022}, "no prompts left: .* 2 tokens .the student's window of 1024"),
+    ],
+)
+def test_methods_and_folders(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(make_config(models, prompt_file, tmp_path / "out", **changes), progress=False)
+    assert not (tmp_path / "out").exists()  # a refused run leaves nothing behind
+
+
+def test_teachers(models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
+    def refused(teachers: list[dict[str, Any]], message: str, **changes: Any) -> None:
+        config = make_config(models, prompt_file, tmp_path / "out", teachers=teachers, **changes)
+        with pytest.raises(ValueError, match=message):
+            train(config, progress=False)
+
+    big, small = models["big"], models["small"]
+    refused([{"model": big}, {"model": "/no/such/teacher"}], "'/no/such/teacher' does not exist")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused([{"model": big}, {"model": str(empty)}], "has no config.json; save a model there")
+    refused([{"model": big}, {"model": small, "weight": 0}], "'small' has weight 0.0; it must be positive")
+    refused(
+        [{"model": big}, {"model": small, "key": ["code"]}], r"'agentic' is answered by \['big'\]", method="mad_opd"
+    )
+    both = [{"model": big, "key": ["code", "agentic"]}, {"model": small, "key": ["agentic"]}]
+    refused(both, r"several teachers have the key \['agentic'\]", method="opd")
+    refused([{"model": big, "name": str(i)} for i in range(9)], "9 teachers given; .* at most 8")
+
+
+def test_names_that_no_prompt_has_are_pointed_out(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    teachers = [{"model": models["big"]}, {"model": models["small"], "key": ["codee", "code", "agentic"]}]
+    config = make_config(
+        models, prompt_file, tmp_path, teachers=teachers, divergence={"agentik": "jsd", "default": "jsd"}
+    )
+    with caplog.at_level(logging.WARNING), pytest.raises(AssertionError, match="a model was loaded"):
+        train(config, progress=False)
+    assert "['agentik', 'codee']" in caplog.text
+
+
+def other_tokenizer(tiny: Any, kind: str) -> Any:
+    """Tokenizers that look like the student's."""
+    if kind == "another markup":
+        return tiny.make_tokenizer(extra=("<|tool|>",))
+    tokenizer = tiny.make_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    if kind == "two ids swapped":
+        vocabulary["~"], vocabulary["^"] = vocabulary["^"], vocabulary["~"]
+    else:
+        state["model"]["merges"] = state["model"]["merges"][5:]
+    from tokenizers import Tokenizer
+
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [
+        ("another markup", r"'<\|tool\|>': student \["),
+        ("two ids swapped", r"token '\^': student \d+, other \d+"),
+        ("other merges", r"'The quick brown fox"),
+    ],
+)
+def test_tokenizers_that_differ_are_refused_with_the_differing_strings(
+    tiny: Any, models: dict[str, str], prompt_file: str, tmp_path: Path, kind: str, shown: str
+) -> None:
+    folder = tmp_path / "other"
+    tiny.make_model(folder, other_tokenizer(tiny, kind), seed=5)
+    teachers = [{"model": models["big"]}, {"model": str(folder)}]
+    with pytest.raises(ValueError, match=rf"teacher 'other' does not share the student's tokenizer(.|\n)*{shown}"):
+        train(make_config(models, prompt_file, tmp_path / "out", teachers=teachers), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_chat_template_is_refused(
+    tiny: Any, models: dict[str, str], prompt_file: str, tmp_path: Path
+) -> None:
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = None
+    folder = tiny.make_model(tmp_path / "plain", tokenizer, seed=5)
+    with pytest.raises(ValueError, match=r"plain' has no chat template; set chat_template"):
+        train(make_config({**models, "student": folder}, prompt_file, tmp_path / "out"), progress=False)
+
+
+def test_a_chat_that_the_template_refuses_is_named(models: dict[str, str], tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
+    )
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    data = rows(tmp_path / "d.jsonl", {"id": "strict", "messages": messages})
+    with pytest.raises(DataError, match=r"prompt 'strict'.*\['system', 'user'\].*no system"):
+        train(make_config(models, data, tmp_path / "out", chat_template=template), progress=False)
+
+
+def test_a_head_narrower_than_the_tokenizer_is_refused(
+    tiny: Any, models: dict[str, str], prompt_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    tokenizer = tiny.make_tokenizer()
+    folder = tiny.make_model(tmp_path / "narrow", tokenizer, seed=5, pad_vocab=-1)
+    teachers = [{"model": models["big"]}, {"model": folder}]
+    with pytest.raises(ConfigError, match=r"narrow: its head has 302 rows, but the tokenizer knows 303"):
+        train(make_config(models, prompt_file, tmp_path / "out", teachers=teachers), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_weights_is_refused(
+    tiny: Any, models: dict[str, str], prompt_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.undo()
+    folder = Path(tiny.make_model(tmp_path / "hollow", tiny.make_tokenizer(), seed=5))
+    (folder / "model.safetensors").unlink()
+    arguments = ["--model", str(folder), "--train_data", prompt_file, "--output_dir", str(tmp_path / "out")]
+    arguments += ["--method", "opd", "--teachers.0.model", models["big"]]
+    assert main(["train", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert "hollow' cannot be loaded" in message and "Traceback" not in message
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+def test_bad_rows_are_listed_with_their_numbers(tmp_path: Path) -> None:
+    data = rows(
+        tmp_path / "d.jsonl",
+        {"id": "fine", "prompt": "hello"},
+        "{not json",
+        {"question": "x"},
+        "[1, 2]",
+        {"prompt": "  "},
+        {"messages": []},
+        {"messages": [{"content": "x"}]},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"id": "fine", "prompt": "again"},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+        {"prompt": "x", "tools": "{oops"},
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": " "}]}]},
+        {"prompt": [{"role": "user", "content": 5}]},
+        {"prompt": "x", "tools": ["name"]},
+    )
+    with pytest.raises(DataError) as caught:
+        load_prompts([data])
+    message = str(caught.value)
+    assert message.startswith("13 of 14 rows cannot be used:")
+    for expected in (
+        "row 2: not JSON",
+        "row 3: neither 'prompt' nor 'messages' (columns: ['question'])",
+        "row 4: not a JSON object",
+        "row 5: empty prompt",
+        "row 6: 'messages' is not a non-empty list",
+        "row 7: a message without 'role'",
+        "row 8: the last message is the assistant's",
+        "row 9: duplicate id 'fine' (first in",
+        "row 10: message part of type 'image_url'; only text",
+        "row 11: 'tools' is not JSON",
+        "--skip-bad-rows",
+    ):
+        assert expected in message
+    assert "row 13" not in message  # ten are shown
+    kept = load_prompts([data], skip_bad_rows=True)
+    assert [p.id for p in kept.prompts] == ["fine"]
+    assert sum(kept.dropped.values()) == 13
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    def refused(name: str, content: bytes | None, message: str) -> None:
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            load_prompts([str(path)])
+
+    refused("none.jsonl", None, "none.jsonl' does not exist or is none of .jsonl")
+    refused("notes.txt", b"hello", "none of .jsonl, .json, .parquet")
+    refused("broken.json", b"[1,", r"broken.json' cannot be read")
+    refused("map.json", b'{"rows": []}', "holds a mapping with .'rows'.")
+    refused("broken.parquet", b"PAR1", r"broken.parquet' cannot be read")
+    refused("latin.jsonl", '{"prompt": "é"}'.encode("latin-1"), "row 1: not UTF-8")
+    refused("empty.jsonl", b"\n", "no prompts in")
+    (tmp_path / "folder").mkdir()
+    refused("folder", None, "folder' cannot be read")
+    path = rows(tmp_path / "bad.jsonl", "{", "{")
+    with pytest.raises(DataError, match="no prompts in .*all 2 rows are bad"):
+        load_prompts([path], skip_bad_rows=True)
+
+
+def test_files_of_the_same_name_do_not_clash(tmp_path: Path) -> None:
+    paths = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        paths.append(rows(tmp_path / folder / "train.jsonl", {"prompt": folder}, {"prompt": folder * 2}))
+    prompts = load_prompts(paths).prompts
+    assert len({p.id for p in prompts}) == 4
+    assert [p.messages[0]["content"] for p in prompts] == ["a", "aa", "b", "bb"]
+    assert [p.id for p in load_prompts(paths[:1]).prompts] == ["train:1", "train:2"]
+
+
+def test_parquet_and_saved_data_sets_hold_what_jsonl_holds(tmp_path: Path) -> None:
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    data = [
+        {"id": "a", "messages": [{"role": "user", "content": "hi", "name": None}], "answer": "1", "data_source": "x"},
+        {"id": "b", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u", "name": "n"}],
+         "answer": "2", "data_source": "y"},
+    ]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(data), tmp_path / "d.parquet")
+    datasets.Dataset.from_list(data).save_to_disk(str(tmp_path / "saved"))
+    expected = load_prompts([rows(tmp_path / "d.jsonl", *data)]).prompts
+    assert "name" not in expected[0].messages[0]
+    assert load_prompts([str(tmp_path / "d.parquet")]).prompts == expected
+    assert load_prompts([str(tmp_path / "saved")]).prompts == expected
+
+
+def test_evaluation_data(models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
+    without = rows(tmp_path / "e.jsonl", {"id": "q7", "prompt": "x"})
+    with pytest.raises(ValueError, match=r"1 evaluation prompts have no 'answer' \(e.g. \['q7'\]"):
+        train(make_config(models, prompt_file, tmp_path / "out", eval_data=[without]), progress=False)
+    long = rows(tmp_path / "l.jsonl", {"id": "q8", "prompt": "x" * 5000, "answer": "1"})
+    with pytest.raises(ValueError, match=r"1 evaluation prompts are longer than 1018 tokens .*q8"):
+        train(make_config(models, prompt_file, tmp_path / "out", eval_data=[long]), progress=False)
+
+
+def test_the_command_line_ends_with_one_message(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = rows(tmp_path / "d.jsonl", {"id": "q7", "prompt": "x"})
+    arguments = ["--model", models["student"], "--train_data", data, "--output_dir", str(tmp_path / "o")]
+    assert main(["eval", *arguments]) == 2
+    assert "have no 'answer'" in capsys.readouterr().err
+    assert main(["train", *arguments]) == 2
+    assert capsys.readouterr().err.startswith("opdengine: method 'mad_opd' needs at least 2 teacher")
+    assert main(["debate", *arguments, "--prompt", "x"]) == 2
+    assert "a debate needs two teachers" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- the stream
+
+
+def test_the_stream_visits_every_prompt_once_an_epoch_and_resumes(prompt_file: str) -> None:
+    prompts = load_prompts([prompt_file])
+    stream = PromptStream(prompts, seed=3)
+    drawn = [p.id for _ in range(6) for p in stream.next(5)]
+    assert sorted(drawn[:12]) == sorted(p.id for p in prompts.prompts) == sorted(drawn[12:24])
+    assert drawn[:12] != drawn[12:24]
+    again = PromptStream(prompts, seed=3)
+    assert [p.id for _ in range(6) for p in again.next(5)] == drawn
+    assert [p.id for p in PromptStream(prompts, seed=4).next(12)] != drawn[:12]
+    first = PromptStream(prompts, seed=3)
+    first.next(5), first.next(5), first.next(5)
+    second = PromptStream(prompts, seed=3)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert [p.id for _ in range(3) for p in second.next(5)] == drawn[15:]
+
+
+def test_the_stream_refuses_other_data_or_another_seed(prompt_file: str) -> None:
+    prompts = load_prompts([prompt_file])
+    state = PromptStream(prompts, seed=3).state_dict()
+    with pytest.raises(DataError, match="seed 3 then, 4 now"):
+        PromptStream(prompts, seed=4).load_state_dict(state)
+    changed = dataclasses.replace(prompts.prompts[3], tools=({"name": "f"},))
+    other = PromptSet((*prompts.prompts[:3], changed, *prompts.prompts[4:]), {})
+    with pytest.raises(DataError, match="other training data"):
+        PromptStream(other, seed=3).load_state_dict(state)
+
+
+def test_every_setting_is_described() -> None:
+    described = TrainConfig.__doc__ or ""
+    for field in dataclasses.fields(TrainConfig):
+        assert field.name in described, field.name

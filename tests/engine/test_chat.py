@@ -1,0 +1,138 @@
+"""Messages of every shape become the ids that the template means; verifiers grade what they say."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_helpers import PROMPTS, make_config, make_engine
+
+from opdengine.chat import encode_chat, load_tokenizer, require_same_tokenizer, text_of
+from opdengine.data import load_prompts
+from opdengine.verifiers import load_verifier
+
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}]
+TEMPLATE = (
+    "{% if tools %}<tools>{% for t in tools %}{{ t.function.name }}{% endfor %}</tools>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% endif %}"
+    "{% for c in m.tool_calls or [] %}call:{{ c.function.name }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not thinking %}<think></think>{% endif %}{% endif %}"
+)
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "Weather "}, {"type": "text", "text": "in Rome?"}]},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "get_weather", "arguments": "{}"}}]},
+    {"role": "tool", "content": "rain"},
+]
+
+
+@pytest.fixture
+def strict(models: dict[str, str]) -> Any:
+    """A tokenizer whose template, like many, prints only plain strings."""
+    return load_tokenizer(models["student"], chat_template=TEMPLATE)
+
+
+def test_parts_tools_and_tool_results_are_rendered(strict: Any) -> None:
+    ids = encode_chat(strict, CONVERSATION, TOOLS, {"thinking": True})
+    assert strict.decode(ids) == (
+        "<tools>get_weather</tools><|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nWeather in Rome?<|im_end|>\n"
+        "<|im_start|>assistant\ncall:get_weather<|im_end|>\n"
+        "<|im_start|>tool\nrain<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert strict.decode(encode_chat(strict, CONVERSATION[:2])).endswith("<|im_start|>assistant\n<think></think>")
+
+
+def test_parts_mean_the_same_as_their_text(tokenizer: Any) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a "}, "b"]}]
+    assert encode_chat(tokenizer, parts) == encode_chat(tokenizer, [{"role": "user", "content": "a b"}])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"type": "image", "image": "x"}], "part of type 'image'"),
+        ([{"type": "text"}], "part of type 'text'"),
+        (7, "content of type int"),
+        ([3], "part of type 'int'"),
+    ],
+)
+def test_what_is_not_text_is_refused(tokenizer: Any, content: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        text_of(content)
+    with pytest.raises(ValueError, match=message):
+        encode_chat(tokenizer, [{"role": "user", "content": content}])
+
+
+def test_a_template_from_a_file(models: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}é")
+    tokenizer = load_tokenizer(models["student"], chat_template=str(tmp_path / "chat.jinja"))
+    assert tokenizer.decode(encode_chat(tokenizer, [{"role": "user", "content": "x"}])) == "[x]é"
+
+
+def test_the_same_tokenizer_with_another_template_is_the_same_tokenizer(tiny: Any, tokenizer: Any) -> None:
+    other = tiny.make_tokenizer()
+    other.chat_template = TEMPLATE
+    require_same_tokenizer(tokenizer, other, "t")
+    other.eos_token = "<|im_start|>"
+    with pytest.raises(ValueError, match="eos: student 300, t 302"):
+        require_same_tokenizer(tokenizer, other, "t")
+
+
+@pytest.mark.parametrize("method", ["mt_opd", "mad_opd", "mt_seqkd"])
+def test_conversations_train_from_end_to_end(models: dict[str, str], strict: Any, tmp_path: Path, method: str) -> None:
+    """A debate that continues after a tool result, every model in its own template."""
+    data = tmp_path / "d.jsonl"
+    rows = [
+        {"id": "tool", "messages": CONVERSATION, "tools": TOOLS},
+        {"id": "text", "messages": CONVERSATION[:2], "tools": json.dumps(TOOLS)},
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config(
+        models, str(data), tmp_path / "out", method=method, chat_template=TEMPLATE,
+        chat_template_kwargs={"thinking": True}, debate={"prompts": PROMPTS},
+        teachers=[
+            {"model": models["big"], "chat_template": TEMPLATE},
+            {"model": models["small"], "chat_template": TEMPLATE, "chat_template_kwargs": {"thinking": True}},
+        ],
+    )  # fmt: skip
+    engine = make_engine(config)
+    contexts: dict[str, list[str]] = {}
+    for teacher in engine.teachers:
+        plain = teacher.score
+
+        async def score(queue: Any, plain: Any = plain, name: str = teacher.name) -> Any:
+            contexts[name] = [strict.decode(c.token_ids[: c.target_positions[0]]) for c in queue]
+            return await plain(queue)
+
+        teacher.score = score
+    result = asyncio.run(engine.step(load_prompts([str(data)]).prompts))
+    assert result.metrics["loss"] > 0 and result.metrics["completions/kept"] == 2
+    student = strict.decode(result.rollouts[0].turns[0].token_ids)
+    assert student.startswith("<tools>get_weather</tools><|im_start|>system\nBe brief.")
+    assert student.endswith("<|im_start|>tool\nrain<|im_end|>\n<|im_start|>assistant\n")
+    if method == "mt_opd":
+        assert contexts["small"][0] == student
+        assert contexts["big"][0] == student + "<think></think>"
+    if method == "mad_opd":
+        for name, letter in (("big", "A"), ("small", "B")):
+            after_tool, plain_text = contexts[name]
+            assert after_tool.startswith(student.removesuffix("<|im_start|>assistant\n"))
+            assert f"<|im_start|>user\nS Decide on the next step of the conversation above. | {letter} |" in after_tool
+            assert f"<|im_start|>user\nS Weather in Rome? | {letter} | [Debate Start]" in plain_text
+            assert plain_text.count("Weather in Rome?") == 1
+
+
+def test_verifiers(tmp_path: Path) -> None:
+    exact, numeric = load_verifier("exact_match"), load_verifier("numeric")
+    assert exact(" 4\n", 4, ()) == 1 and exact("four", ["4", "four"], ()) == 1 and exact("5", "4", ()) == 0
+    assert numeric("so 3 + 1 = 4.0", "4", ()) == 1 and numeric("1,234", 1234, ()) == 1
+    assert numeric("nothing", "4", ()) == 0 and numeric("4 or 5", "4", ()) == 0
+    assert numeric("-2e3", "-2,000", ()) == 1
+    (tmp_path / "mine.py").write_text("def grade(text, answer, messages):\n    return len(messages) / 10\n")
+    assert load_verifier(f"{tmp_path / 'mine.py'}:grade")("x", "y", ({}, {})) == 0.2
+    assert load_verifier("opdengine.verifiers:numeric") is numeric

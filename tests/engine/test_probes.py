@@ -1,0 +1,108 @@
+"""The probes stop a run that would train on something wrong, and leave a healthy one alone."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from engine_helpers import make_config, make_engine
+
+from opdengine.data import load_prompts
+from opdengine.engine import Engine
+from opdengine.probes import ProbeError, one_version, self_distillation_is_zero
+from opdengine.types import Prompt, Rollout, Turn
+
+
+@pytest.fixture
+def prompts(prompt_file: str) -> Sequence[Prompt]:
+    return load_prompts([prompt_file]).prompts[:4]
+
+
+@pytest.fixture
+def engine(models: dict[str, str], prompt_file: str, tmp_path: Path) -> Engine:
+    return make_engine(make_config(models, prompt_file, tmp_path, learning_rate=0.0))
+
+
+def test_a_healthy_run_passes(engine: Engine, prompts: Sequence[Prompt]) -> None:
+    for _ in range(2):
+        metrics = asyncio.run(engine.step(prompts)).metrics
+    assert metrics["sampling/logprob_difference_max"] < 1e-3
+    assert metrics["sampling/importance_ratio_max"] == pytest.approx(1, abs=1e-3)
+    assert engine.probed
+
+
+def test_a_dead_teacher_stops_the_run(engine: Engine, prompts: Sequence[Prompt]) -> None:
+    with torch.no_grad():
+        engine.teachers[1].backbone.model.get_output_embeddings().weight.mul_(1e-4)
+    with pytest.raises(ProbeError, match=rf"teacher 'small' is dead: its mean entropy 5\.7.*{math.log(303):.3f}"):
+        asyncio.run(engine.step(prompts))
+
+
+def test_a_sampler_with_other_weights_stops_the_run(engine: Engine, prompts: Sequence[Prompt]) -> None:
+    plain = engine.sampler.generate
+
+    def generate(requests, params):
+        weight = engine.student.model.model.norm.weight
+        with torch.no_grad():
+            weight.mul_(0.2)
+        try:
+            return plain(requests, params)
+        finally:
+            with torch.no_grad():
+                weight.div_(0.2)
+
+    engine.sampler.generate = generate
+    with pytest.raises(ProbeError, match=r"sampler and trainer disagree .* allowed max_logprob_difference=0.5"):
+        asyncio.run(engine.step(prompts))
+    engine.config = dataclasses.replace(engine.config, max_logprob_difference=50.0)
+    metrics = asyncio.run(engine.step(prompts)).metrics
+    assert metrics["sampling/logprob_difference"] > 0.5
+
+
+def test_a_sampler_that_was_not_synchronised_stops_the_run(engine: Engine, prompts: Sequence[Prompt]) -> None:
+    asyncio.run(engine.step(prompts))
+    engine.sampler.policy_version = 0
+    with pytest.raises(ProbeError, match=r"rollouts of policy versions \[0\] reached the update of version 1"):
+        asyncio.run(engine.step(prompts))
+    turns = (Turn("prompt", [1]), Turn("assistant", [2], trains=True))
+    one_version([Rollout("0", prompts[0], turns, policy_version=3)], 3)
+
+
+def test_truncated_sampling_is_not_compared_with_the_model(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, prompts: Sequence[Prompt]
+) -> None:
+    """Its log-probs are of another distribution; that is no disagreement."""
+    engine = make_engine(make_config(models, prompt_file, tmp_path, top_k=2))
+    metrics = asyncio.run(engine.step(prompts)).metrics
+    assert "sampling/logprob_difference" not in metrics
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_a_loss_that_does_not_fit_the_model_is_found(engine: Engine, divergence: str) -> None:
+    hidden = torch.randn(8, 32)
+    head = engine.student.head
+    self_distillation_is_zero(hidden, head, divergence, 303, "auto")
+    broken = dataclasses.replace(head, weight=head.weight.detach() * float("nan"))
+    with pytest.raises((ProbeError, ValueError), match="instead of 0|NaN"):
+        self_distillation_is_zero(hidden, broken, divergence, 303, "auto")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(engine: Engine, prompts: Sequence[Prompt]) -> None:
+    before = engine.student.model.model.embed_tokens.weight.clone()
+    engine.probed = True
+    plain = engine.objective
+
+    class Broken:
+        def __call__(self, *args, **kwargs):
+            return plain()(*args, **kwargs) * float("inf")
+
+    engine.objective = lambda: Broken()
+    with pytest.raises(FloatingPointError, match="step 0: loss inf"):
+        asyncio.run(engine.step(prompts))
+    assert torch.equal(engine.student.model.model.embed_tokens.weight, before)
+    assert engine.version == 0

@@ -1,0 +1,154 @@
+"""MT-SeqKD: supervised training on text that the teachers wrote."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import (
+    ScriptedTeacher,
+    assert_same_gradients,
+    loss_and_gradient,
+    make_config,
+    make_engine,
+    make_items,
+)
+from transformers import AutoModelForCausalLM
+
+from opdengine.data import load_prompts
+from opdengine.methods.mt_seqkd import TeacherAnswers
+from opdengine.types import Prompt, Request, SamplingParams
+
+
+@pytest.fixture
+def prompts(prompt_file: str) -> Sequence[Prompt]:
+    return load_prompts([prompt_file]).prompts
+
+
+def test_the_student_is_trained_on_what_the_teachers_wrote(
+    models: dict[str, str], prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path
+) -> None:
+    engine = make_engine(make_config(models, prompt_file, tmp_path, method="mt_seqkd"))
+    engine.sampler.generate = None  # the student is not sampled
+    said: dict[str, tuple[str, list[int]]] = {}
+    for teacher in engine.teachers:
+        plain = teacher.generate
+
+        async def generate(requests, params, plain=plain, name=teacher.name):
+            answers = await plain(requests, params)
+            said.update({r.id: (name, a.token_ids.tolist()) for r, a in zip(requests, answers, strict=True)})
+            return answers
+
+        teacher.generate = generate
+    result = asyncio.run(engine.step(prompts))
+    assert {name for name, _ in said.values()} == {"big", "small"}
+    assert len(result.rollouts) == len(prompts)
+    for rollout in result.rollouts:
+        assert rollout.targets.tolist() == said[rollout.prompt.id][1]
+        assert rollout.turns[0].token_ids.tolist() == engine.encode(rollout.prompt)
+        assert rollout.logprobs is None
+    assert "sampling/logprob_difference" not in result.metrics
+    # An answer is written once: the second epoch asks nobody.
+    for teacher in engine.teachers:
+        teacher.generate = None
+    again = asyncio.run(engine.step(prompts[::-1]))
+    assert [r.targets.tolist() for r in again.rollouts[::-1]] == [r.targets.tolist() for r in result.rollouts]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_loss_is_hugging_faces_cross_entropy(
+    models: dict[str, str], prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path, temperature: float
+) -> None:
+    """Whatever the temperature of divergences, which this method does not use."""
+    engine = make_engine(
+        make_config(models, prompt_file, tmp_path, method="mt_seqkd", divergence_temperature=temperature)
+    )
+    items = make_items(engine, prompts[:4])
+    loss, gradient = loss_and_gradient(engine, items)
+    model = AutoModelForCausalLM.from_pretrained(models["student"])
+    count = sum(len(i.rollout.targets) for i in items)
+    total = 0.0
+    for item in items:
+        ids = torch.from_numpy(item.rollout.token_ids)[None]
+        labels = ids.clone()
+        labels[0, : item.rollout.target_positions[0]] = -100
+        part = model(input_ids=ids, labels=labels).loss * len(item.rollout.targets) / count
+        part.backward()
+        total += part.item()
+    assert loss == pytest.approx(total, rel=1e-5)
+    assert_same_gradients(gradient, {n: p.grad for n, p in model.named_parameters()})
+
+
+def shares(weights: Sequence[float], seed: int = 0, count: int = 4000) -> Counter[str]:
+    teachers = [ScriptedTeacher(f"t{k}", []) for k in range(len(weights))]
+    for teacher, weight in zip(teachers, weights, strict=True):
+        teacher.weight = weight
+    answers = TeacherAnswers(SamplingParams(seed=seed))
+    return Counter(answers.author(Prompt(f"p{i}", ()), teachers).name for i in range(count))
+
+
+def test_the_share_of_a_teacher_follows_its_weight() -> None:
+    found = shares([7.0, 3.0])
+    assert found["t0"] / 4000 == pytest.approx(0.7, abs=0.03)  # four standard errors
+    found = shares([1.0, 2.0, 5.0])
+    for k, share in enumerate((0.125, 0.25, 0.625)):
+        assert found[f"t{k}"] / 4000 == pytest.approx(share, abs=0.032)
+
+
+def test_authors_are_fixed_by_the_seed() -> None:
+    teachers = [ScriptedTeacher("a", []), ScriptedTeacher("b", [])]
+
+    def authors(seed: int) -> list[str]:
+        answers = TeacherAnswers(SamplingParams(seed=seed))
+        return [answers.author(Prompt(f"p{i}", ()), teachers).name for i in range(50)]
+
+    assert authors(1) == authors(1) != authors(2)
+
+
+def test_answers_come_from_the_routed_teacher(
+    models: dict[str, str], prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path
+) -> None:
+    teachers = [{"model": models["big"], "key": ["code"]}, {"model": models["small"], "key": ["agentic"]}]
+    engine = make_engine(make_config(models, prompt_file, tmp_path, method="mt_seqkd", teachers=teachers))
+    metrics = asyncio.run(engine.step(prompts)).metrics
+    assert metrics["seqkd/written/big"] == metrics["seqkd/written/small"] == 6
+
+
+def test_prompts_beyond_a_teachers_window_are_dropped_and_counted(
+    models: dict[str, str], prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path
+) -> None:
+    engine = make_engine(make_config(models, prompt_file, tmp_path, method="mt_seqkd"))
+    small = engine.teachers[1]
+    written = asyncio.run(engine.rollout(prompts))[1]["seqkd/written/small"]
+    assert written > 0
+    small.backbone.model.config.max_position_embeddings = 20
+    engine.recipe.demonstrations._answers.clear()
+    result = asyncio.run(engine.step(prompts))
+    assert result.metrics["dropped/teacher_window/small"] == written
+    assert result.metrics["completions/kept"] == len(prompts) - written
+
+
+def test_clipped_answers_are_reported(
+    models: dict[str, str], prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path
+) -> None:
+    engine = make_engine(make_config(models, prompt_file, tmp_path, method="mt_seqkd", max_completion_length=2))
+    result = asyncio.run(engine.step(prompts))
+    clipped = np.mean([len(r.targets) == 2 and r.targets[-1] not in engine.sampler.stop_ids for r in result.rollouts])
+    assert result.metrics["completions/clipped_ratio"] == pytest.approx(clipped)
+    assert clipped > 0
+
+
+def test_requests_to_a_teacher_carry_its_own_template() -> None:
+    teacher = ScriptedTeacher("a", lambda call, request: "answer")
+    answers = TeacherAnswers(SamplingParams(max_tokens=4))
+    messages = ({"role": "system", "content": "s"}, {"role": "user", "content": "u"})
+    rollouts, _ = asyncio.run(answers([Prompt("p", messages, tools=({"name": "f"},))], [teacher], lambda p: [1, 2]))
+    assert teacher.asked(0) == "<system>s<user>u<tool {'name': 'f'}><assistant>"
+    assert isinstance(teacher.calls[0][0], Request)
+    assert rollouts[0].token_ids.tolist() == [1, 2, 1]
+    assert rollouts[0].text == "answer"
