@@ -313,8 +313,8 @@ class TritonRowOps:
                 SIDE=side,
                 ROWS=group,
                 SPLITS=self.merge_splits,
-                num_warps=rows.MERGE_WARPS,
                 **flags,
+                **rows.OPTIONS,
             )
         return results, finite
 
@@ -368,8 +368,8 @@ class TritonRowOps:
                 vocab=self.vocab,
                 width=self.width,
                 BLOCK=self.block,
-                num_warps=rows.WARPS,
                 **arguments,
+                **rows.OPTIONS,
             )
 
 

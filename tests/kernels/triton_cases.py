@@ -1,0 +1,318 @@
+"""impl="triton" against the float64 reference, on a GPU or in Triton's interpreter.
+
+Not collected under this name: ``test_triton_interpreter.py`` runs it in a process of its own with
+TRITON_INTERPRET=1, ``tests/gpu`` on a CUDA device. Sizes are small, blocks smaller where they are
+interpreted, so that a row has several blocks and an incomplete last one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from opd_kernels import TeacherHead, linear_divergence, linear_logprob, rows, token_stats
+from opd_kernels.triton_impl import TritonRowOps, TritonRows
+from opd_kernels.types import Head, Rule
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+VOCAB = 4099 if CUDA else 37
+SMALL = 1_000_000 if CUDA else 12_000  # bytes: several chunks
+KINDS = ["reverse_kl", "forward_kl", "jsd", "skew_kl"]
+REDUCTIONS = ["sum", "mixture"]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    if not CUDA:
+        monkeypatch.setattr(rows, "BLOCK", 16)
+
+
+@dataclass
+class Case:
+    """A student and K teachers; ``double()`` gives the same numbers in float64."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    teachers: list[TeacherHead]
+    labels: Tensor
+
+    def double(self) -> Case:
+        def up(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.detach().double().requires_grad_(x.requires_grad)
+
+        teachers = [replace(t, hidden=up(t.hidden), weight=up(t.weight), bias=up(t.bias)) for t in self.teachers]
+        return Case(up(self.hidden), up(self.weight), up(self.bias), teachers, self.labels)
+
+    def inputs(self) -> list[Tensor]:
+        return [x for x in (self.hidden, self.weight, self.bias) if x is not None]
+
+
+def make(
+    teachers: int = 1, *, count: int = 6, vocab: int = VOCAB, spread: float = 1.0, bias: bool = False, seed: int = 0
+) -> Case:
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=g) * scale).to(DEVICE)
+
+    heads = [
+        TeacherHead(normal(count, 7 + k, scale=spread), normal(vocab, 7 + k), normal(vocab) if bias else None)
+        for k in range(teachers)
+    ]
+    return Case(
+        hidden=normal(count, 6, scale=spread).requires_grad_(),
+        weight=normal(vocab, 6).requires_grad_(),
+        bias=normal(vocab).requires_grad_() if bias else None,
+        teachers=heads,
+        labels=torch.randint(0, vocab, (count,), generator=g).to(DEVICE),
+    )
+
+
+def solve(case: Case, impl: str, **options) -> list[Tensor]:
+    """Loss, per-token losses, gradients and statistics."""
+    out = linear_divergence(
+        case.hidden, case.weight, case.teachers, student_bias=case.bias, labels=case.labels, impl=impl, **options
+    )
+    upstream = torch.linspace(0.5, 1.5, max(1, out.loss.numel()), dtype=out.loss.dtype, device=DEVICE)
+    gradients = torch.autograd.grad(out.loss, case.inputs(), upstream.view(out.loss.shape))
+    statistics = [] if out.stats is None else [x for x in vars(out.stats).values() if x is not None]
+    return [out.loss.detach(), out.token_loss, *gradients, *statistics]
+
+
+def assert_close(got: list[Tensor], want: list[Tensor], floor: float = 2e-6, lost: list[Tensor] | None = None) -> None:
+    """Largest error at most 2e-5 of the largest entry, or three times what ``lost`` has."""
+    assert len(got) == len(want)
+    for place, (mine, exact) in enumerate(zip(got, want, strict=True)):
+        assert torch.equal(mine.isnan(), exact.isnan()), place
+        allowed = 2e-5 * exact.nan_to_num().abs().max() + floor
+        if lost is not None:
+            allowed += 3 * (lost[place].double() - exact).nan_to_num().abs().max()
+        error = (mine.double() - exact).nan_to_num().abs().max()
+        assert error <= allowed, f"result {place}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def check(case: Case, **options) -> None:
+    assert_close(solve(case, "triton", **options), solve(case.double(), "reference", **options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("teachers", [1, 2, 3])
+@pytest.mark.parametrize("teacher_reduction", REDUCTIONS)
+def test_divergence(kind, teachers, teacher_reduction):
+    """One chunk, uniform weights, every statistic."""
+    check(make(teachers), divergence=kind, teacher_reduction=teacher_reduction, stats=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("teachers", [1, 2, 3])
+@pytest.mark.parametrize("teacher_reduction", REDUCTIONS)
+def test_weights(kind, teachers, teacher_reduction):
+    """Rows with different teachers, without teacher and without weight; several chunks."""
+    mix = torch.tensor([[0.3, 0.5, 0.2], [0.0, 0.4, 0.0], [0.7, 0.0, 0.0], [0.0, 0.0, 0.0], [0.2, 0.9, 0.0], [1, 2, 3]])
+    options = {
+        "divergence": kind,
+        "teacher_reduction": teacher_reduction,
+        "mix": mix[:, :teachers].to(DEVICE),
+        "token_weight": torch.tensor([0.5, 2.0, 0.0, 1.0, 1.5, 0.3], device=DEVICE),
+        "temperature": 1.3,
+        "workspace_bytes": SMALL,
+    }
+    check(make(teachers), **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_reductions(kind, reduction):
+    check(make(2), divergence=kind, reduction=reduction, mix=[0.9, 0.4], stats=reduction == "mean")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("teacher_reduction", REDUCTIONS)
+def test_bias_scale_and_softcap(kind, teacher_reduction):
+    """A head with a softcap, one with columns switched off, a student with both kinds of slopes."""
+    case = make(2, bias=True, spread=2.0)
+    off = case.teachers[1].bias.clone()
+    off[-3:] = -torch.inf
+    case.teachers = [
+        replace(case.teachers[0], logit_scale=1.4, softcap=2.0),
+        replace(case.teachers[1], bias=off, logit_scale=0.3),
+    ]
+    options = {"student_softcap": 1.5, "student_logit_scale": 0.6, "temperature": 0.8}
+    kept = {"divergence": kind, "teacher_reduction": teacher_reduction, "vocab_size": VOCAB - 3}
+    check(case, **options, **kept)
+    check(case, **options, divergence="forward_kl", stats=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_switched_off(kind):
+    """-inf in the same columns of all heads equals leaving them out."""
+    case, bias = make(2), torch.zeros(VOCAB, device=DEVICE)
+    bias[-7:] = -torch.inf
+    case.labels = case.labels.clamp(max=VOCAB - 8)
+    cut = solve(case.double(), "reference", divergence=kind, vocab_size=VOCAB - 7, stats=True)
+    case.bias = bias
+    case.teachers = [replace(t, bias=bias) for t in case.teachers]
+    case.inputs = lambda: [case.hidden, case.weight]
+    assert_close(solve(case, "triton", divergence=kind, stats=True), cut)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("teacher_reduction", REDUCTIONS)
+def test_extreme_logits(kind, teacher_reduction):
+    """Logits of +-100 and more: no NaN, and no more error than plain float32 has."""
+    case = make(2, spread=40.0)
+    assert (case.hidden @ case.weight.t()).abs().max() > 100
+    options = {"divergence": kind, "teacher_reduction": teacher_reduction, "stats": True}
+    got, plain = solve(case, "triton", **options), solve(case, "reference", **options)
+    assert all(x.isfinite().all() for x in got)
+    assert_close(got, solve(case.double(), "reference", **options), floor=2e-5, lost=plain)
+
+
+@pytest.mark.parametrize("vocab", [1, 16, 33, 48])
+def test_widths(vocab):
+    """One column, exact multiples of a block, a last block with one column."""
+    case = make(2, vocab=vocab, count=3)
+    for kind in ("reverse_kl", "jsd"):
+        check(case, divergence=kind, stats=True)
+
+
+def near_teacher(case: Case, sigma: float, seed: int = 3) -> TeacherHead:
+    """t = z + sigma * noise: KL about sigma^2 / 2."""
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = case.hidden.detach(), case.weight.detach()
+    wide = torch.randn(hidden.shape[0], 4, generator=g).to(hidden) * 0.5
+    noise = sigma * torch.randn(weight.shape[0], 4, generator=g).to(weight)
+    return TeacherHead(torch.cat([hidden, wide], 1), torch.cat([weight, noise], 1))
+
+
+@pytest.mark.parametrize("sigma", [0.42, 0.2, 0.04])
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_divergences(kind, sigma, monkeypatch):
+    """Gradients between close models keep their digits: at most three times the error of plain
+    float32."""
+    monkeypatch.setattr(rows, "BLOCK", 2048)
+    case = make(count=4, vocab=4099, spread=0.5)
+    case.teachers = [near_teacher(case, sigma)]
+    want = solve(case.double(), "reference", divergence=kind)
+    plain = solve(case, "reference", divergence=kind)
+    got = solve(case, "triton", divergence=kind)
+    for mine, lost, exact in zip(got[2:], plain[2:], want[2:], strict=True):
+        error, other = (x.double().sub(exact).norm() / exact.norm() for x in (mine, lost))
+        assert error <= 3 * other + 1e-5, (float(error), float(other))
+
+
+def test_statistics_of_tokens():
+    """``token_stats``, rows left out included; a label's log-prob never enters another row."""
+    case, mix = make(2), torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0], [1, 1], [1, 1.0]], device=DEVICE)
+
+    def call(case, impl):
+        out = token_stats(
+            case.hidden.detach(),
+            case.weight.detach(),
+            case.teachers,
+            labels=case.labels,
+            mix=mix,
+            token_weight=torch.tensor([1, 1, 1, 1, 0, 1.0], device=DEVICE),
+            temperature=0.7,
+            impl=impl,
+            workspace_bytes=SMALL,
+        )
+        return list(vars(out).values())
+
+    assert_close(call(case, "triton"), call(case.double(), "reference"))
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_logprob(entropy, softcap):
+    """Log-probs, entropies and gradients; one row has no upstream gradient."""
+    case = make(bias=True)
+
+    def call(case, impl):
+        out = linear_logprob(
+            case.hidden,
+            case.weight,
+            case.labels,
+            bias=case.bias,
+            softcap=softcap,
+            logit_scale=1.2,
+            temperature=0.9,
+            impl=impl,
+            workspace_bytes=SMALL,
+        )
+        up = torch.linspace(-1.0, 1.5, case.hidden.shape[0], dtype=out.logprob.dtype, device=DEVICE)
+        up[2] = 0.0
+        loss = (up * out.logprob).sum() + ((0.3 * up * out.entropy).sum() if entropy else 0.0)
+        return [out.logprob.detach(), out.entropy.detach(), *torch.autograd.grad(loss, case.inputs())]
+
+    assert_close(call(case, "triton"), call(case.double(), "reference"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("teacher_reduction", REDUCTIONS)
+def test_teacher_that_is_not_finite(value, kind, teacher_reduction):
+    case = make(2)
+    case.teachers[1].hidden[4] = value
+    with pytest.raises(ValueError, match=r"teachers\[1\] has NaN or inf logits, first at row 4"):
+        solve(case, "triton", divergence=kind, teacher_reduction=teacher_reduction)
+
+
+def test_student_that_is_not_finite():
+    case = make(2)
+    with torch.no_grad():
+        case.hidden[3, 0] = float("nan")
+    assert solve(case, "triton", divergence="jsd")[0].isnan()
+
+
+def head(bias: Tensor | None = None) -> Head:
+    nothing = torch.empty(0, device=DEVICE)
+    return Head(nothing, nothing, bias, 1.0, None, 1.0, VOCAB)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_in_half_precision(kind, dtype):
+    """dZ rounded on the way out, into rows of another stride; columns beyond V are not read."""
+    g = torch.Generator().manual_seed(1)
+    wide = torch.full((3, 4, 48 + (VOCAB // 16) * 16), torch.nan)
+    z, t, acc = wide.to(DEVICE)[..., :VOCAB]
+    z.copy_(torch.randn(4, VOCAB, generator=g))
+    acc.copy_(torch.randn(4, VOCAB, generator=g))
+    ops, rule, one = TritonRowOps(VOCAB), Rule(kind, 0.3, 0.2), torch.ones(4, device=DEVICE)
+    student = ops.student_rows(head(), z, None, False, joint=True)
+    result = ops.teacher_rows(
+        rule, head(), head(), z, acc, student, acc=acc, before=0, last=True, weight=one, labels=None, full=False
+    )
+    out = torch.full((4, 96 + (VOCAB // 16) * 16), torch.nan, dtype=dtype, device=DEVICE)[:, :VOCAB]
+    ops.gradient_rows(
+        rule,
+        z,
+        acc,
+        t,
+        student,
+        teachers=1,
+        acc_mean=torch.zeros_like(one) if result.acc_mean is None else result.acc_mean,
+        total_weight=one,
+        row_scale=2.0 * one,
+        softcap=None,
+        out=out,
+    )
+    logits = z.double().requires_grad_()
+    p, q = logits.log_softmax(1), acc.double().log_softmax(1)
+    reference = pytest.importorskip("opd_kernels.reference").divergence_of(rule, p, q)
+    (want,) = torch.autograd.grad(2.0 * reference.sum(), logits)
+    torch.testing.assert_close(result.value.double(), reference.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.double(), want, rtol=1 / 100, atol=1e-6)
+
+
+def test_table_parts_are_views():
+    student = TritonRows.empty(5, torch.zeros(1, device=DEVICE), labels=True, full=True, pending=True)
+    part = student.part(2, 4)
+    part.lse.fill_(7.0)
+    assert student.lse[2:4].eq(7.0).all() and part.table.shape[1] == 2 and part.pending
