@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import transformers
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
 from tiny import training
 from tiny.measure import measure_student, measure_teachers
@@ -36,6 +37,7 @@ TEACHERS = (
 STUDENT = {"hidden": 64, "layers": 2, "steps": 140, "problems": {"convert": 300, "compile": 150, "both": 100}}
 TEACHER_STEPS = (250, 750)
 CALIBRATION_STEPS = 80
+FOLDERS = (*(str(teacher["name"]) for teacher in TEACHERS), "student")
 
 
 def main() -> None:
@@ -44,14 +46,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=("dev", "test"), default="test", help="what report.json measures")
     parser.add_argument("--prompts", type=int, default=200, help="prompts per skill in report.json")
+    parser.add_argument("--report-only", action="store_true", help="measure the models in --out again")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
-    started = time.perf_counter()
+    if args.report_only:
+        old = json.loads((args.out / "report.json").read_text())
+        made = {key: old[key] for key in ("seed", "training_cpu_seconds")}
+    else:
+        made = make_models(args.out, args.seed)
+    write_report(args.out, made, args.split, args.prompts)
 
+
+def make_models(out: Path, seed: int) -> dict:
+    """Train everything and save three model folders; returns what the report says about the making."""
     tokenizer = build_tokenizer()
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        states = list(pool.map(_train_teacher, range(len(TEACHERS)), [args.seed] * len(TEACHERS)))
+        states = list(pool.map(_train_teacher, range(len(TEACHERS)), [seed] * len(TEACHERS)))
     teachers = []
     for expert, (state, _) in enumerate(states):
         model = training.new_model(tokenizer, TEACHERS[expert]["hidden"], TEACHERS[expert]["layers"], 0)
@@ -59,42 +70,47 @@ def main() -> None:
         teachers.append(model.eval())
     with tqdm(total=len(teachers) * CALIBRATION_STEPS, desc="calibration", unit="step") as bar:
         for expert in range(len(teachers)):
-            training.calibrate(teachers, tokenizer, expert, CALIBRATION_STEPS, args.seed, _progress(bar))
+            training.calibrate(teachers, tokenizer, expert, CALIBRATION_STEPS, seed, _progress(bar))
     with tqdm(total=STUDENT["steps"], desc="student", unit="step") as bar:
-        student = training.warm_start(tokenizer, **STUDENT, seed=args.seed, progress=_progress(bar))
+        student = training.warm_start(tokenizer, **STUDENT, seed=seed, progress=_progress(bar))
 
-    for folder, model in zip([*(t["name"] for t in TEACHERS), "student"], [*teachers, student], strict=True):
-        # Measure what is shipped: the weights as they are after the rounding to fp16.
-        model.half().save_pretrained(args.out / folder)
-        tokenizer.save_pretrained(args.out / folder)
-        model.float()
+    for folder, model in zip(FOLDERS, [*teachers, student], strict=True):
+        model.half().save_pretrained(out / folder)
+        tokenizer.save_pretrained(out / folder)
+    return {
+        "seed": seed,
+        "training_cpu_seconds": {t["name"]: round(s, 1) for t, (_, s) in zip(TEACHERS, states, strict=True)},
+    }
+
+
+def write_report(out: Path, made: dict, split: str, n: int) -> None:
+    """Measure the models as they lie on disk and write ``report.json``.
+
+    Args:
+        out: the folder of the three models.
+        made: how they were made; copied into the report.
+        split: the prompts to measure on.
+        n: prompts per skill.
+    """
+    tokenizer = build_tokenizer()
+    models = {f: AutoModelForCausalLM.from_pretrained(out / f, dtype=torch.float32).eval() for f in FOLDERS}
+    *teachers, student = models.values()
+    results = measure_teachers(teachers, tokenizer, split, n)
     report = {
-        "seed": args.seed,
-        "split": args.split,
-        "prompts_per_skill": args.prompts,
+        **made,
+        "split": split,
+        "prompts_per_skill": n,
         "decoding": "greedy",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "parameters": {
-            folder: sum(p.numel() for p in model.parameters())
-            for folder, model in zip([*(t["name"] for t in TEACHERS), "student"], [*teachers, student], strict=True)
-        },
-        "training_cpu_seconds": {
-            t["name"]: round(seconds, 1) for t, (_, seconds) in zip(TEACHERS, states, strict=True)
-        },
-        "teachers": {
-            teacher["name"]: result
-            for teacher, result in zip(
-                TEACHERS, measure_teachers(teachers, tokenizer, args.split, args.prompts), strict=True
-            )
-        },
-        "student_before": measure_student(student, tokenizer, args.split, args.prompts),
-        "wall_seconds": round(time.perf_counter() - started, 1),
+        "parameters": {folder: sum(p.numel() for p in model.parameters()) for folder, model in models.items()},
+        "teachers": dict(zip(FOLDERS, results, strict=False)),
+        "student_before": measure_student(student, tokenizer, split, n),
     }
-    (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _train_teacher(expert: int, seed: int) -> tuple[dict[str, torch.Tensor], float]:
