@@ -41,6 +41,16 @@ def build_engine(config: TrainConfig, recipe: Recipe, tokenizer: Any, checkpoint
         trust_remote_code=config.trust_remote_code,
         device=device,
     )
+    if model.dtype == torch.float16:
+        raise ConfigError(
+            f"dtype={config.dtype!r} gives the student float16 parameters, in which AdamW breaks down; set "
+            "dtype: float32 (and bf16: true on a GPU that has it)"
+        )
+    if model.dtype == torch.bfloat16:
+        logger.warning(
+            "the student's parameters are bfloat16: updates of less than about 1/256 of a weight are lost; "
+            "dtype: float32 with bf16: true keeps them"
+        )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     student = Backbone(model, "student", config.max_tokens_per_batch)

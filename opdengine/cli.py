@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "debate":
             return _debate(config, options.prompt, options.data_source)
         return _eval(config)
-    except (ValueError, CheckpointError, ProbeError) as error:
+    except (ValueError, CheckpointError, ProbeError, FloatingPointError) as error:
         sys.stderr.write(f"opdengine: {error}\n")
         return 2
 

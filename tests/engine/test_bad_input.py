@@ -83,7 +83,7 @@ def test_missing_settings_and_files(tmp_path: Path) -> None:
         load_config(None, ["--model", "m"])
     with pytest.raises(ConfigError, match=r"missing setting 'teachers.0.model'"):
         load_config(None, [*BASE, "--teachers.0.name", "t"])
-    with pytest.raises(ConfigError, match="'nowhere.yaml' does not exist"):
+    with pytest.raises(ConfigError, match=r"'nowhere.yaml' does not exist"):
         load_config("nowhere.yaml")
     (tmp_path / "bad.yaml").write_text("model: [1")
     with pytest.raises(ConfigError, match="not valid YAML"):
@@ -320,7 +320,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     refused("folder", None, "folder' cannot be read")
     path = rows(tmp_path / "bad.jsonl", "{", "{")
-    with pytest.raises(DataError, match="no prompts in .*all 2 rows are bad"):
+    with pytest.raises(DataError, match=r"no prompts in .*all 2 rows are bad"):
         load_prompts([path], skip_bad_rows=True)
 
 

@@ -88,7 +88,7 @@ def test_a_loss_that_does_not_fit_the_model_is_found(engine: Engine, divergence:
     head = engine.student.head
     self_distillation_is_zero(hidden, head, divergence, 303, "auto")
     broken = dataclasses.replace(head, weight=head.weight.detach() * float("nan"))
-    with pytest.raises((ProbeError, ValueError), match="instead of 0|NaN"):
+    with pytest.raises((ProbeError, ValueError), match=r"instead of 0|NaN"):
         self_distillation_is_zero(hidden, broken, divergence, 303, "auto")
 
 

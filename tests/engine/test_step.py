@@ -449,3 +449,53 @@ def test_a_step_reports_what_it_did(
     groups = [r.group for r in result.rollouts]
     assert groups == [str(i // 2) for i in range(8)]
     assert len({tuple(r.targets) for r in result.rollouts}) > 4  # two samples of a prompt are two samples
+
+
+def test_a_prompt_that_comes_again_gets_new_samples_and_a_resumed_step_the_same(
+    models: Models, prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path
+) -> None:
+    def sampled(engine: Any) -> list[list[int]]:
+        return [r.targets.tolist() for r in asyncio.run(engine.step(prompts[:3])).rollouts]
+
+    config = make_config(models, prompt_file, tmp_path, learning_rate=0.0)
+    engine = make_engine(config)
+    first, second = sampled(engine), sampled(engine)
+    assert first != second
+    resumed = make_engine(config)
+    resumed.version = resumed.sampler.policy_version = 1
+    assert sampled(resumed) == second
+    assert sampled(make_engine(dataclasses.replace(config, seed=1))) != first
+
+
+def test_bfloat16_autocast_stays_close_to_float32(
+    models: Models, prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path
+) -> None:
+    found = {}
+    for bf16 in (False, True):
+        engine = make_engine(make_config(models, prompt_file, tmp_path, bf16=bf16, divergence="forward_kl"))
+        items = make_items(engine, prompts[:3])
+        found[bf16] = loss_and_gradient(engine, items)
+        assert {g.dtype for g in found[bf16][1].values()} == {torch.float32}
+    assert found[True][0] != found[False][0]
+    assert found[True][0] == pytest.approx(found[False][0], rel=0.02)
+    flat = {k: torch.cat([g.flatten() for g in gradients.values()]) for k, (_, gradients) in found.items()}
+    assert torch.cosine_similarity(flat[True], flat[False], dim=0) > 0.99
+
+
+def test_parameters_that_cannot_be_trained_are_refused(
+    models: Models, prompt_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match=r"dtype='float16' gives .* set dtype: float32"):
+        make_engine(make_config(models, prompt_file, tmp_path, dtype="float16"))
+    with caplog.at_level("WARNING"):
+        make_engine(make_config(models, prompt_file, tmp_path, dtype="bfloat16"))
+    assert "bfloat16" in caplog.text
+
+
+def test_norms_and_biases_are_not_decayed(models: Models, prompt_file: str, tmp_path: Path) -> None:
+    engine = make_engine(make_config(models, prompt_file, tmp_path, weight_decay=0.5))
+    decay = {id(p): group["weight_decay"] for group in engine.optimizer.param_groups for p in group["params"]}
+    parameters = dict(engine.student.model.named_parameters())
+    assert len(decay) == len(parameters)
+    for name, parameter in parameters.items():
+        assert decay[id(parameter)] == (0.0 if "norm" in name else 0.5), name
