@@ -20,6 +20,8 @@ from .validation import check_group, check_impl, make_problem, make_student
 __all__ = ["DivergenceOutput", "TeacherHead", "TokenStats", "from_trl_beta", "linear_divergence"]
 
 
+# Row selection reads values: a compiled caller breaks its graph here.
+@torch.compiler.disable
 def linear_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -73,7 +75,8 @@ def linear_divergence(
             when all are 0), or "none" for [N]. With "none" the backward pass recomputes the
             logits; with the others the gradient is computed together with the value.
         stats: also return ``TokenStats``.
-        impl: "torch" (chunked), "reference" (materialises), "triton", or "auto".
+        impl: "triton" (row kernels, CUDA tensors, float32 arithmetic), "torch" (chunked, any
+            device), "reference" (materialises), or "auto": triton where it can run, else torch.
         workspace_bytes: budget for temporaries, default 1 GiB. Outputs, gradients and the float32
             accumulator of a half-precision weight gradient are not counted.
         vocab_size: number of valid leading vocabulary rows of every head; required when widths

@@ -33,6 +33,7 @@ from .validation import (
 __all__ = ["LogprobOutput", "linear_logprob", "token_stats"]
 
 
+@torch.compiler.disable
 def token_stats(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -94,6 +95,7 @@ def token_stats(
     return stats
 
 
+@torch.compiler.disable
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,

@@ -1,0 +1,222 @@
+"""The fused op on a CUDA device, against float64. Needs torch, triton and pytest, nothing else:
+
+PYTHONPATH=kernels python -m pytest -m gpu tests/gpu/test_gpu_kernels.py
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+from triton_cases import *  # noqa: E402, F403
+from triton_cases import KINDS, REDUCTIONS, head  # noqa: E402
+
+from opd_kernels import TeacherHead, linear_divergence, linear_logprob  # noqa: E402
+from opd_kernels.triton_impl import TritonRowOps  # noqa: E402
+
+DEVICE = "cuda"
+ROWS, VOCAB, WIDTH = 1100, 32003, 256
+CHUNK = 512  # rows of one float64 reference call
+LARGE_ROWS, LARGE_VOCAB = 15000, 151936  # more than 2^31 logits
+POISON_BYTES = 1 << 31
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """What an uninitialised buffer holds from here on is NaN."""
+    torch.full((POISON_BYTES // 4,), torch.nan, device=DEVICE)
+
+
+def normal(*shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    g = torch.Generator(DEVICE).manual_seed(seed)
+    return (torch.randn(*shape, generator=g, device=DEVICE) * scale).to(dtype)
+
+
+def student(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    hidden = normal(ROWS, WIDTH, seed=seed, dtype=dtype)
+    return hidden.requires_grad_(), normal(VOCAB, WIDTH, seed=seed + 1, scale=0.15, dtype=dtype).requires_grad_()
+
+
+def strangers(count: int, dtype: torch.dtype = torch.bfloat16) -> list[TeacherHead]:
+    """Teachers unrelated to the student."""
+    widths = [WIDTH + 64 * k for k in range(count)]
+    return [
+        TeacherHead(normal(ROWS, w, seed=10 + w, dtype=dtype), normal(VOCAB, w, seed=11 + w, scale=0.15, dtype=dtype))
+        for w in widths
+    ]
+
+
+def neighbour(hidden: Tensor, weight: Tensor, sigma: float, seed: int = 30) -> TeacherHead:
+    """A teacher with t = z + sigma * noise, exactly: KL about sigma^2 / 2."""
+    extra = normal(ROWS, 64, seed=seed, scale=0.125, dtype=hidden.dtype)
+    noise = normal(VOCAB, 64, seed=seed + 1, scale=sigma, dtype=weight.dtype)
+    return TeacherHead(torch.cat([hidden.detach(), extra], 1), torch.cat([weight.detach(), noise], 1))
+
+
+def fused(hidden: Tensor, weight: Tensor, teachers: list[TeacherHead], **options) -> list[Tensor]:
+    out = linear_divergence(hidden, weight, teachers, impl="triton", **options)
+    return [out.token_loss, *torch.autograd.grad(out.loss, (hidden, weight))]
+
+
+def exact(hidden: Tensor, weight: Tensor, teachers: list[TeacherHead], **options) -> list[Tensor]:
+    """Per-token losses and gradients in float64, some rows at a time."""
+    wide = weight.detach().double().requires_grad_()
+    weights = [t.weight.double() for t in teachers]
+    losses, rows, total = [], [], torch.zeros_like(wide)
+    for start in range(0, ROWS, CHUNK):
+        part = slice(start, start + CHUNK)
+        mine = hidden[part].detach().double().requires_grad_()
+        theirs = [TeacherHead(t.hidden[part].double(), w) for t, w in zip(teachers, weights, strict=True)]
+        cut = {key: value[part] if isinstance(value, Tensor) else value for key, value in options.items()}
+        out = linear_divergence(mine, wide, theirs, impl="reference", **cut)
+        d_rows, d_weight = torch.autograd.grad(out.loss, (mine, wide))
+        losses.append(out.token_loss)
+        rows.append(d_rows)
+        total += d_weight
+    return [torch.cat(losses), torch.cat(rows), total]
+
+
+def assert_near(got: list[Tensor], want: list[Tensor], values: float, gradients: float) -> None:
+    """Relative errors in the norm: of the per-token losses, and of both gradients."""
+    for place, (mine, truth) in enumerate(zip(got, want, strict=True)):
+        assert torch.equal(mine.isnan(), truth.isnan()), place
+        truth = truth.nan_to_num()
+        error = float((mine.double().nan_to_num() - truth).norm() / truth.norm())
+        assert error <= (gradients if place else values), f"result {place}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("teachers", [1, 2, 3])
+@pytest.mark.parametrize("teacher_reduction", REDUCTIONS)
+def test_bfloat16(kind, teachers, teacher_reduction):
+    """Rows without weight, rows without some of the teachers; bfloat16 rounds dZ and the
+    results."""
+    mix = torch.rand(ROWS, teachers, generator=torch.Generator(DEVICE).manual_seed(5), device=DEVICE)
+    mix[mix < 0.3] = 0.0
+    token_weight = torch.linspace(0.5, 2.0, ROWS, device=DEVICE)
+    token_weight[::3] = 0.0
+    options = {"divergence": kind, "teacher_reduction": teacher_reduction, "mix": mix, "token_weight": token_weight}
+    call = (*student(), strangers(teachers))
+    got = fused(*call, temperature=1.5, workspace_bytes=300 << 20, **options)
+    assert_near(got, exact(*call, temperature=1.5, **options), values=2e-5, gradients=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sigma", [0.42, 0.2, 0.04])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_small_divergences(kind, sigma, dtype):
+    """KL of 9e-2, 2e-2 and 8e-4: the gradient keeps its digits, whatever the inputs' precision."""
+    hidden, weight = student(dtype)
+    call = (hidden, weight, [neighbour(hidden, weight, sigma)])
+    limit = 1e-2 if dtype == torch.bfloat16 else 2e-4
+    assert_near(fused(*call, divergence=kind), exact(*call, divergence=kind), values=2e-3, gradients=limit)
+
+
+def test_float16():
+    call = (*student(torch.float16), strangers(2, torch.float16))
+    assert_near(fused(*call, divergence="jsd"), exact(*call, divergence="jsd"), values=2e-5, gradients=2e-3)
+
+
+def test_ignored_rows_may_hold_anything():
+    hidden, weight = student()
+    teachers = strangers(2)
+    keep = torch.ones(ROWS, device=DEVICE)
+    keep[100:400] = 0.0
+    clean = fused(hidden, weight, teachers, token_weight=keep)
+    with torch.no_grad():
+        hidden[100:400] = torch.nan
+    teachers = [replace(t, hidden=t.hidden.masked_fill(keep[:, None] == 0, torch.inf)) for t in teachers]
+    for mine, other in zip(fused(hidden, weight, teachers, token_weight=keep), clean, strict=True):
+        torch.testing.assert_close(mine, other, equal_nan=True)
+    assert clean[1][100:400].eq(0).all()
+
+
+def test_same_result_inside_autocast_and_compile():
+    call = (*student(), strangers(2))
+    plain = fused(*call, divergence="jsd")
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        inside = fused(*call, divergence="jsd")
+
+    @torch.compile
+    def around(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_divergence(hidden * 2.0, weight, call[2], divergence="jsd").loss * 0.5
+
+    hidden = (call[0].detach() / 2).requires_grad_()
+    compiled = torch.autograd.grad(around(hidden, call[1]), (hidden, call[1]))
+    for mine, other in zip(inside, plain, strict=True):
+        torch.testing.assert_close(mine, other)
+    torch.testing.assert_close(compiled[0], plain[1])
+    torch.testing.assert_close(compiled[1] * 2, plain[2])
+
+
+def test_two_streams():
+    calls = [(*student(seed=seed), strangers(2)) for seed in (0, 7)]
+    alone = [fused(*call) for call in calls]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in calls]
+    together = []
+    for _ in range(3):
+        for stream, call in zip(streams, calls, strict=True):
+            with torch.cuda.stream(stream):
+                together.append(fused(*call))
+    torch.cuda.synchronize()
+    for place, result in enumerate(together):
+        for mine, other in zip(result, alone[place % 2], strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+def test_workspace_budget():
+    """Peak memory beyond inputs, outputs, gradients and the float32 accumulator of dW."""
+    hidden, weight = student()
+    teachers, budget = strangers(3), 256 << 20
+    fused(hidden, weight, teachers, workspace_bytes=budget)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = fused(hidden, weight, teachers, workspace_bytes=budget)
+    peak = torch.cuda.max_memory_allocated() - before
+    kept = sum(x.numel() * x.element_size() for x in results) + 4 * weight.numel()
+    assert peak <= budget + kept + (32 << 20), (peak, budget, kept)
+
+
+def test_logprob():
+    hidden, weight = student()
+    labels = torch.arange(ROWS, device=DEVICE) * 29 % VOCAB
+    up = torch.linspace(-1.0, 1.0, ROWS, device=DEVICE)
+
+    def call(impl: str, hidden: Tensor, weight: Tensor) -> list[Tensor]:
+        out = linear_logprob(hidden, weight, labels, softcap=20.0, impl=impl)
+        loss = (up * out.logprob).sum() + 0.1 * out.entropy.sum()
+        return [out.logprob.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    assert_near(call("triton", hidden, weight), call("reference", *wide), values=2e-5, gradients=1e-2)
+
+
+def test_more_than_2_to_the_31_logits():
+    z = torch.empty(LARGE_ROWS, LARGE_VOCAB, device=DEVICE).normal_()
+    labels = torch.arange(LARGE_ROWS, device=DEVICE) * 10
+    some = torch.tensor([0, LARGE_ROWS // 2, LARGE_ROWS - 1], device=DEVICE)
+    logits = z[some].double().requires_grad_()
+    logp = logits.log_softmax(1)
+    (want,) = torch.autograd.grad(logp.gather(1, labels[some, None]).sum(), logits)
+    ops, one = TritonRowOps(LARGE_VOCAB), torch.ones(LARGE_ROWS, device=DEVICE)
+    found = ops.student_rows(head(), z, labels, True, joint=False)
+    assert found.logprob is not None and found.entropy is not None
+    torch.testing.assert_close(found.logprob[some].double(), logp.gather(1, labels[some, None])[:, 0].detach())
+    torch.testing.assert_close(found.entropy[some].double(), -(logp.exp() * logp).sum(1).detach())
+    ops.logprob_gradient_rows(
+        z, labels, found, entropy=found.entropy, logprob_scale=one, entropy_scale=None, softcap=None, out=z
+    )
+    torch.testing.assert_close(z[some].double(), want, rtol=1e-4, atol=1e-9)
