@@ -119,7 +119,10 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any) -> Sampler:
 
         return VLLMSampler(
             config.model,
-            dtype=str(model.dtype).removeprefix("torch."),
+            # Under autocast the trainer's own forward pass is bfloat16 as well.
+            dtype="bfloat16" if config.bf16 else str(model.dtype).removeprefix("torch."),
+            trust_remote_code=config.trust_remote_code,
+            seed=config.seed,
             max_model_len=config.max_prompt_length + config.max_completion_length,
             gpu_memory_utilization=config.vllm_gpu_memory_utilization,
             tensor_parallel_size=config.vllm_tensor_parallel_size,

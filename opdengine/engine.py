@@ -147,6 +147,9 @@ class Engine:
                 dropped[signal.reason or "unknown"] += 1
             elif not len(rollout.targets):
                 dropped["empty"] += 1
+            elif rollout.targets.max() >= self.vocab_size:
+                # vLLM can sample a padding column of the head; no tokenizer knows such a token.
+                dropped["token_beyond_vocabulary"] += 1
             else:
                 kept.append(rollout)
         by_id = {r.id: s for r, s in zip(rollouts, signals, strict=True)}
