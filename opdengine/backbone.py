@@ -67,6 +67,7 @@ def load_model(
         has_flash = on_gpu and importlib.util.find_spec("flash_attn") is not None
         attn_implementation = "flash_attention_2" if has_flash else "sdpa"
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "revision": revision}
+    model: Any
     try:
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attn_implementation, **options)
     except ValueError as error:
