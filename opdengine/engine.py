@@ -199,7 +199,8 @@ class Engine:
                 loss = objective(hidden, self.student.head, members, tally)
                 loss.backward()
                 loss_sum += loss.item()
-            metrics = self._optimizer_step(loss_sum)
+            metrics = self._probe(tally)  # before anything wrong can reach the weights
+            metrics |= self._optimizer_step(loss_sum)
         with self.timed("sync"):
             weights = self.student.model.state_dict().items()
             self.sampler.load_policy(self.version, weights)
@@ -212,14 +213,8 @@ class Engine:
         tally: Tally,
         dropped: Counter[str],
     ) -> dict[str, float]:
-        """Metrics of the step; also the probes that need its statistics."""
-        names = [t.name for t in self.teachers]
-        probes.teachers_are_alive(tally, names, self.vocab_size)
+        """Metrics of the step."""
         metrics = tally.means("teacher_kl/") | tally.means("student_entropy")
-        on_policy = self.recipe.demonstrations is None
-        comparable = probes.samples_the_model(self.sampling_params()) and self.config.divergence_temperature == 1.0
-        if on_policy and comparable:
-            metrics |= probes.sampler_agrees(tally, self.config.max_logprob_difference)
         gap = tally.get("gap")
         if len(gap):
             metrics["gap/mean"] = float(gap.mean())
@@ -285,6 +280,15 @@ class Engine:
                 hidden, self.student.head, divergence, self.vocab_size, self.config.loss_impl
             )
         self.probed = True
+
+    def _probe(self, tally: Tally) -> dict[str, float]:
+        """The probes that need the statistics of the step; returns what they measured."""
+        probes.teachers_are_alive(tally, [t.name for t in self.teachers], self.vocab_size)
+        on_policy = self.recipe.demonstrations is None
+        comparable = probes.samples_the_model(self.sampling_params()) and self.config.divergence_temperature == 1.0
+        if not (on_policy and comparable):
+            return {}
+        return probes.sampler_agrees(tally, self.config.max_logprob_difference)
 
     def _optimizer_step(self, loss: float) -> dict[str, float]:
         parameters = [p for p in self.student.model.parameters() if p.grad is not None]
