@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from opdengine.checkpoint import CheckpointError
-from opdengine.config import TrainConfig, load_config
+from opdengine.config import TrainConfig
+from opdengine.settings import load_config
 from opdengine.types import Prompt
 
 

@@ -1,4 +1,4 @@
-"""One dataclass tree, filled from YAML and from the command line.
+"""Everything a run can be told, as one dataclass tree (read by :mod:`opdengine.settings`).
 
 Names follow Hugging Face's ``TrainingArguments`` and TRL where they have one. Unknown keys and
 impossible values are errors that name the remedy, raised before any model is loaded.
@@ -7,16 +7,10 @@ impossible values are errors that name the remedy, raised before any model is lo
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import difflib
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -313,172 +307,3 @@ def _check_values(config: TrainConfig) -> None:
         if teacher.dtype not in DTYPES:
             raise ConfigError(f"teachers.{i}.dtype={teacher.dtype!r} is not possible; choose one of {list(DTYPES)}")
     need(bool(config.train_data), "train_data", "name at least one file")
-
-
-# ------------------------------------------------------------------------------------- reading
-
-
-def load_config(path: str | None, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file and apply command-line overrides.
-
-    Args:
-        path: YAML file, or None for overrides only.
-        overrides: ``--key value``, ``--key=value``, ``--section.key value``,
-            ``--teachers.0.model path``; a bare ``--flag`` sets a boolean.
-
-    Raises:
-        ConfigError: the file does not exist, a key is unknown or a value has the wrong type.
-    """
-    data: Any = {}
-    if path is not None:
-        file = Path(path)
-        if not file.is_file():
-            raise ConfigError(f"configuration file {path!r} does not exist")
-        try:
-            data = yaml.safe_load(file.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not valid YAML: {error}") from error
-        if not isinstance(data, dict):
-            raise ConfigError(f"{path}: the top level must be a mapping of settings")
-    for key, value in _parse_overrides(overrides):
-        _assign(data, key.split("."), value)
-    return from_mapping(TrainConfig, data)
-
-
-def from_mapping(cls: type, data: Mapping[str, Any], where: str = "") -> Any:
-    """Build a dataclass from a mapping; unknown and missing keys are errors.
-
-    Raises:
-        ConfigError: see above; an unknown key comes with the closest known one.
-    """
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in data:
-        if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"; did you mean {where + close[0]!r}?" if close else ""
-            raise ConfigError(f"unknown setting {where + str(key)!r}{hint}")
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"missing setting {', '.join(repr(where + name) for name in missing)}")
-    values = {key: _coerce(hints[key], value, where + key) for key, value in data.items()}
-    return cls(**values)
-
-
-def to_mapping(config: Any) -> dict[str, Any]:
-    """The configuration as plain YAML-able values."""
-    return dataclasses.asdict(config)
-
-
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if (value is None or value == "null") and type(None) in options:
-            return None
-        for option in options:
-            if option is type(None):
-                continue
-            try:
-                return _coerce(option, value, where)
-            except ConfigError:
-                continue
-        raise _wrong_type(where, value, hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(value, Mapping):
-            raise _wrong_type(where, value, "a mapping")
-        return from_mapping(hint, value, where + ".")
-    if origin is list:
-        items = value if isinstance(value, (list, tuple)) else [value]
-        (inner,) = typing.get_args(hint)
-        return [_coerce(inner, item, f"{where}.{i}") for i, item in enumerate(items)]
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise _wrong_type(where, value, "a mapping")
-        inner = typing.get_args(hint)[1]
-        return {str(k): _coerce(inner, v, f"{where}.{k}") for k, v in value.items()}
-    if hint is Any:
-        return value
-    return _coerce_scalar(hint, value, where)
-
-
-def _coerce_scalar(hint: type, value: Any, where: str) -> Any:
-    if isinstance(value, bool) and hint is not bool:
-        raise _wrong_type(where, value, hint.__name__)
-    if isinstance(value, hint):
-        return value
-    try:
-        if hint is float and isinstance(value, (int, str)):
-            return float(value)  # YAML reads 1e-5 as text
-        if hint is int and isinstance(value, (float, str)) and float(value) == int(float(value)):
-            return int(float(value))
-        if hint is bool and str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
-        if hint is str and isinstance(value, (int, float, datetime.date)):
-            return str(value)
-    except ValueError:
-        pass
-    raise _wrong_type(where, value, hint.__name__)
-
-
-def _wrong_type(where: str, value: Any, wanted: Any) -> ConfigError:
-    return ConfigError(f"{where}={value!r} has the wrong type; expected {wanted}")
-
-
-def _parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    i = 0
-    while i < len(arguments):
-        name = arguments[i]
-        if not name.startswith("--"):
-            raise ConfigError(f"unexpected argument {name!r}; settings are given as --key value")
-        key, equals, text = name[2:].partition("=")
-        if not equals:
-            follows = i + 1 < len(arguments) and not arguments[i + 1].startswith("--")
-            text = arguments[i + 1] if follows else "true"
-            i += follows
-        pairs.append((key.replace("-", "_"), _override_value(text)))
-        i += 1
-    return pairs
-
-
-def _override_value(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text  # a chat template, say: Jinja is not YAML
-
-
-def _assign(data: Any, keys: Sequence[str], value: Any) -> None:
-    """Set ``data[k0][k1]... = value``, growing mappings and lists on the way."""
-    *path, last = keys
-    for key, following in zip(path, keys[1:], strict=True):
-        empty: Any = [] if following.isdigit() else {}
-        if isinstance(data, list):
-            index = _index(data, key)
-            if index == len(data):
-                data.append(empty)
-            data = data[index]
-        elif not isinstance(data, dict):
-            raise ConfigError(f"--{'.'.join(keys)}: {key!r} is below a plain value, not a section")
-        else:
-            if data.get(key) is None:
-                data[key] = empty
-            data = data[key]
-    if isinstance(data, list):
-        index = _index(data, last)
-        data[index : index + 1] = [value]
-    elif isinstance(data, dict):
-        data[last] = value
-    else:
-        raise ConfigError(f"--{'.'.join(keys)}: {path[-1]!r} is not a section")
-
-
-def _index(data: list[Any], key: str) -> int:
-    if not key.isdigit() or int(key) > len(data):
-        raise ConfigError(f"{key!r} is not a position in a list of {len(data)}")
-    return int(key)

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from opdengine.checkpoint import find_checkpoint, list_checkpoints, read_state
-from opdengine.config import ConfigError, TrainConfig, to_mapping
+from opdengine.config import ConfigError, TrainConfig
+from opdengine.settings import to_mapping
 
 MAY_CHANGE = {
     "resume_from_checkpoint", "max_tokens_per_batch", "workspace_bytes", "loss_impl",

@@ -12,10 +12,11 @@ import torch
 
 from opdengine.build import build_engine
 from opdengine.chat import load_tokenizer
-from opdengine.config import TrainConfig, from_mapping
+from opdengine.config import TrainConfig
 from opdengine.engine import Engine
 from opdengine.methods import build_recipe
 from opdengine.objective import Item, Tally
+from opdengine.settings import from_mapping
 from opdengine.types import Completion, Message, Prompt, Request, SamplingParams
 
 PROMPTS = {

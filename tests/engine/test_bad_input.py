@@ -13,8 +13,9 @@ from engine_helpers import make_config
 from transformers import AutoModelForCausalLM
 
 from opdengine.cli import main
-from opdengine.config import ConfigError, TrainConfig, load_config
+from opdengine.config import ConfigError, TrainConfig
 from opdengine.data import DataError, PromptSet, PromptStream, load_prompts
+from opdengine.settings import load_config
 from opdengine.train import train
 
 
