@@ -17,15 +17,15 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from opdengine.build import build_engine  # noqa: E402
-from opdengine.chat import load_tokenizer  # noqa: E402
+from opdengine.build import build_engine
+from opdengine.chat import load_tokenizer
 from opdengine.config import TrainConfig
-from opdengine.data import load_prompts  # noqa: E402
-from opdengine.methods import build_recipe  # noqa: E402
-from opdengine.metrics import write_jsonl  # noqa: E402
-from opdengine.settings import from_mapping  # noqa: E402
-from tiny import task  # noqa: E402
-from tiny.demo import COMPILE, CONVERT, STUDENT, _debate  # noqa: E402
+from opdengine.data import load_prompts
+from opdengine.methods import build_recipe
+from opdengine.metrics import write_jsonl
+from opdengine.settings import from_mapping
+from tiny import task
+from tiny.demo import COMPILE, CONVERT, STUDENT, _debate
 
 PROMPTS = 64
 ROUNDS = 7

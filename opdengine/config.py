@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -88,9 +88,12 @@ class TrainConfig:
         output_dir: where the run is written; an existing run is resumed or refused.
         teachers: the teachers.
         method: "opd", "mt_opd", "mt_seqkd" or "mad_opd".
-        divergence: one of "reverse_kl", "forward_kl", "jsd", or a mapping from routing key (and
+        divergence: one of "reverse_kl", "forward_kl", "jsd", "skew_kl", or a mapping from routing key (and
             "default") to one: the task-adaptive divergence of MAD-OPD, remark 1.
         jsd_beta: weight of the teacher in the middle distribution of the JSD.
+        skew_alpha: weight of the teacher in the middle distribution of the skew KL.
+        teacher_reduction: "sum" of the teachers' divergences (the papers) or divergence to the
+            "mixture" of the teachers.
         divergence_temperature: divides both models' logits in the loss; independent of sampling.
         loss_normalization: "token" (mean over all target tokens of the step) or "sequence" (mean
             over rollouts of token means).
@@ -142,6 +145,8 @@ class TrainConfig:
     method: str = "mad_opd"
     divergence: str | dict[str, str] = "reverse_kl"
     jsd_beta: float = 0.5
+    skew_alpha: float = 0.1
+    teacher_reduction: str = "sum"
     divergence_temperature: float = 1.0
     loss_normalization: str = "token"
     debate: DebateConfig = field(default_factory=DebateConfig)
@@ -255,6 +260,8 @@ def _check_values(config: TrainConfig) -> None:
         f"use {list(DIVERGENCES)} or a mapping from data_source to one of them",
     )
     need(0 < config.jsd_beta < 1, "jsd_beta", "it lies between 0 and 1; the ends are KLs by name")
+    need(0 < config.skew_alpha < 1, "skew_alpha", "it lies between 0 and 1; the ends are KLs by name")
+    one_of("teacher_reduction", ("sum", "mixture"))
     need(config.divergence_temperature > 0, "divergence_temperature", "it must be positive")
     one_of("loss_normalization", ("token", "sequence"))
     one_of("lr_scheduler_type", SCHEDULERS)

@@ -255,6 +255,8 @@ class Engine:
             heads={t.name: t.head for t in self.teachers},
             divergence_of=c.divergence_of,
             jsd_beta=c.jsd_beta,
+            skew_alpha=c.skew_alpha,
+            teacher_reduction=c.teacher_reduction,
             temperature=c.divergence_temperature,
             vocab_size=self.vocab_size,
             impl=c.loss_impl,

@@ -92,6 +92,8 @@ class Objective:
         heads: every teacher's head by name.
         divergence_of: divergence for a routing key.
         jsd_beta: weight of the teacher in the middle of the JSD.
+        skew_alpha: weight of the teacher in the middle of the skew KL.
+        teacher_reduction: "sum" of divergences or divergence to the "mixture" of teachers.
         temperature: divides both sides' logits in the divergence; log p(target) is the model's own.
         vocab_size: valid leading columns of every head.
         impl, workspace_bytes: of the fused op.
@@ -100,6 +102,8 @@ class Objective:
     heads: dict[str, Head]
     divergence_of: Callable[[str], str]
     jsd_beta: float = 0.5
+    skew_alpha: float = 0.1
+    teacher_reduction: str = "sum"
     temperature: float = 1.0
     vocab_size: int | None = None
     impl: str = "auto"
@@ -140,6 +144,11 @@ class Objective:
         # Rows keep their order within a group; a single group keeps all of them.
         return groups
 
+    def _shape(self, divergence: str) -> dict[str, float]:
+        """The parameter of a divergence that has one."""
+        shapes = {"jsd": {"jsd_beta": self.jsd_beta}, "skew_kl": {"skew_alpha": self.skew_alpha}}
+        return shapes.get(divergence, {})
+
     def _divergence(
         self,
         hidden: torch.Tensor,
@@ -167,7 +176,8 @@ class Objective:
             head.weight.to(hidden.dtype),
             teachers,
             divergence=divergence,
-            jsd_beta=self.jsd_beta,
+            **self._shape(divergence),
+            teacher_reduction=self.teacher_reduction,
             mix=_tensor([item.mix for item in items], device),
             token_weight=_tensor([item.kl_weight for item in items], device),
             labels=_labels(items, device),

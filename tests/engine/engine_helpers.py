@@ -91,6 +91,8 @@ def divergence(kind: str, student: torch.Tensor, teacher: torch.Tensor, beta: fl
         return kl(student, teacher)
     if kind == "forward_kl":
         return kl(teacher, student)
+    if kind == "skew_kl":  # here beta is alpha, the teacher's share of the middle
+        return kl(teacher, (beta * teacher.exp() + (1 - beta) * student.exp()).log())
     middle = (beta * teacher.exp() + (1 - beta) * student.exp()).log()
     return beta * kl(teacher, middle) + (1 - beta) * kl(student, middle)
 

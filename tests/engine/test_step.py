@@ -158,6 +158,37 @@ def test_divergence_by_task_in_one_batch(
         assert loss != pytest.approx(other, rel=1e-2)
 
 
+@pytest.mark.parametrize("mixture", [False, True])
+def test_parameters_of_two_divergences_and_the_mixture_in_one_batch(
+    models: Models, tokenizer: Any, prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path, mixture: bool
+) -> None:
+    """Each task gets its own parameter; "mixture" is one divergence to the weighted teachers."""
+    config = make_config(
+        models, prompt_file, tmp_path, divergence={"agentic": "jsd", "code": "skew_kl"}, jsd_beta=0.3,
+        skew_alpha=0.2, teacher_reduction="mixture" if mixture else "sum",
+    )  # fmt: skip
+    engine = make_engine(config)
+    items = make_items(engine, prompts[:2])
+    loss, _ = loss_and_gradient(engine, items)
+    vocab = vocabulary_size(tokenizer)
+    total, count = 0.0, 0
+    for item in items:
+        rollout, answer = item.rollout, item.rollout.targets
+        ids, places = rollout.token_ids.tolist(), rollout.target_positions
+        student = full_logprobs(models["student"], ids, places, vocab)
+        teachers = [full_logprobs(models[name], ids, places, vocab) for name in ("big", "small")]
+        weights = [0.75, 0.25]
+        if mixture:
+            teachers = [sum(w * t.exp() for w, t in zip(weights, teachers, strict=True)).log()]
+            weights = [1.0]
+        kind, share = ("jsd", 0.3) if rollout.prompt.key == "agentic" else ("skew_kl", 0.2)
+        total += sum(
+            w * divergence(kind, student, t, share).sum().item() for w, t in zip(weights, teachers, strict=True)
+        )
+        count += len(answer)
+    assert loss == pytest.approx(total / count, rel=1e-4)
+
+
 def test_divergence_temperature_divides_both_sides_and_not_the_sampling(
     models: Models, tokenizer: Any, prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path
 ) -> None:
