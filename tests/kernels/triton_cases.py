@@ -263,6 +263,17 @@ def test_teacher_that_is_not_finite(value, kind, teacher_reduction):
         solve(case, "triton", divergence=kind, teacher_reduction=teacher_reduction)
 
 
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+def test_teacher_with_a_logit_of_minus_infinity(kind):
+    """The normaliser is finite, the teacher is not."""
+    case = make(2)
+    case.teachers[1].hidden[:, 0] = 1.0
+    case.teachers[1].weight[5, 0] = -torch.inf
+    for impl in ("triton", "reference"):
+        with pytest.raises(ValueError, match=r"teachers\[1\] has NaN or inf logits, first at row 0"):
+            solve(case, impl, divergence=kind)
+
+
 def test_student_that_is_not_finite():
     case = make(2)
     with torch.no_grad():
