@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 
 from . import rows
+from . import rows_math as layout
 from .heads import write_product
 from .torch_impl import StudentRows, TeacherRows
 from .types import Head, Rule
@@ -36,7 +37,7 @@ MERGE_ELEMENTS = 512
 
 @dataclass
 class TritonRows(StudentRows):
-    """Rows whose student results are views of ``table`` [rows.TABLE, c]; filled by the first
+    """Rows whose student results are views of ``table`` [layout.TABLE, c]; filled by the first
     teacher's sweep when ``pending``."""
 
     table: Tensor = field(kw_only=True)
@@ -44,16 +45,16 @@ class TritonRows(StudentRows):
 
     @classmethod
     def empty(cls, count: int, like: Tensor, labels: bool, full: bool, pending: bool) -> TritonRows:
-        table = like.new_empty(rows.TABLE, count)
+        table = like.new_empty(layout.TABLE, count)
         return cls._view(table, labels, full, pending)
 
     @classmethod
     def _view(cls, table: Tensor, labels: bool, full: bool, pending: bool) -> TritonRows:
         return cls(
-            lse=table[int(rows.LSE)],
-            entropy=table[int(rows.ENTROPY)] if full else None,
-            top1=table[int(rows.ARGMAX)] if full else None,
-            logprob=table[int(rows.LOGPROB)] if full and labels else None,
+            lse=table[int(layout.LSE)],
+            entropy=table[int(layout.ENTROPY)] if full else None,
+            top1=table[int(layout.ARGMAX)] if full else None,
+            logprob=table[int(layout.LOGPROB)] if full and labels else None,
             table=table,
             pending=pending,
         )
@@ -138,7 +139,7 @@ class TritonRowOps:
         out = self._teacher(student_head, head, z, t, student, weight, labels, full, full, before)
         if before > 0:
             self._fold("mixture", 0.0, z, acc, t, student, before)
-            top, end = int(rows.ACC_SIDE + rows.SIDE_TOP), int(rows.ACC_SIDE + rows.SIDE_WEIGHT)
+            top, end = int(layout.ACC_SIDE + layout.SIDE_TOP), int(layout.ACC_SIDE + layout.SIDE_WEIGHT)
             student.table[top:end] = 0.0
             student.table[end] = 1.0
         return out
@@ -242,13 +243,13 @@ class TritonRowOps:
         results, finite = self._statistics(
             student, z, labels, student_head=pending, head=head, t=t, weight=weight, cross=cross, side=side_of(before)
         )
-        out = TeacherRows(torch.zeros_like(finite, dtype=torch.float32), results[int(rows.MEAN_GAP)], finite)
+        out = TeacherRows(torch.zeros_like(finite, dtype=torch.float32), results[int(layout.MEAN_GAP)], finite)
         if cross:
-            out.reverse_kl, out.forward_kl = results[int(rows.REVERSE_KL)], results[int(rows.FORWARD_KL)]
+            out.reverse_kl, out.forward_kl = results[int(layout.REVERSE_KL)], results[int(layout.FORWARD_KL)]
         if full:
-            out.entropy, out.top1_prob = results[int(rows.Q_ENTROPY)], results[int(rows.Q_TOP1)]
-            out.agreement = results[int(rows.Q_AGREES)]
-            out.logprob = None if labels is None else results[int(rows.Q_LOGPROB)]
+            out.entropy, out.top1_prob = results[int(layout.Q_ENTROPY)], results[int(layout.Q_TOP1)]
+            out.agreement = results[int(layout.Q_AGREES)]
+            out.logprob = None if labels is None else results[int(layout.Q_LOGPROB)]
         return out
 
     def _statistics(
@@ -272,8 +273,8 @@ class TritonRowOps:
         """
         count, full = z.shape[0], student.entropy is not None
         t = z if t is None else t
-        partial = z.new_empty(rows.PARTIALS, count, self.splits)
-        results = z.new_empty(rows.RESULTS, count)
+        partial = z.new_empty(layout.PARTIALS, count, self.splits)
+        results = z.new_empty(layout.RESULTS, count)
         finite = torch.empty(count, dtype=torch.bool, device=z.device)
         flags = {"STUDENT": student_head is not None, "TEACHER": head is not None, "CROSS": cross, "FULL": full}
         self._launch(
@@ -380,7 +381,7 @@ def parameter(rule: Rule) -> float:
 
 def side_of(before: int) -> int:
     """Where the table describes a teacher's raw logits: a row's first teacher lies in ``acc``."""
-    return int(rows.ACC_SIDE if before == 0 else rows.T_SIDE)
+    return int(layout.ACC_SIDE if before == 0 else layout.T_SIDE)
 
 
 def finishing(prefix: str, head: Head | None, like: Tensor) -> dict[str, Any]:
