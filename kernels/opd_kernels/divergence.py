@@ -15,7 +15,7 @@ from .heads import Wants
 from .row_ops import choose_impl
 from .selection import RowPlan, plan_rows
 from .types import DivergenceOutput, Problem, TeacherHead, TokenStats
-from .validation import check_group, check_impl, make_problem, make_student
+from .validation import check_impl, make_problem, make_student
 
 __all__ = ["DivergenceOutput", "TeacherHead", "TokenStats", "from_trl_beta", "linear_divergence"]
 
@@ -80,11 +80,17 @@ def linear_divergence(
         workspace_bytes: budget for temporaries, default 1 GiB. Outputs, gradients and the float32
             accumulator of a half-precision weight gradient are not counted.
         vocab_size: number of valid leading vocabulary rows of every head; required when widths
-            differ.
+            differ. With ``group``, of all ranks together.
         student_bias: [V] or None; a -inf entry switches its column off (see ``types.FLOOR``).
         student_logit_scale: positive factor of the student's logits.
         student_softcap: positive cap of the student's logits, or None.
-        group: vocabulary-parallel process group.
+        group: ``torch.distributed.ProcessGroup`` whose ranks each hold consecutive vocabulary rows
+            of the student's and of every teacher's weight (and bias), split at the same ids; uneven
+            shards are allowed, and padding beyond ``vocab_size`` on the last ranks. Everything else
+            is the same on all ranks: hidden states, mix, token_weight, labels (global ids) and
+            options. Every rank gets the whole loss, statistics and hidden gradient (the op sums it
+            over the ranks itself: do not reduce it again) and its own shard's weight gradient. All
+            ranks must call the op and its backward pass. See ``vocab_parallel``.
 
     Returns:
         ``DivergenceOutput``: ``loss``, ``token_loss`` and ``stats``, in float32 (float64 for
@@ -94,7 +100,6 @@ def linear_divergence(
         ValueError: an argument is invalid, or a teacher's logits hold NaN or inf on a computed row.
     """
     check_impl(impl)
-    check_group(group)
     student = make_student(
         student_hidden, student_weight, student_bias, student_logit_scale, student_softcap, temperature
     )
@@ -112,8 +117,9 @@ def linear_divergence(
         stats=stats,
         workspace_bytes=workspace_bytes,
         vocab_size=vocab_size,
+        group=group,
     )
-    chosen = choose_impl(impl, student_hidden.device.type, problem.compute_dtype)
+    chosen = choose_impl(impl, student_hidden.device.type, problem.compute_dtype, problem.shards is not None)
     if chosen == "reference":
         from .reference import reference_divergence
 

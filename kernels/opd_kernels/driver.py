@@ -21,7 +21,7 @@ from .selection import RowPlan
 from .torch_impl import StudentRows, TeacherRows
 from .types import Head, Problem, TokenStats
 
-_TEACHER_STATS = {
+TEACHER_STATS = {
     "entropy": "teacher_entropy",
     "top1_prob": "teacher_top1_prob",
     "agreement": "top1_agreement",
@@ -52,7 +52,7 @@ class Workspace:
         """Buffers of ``vocab`` columns whose rows lie ``width`` elements apart."""
         self.plan = plan
         width = vocab if width is None else width
-        storage = like.new_empty(buffers, plan.chunk_rows, width)[..., :vocab]
+        self.storage = storage = like.new_empty(buffers, plan.chunk_rows, width)[..., :vocab]
         self.z, self.acc, self.t = storage[0], storage[min(1, buffers - 1)], storage[buffers - 1]
         self.tile = like.new_empty(plan.weight_rows * tile_width) if plan.weight_rows else None
         self.gradient = None
@@ -72,6 +72,10 @@ def run_divergence(problem: Problem, rows: RowPlan, row_scale: Tensor | None, wa
     Raises:
         ValueError: a teacher's logits hold NaN or inf; names the teacher and the first row.
     """
+    if problem.shards is not None:
+        from .vocab_parallel import run_sharded
+
+        return run_sharded(problem, rows, row_scale, wants)
     like = problem.student.hidden.new_empty(0, dtype=problem.compute_dtype)
     outcome = Outcome(like.new_full((problem.rows,), float("nan")), None)
     if problem.stats:
@@ -242,7 +246,7 @@ class _Pass:
         stats = self.outcome.stats
         if stats is None:
             return
-        for source, name in _TEACHER_STATS.items():
+        for source, name in TEACHER_STATS.items():
             target, values = getattr(stats, name), getattr(result, source)
             if target is not None and values is not None:
                 self.rows.scatter(target, values, left, right, column=k)

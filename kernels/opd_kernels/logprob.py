@@ -13,21 +13,20 @@ from .chunking import plan_chunks, spans
 from .divergence import cast_gradients, no_autocast, wanted
 from .driver import GradientSink, Outcome, Workspace, run_divergence
 from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast
+from .label_sets import LabelSetLogprob, LabelSets
 from .row_ops import RowOps, choose_impl, make_row_ops, row_layout
 from .selection import RowPlan, plan_rows
 from .types import STATS_ONLY, Head, LogprobOutput, TeacherHead, TokenStats
 from .validation import (
-    align_vocabularies,
-    check_group,
     check_impl,
     check_labels,
     check_positive,
-    check_vector,
     compute_dtype_of,
     make_head,
     make_problem,
     make_student,
     make_workspace_bytes,
+    split_vocabularies,
 )
 
 __all__ = ["LogprobOutput", "linear_logprob", "token_stats"]
@@ -63,7 +62,6 @@ def token_stats(
         ValueError: an argument is invalid, or a teacher's logits hold NaN or inf on a computed row.
     """
     check_impl(impl)
-    check_group(group)
     student = make_student(
         student_hidden, student_weight, student_bias, student_logit_scale, student_softcap, temperature
     )
@@ -81,9 +79,10 @@ def token_stats(
         stats=True,
         workspace_bytes=workspace_bytes,
         vocab_size=vocab_size,
+        group=group,
     )
     with torch.no_grad(), no_autocast(student_hidden.device):
-        chosen = choose_impl(impl, student_hidden.device.type, problem.compute_dtype)
+        chosen = choose_impl(impl, student_hidden.device.type, problem.compute_dtype, problem.shards is not None)
         if chosen == "reference":
             from .reference import reference_divergence
 
@@ -108,6 +107,7 @@ def linear_logprob(
     impl: str = "auto",
     workspace_bytes: int | None = None,
     vocab_size: int | None = None,
+    tail: bool = False,
     group: Any = None,
 ) -> LogprobOutput:
     """Differentiable log p(label) and entropy of every row, without [N, V] logits.
@@ -119,40 +119,48 @@ def linear_logprob(
     Args:
         hidden: [N, d] float32, bfloat16, float16 or float64, row-major.
         weight: [V, d], same dtype.
-        labels: [N] int64 token ids in [0, V).
+        labels: [N] or [N, L] int64 token ids in [0, V); L ids per row share the row's logits.
         bias: [V] or None.
         logit_scale: positive factor of the logits.
         softcap: positive cap of the logits, or None.
         temperature: divides the logits.
-        impl: "torch", "reference", "triton" or "auto".
+        impl: "torch", "reference", "triton" or "auto"; "triton" takes labels [N] without ``tail``
+            or ``group``, where "auto" uses "torch".
         workspace_bytes: budget for temporaries, default 1 GiB.
-        vocab_size: number of valid leading vocabulary rows, default all.
-        group: vocabulary-parallel process group.
+        vocab_size: number of valid leading vocabulary rows, default all; with ``group``, of all
+            ranks together.
+        tail: also return the log of the probability that is not on a row's labels, summed over
+            those columns themselves, so that a small tail keeps its precision.
+        group: process group whose ranks hold consecutive vocabulary rows of ``weight`` and
+            ``bias``, as in ``linear_divergence``; labels are global ids.
 
     Returns:
-        ``LogprobOutput`` with ``logprob`` [N] and ``entropy`` [N], float32 (float64 for float64
-        inputs).
+        ``LogprobOutput`` with ``logprob`` of the shape of ``labels``, ``entropy`` [N] and ``tail``
+        [N] or None, float32 (float64 for float64 inputs). A tail of no column is -inf.
 
     Raises:
         ValueError: an argument is invalid.
     """
     check_impl(impl)
-    check_group(group)
     check_positive("temperature", temperature)
     head = make_head("", hidden, weight, bias, logit_scale, softcap, temperature)
-    (head,) = align_vocabularies((head,), vocab_size)
-    check_vector("labels", labels, hidden.shape[0], hidden.device, integer=True)
-    check_labels(labels, head.vocab)
     budget = make_workspace_bytes(workspace_bytes)
-    chosen = choose_impl(impl, hidden.device.type, compute_dtype_of((head,)))
+    (head,), shards = split_vocabularies((head,), vocab_size, group, (tail, budget, "linear_logprob"))
+    check_labels(labels, head.vocab if shards is None else shards.vocab, hidden)
+    chosen = choose_impl(impl, hidden.device.type, compute_dtype_of((head,)), shards is not None)
     if chosen == "reference":
         from .reference import reference_logprob
 
-        return reference_logprob(head, labels)
-    logprob, entropy = _LinearLogprob.apply(
-        hidden, weight, bias, _LogprobCall(head, labels, budget, chosen), wanted(hidden, weight, bias)
-    )
-    return LogprobOutput(logprob, entropy)
+        return reference_logprob(head, labels, tail)
+    wants = wanted(hidden, weight, bias)
+    if labels.dim() == 1 and not tail and shards is None:
+        logprob, entropy = _LinearLogprob.apply(hidden, weight, bias, _LogprobCall(head, labels, budget, chosen), wants)
+        return LogprobOutput(logprob, entropy)
+    if impl == "triton":
+        raise ValueError("impl='triton' takes labels [N] without tail: use impl='auto' or 'torch'")
+    call = LabelSets(head, labels if labels.dim() == 2 else labels[:, None], tail, budget, shards)
+    logprob, entropy, mass = LabelSetLogprob.apply(hidden, weight, bias, call, wants)
+    return LogprobOutput(logprob if labels.dim() == 2 else logprob[:, 0], entropy, mass if tail else None)
 
 
 @dataclass(frozen=True)

@@ -54,12 +54,16 @@ def reference_divergence(problem: Problem) -> DivergenceOutput:
     return DivergenceOutput(loss, token_loss, stats)
 
 
-def reference_logprob(head: Head, labels: Tensor) -> LogprobOutput:
-    """log p(label) and entropy, differentiable by autograd."""
+def reference_logprob(head: Head, labels: Tensor, tail: bool = False) -> LogprobOutput:
+    """log p(label), entropy and the log-mass of all other columns, differentiable by autograd."""
     every = torch.arange(labels.shape[0], device=labels.device)
     dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
     logp = log_probs(head, every, dtype)
-    return LogprobOutput(logp.gather(1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(1))
+    columns = labels if labels.dim() == 2 else labels[:, None]
+    logprob, entropy = logp.gather(1, columns), -(logp.exp() * logp).sum(1)
+    others = torch.ones_like(logp, dtype=torch.bool).scatter_(1, columns, False)
+    mass = torch.where(others, logp, -math.inf).logsumexp(1) if tail else None
+    return LogprobOutput(logprob if labels.dim() == 2 else logprob[:, 0], entropy, mass)
 
 
 def log_probs(head: Head, rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -88,17 +88,22 @@ class RowOps(Protocol):
     ) -> None: ...
 
 
-def choose_impl(impl: str, device: str, compute_dtype: torch.dtype) -> str:
+def choose_impl(impl: str, device: str, compute_dtype: torch.dtype, sharded: bool = False) -> str:
     """The implementation that runs; says once per process what "auto" means here.
 
     Args:
         impl: as the caller gave it.
         device: device type of the tensors.
         compute_dtype: float64 when every head is, else float32.
+        sharded: the vocabulary is split over ranks.
 
     Raises:
-        ValueError: impl="triton" cannot serve this device or dtype.
+        ValueError: impl="triton" cannot serve this device or dtype, or ``impl`` no split.
     """
+    if sharded:
+        if impl not in ("auto", "torch"):
+            raise ValueError(f"impl={impl!r} does not serve a vocabulary split over a group: use 'auto' or 'torch'")
+        return "torch"
     if impl == "auto":
         chosen = "triton" if device == "cuda" and compute_dtype == torch.float32 and has_triton() else "torch"
         _log_choice(chosen, device)

@@ -67,7 +67,7 @@ class TorchRowOps:
         self.scratch = like.new_empty(SCRATCH_TILES, tile_rows, vocab)
         self.clamp = 83.0 if like.dtype == torch.float32 else 700.0
 
-    def _tiles(self, rows: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    def tiles(self, rows: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         for start, stop in spans(rows, self.tile_rows):
             s1, s2, s3 = self.scratch[:, : stop - start]
             yield slice(start, stop), s1, s2, s3
@@ -86,12 +86,12 @@ class TorchRowOps:
         out = StudentRows(z.new_empty(z.shape[0]))
         if full:
             out.entropy, out.top1 = z.new_empty(z.shape[0]), torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
-        for rows, s1, s2, _ in self._tiles(z.shape[0]):
+        for rows, s1, s2, _ in self.tiles(z.shape[0]):
             x = z[rows]
             out.lse[rows] = _normalise(x, s1)[0]
             if full:
                 torch.exp(x, out=s1)
-                out.entropy[rows] = _dot(s1, x, s2).neg_()  # type: ignore[index]
+                out.entropy[rows] = dot(s1, x, s2).neg_()  # type: ignore[index]
                 out.top1[rows] = x.argmax(1)  # type: ignore[index]
         if labels is not None and full:
             out.logprob = z.gather(1, labels[:, None])[:, 0]
@@ -139,12 +139,12 @@ class TorchRowOps:
         out = TeacherRows(value, None if rule.kind == "forward_kl" else mean, finite)
         if full:
             _allocate(out, z, labels)
-        for rows, s1, s2, s3 in self._tiles(count):
+        for rows, s1, s2, s3 in self.tiles(count):
             x, y = z[rows], t[rows]
             finite[rows] = torch.isfinite(_normalise(y, s1)[1])
             if full:
                 self._teacher_stats(out, rows, x, y, student, labels, (s1, s2))
-            tile = _Tile(
+            tile = Tile(
                 x=x,
                 y=y,
                 acc=None if acc is None else acc[rows],
@@ -155,7 +155,7 @@ class TorchRowOps:
                 scratch=(s1, s2, s3),
                 clamp=self.clamp,
             )
-            _SWEEPS[rule.kind](rule, tile)
+            SWEEPS[rule.kind](rule, tile)
         finite &= torch.isfinite(value if out.reverse_kl is None else value + out.reverse_kl)
         return out
 
@@ -181,7 +181,7 @@ class TorchRowOps:
         if full:
             _allocate(out, z, labels)
         log_weight = weight.log()[:, None]
-        for rows, s1, s2, _ in self._tiles(count):
+        for rows, s1, s2, _ in self.tiles(count):
             y = t[rows]
             finite[rows] = torch.isfinite(_normalise(y, s1)[1])
             if full:
@@ -196,11 +196,11 @@ class TorchRowOps:
         gradient follows."""
         value, mean = z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
         one = value.new_ones(1, 1)
-        for rows, *scratch in self._tiles(z.shape[0]):
+        for rows, *scratch in self.tiles(z.shape[0]):
             x, y, (s1, s2, s3) = z[rows], acc[rows], scratch
             _normalise(y, s1)
             kept = y if keep else None
-            _SWEEPS[rule.kind](rule, _Tile(x, y, kept, True, one, value[rows], mean[rows], (s1, s2, s3), self.clamp))
+            SWEEPS[rule.kind](rule, Tile(x, y, kept, True, one, value[rows], mean[rows], (s1, s2, s3), self.clamp))
         return TeacherRows(value, None if rule.kind == "forward_kl" else mean, torch.isfinite(value))
 
     def gradient_rows(
@@ -236,7 +236,7 @@ class TorchRowOps:
             out: [c, V] of any floating dtype; may be ``acc``.
         """
         in_place = out.data_ptr() == acc.data_ptr()
-        for rows, s1, s2, _ in self._tiles(z.shape[0]):
+        for rows, s1, s2, _ in self.tiles(z.shape[0]):
             x, a = z[rows], acc[rows]
             torch.exp(x, out=s1)
             if rule.kind == "forward_kl":
@@ -245,7 +245,7 @@ class TorchRowOps:
                 a.sub_(acc_mean[rows, None]).mul_(s1)
             a.mul_(row_scale[rows, None])
             if softcap is not None:
-                _softcap_slope(x, student.lse[rows], softcap, s2)
+                softcap_slope(x, student.lse[rows], softcap, s2)
                 a.mul_(s2)
             if not in_place:
                 out[rows] = a
@@ -267,10 +267,10 @@ class TorchRowOps:
 
         d log p(y) / d z = 1_y - p and d H / d z = -p (log p + H).
         """
-        for rows, s1, s2, _ in self._tiles(z.shape[0]):
+        for rows, s1, s2, _ in self.tiles(z.shape[0]):
             x, up = z[rows], logprob_scale[rows, None]
             if softcap is not None:
-                _softcap_slope(x, student.lse[rows], softcap, s2)
+                softcap_slope(x, student.lse[rows], softcap, s2)
             torch.exp(x, out=s1)
             if entropy_scale is None:
                 torch.mul(s1, -up, out=x)
@@ -295,7 +295,7 @@ class TorchRowOps:
         """Fill the statistics of one tile; ``x`` and ``y`` are normalised log-probabilities."""
         s1, s2 = scratch
         torch.exp(y, out=s1)
-        out.entropy[rows] = _dot(s1, y, s2).neg_()  # type: ignore[index]
+        out.entropy[rows] = dot(s1, y, s2).neg_()  # type: ignore[index]
         torch.sub(y, x, out=s2)
         out.forward_kl[rows] = s1.mul_(s2).sum(1)  # type: ignore[index]
         torch.exp(x, out=s1)
@@ -308,7 +308,7 @@ class TorchRowOps:
 
 
 @dataclass
-class _Tile:
+class Tile:
     """Operands of one divergence sweep over r rows.
 
     Attributes:
@@ -344,17 +344,17 @@ class _Tile:
             self.acc.addcmul_(term, weight)
 
 
-def _reverse_kl(rule: Rule, tile: _Tile) -> None:
+def _reverse_kl(rule: Rule, tile: Tile) -> None:
     """a = log p - log q."""
     s1, s2, _ = tile.scratch
     gap = torch.sub(tile.x, tile.y, out=tile.y)
     torch.exp(tile.x, out=s1)
-    tile.value.copy_(_dot(s1, gap, s2))
+    tile.value.copy_(dot(s1, gap, s2))
     tile.mean.copy_(tile.value)
     tile.accumulate(gap)
 
 
-def _forward_kl(rule: Rule, tile: _Tile) -> None:
+def _forward_kl(rule: Rule, tile: Tile) -> None:
     """The accumulator holds weight * q itself."""
     s1, _, _ = tile.scratch
     torch.exp(tile.y, out=s1)
@@ -363,7 +363,7 @@ def _forward_kl(rule: Rule, tile: _Tile) -> None:
     tile.accumulate(s1)
 
 
-def _jsd(rule: Rule, tile: _Tile) -> None:
+def _jsd(rule: Rule, tile: Tile) -> None:
     """With L = log(1 - b + b e^r): log(p/m) = -L, log(q/m) = r - L, a = -(1 - b) L.
 
     The exponent is clamped; where it is, p is 0 to the precision of the dtype.
@@ -380,7 +380,7 @@ def _jsd(rule: Rule, tile: _Tile) -> None:
     tile.accumulate(s1, rule.beta - 1.0)
 
 
-def _skew_kl(rule: Rule, tile: _Tile) -> None:
+def _skew_kl(rule: Rule, tile: Tile) -> None:
     """With D = alpha + (1 - alpha) e^-r: log(q/m) = -log D, a = -(1 - alpha) / D."""
     s1, s2, s3 = tile.scratch
     torch.exp(tile.y, out=s3)
@@ -395,12 +395,12 @@ def _skew_kl(rule: Rule, tile: _Tile) -> None:
     tile.accumulate(s1, rule.alpha - 1.0)
 
 
-def _stats_only(rule: Rule, tile: _Tile) -> None:
+def _stats_only(rule: Rule, tile: Tile) -> None:
     """No divergence is asked for."""
     tile.value.zero_()
 
 
-_SWEEPS = {
+SWEEPS = {
     "reverse_kl": _reverse_kl,
     "forward_kl": _forward_kl,
     "jsd": _jsd,
@@ -423,13 +423,13 @@ def _normalise(x: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
     return (top + log_sum)[:, 0], log_sum[:, 0]
 
 
-def _dot(left: Tensor, right: Tensor, scratch: Tensor) -> Tensor:
+def dot(left: Tensor, right: Tensor, scratch: Tensor) -> Tensor:
     """Row-wise inner product [r]; a product and a pairwise sum, since a GEMM would neither be as
     accurate nor free."""
     return torch.mul(left, right, out=scratch).sum(1)
 
 
-def _softcap_slope(log_probs: Tensor, lse: Tensor, softcap: float, out: Tensor) -> None:
+def softcap_slope(log_probs: Tensor, lse: Tensor, softcap: float, out: Tensor) -> None:
     """1 - (logits / softcap)^2 into ``out``; the logits are ``log_probs + lse``."""
     torch.add(log_probs, lse[:, None], out=out)
     out.square_().mul_(-1.0 / softcap**2).add_(1.0)

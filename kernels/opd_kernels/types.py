@@ -6,9 +6,13 @@ Shapes: N tokens, V vocabulary columns, K teachers, d a hidden size, c rows of o
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .shards import Shards
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
 TEACHER_REDUCTIONS = ("sum", "mixture")
@@ -108,10 +112,17 @@ class DivergenceOutput:
 
 @dataclass(frozen=True)
 class LogprobOutput:
-    """Result of ``linear_logprob``: differentiable ``logprob`` [N] and ``entropy`` [N], nats."""
+    """Result of ``linear_logprob``, differentiable, in nats.
+
+    Attributes:
+        logprob: [N] or [N, L] log p(label).
+        entropy: [N].
+        tail: [N] log of the probability outside a row's labels; None unless asked for.
+    """
 
     logprob: Tensor
     entropy: Tensor
+    tail: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +177,7 @@ class Problem:
         token_weight: [N] in the compute dtype, or None for ones.
         labels: [N] int64 or None; checked on the rows that are computed.
         impl: whose row operations run, "torch" or "triton".
+        shards: how the vocabulary is split over ranks, or None when this process holds all of it.
     """
 
     student: Head
@@ -181,6 +193,7 @@ class Problem:
     workspace_bytes: int
     compute_dtype: torch.dtype
     impl: str = "torch"
+    shards: Shards | None = None
 
     @property
     def rows(self) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .chunking import DEFAULT_WORKSPACE_BYTES
+from .shards import Shards, check_group, make_shards
 from .types import DIVERGENCES, IMPLS, MAX_TEACHERS, REDUCTIONS, TEACHER_REDUCTIONS, Head, Problem, Rule, TeacherHead
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -158,6 +161,26 @@ def align_vocabularies(heads: tuple[Head, ...], vocab_size: int | None) -> tuple
     )
 
 
+def split_vocabularies(
+    heads: tuple[Head, ...], vocab_size: int | None, group: Any, settings: object
+) -> tuple[tuple[Head, ...], Shards | None]:
+    """``align_vocabularies``, and the split over the ranks of ``group`` if there is one; then a
+    head's ``vocab`` counts the valid columns of its shard."""
+    if not check_group(group):
+        return align_vocabularies(heads, vocab_size), None
+    tensors = [(h.weight.dtype, h.weight.shape[1], h.scale, h.softcap, h.temperature) for h in heads]
+    asked = [x is not None and x.requires_grad for x in (heads[0].hidden, heads[0].weight, heads[0].bias)]
+    shards = make_shards(
+        group,
+        [head.weight.shape[0] for head in heads],
+        vocab_size,
+        heads[0].hidden.shape[0],
+        (settings, vocab_size, tensors, asked, torch.is_grad_enabled()),
+        heads[0].hidden.device,
+    )
+    return tuple(replace(head, vocab=shards.local) for head in heads), shards
+
+
 def make_rule(divergence: str, jsd_beta: float, skew_alpha: float) -> Rule:
     """Check the divergence and its parameter."""
     check_choice("divergence", divergence, DIVERGENCES)
@@ -236,19 +259,18 @@ def check_values(mix: Tensor, token_weight: Tensor | None, reduction: str, label
     )
 
 
-def check_labels(labels: Tensor, vocab: int) -> None:
-    """Every label must be a column."""
+def check_labels(labels: object, vocab: int, hidden: Tensor) -> None:
+    """[N] or [N, L] int64, L at least 1, every label a column."""
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        labels = check_vector("labels", labels, hidden.shape[0], hidden.device, integer=True)
+    if labels.shape[0] != hidden.shape[0] or 0 in labels.shape:
+        raise ValueError(f"labels must have shape [{hidden.shape[0]}] or [{hidden.shape[0]}, L], got {[*labels.shape]}")
+    check_vector("labels", labels.flatten(), labels.numel(), hidden.device, integer=True)
     bad = (labels < 0) | (labels >= vocab)
     if bool(bad.any()):
-        row = int(torch.nonzero(bad)[0])
-        raise ValueError(f"labels[{row}] = {labels[row].item()} is outside [0, {vocab}): pass only rows with a token")
-
-
-def check_group(group: object) -> None:
-    if group is not None:
+        place = torch.nonzero(bad)[0].tolist()
         raise ValueError(
-            f"group={group!r}: vocabulary-parallel heads are not available in this build; gather the head's shards "
-            "and pass group=None"
+            f"labels{place} = {labels[tuple(place)].item()} is outside [0, {vocab}): pass only rows with a token"
         )
 
 
@@ -280,12 +302,16 @@ def make_problem(
     stats: bool,
     workspace_bytes: int | None,
     vocab_size: int | None,
+    group: Any = None,
 ) -> Problem:
     """Validate everything and return the normalised problem."""
     check_choice("teacher_reduction", teacher_reduction, TEACHER_REDUCTIONS)
     check_choice("reduction", reduction, REDUCTIONS)
     rule = make_rule(divergence, jsd_beta, skew_alpha)
-    student, *others = align_vocabularies((student, *make_teachers(teachers, student)), vocab_size)
+    budget = make_workspace_bytes(workspace_bytes)
+    settings = (rule, teacher_reduction, reduction, stats, labels is None, budget)
+    heads, shards = split_vocabularies((student, *make_teachers(teachers, student)), vocab_size, group, settings)
+    student, *others = heads
     dtype, device = compute_dtype_of((student, *others)), student.hidden.device
     rows = student.hidden.shape[0]
     weights, uniform = make_mix(mix, rows, len(others), dtype, device)
@@ -295,7 +321,7 @@ def make_problem(
         token_weight = token_weight.detach().to(dtype)
     if labels is not None:
         check_vector("labels", labels, rows, device, integer=True)
-    check_values(weights, token_weight, reduction, labels, student.vocab)
+    check_values(weights, token_weight, reduction, labels, student.vocab if shards is None else shards.vocab)
     mixture = teacher_reduction == "mixture"
     if mixture:
         total = weights.sum(1, keepdim=True)
@@ -311,8 +337,9 @@ def make_problem(
         labels=labels,
         reduction=reduction,
         stats=stats,
-        workspace_bytes=make_workspace_bytes(workspace_bytes),
+        workspace_bytes=budget,
         compute_dtype=dtype,
+        shards=shards,
     )
 
 
