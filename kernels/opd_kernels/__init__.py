@@ -3,6 +3,7 @@
 
 from .divergence import from_trl_beta, linear_divergence
 from .logprob import linear_logprob, token_stats
+from .sparse import topk_divergence
 from .types import DivergenceOutput, LogprobOutput, TeacherHead, TokenStats
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "linear_divergence",
     "linear_logprob",
     "token_stats",
+    "topk_divergence",
 ]

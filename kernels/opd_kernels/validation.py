@@ -224,6 +224,15 @@ def make_mix(
     return mix, False
 
 
+def make_token_weight(weight: Tensor | None, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """[N] detached, in the compute dtype; its values are left to ``check_values``."""
+    if weight is None:
+        return None
+    check_vector("token_weight", weight, rows, device)
+    check_constant("token_weight", weight)
+    return weight.detach().to(dtype)
+
+
 def check_values(mix: Tensor, token_weight: Tensor | None, reduction: str, labels: Tensor | None, vocab: int) -> None:
     """Checks that read data, with one device synchronisation while everything is in order."""
     bad_mix = ~(torch.isfinite(mix) & (mix >= 0))
@@ -315,10 +324,7 @@ def make_problem(
     dtype, device = compute_dtype_of((student, *others)), student.hidden.device
     rows = student.hidden.shape[0]
     weights, uniform = make_mix(mix, rows, len(others), dtype, device)
-    if token_weight is not None:
-        check_vector("token_weight", token_weight, rows, device)
-        check_constant("token_weight", token_weight)
-        token_weight = token_weight.detach().to(dtype)
+    token_weight = make_token_weight(token_weight, rows, dtype, device)
     if labels is not None:
         check_vector("labels", labels, rows, device, integer=True)
     check_values(weights, token_weight, reduction, labels, student.vocab if shards is None else shards.vocab)

@@ -1,0 +1,205 @@
+"""Log-probs of several labels per row, and the divergence from a teacher's k largest log-probs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opd_kernels import TeacherHead, linear_divergence, linear_logprob, topk_divergence
+
+KINDS = ["reverse_kl", "forward_kl", "jsd", "skew_kl"]
+SMALL = 30_000
+
+
+def listed(teacher, k, temperature=1.0):
+    logp = torch.log_softmax(teacher.hidden @ teacher.weight.t() / temperature, 1)
+    values, ids = logp.topk(k, 1)
+    return ids, values
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("tail", [False, True])
+def test_label_sets_equal_reference(make_case, softcap, tail):
+    """Gradients of log-probs, entropy and tail; labels may repeat; several chunks."""
+    case = make_case()
+    labels = torch.randint(0, 37, (11, 5), generator=torch.Generator().manual_seed(0))
+    labels[3, 1] = labels[3, 0]
+    bias = torch.linspace(-1, 1, 37, dtype=torch.float64)
+    bias[2] = -torch.inf
+    labels[labels == 2] = 3
+    bias.requires_grad_()
+    results = []
+    for impl in ("torch", "reference"):
+        out = linear_logprob(
+            *case.student,
+            labels,
+            bias=bias,
+            softcap=softcap,
+            logit_scale=1.3,
+            temperature=0.7,
+            impl=impl,
+            tail=tail,
+            workspace_bytes=SMALL,
+        )
+        values = [x for x in (out.logprob, out.entropy, out.tail) if x is not None]
+        total = sum((x * torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in values)
+        results.append([*values, *torch.autograd.grad(total, (*case.student, bias))])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_one_column_is_the_plain_call(make_case):
+    case = make_case()
+    plain = linear_logprob(*case.student, case.labels)
+    column = linear_logprob(*case.student, case.labels[:, None], tail=True)
+    torch.testing.assert_close(column.logprob[:, 0], plain.logprob)
+    torch.testing.assert_close(column.entropy, plain.entropy)
+    torch.testing.assert_close(column.logprob[:, 0].exp() + column.tail.exp(), torch.ones(11, dtype=torch.float64))
+
+
+def test_a_small_tail_keeps_its_precision(make_case):
+    """A tail below 1e-8: 1 - sum p would be all rounding error in float32, and so would its gradient."""
+    case = make_case(dtype=torch.float32, rows=3)
+    with torch.no_grad():
+        case.weight[:2] = 0.0
+        case.weight[:2, 0] = 5.0
+        case.hidden[:] = 0.0
+        case.hidden[:, 0] = 9.0
+    labels = torch.tensor([[0, 1]] * 3)
+    got = linear_logprob(*case.student, labels, tail=True)
+    exact = [x.detach().double().requires_grad_() for x in case.student]
+    want = linear_logprob(*exact, labels, tail=True, impl="reference")
+    assert want.tail.exp().max() < 1e-8
+    torch.testing.assert_close(got.tail.double(), want.tail, rtol=1e-6, atol=1e-6)
+    for a, b in zip(
+        torch.autograd.grad(got.tail.sum(), case.student), torch.autograd.grad(want.tail.sum(), exact), strict=True
+    ):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_tail_without_columns(make_case):
+    case = make_case(rows=3, vocab=5)
+    out = linear_logprob(*case.student, torch.arange(5).expand(3, 5).contiguous(), tail=True)
+    assert out.tail.isneginf().all()
+    gradients = torch.autograd.grad(out.tail.sum() + out.logprob.sum(), case.student)
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([[0, 37]] * 3), r"labels\[0, 1\] = 37 is outside"),
+        (torch.zeros(2, 4, dtype=torch.int64), r"labels must have shape \[3\] or \[3, L\], got \[2, 4\]"),
+        (torch.zeros(3, 0, dtype=torch.int64), r"got \[3, 0\]"),
+        (torch.zeros(3, 2, dtype=torch.int32), "int64"),
+    ],
+)
+def test_bad_label_sets(make_case, labels, message):
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(*make_case(rows=3).student, labels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_whole_list_is_the_exact_divergence(make_case, kind, reduction):
+    case = make_case(1)
+    ids, values = listed(case.teachers[0], 37, 1.3)
+    options = {"divergence": kind, "reduction": reduction, "token_weight": case.token_weight, "temperature": 1.3}
+    got = topk_divergence(*case.student, ids, values, **options)
+    want = linear_divergence(*case.student, case.teachers, impl="reference", **options)
+    torch.testing.assert_close(got.token_loss, want.token_loss, equal_nan=True)
+    torch.testing.assert_close(got.loss, want.loss)
+    gradients = [torch.autograd.grad(out.loss.sum(), case.student) for out in (got, want)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_lower_bound_that_grows_with_the_list(make_case, kind, dtype):
+    """Merging events never increases an f-divergence: nested lists give a growing bound."""
+    case = make_case(1, dtype=dtype, spread=2.0)
+    exact = linear_divergence(*case.student, case.teachers, divergence=kind).token_loss
+    slack = 1e-12 if dtype == torch.float64 else 1e-4
+    before = torch.zeros_like(exact)
+    for k in (1, 3, 8, 20, 36):
+        bound = topk_divergence(*case.student, *listed(case.teachers[0], k), divergence=kind).token_loss
+        assert (bound >= before - slack).all()
+        before = bound
+    assert (before <= exact + slack).all()
+    assert (exact - before).max() < 0.1 * exact.max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [1, 4])
+def test_gradcheck(make_case, kind, k):
+    case = make_case(1, rows=4, vocab=7, width=3)
+    ids, values = listed(case.teachers[0], k)
+    bias = torch.linspace(-1, 1, 7, dtype=torch.float64).requires_grad_()
+
+    def op(hidden, weight, bias):
+        return topk_divergence(
+            hidden,
+            weight,
+            ids,
+            values,
+            divergence=kind,
+            reduction="none",
+            token_weight=torch.tensor([0.5, 0.0, 1.0, 2.0]),
+            student_bias=bias,
+            student_softcap=3.0,
+            temperature=0.8,
+        ).loss
+
+    assert torch.autograd.gradcheck(op, (*case.student, bias))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tails_of_certain_models_in_float32(make_case, kind):
+    """Both models nearly certain: finite values and gradients, whichever tail is the smaller one."""
+    for student_scale, teacher_scale in ((40.0, 1.0), (1.0, 40.0), (40.0, 40.0)):
+        case = make_case(1, dtype=torch.float32)
+        case.hidden = (case.hidden.detach() * student_scale).requires_grad_()
+        teacher = case.teachers[0]
+        ids, values = listed(TeacherHead(teacher.hidden * teacher_scale, teacher.weight), 4)
+        out = topk_divergence(*case.student, ids, values.clamp(max=0.0), divergence=kind)
+        assert out.token_loss.isfinite().all()
+        assert (out.token_loss > -1e-5).all()
+        gradients = torch.autograd.grad(out.loss, case.student)
+        assert all(g.isfinite().all() for g in gradients)
+
+
+def test_rows_without_weight_are_not_read(make_case):
+    case = make_case(1)
+    ids, values = listed(case.teachers[0], 4)
+    want = topk_divergence(*case.student, ids, values, token_weight=case.token_weight)
+    skipped = case.token_weight == 0
+    ids[skipped], values[skipped] = -1, torch.nan
+    got = topk_divergence(*case.student, ids, values, token_weight=case.token_weight)
+    torch.testing.assert_close(got.loss, want.loss)
+    assert got.token_loss.isnan().equal(skipped)
+    none = topk_divergence(*case.student, ids, values, token_weight=torch.zeros(11), reduction="mean")
+    none.loss.backward()
+    assert none.loss == 0
+    assert case.hidden.grad.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i, v: (i.index_fill(1, torch.tensor([0, 1]), 5), v), "row 0 of the teacher's list lists an id twice"),
+        (lambda i, v: (i, v + 2.0), "row 0 .* NaN, infinite or above 0"),
+        (lambda i, v: (i, torch.full_like(v, -1.0)), "row 0 .* sums to a probability above 1"),
+        (lambda i, v: (i, v.index_fill(0, torch.tensor([2]), -torch.inf)), "row 2 .* infinite"),
+        (lambda i, v: (i[:, :2], v), r"topk_ids is \[3, 2\], topk_logprobs \[3, 4\]"),
+        (lambda i, v: (i.int(), v), "int64"),
+        (lambda i, v: (i, v.long()), "floating point"),
+        (lambda i, v: (i[:2], v), r"topk_ids must be a tensor \[N, k\] = \[3, k\], got \[2, 4\]"),
+        (lambda i, v: (i + 37, v), r"labels\[0, 0\]"),
+        (lambda i, v: (i, v.clone().requires_grad_()), "topk_logprobs requires a gradient"),
+    ],
+)
+def test_bad_lists(make_case, change, message):
+    case = make_case(1, rows=3)
+    with pytest.raises(ValueError, match=message):
+        topk_divergence(*case.student, *change(*listed(case.teachers[0], 4)))
