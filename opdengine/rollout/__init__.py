@@ -31,6 +31,10 @@ class Sampler(Protocol):
         """Make the sampler hold exactly ``weights`` (``state_dict`` names) and stamp ``version``."""
         ...
 
+    def sleep(self) -> None:
+        """Give memory back until the next call that needs it; does nothing where that is impossible."""
+        ...
+
     def close(self) -> None:
         """Give back memory and processes; the sampler cannot be used afterwards."""
         ...

@@ -13,8 +13,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opdengine.errors import ServiceError
+
 if TYPE_CHECKING:
-    from opdengine.rollout.vllm_worker import EngineInfo
+    from opdengine.rollout.vllm_extension import EngineInfo
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ CANCEL_SECONDS = 60.0
 WORKER = "from opdengine.rollout.vllm_worker import main; main()"
 
 
-class EngineError(RuntimeError):
+class EngineError(ServiceError):
     """The engine could not do what it was asked."""
 
 

@@ -64,6 +64,9 @@ class TransformersSampler:
                     own[name].copy_(value)
         self.policy_version = version
 
+    def sleep(self) -> None:
+        """The model is the trainer's own: there is nothing to give back."""
+
     def close(self) -> None:
         """Nothing is held beyond the model itself."""
 

@@ -14,51 +14,16 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
-from opdengine.rollout.policy_file import StoredPolicy, read_policy
+from opdengine.rollout.policy_file import StoredPolicy
+from opdengine.rollout.vllm_extension import WORKER_EXTENSION, EngineInfo
 
 PROBE_TOKENS = 16
 MIN_CPU_KV_BYTES, MAX_CPU_KV_BYTES = 64 << 20, 2 << 30
-
-
-@dataclass(frozen=True)
-class EngineInfo:
-    """What the engine says of itself once it has started.
-
-    Args:
-        is_cpu: whether this is a CPU build of vLLM.
-        window: most tokens of prompt and completion together.
-        vocabulary: number of rows of the embedding.
-        shapes: name -> shape of the model's whole ``state_dict``, in its order.
-        tied: name -> name of the weight that it shares its storage with.
-    """
-
-    is_cpu: bool
-    window: int
-    vocabulary: int
-    shapes: Mapping[str, tuple[int, ...]]
-    tied: Mapping[str, str]
-
-
-class PolicyLoader:
-    """Mixed into vLLM's workers (``worker_extension_cls``): replaces the model's weights in place."""
-
-    def load_policy_file(self: Any, path: str | None, names: Mapping[str, str]) -> None:
-        """Load a stored policy, or the model's own checkpoint when path is None."""
-        if path is None:
-            from vllm.model_executor.model_loader import get_model_loader
-
-            loader: Any = get_model_loader(self.vllm_config.load_config)
-            model_config = self.vllm_config.model_config
-            weights = loader.get_all_weights(model_config, self.model_runner.get_model())
-        else:
-            weights = read_policy(path, names)
-        self.reload_weights(weights_iterator=weights)
 
 
 class Cancelled(Exception):
@@ -84,6 +49,7 @@ class Engine:
         self.connection = connection
         self.version = 0
         self.asleep = False
+        self.leaving = False
         eager = config["enforce_eager"]
         kv_bytes = config["kv_cache_memory_bytes"]
         if self.is_cpu and kv_bytes is None:
@@ -101,18 +67,11 @@ class Engine:
             enforce_eager=self.is_cpu if eager is None else eager,
             enable_sleep_mode=config["enable_sleep_mode"] and not self.is_cpu,
             logprobs_mode="processed_logprobs",
-            worker_extension_cls=f"{PolicyLoader.__module__}.{PolicyLoader.__qualname__}",
+            worker_extension_cls=WORKER_EXTENSION,
         )
         self.tokenizer = self.llm.get_tokenizer()
         self.model_config = self.llm.llm_engine.model_config
-        shapes, tied = _model_weights(config["model"], config["trust_remote_code"])
-        self.info = EngineInfo(
-            is_cpu=self.is_cpu,
-            window=self.model_config.max_model_len,
-            vocabulary=self.model_config.get_vocab_size(),
-            shapes=shapes,
-            tied=tied,
-        )
+        self.info = EngineInfo(**self.llm.collective_rpc("describe_engine")[0])
 
     def generate(
         self,
@@ -167,7 +126,7 @@ class Engine:
             while engine.has_unfinished_requests():
                 finished += [output for output in engine.step() if output.finished]
                 if self.connection.poll():
-                    self.connection.recv()
+                    self.leaving = self.connection.recv()[0] == "exit"
                     raise Cancelled
         except BaseException:
             left = list(engine.output_processor.request_states)
@@ -248,26 +207,6 @@ def _cpu_kv_bytes(config: Mapping[str, Any]) -> int:
     return max(wanted, sequence, MIN_CPU_KV_BYTES)
 
 
-def _model_weights(model: str, trust_remote_code: bool) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Names and shapes of the ``state_dict``, and which names share storage; allocates nothing."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    empty.tie_weights()
-    shapes: dict[str, tuple[int, ...]] = {}
-    tied: dict[str, str] = {}
-    owner: dict[int, str] = {}
-    for name, tensor in empty.state_dict(keep_vars=True).items():
-        shapes[name] = tuple(tensor.shape)
-        first = owner.setdefault(id(tensor), name)
-        if first != name:
-            tied[name] = first
-    return shapes, tied
-
-
 def _leave_with_parent(parent: int, folders: Sequence[str]) -> None:
     """Watch for the parent's death; a generation in flight would otherwise outlive it."""
     while os.getppid() == parent:
@@ -305,7 +244,7 @@ def main() -> None:
         connection.send(("failed", f"{type(error).__name__}: {error}"))
         return
     connection.send(("ok", engine.info))
-    while True:
+    while not engine.leaving:
         try:
             operation, payload = connection.recv()
             if operation == "exit":

@@ -1,0 +1,141 @@
+"""JSON over HTTP with errors that tell apart who failed: many requests at a time, all or none."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from typing import Any
+from urllib.parse import urlsplit
+
+
+class HTTPError(RuntimeError):
+    """The server answered with an error; ``status`` is its number."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"HTTP {status}: {message}")
+        self.status = status
+
+
+class UnreachableError(RuntimeError):
+    """The server could not be reached or broke the connection."""
+
+
+class SilentError(RuntimeError):
+    """The server did not answer in time."""
+
+
+class GarbledError(RuntimeError):
+    """The answer is not what it should be."""
+
+
+class JSONClient:
+    """Talks JSON with one server.
+
+    Args:
+        base_url: ``http://host:port``, with a path before the endpoints if need be.
+        concurrency: requests in flight at a time.
+    """
+
+    def __init__(self, base_url: str, concurrency: int = 256) -> None:
+        parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{base_url!r} is not a server's address; write it like http://127.0.0.1:8000")
+        self.base_url = base_url.rstrip("/")
+        self.host = parts.hostname
+        self.concurrency = concurrency
+        self._kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+        self._port = parts.port
+        self._path = parts.path.rstrip("/")
+
+    def call(self, path: str, body: Any = None, timeout: float = 60.0) -> Any:
+        """POST ``body`` (GET without one); returns the answer's JSON, None if it is empty."""
+        (answer,) = self.call_all(path, [body], timeout)
+        return answer
+
+    def call_all(self, path: str, bodies: Sequence[Any], timeout: float) -> list[Any]:
+        """One request for each body; the first failure ends the others.
+
+        Args:
+            path: endpoint.
+            bodies: JSON values; None for a GET.
+            timeout: seconds that the server may be silent.
+
+        Raises:
+            HTTPError, UnreachableError, SilentError, GarbledError: see there.
+        """
+        open_connections: set[HTTPConnection] = set()
+        local = threading.local()
+        guard = threading.Lock()
+        over = threading.Event()
+
+        def one(body: Any) -> Any:
+            if not hasattr(local, "connection"):
+                local.connection = self._kind(self.host, self._port, timeout=timeout)
+                with guard:
+                    open_connections.add(local.connection)
+            if over.is_set():
+                raise UnreachableError("given up")
+            return self._exchange(local.connection, path, body, timeout)
+
+        pool = ThreadPoolExecutor(max(1, min(self.concurrency, len(bodies))), thread_name_prefix="http")
+        try:
+            futures = [pool.submit(one, body) for body in bodies]
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                if (error := future.exception()) is not None:
+                    raise error
+            return [future.result() for future in futures]
+        finally:
+            # The server drops the requests of connections that end.
+            over.set()
+            with guard:
+                for connection in open_connections:
+                    _hang_up(connection)
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _exchange(self, connection: HTTPConnection, path: str, body: Any, timeout: float) -> Any:
+        where = f"{self.base_url}{path}"
+        data = None if body is None else json.dumps(body).encode()
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        try:
+            connection.request("GET" if body is None else "POST", self._path + path, data, headers)
+            response = connection.getresponse()
+            content = response.read()
+        except TimeoutError:
+            raise SilentError(f"{where} gave no answer in {timeout:.0f} s") from None
+        except (OSError, HTTPException) as error:
+            raise UnreachableError(f"{where}: {type(error).__name__}: {error}") from error
+        if response.status != 200:
+            raise HTTPError(response.status, f"{where}: {_message(content)}")
+        if not content:
+            return None
+        try:
+            return json.loads(content)
+        except ValueError:
+            raise GarbledError(f"{where} answered with something that is not JSON: {content[:200]!r}") from None
+
+
+def _message(content: bytes) -> str:
+    """What an error page says, briefly."""
+    try:
+        answer = json.loads(content)
+    except ValueError:
+        return repr(content[:300])
+    if isinstance(answer, Mapping):
+        error = answer.get("error", answer.get("detail", answer))
+        return str(error.get("message", error) if isinstance(error, Mapping) else error)[:600]
+    return str(answer)[:600]
+
+
+def _hang_up(connection: HTTPConnection) -> None:
+    """Close from any thread; a thread that reads from it gets an error at once."""
+    sock = connection.sock
+    if sock is not None:
+        with contextlib.suppress(OSError):  # already closed
+            sock.shutdown(socket.SHUT_RDWR)
+    connection.close()

@@ -1,0 +1,204 @@
+"""What every way of running vLLM shares: checks, seeds, weight files and version stamps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from opdengine.rollout.engine_process import EngineError
+from opdengine.rollout.policy_file import StoredPolicy, collect_policy, write_policy
+from opdengine.rollout.transformers import check_room, stream_key
+from opdengine.rollout.vllm_extension import EngineInfo
+from opdengine.types import Completion, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    import torch
+
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0
+
+Sample = tuple[np.ndarray, np.ndarray, str, str]
+"""Token ids, log-probs, reason of the end, text."""
+
+
+class VLLMBase(ABC):
+    """A :class:`~opdengine.rollout.Sampler` on some running vLLM engine.
+
+    The last policy is kept as a file until the next one is loaded, so that an engine that was
+    started again can be given it. Calls take turns; they may come from several threads.
+
+    Args:
+        folders: for weight files, best first; the engine must be able to read them.
+    """
+
+    info: EngineInfo
+
+    def __init__(self, folders: Sequence[str]) -> None:
+        self.policy_version = 0
+        self._folders = list(folders)
+        self._policy: StoredPolicy | None = None
+        self._lock = threading.RLock()
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
+        """See :class:`~opdengine.rollout.Sampler`.
+
+        Log-probs are those of the distribution that was sampled from, after temperature, penalty,
+        top-k and top-p; greedy completions carry the log-probs of temperature 1.
+
+        Raises:
+            ValueError: a prompt is empty, has an id outside the vocabulary or leaves no room for
+                ``max_tokens`` (names its id), or vLLM cannot sample with these parameters.
+            EngineError: the engine failed.
+        """
+        _check_temperature(params.temperature)
+        prompts = [self._prompt_ids(request, params.max_tokens) for request in requests]
+        if not prompts:
+            return []
+        seeds = [[_seed(params, r, i) for i in range(params.n)] for r in requests]
+        sampling = {
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "repetition_penalty": params.repetition_penalty,
+            "stop": list(params.stop),
+        }
+        with self._lock:
+            version, samples = self._sample(prompts, seeds, sampling)
+            if version != self.policy_version:
+                self._distrust()
+                raise EngineError(
+                    f"the engine sampled with policy {version} instead of {self.policy_version}; "
+                    "nothing was returned, and the next call reloads the policy"
+                )
+        completions = [_completion(sample) for sample in samples]
+        return [completions[i : i + params.n] for i in range(0, len(completions), params.n)]
+
+    def load_policy(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Make the engine hold exactly ``weights`` and stamp ``version``; resets the prefix cache.
+
+        When this raises, the sampler still stands for the previous policy.
+
+        Args:
+            version: optimiser steps taken by the weights.
+            weights: the whole model, ``state_dict().items()``; a tied head may be left out.
+
+        Raises:
+            ValueError: a name or shape is not the model's; nothing was sent.
+            EngineError: the engine could not load them.
+        """
+        tensors, names = collect_policy(weights, self.info.shapes, self.info.tied)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        with self._lock:
+            path = self._new_file(version, size)
+            try:
+                policy = write_policy(version, tensors, names, path)
+                self._load(policy)
+            except BaseException:
+                # Whether the new weights arrived is unknown: start again from the last known.
+                self._distrust()
+                Path(path).unlink(missing_ok=True)
+                raise
+            previous, self._policy, self.policy_version = self._policy, policy, version
+        if previous is not None:
+            Path(previous.path).unlink(missing_ok=True)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what is held; safe to call again and from another thread."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def _sample(
+        self, prompts: Sequence[np.ndarray], seeds: Sequence[Sequence[int]], sampling: Mapping[str, Any]
+    ) -> tuple[int, list[Sample]]:
+        """One sample per (prompt, seed), prompts outermost, and the version that they come from."""
+
+    @abstractmethod
+    def _load(self, policy: StoredPolicy) -> None:
+        """Replace the engine's weights and reset its prefix cache."""
+
+    @abstractmethod
+    def _distrust(self) -> None:
+        """The engine's weights are unknown: give it the last policy before it samples again."""
+
+    def _prompt_ids(self, request: Request, max_tokens: int) -> np.ndarray:
+        check_room(request, max_tokens, self.info.window)
+        ids = np.asarray(request.token_ids)
+        if ids.dtype.kind not in "iu":
+            raise ValueError(f"prompt {request.id!r} has token ids of type {ids.dtype}, not integer")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.info.vocabulary:
+            raise ValueError(
+                f"prompt {request.id!r} has token id {low if low < 0 else high}, outside the "
+                f"model's vocabulary of {self.info.vocabulary}; was another tokenizer used?"
+            )
+        return ids.astype(np.int64)
+
+    def _new_file(self, version: int, size: int) -> str:
+        """A path with room for ``size`` bytes: in memory if possible."""
+        for folder in self._folders:
+            if shutil.disk_usage(folder).free > size * 1.05 + (1 << 20):
+                return str(Path(folder) / f"policy-{version}-{time.monotonic_ns()}.safetensors")
+        raise OSError(
+            f"no room for a policy of {size / 2**30:.2f} GiB beside the last one in any of "
+            f"{self._folders}; free some, or set TMPDIR to a larger disk"
+        )
+
+
+def private_folders(base: str | None = None) -> list[str]:
+    """New folders for weight files, best first; the last one also takes logs.
+
+    Args:
+        base: make one folder here; None: in shared memory if there is any, and in ``TMPDIR``.
+    """
+    bases: list[str | None] = [base]
+    if base is None and os.access("/dev/shm", os.W_OK):
+        bases = ["/dev/shm", None]
+    return [tempfile.mkdtemp(prefix="opdengine-vllm-", dir=d) for d in bases]
+
+
+def remove_folders(folders: Iterable[str]) -> None:
+    """Undo :func:`private_folders`."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _completion(sample: Sample) -> Completion:
+    token_ids, logprobs, reason, text = sample
+    if token_ids.shape != logprobs.shape or not np.isfinite(logprobs).all():
+        raise EngineError(
+            f"the engine returned {len(token_ids)} tokens with log-probs {logprobs}; "
+            "the policy's weights may hold NaN or infinity"
+        )
+    if reason not in ("stop", "length"):
+        raise EngineError(f"the engine ended a completion with reason {reason!r}")
+    return Completion(token_ids, logprobs, reason, text)
+
+
+def _seed(params: SamplingParams, request: Request, index: int) -> int:
+    return stream_key(params.seed, request.seed, index) >> 1  # vLLM's seeds are signed
+
+
+def _check_temperature(temperature: float) -> None:
+    possible = temperature == 0 or LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE
+    if not possible:
+        raise ValueError(
+            f"vLLM cannot sample at temperature {temperature} (it would use another one); use 0 or "
+            f"{LOWEST_TEMPERATURE} to {HIGHEST_TEMPERATURE}"
+        )

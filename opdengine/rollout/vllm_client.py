@@ -1,0 +1,262 @@
+"""Sampling from a separate vLLM server, whose weights the trainer replaces (``vllm_mode: server``).
+
+The server is started by ``opdengine vllm-serve`` and may have GPUs of its own. Requests and answers
+are token ids over HTTP; weights go through a file that both can read, in shared memory if possible.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from opdengine.rollout.engine_process import EngineDiedError, EngineError, InvalidRequestError
+from opdengine.rollout.http_client import GarbledError, HTTPError, JSONClient, SilentError, UnreachableError
+from opdengine.rollout.policy_file import StoredPolicy
+from opdengine.rollout.vllm_base import Sample, VLLMBase, private_folders, remove_folders
+from opdengine.rollout.vllm_extension import EngineInfo
+from opdengine.rollout.vllm_server import is_loopback
+
+logger = logging.getLogger(__name__)
+
+GENERATE = "/inference/v1/generate"
+NOT_A_LOGPROB = -9999.0
+ATTEMPTS = 3
+PAUSE_SECONDS = 1.0
+PROBE_BOUND = {"float32": 1e-3}
+RESUME = "then continue the run with --resume_from_checkpoint latest"
+
+
+class VLLMServerSampler(VLLMBase):
+    """A :class:`~opdengine.rollout.Sampler` on a vLLM server.
+
+    Every update stamps the server's weights with a name of its own, and every answer carries that
+    name. A server that was started again has forgotten it: it is given the last policy, one time per
+    call, and asked again (:attr:`restarts` counts).
+
+    Args:
+        base_url: of the server, for example ``http://127.0.0.1:8000``.
+        tokenizer: decodes what was sampled.
+        dtype: that the server must compute in; "auto" accepts any.
+        sync_dir: folder for weight files that the server can read; None: shared memory or ``TMPDIR``
+            of this machine, which a server on another machine cannot read.
+        concurrency: requests in flight at a time; the server batches them.
+        check_timeout: seconds for a small question.
+        response_timeout: seconds for one sample or one weight update.
+
+    Raises:
+        EngineError: there is no server, or not one that :func:`opdengine.rollout.vllm_server.serve`
+            started.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        tokenizer: Any,
+        *,
+        dtype: str = "auto",
+        sync_dir: str | None = None,
+        concurrency: int = 256,
+        check_timeout: float = 60.0,
+        response_timeout: float = 3600.0,
+    ) -> None:
+        self._client = JSONClient(base_url, concurrency)
+        if sync_dir is None and not is_loopback(self._client.host):
+            raise ValueError(
+                f"the server {base_url} is on another machine: set vllm_sync_dir to a folder that both can read"
+            )
+        self.tokenizer = tokenizer
+        self.restarts = 0
+        self.check_timeout = check_timeout
+        self.response_timeout = response_timeout
+        self._closed = False
+        self._name = secrets.token_hex(4)
+        self._stamp = ""
+        super().__init__(private_folders(sync_dir))
+        self.policy_version = -1  # whatever the server holds, it is not known to be the trainer's
+        self._finalizer = weakref.finalize(self, _clean, os.getpid(), self._folders)
+        try:
+            self.info = self._describe()
+            self._check(dtype)
+            self._dry_sync()
+        except BaseException:
+            self.close()
+            raise
+
+    def sleep(self) -> None:
+        """A server keeps its memory."""
+
+    def close(self) -> None:
+        """Delete the weight files; the server goes on running."""
+        self._closed = True
+        self._finalizer()
+
+    def _sample(
+        self, prompts: Sequence[np.ndarray], seeds: Sequence[Sequence[int]], sampling: Mapping[str, Any]
+    ) -> tuple[int, list[Sample]]:
+        bodies = [
+            {
+                "token_ids": ids.tolist(),
+                "sampling_params": {
+                    **sampling,
+                    "n": 1,
+                    "seed": seed,
+                    "logprobs": 0,
+                    "detokenize": bool(sampling["stop"]),
+                    "skip_special_tokens": False,
+                },
+            }
+            for ids, row in zip(prompts, seeds, strict=True)
+            for seed in row
+        ]
+        for attempt in (1, 2):
+            if not self._stamp:
+                self._restore()
+            read = [self._read(answer) for answer in self._ask(GENERATE, bodies, self.response_timeout)]
+            stamps = {stamp for found, *_ in read for stamp in found}
+            if stamps == {self._stamp}:
+                break
+            self._stamp = ""
+            if attempt == 2:
+                raise EngineError(
+                    f"the server {self._client.base_url} answered with weights {sorted(stamps)} instead of version "
+                    f"{self.policy_version}; does another run update the same server?"
+                )
+            self.restarts += 1
+            logger.warning(
+                "the server %s answered with weights %s: it was started again; giving it version %d",
+                *(self._client.base_url, sorted(stamps), self.policy_version),
+            )
+        texts = self.tokenizer.batch_decode([ids.tolist() for _, ids, _, _ in read], skip_special_tokens=True)
+        samples = [(*sample, text) for (_, *sample), text in zip(read, texts, strict=True)]
+        return self.policy_version, samples
+
+    def _read(self, answer: Any) -> tuple[set[str], np.ndarray, np.ndarray, str]:
+        """Names of the weights that one answer was sampled with, token ids, log-probs, reason of the end."""
+        try:
+            (choice,) = answer["choices"]
+            stamps = {str(span["version"]) for span in choice["weight_versions"]}
+            ids = np.array(choice["token_ids"], dtype=np.int64)
+            logprobs = np.array([entry["logprob"] for entry in choice["logprobs"]["content"]], dtype=np.float32)
+            reason = str(choice["finish_reason"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._not_ours(f"{GENERATE} answered {str(answer)[:200]!r} ({error!r})") from None
+        return stamps, ids, np.where(logprobs <= NOT_A_LOGPROB, np.nan, logprobs), reason
+
+    def _load(self, policy: StoredPolicy) -> None:
+        self._push(policy.path, policy.names, policy.version)
+
+    def _push(self, path: str | None, names: Mapping[str, str], version: int) -> None:
+        """Weights, then prefix cache, then the stamp: an answer with the stamp used the weights."""
+        self._stamp = ""
+        stamp = f"{self._name}-{version}"
+        update = {"method": "load_policy_file", "args": [path, dict(names)]}
+        self._ask("/collective_rpc", [update], self.response_timeout)
+        (answer,) = self._ask("/reset_prefix_cache", [{}], self.check_timeout)
+        if not (isinstance(answer, Mapping) and answer.get("success")):
+            raise EngineError(
+                f"the server {self._client.base_url} did not reset its prefix cache after an update: something else "
+                "is sampling from it; a server belongs to one run"
+            )
+        self._ask("/update_weight_version", [{"new_version": stamp}], self.check_timeout)
+        self._stamp = stamp
+
+    def _distrust(self) -> None:
+        self._stamp = ""
+
+    def _restore(self) -> None:
+        if self._policy is not None:
+            self._load(self._policy)
+        else:
+            self._push(None, {}, self.policy_version)
+
+    def _describe(self) -> EngineInfo:
+        (answer,) = self._ask("/collective_rpc", [{"method": "describe_engine"}], self.response_timeout)
+        try:
+            fields = answer["results"][0]
+            shapes = {name: tuple(shape) for name, shape in fields["shapes"].items()}
+            return EngineInfo(**{**fields, "shapes": shapes})
+        except (KeyError, IndexError, TypeError) as error:
+            raise self._not_ours(f"it does not describe itself ({error!r})") from None
+
+    def _check(self, dtype: str) -> None:
+        if self.info.logprobs_mode.rpartition(".")[2].lower() != "processed_logprobs":
+            raise self._not_ours(f"its logprobs_mode is {self.info.logprobs_mode}, not processed_logprobs")
+        if dtype != "auto" and dtype != self.info.dtype:
+            raise ValueError(
+                f"the server {self._client.base_url} computes in {self.info.dtype}, the trainer in {dtype}; start it "
+                f"with --dtype {dtype}"
+            )
+
+    def _dry_sync(self) -> None:
+        """Reload the server's checkpoint as an update would be and see that no log-prob changes."""
+        count = min(16, self.info.window - 4)
+        ids = np.array([(7919 * i + 1) % self.info.vocabulary for i in range(count)])
+        sampling = {"max_tokens": 4, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+
+        def probe() -> np.ndarray:
+            return self._sample([ids], [[0]], {**sampling, "stop": []})[1][0][1]
+
+        self._push(None, {}, self.policy_version)  # whatever an earlier run has left there is gone
+        before = probe()
+        self._push(None, {}, self.policy_version)
+        after = probe()
+        bound = PROBE_BOUND.get(self.info.dtype, 0.1)
+        if before.shape != after.shape or not float(np.abs(after - before).max()) <= bound:
+            raise EngineError(
+                f"reloading its own checkpoint changed the log-probs of the server {self._client.base_url} (bound "
+                f"{bound}); this architecture or quantisation cannot be updated in place"
+            )
+
+    def _ask(self, path: str, bodies: Sequence[Any], timeout: float) -> list[Any]:
+        """Answers in order; a server that is gone for a moment is asked again."""
+        url = self._client.base_url
+        for attempt in range(1, ATTEMPTS + 1):
+            if self._closed:
+                raise EngineError("this sampler is closed; create a new one")
+            try:
+                return self._client.call_all(path, bodies, timeout)
+            except HTTPError as error:
+                if error.status == 400:
+                    raise InvalidRequestError(f"vLLM refuses: {error}") from None
+                if error.status < 500:
+                    raise self._not_ours(str(error)) from None
+                if attempt == ATTEMPTS:
+                    raise EngineError(
+                        f"the vLLM server fails: {error}\nLook at its log, start it again and {RESUME}."
+                    ) from None
+                logger.warning("%s; asking again", error)
+            except UnreachableError as error:
+                if attempt == ATTEMPTS:
+                    raise EngineDiedError(
+                        f"the vLLM server {url} cannot be reached ({error}). Start it with `opdengine vllm-serve "
+                        f"--model MODEL --port PORT` (its log says why it ended, most often for lack of memory), "
+                        f"{RESUME}."
+                    ) from None
+                logger.warning("%s; asking again", error)
+            except SilentError as error:
+                raise EngineError(
+                    f"the vLLM server {url} hangs: {error}. Start it again, {RESUME}; raise vllm_response_timeout "
+                    "if the work is that large."
+                ) from None
+            except GarbledError as error:
+                raise self._not_ours(str(error)) from None
+            time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
+        raise AssertionError("unreachable")
+
+    def _not_ours(self, what: str) -> EngineError:
+        return EngineError(
+            f"{self._client.base_url} is not a vLLM server that can be trained with: {what}. Start one with "
+            "`opdengine vllm-serve --model MODEL --port PORT`."
+        )
+
+
+def _clean(owner: int, folders: Sequence[str]) -> None:
+    if os.getpid() == owner:
+        remove_folders(folders)
