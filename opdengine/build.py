@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import torch
 
 from opdengine.backbone import Backbone, default_device, load_model
 from opdengine.chat import load_tokenizer, require_same_tokenizer, vocabulary_size
-from opdengine.config import ConfigError, TrainConfig
+from opdengine.config import ConfigError, TeacherConfig, TrainConfig
 from opdengine.engine import Engine
 from opdengine.recipe import Recipe
 from opdengine.rollout import Sampler
 from opdengine.teachers.local import LocalTeacher
+from opdengine.teachers.server import ServedTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +36,10 @@ def build_engine(config: TrainConfig, recipe: Recipe, tokenizer: Any, checkpoint
     """
     device = default_device()
     vocab_size = vocabulary_size(tokenizer)
-    tokenizers = [_teacher_tokenizer(config, i, tokenizer) for i in range(len(config.teachers))]
+    tokenizers = [teacher_tokenizer(config, teacher) for teacher in config.teachers]
+    for teacher, its_tokenizer in zip(config.teachers, tokenizers, strict=True):
+        require_same_tokenizer(tokenizer, its_tokenizer, teacher.name)
+    served = serve_teachers(config, tokenizers, judges=recipe.demonstrations is None)
     model = load_model(
         config.model if checkpoint is None else str(checkpoint / "model"),
         dtype=config.dtype,
@@ -55,18 +61,19 @@ def build_engine(config: TrainConfig, recipe: Recipe, tokenizer: Any, checkpoint
         model.gradient_checkpointing_enable({"use_reentrant": False})
     student = Backbone(model, "student", config.max_tokens_per_batch)
     teachers = [
-        LocalTeacher(
+        served.get(teacher.name)
+        or LocalTeacher(
             teacher,
             device=device,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
             max_tokens=config.max_tokens_per_batch,
-            tokenizer=teacher_tokenizer,
+            tokenizer=its_tokenizer,
         )
-        for teacher, teacher_tokenizer in zip(config.teachers, tokenizers, strict=True)
+        for teacher, its_tokenizer in zip(config.teachers, tokenizers, strict=True)
     ]
     for name, head in [("student", student.head), *((t.name, t.head) for t in teachers)]:
-        if head.weight.shape[0] < vocab_size:
+        if head is not None and head.weight.shape[0] < vocab_size:
             raise ConfigError(
                 f"{name}: its head has {head.weight.shape[0]} rows, but the tokenizer knows "
                 f"{vocab_size} ids; model and tokenizer do not belong together"
@@ -132,12 +139,47 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any) -> Sampler:
     return TransformersSampler(model, tokenizer, max_batch_tokens=4 * config.max_tokens_per_batch)
 
 
-def _teacher_tokenizer(config: TrainConfig, index: int, student: Any) -> Any:
-    teacher = config.teachers[index]
-    tokenizer = load_tokenizer(
-        teacher.model,
-        trust_remote_code=config.trust_remote_code,
-        chat_template=teacher.chat_template,
-    )
-    require_same_tokenizer(student, tokenizer, teacher.name)
-    return tokenizer
+def serve_teachers(config: TrainConfig, tokenizers: Sequence[Any], *, judges: bool) -> dict[str, ServedTeacher]:
+    """The served teachers by name, each asked whether it answers what will be needed.
+
+    Args:
+        config: of the run.
+        tokenizers: of all teachers, in their order.
+        judges: whether teachers score; else they only write.
+
+    Raises:
+        ConfigError: the variable of an API key is not set.
+        ProbeError: a server cannot be reached, serves another model or lacks an ability.
+    """
+    teachers = [
+        ServedTeacher(
+            teacher, tokenizer, vocabulary_size(tokenizer), stop_on_failure=config.on_teacher_failure == "stop"
+        )
+        for teacher, tokenizer in zip(config.teachers, tokenizers, strict=True)
+        if teacher.base_url is not None
+    ]
+
+    async def probe() -> None:
+        await asyncio.gather(*(teacher.probe(judges=judges) for teacher in teachers))
+
+    if teachers:
+        asyncio.run(probe())
+    return {teacher.name: teacher for teacher in teachers}
+
+
+def teacher_tokenizer(config: TrainConfig, teacher: TeacherConfig) -> Any:
+    """The tokenizer that belongs to a teacher's model.
+
+    Raises:
+        ConfigError: there is none under the name of a served model.
+    """
+    try:
+        return load_tokenizer(
+            teacher.tokenizer or teacher.model,
+            trust_remote_code=config.trust_remote_code,
+            chat_template=teacher.chat_template,
+        )
+    except ValueError as error:
+        if teacher.base_url is None or teacher.tokenizer is not None:
+            raise
+        raise ConfigError(f"{error}; set 'tokenizer' of the teacher {teacher.name!r} to the model's folder") from error

@@ -96,6 +96,7 @@ def _eval(config: TrainConfig) -> int:
 
 def _debate(config: TrainConfig, text: str, key: str) -> int:
     from opdengine.backbone import default_device
+    from opdengine.build import serve_teachers, teacher_tokenizer
     from opdengine.methods.mad_opd import DebateContexts
     from opdengine.teachers.local import LocalTeacher
 
@@ -103,7 +104,12 @@ def _debate(config: TrainConfig, text: str, key: str) -> int:
     chosen = [t for t in config.teachers if not t.key or key in t.key]
     if len(chosen) < 2:
         raise ValueError(f"a debate needs two teachers; data_source {key!r} has {len(chosen)}")
-    teachers = [LocalTeacher(t, device=default_device(), trust_remote_code=config.trust_remote_code) for t in chosen]
+    tokenizers = [teacher_tokenizer(config, t) for t in config.teachers]
+    served = serve_teachers(config, tokenizers, judges=False)
+    teachers = [
+        served.get(t.name) or LocalTeacher(t, device=default_device(), trust_remote_code=config.trust_remote_code)
+        for t in chosen
+    ]
     debater = DebateContexts(config.debate, cache_dir=None).debater
     (debate,) = asyncio.run(debater.debate([prompt], [teachers]))
     for number, texts in enumerate(debate.rounds, start=1):

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -23,16 +24,25 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """One teacher.
+    """One teacher: a model in this process, or one that a server offers (``base_url``).
 
     Args:
-        model: model folder or hub name.
+        model: model folder or hub name; with ``base_url`` the name under which it is served.
         name: used in metrics, logs and caches; default: the last part of ``model``.
         weight: fixed mixing weight (MT-OPD) or share of the data (MT-SeqKD); relative.
         key: routing keys (``data_source``) that this teacher answers for; empty: all prompts.
         dtype: "auto" keeps the dtype of the checkpoint.
         chat_template: Jinja text or file in place of the tokenizer's own.
         chat_template_kwargs: handed to the chat template, for example ``enable_thinking: false``.
+        offload: keep a local teacher's weights on the CPU while it neither writes nor judges.
+        base_url: OpenAI-compatible endpoint, such as ``http://host:8000/v1``. It writes debates and
+            answers; it judges by top-k log-probs, a lower bound of the exact divergence.
+        tokenizer: with ``base_url``: folder or hub name of the tokenizer; default: ``model``.
+        api_key_env: with ``base_url``: the environment variable that holds the key (never the key).
+        max_concurrency: most calls at the same time.
+        timeout: seconds that one call may take.
+        max_retries: further attempts of a call that failed for a reason that may pass.
+        score_top_k: log-probs per token (vLLM: start the server with ``--max-logprobs`` as large).
     """
 
     model: str
@@ -42,6 +52,14 @@ class TeacherConfig:
     dtype: str = "auto"
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    offload: bool = False
+    base_url: str | None = None
+    tokenizer: str | None = None
+    api_key_env: str | None = None
+    max_concurrency: int = 32
+    timeout: float = 600.0
+    max_retries: int = 5
+    score_top_k: int = 64
 
 
 @dataclass(frozen=True)
@@ -95,6 +113,8 @@ class TrainConfig:
         teacher_reduction: "sum" of the teachers' divergences (the papers) or divergence to the
             "mixture" of the teachers.
         divergence_temperature: divides both models' logits in the loss; independent of sampling.
+        on_teacher_failure: when a served teacher's call fails for good: "stop" with a checkpoint of
+            the last finished step, or "drop" the teacher from the rollouts concerned (counted).
         loss_normalization: "token" (mean over all target tokens of the step) or "sequence" (mean
             over rollouts of token means).
         debate: settings of the debate.
@@ -148,6 +168,7 @@ class TrainConfig:
     skew_alpha: float = 0.1
     teacher_reduction: str = "sum"
     divergence_temperature: float = 1.0
+    on_teacher_failure: str = "stop"
     loss_normalization: str = "token"
     debate: DebateConfig = field(default_factory=DebateConfig)
 
@@ -311,6 +332,35 @@ def _check_values(config: TrainConfig) -> None:
     for key in ("eval_steps", "save_steps"):
         need(getattr(config, key) >= 0, key, "it must not be negative; 0 is never")
     for i, teacher in enumerate(config.teachers):
-        if teacher.dtype not in DTYPES:
-            raise ConfigError(f"teachers.{i}.dtype={teacher.dtype!r} is not possible; choose one of {list(DTYPES)}")
+        _check_teacher(config, teacher, f"teachers.{i}")
     need(bool(config.train_data), "train_data", "name at least one file")
+
+
+def _check_teacher(config: TrainConfig, teacher: TeacherConfig, where: str) -> None:
+    def need(ok: bool, key: str, remedy: str) -> None:
+        if not ok:
+            raise ConfigError(f"{where}.{key}={getattr(teacher, key)!r} is not possible; {remedy}")
+
+    need(teacher.dtype in DTYPES, "dtype", f"choose one of {list(DTYPES)}")
+    need(teacher.max_concurrency >= 1, "max_concurrency", "it must be at least 1")
+    need(teacher.timeout > 0, "timeout", "it is a number of seconds")
+    need(teacher.max_retries >= 0, "max_retries", "it must not be negative; 0 is one attempt")
+    need(teacher.score_top_k >= 1, "score_top_k", "it must be at least 1")
+    if teacher.base_url is None:
+        for key in ("tokenizer", "api_key_env"):
+            need(getattr(teacher, key) is None, key, "it belongs to a served teacher; set base_url too")
+        return
+    url = urlsplit(teacher.base_url)
+    if url.username or url.password or url.query:
+        raise ConfigError(f"{where}.base_url holds a credential or a query; put the key's variable into api_key_env")
+    need(url.scheme in ("http", "https") and bool(url.netloc), "base_url", "give a URL such as http://host:8000/v1")
+    need(not teacher.offload, "offload", "the weights of a served teacher are not here")
+    if config.method == "mt_seqkd":
+        return  # its teachers write and never judge
+    exact = "a served teacher tells its likeliest tokens only; use a local teacher"
+    if config.divergence_temperature != 1.0:
+        raise ConfigError(
+            f"divergence_temperature={config.divergence_temperature} is not possible with {where}: {exact}, or 1.0"
+        )
+    if config.teacher_reduction == "mixture":
+        raise ConfigError(f"teacher_reduction='mixture' is not possible with {where}: {exact}, or 'sum'")

@@ -21,7 +21,7 @@ import numpy as np
 
 from opdengine.debate_prompts import DebatePrompts, parse_confidence
 from opdengine.teachers import Teacher
-from opdengine.types import Prompt, Request, SamplingParams
+from opdengine.types import Failure, Prompt, Request, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Debate:
         rounds: ``rounds[r][k]`` is expert k's text of round r + 1.
         confidences: of the last round, clamped to 0..100; None where it could not be read.
         problems: counts by reason ("missing_confidence", "clamped_confidence", "empty_turn",
-            "truncated_turn").
+            "truncated_turn"). The turn of a teacher that failed is empty.
         failed: why there is no debate (then ``rounds`` is empty); else empty.
     """
 
@@ -122,16 +122,22 @@ class Debater:
         unfinished = {k: states[k] for k, talk in talks.items() if not talk.is_done(self.rounds)}
         self.cached += len(states) - len(unfinished)
         self.generated += len(unfinished)
+        broken: set[str] = set()
         for number in range(self.rounds):
             waiting = {k: state for k, state in unfinished.items() if not talks[k].is_done(number + 1)}
             if waiting:
-                await self._round(waiting, number, talks)
+                broken |= await self._round(waiting, number, talks)
         for key in unfinished:
-            self._store(key, talks[key])
+            if key not in broken:  # what a broken server left out must not outlive it
+                self._store(key, talks[key])
         return [self._conclude(states[key][1], talks[key]) for key in keys]
 
-    async def _round(self, states: dict[str, Any], number: int, talks: dict[str, _Talk]) -> None:
-        """One reply of every teacher to every state; the teachers of a round work in parallel."""
+    async def _round(self, states: dict[str, Any], number: int, talks: dict[str, _Talk]) -> set[str]:
+        """One reply of every teacher to every state; the teachers of a round work in parallel.
+
+        Returns the states in which a teacher failed: it says nothing there. Where all failed there
+        is no debate.
+        """
         queues: dict[str, tuple[Teacher, list[tuple[str, int, Request]]]] = {}
         for key, (prompt, experts) in states.items():
             requests = [
@@ -151,10 +157,20 @@ class Debater:
         answers = await asyncio.gather(
             *(teacher.generate([request for _, _, request in queue], self.params) for teacher, queue in queues.values())
         )
+        failures: Counter[str] = Counter()
         for (_, queue), completions in zip(queues.values(), answers, strict=True):
             for (key, k, _), completion in zip(queue, completions, strict=True):
+                if isinstance(completion, Failure):
+                    failures[key] += 1
+                    continue
                 talks[key].rounds[number][k] = completion.text.strip()
                 talks[key].truncated[number] += completion.stop_reason == "length"
+        for key, count in failures.items():
+            if count == len(states[key][1]):
+                talks[key].rounds.pop()
+                talks[key].truncated.pop()
+                talks[key].failed = "teacher_failure"
+        return set(failures)
 
     def _request(
         self,

@@ -23,7 +23,16 @@ from opdengine.packing import pack
 from opdengine.recipe import Annotations, Note, Recipe, combine
 from opdengine.rollout import Sampler
 from opdengine.teachers import Teacher
-from opdengine.types import Prompt, Request, Rollout, SamplingParams, TokenSignal, Turn
+from opdengine.types import (
+    Failure,
+    Prompt,
+    Request,
+    Rollout,
+    SamplingParams,
+    TeacherTargets,
+    TokenSignal,
+    Turn,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +82,12 @@ class Engine:
         notes, found = await self.annotate(rollouts)
         metrics |= found.metrics
         kept, signals, dropped = self.weigh(rollouts, notes)
-        items = await self.score(kept, signals, notes)
+        items = await self.score(kept, signals, notes, dropped)
         tally = Tally()
         metrics |= self.update(items, tally)
         metrics |= self.summarise(rollouts, items, tally, dropped)
+        for teacher in self.teachers:
+            metrics |= teacher.counts()
         metrics |= {f"timing/{phase}": seconds for phase, seconds in self._clock.items()}
         return StepResult(metrics, rollouts, found.records)
 
@@ -160,22 +171,36 @@ class Engine:
         kept: Sequence[Rollout],
         signals: Mapping[str, TokenSignal],
         notes: Sequence[Note],
+        dropped: Counter[str] | None = None,
     ) -> list[Item]:
-        """Hidden states of every teacher for its contexts, then normalised loss items."""
+        """What every teacher says about its contexts, then normalised loss items.
+
+        A teacher that failed on a rollout is left out of it; a rollout that no teacher judged is
+        dropped and counted in ``dropped``.
+        """
         contexts = {c.rollout_id: n.contexts for n in notes for c in n.contexts}
         with self.timed("score"):
-            hidden: dict[tuple[str, str], torch.Tensor] = {}
+            found: dict[tuple[str, str], TeacherTargets | Failure] = {}
             for teacher in self.teachers:
                 queue = [c for r in kept for c in contexts.get(r.id, ()) if c.teacher == teacher.name]
-                for context, states in zip(queue, await teacher.score(queue), strict=True):
-                    hidden[context.rollout_id, teacher.name] = states
-        scales = normalisers(kept, self.config.loss_normalization)
-        items = []
-        for rollout, scale in zip(kept, scales, strict=True):
+                if queue:
+                    for context, targets in zip(queue, await teacher.score(queue), strict=True):
+                        found[context.rollout_id, teacher.name] = targets
+        judged = []
+        for rollout in kept:
             names = [c.teacher for c in contexts.get(rollout.id, ())]
-            judged = [hidden[rollout.id, name] for name in names]
-            items.append(make_item(rollout, signals[rollout.id], names, judged, scale))
-        return items
+            answers = {name: found[rollout.id, name] for name in names}
+            good = {name: a for name, a in answers.items() if not isinstance(a, Failure)}
+            if names and not good:
+                if dropped is not None:
+                    dropped["teacher_failure"] += 1
+                continue
+            judged.append((rollout, signals[rollout.id].only([name in good for name in names]), good))
+        scales = normalisers([rollout for rollout, _, _ in judged], self.config.loss_normalization)
+        return [
+            make_item(rollout, signal, list(good), list(good.values()), scale)
+            for (rollout, signal, good), scale in zip(judged, scales, strict=True)
+        ]
 
     def update(self, items: Sequence[Item], tally: Tally) -> dict[str, float]:
         """Forward, backward and one optimiser step over all micro-batches."""
@@ -252,7 +277,7 @@ class Engine:
         """The loss with the settings of the run."""
         c = self.config
         return Objective(
-            heads={t.name: t.head for t in self.teachers},
+            heads={t.name: t.head for t in self.teachers if t.head is not None},
             divergence_of=c.divergence_of,
             jsd_beta=c.jsd_beta,
             skew_alpha=c.skew_alpha,

@@ -6,15 +6,17 @@ op only sums; so the loss and its gradient do not depend on how a step is cut in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from opd_kernels import TeacherHead, TokenStats, linear_divergence, linear_logprob
+from opd_kernels import LogprobOutput, TeacherHead, TokenStats, linear_divergence, linear_logprob, topk_divergence
 from opdengine.backbone import Head
-from opdengine.types import Rollout, TokenSignal
+from opdengine.types import Hidden, Rollout, TeacherTargets, TokenSignal, TopK
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Item:
     Args:
         rollout: whose targets are trained.
         teachers: names of the teachers that judge it, in the order of ``mix``.
-        hidden: the teachers' hidden states, [T, d_k] each.
+        targets: what the teachers say about the rollout's target tokens, one entry each.
         kl_weight: float32 [T] weight of the divergence, normalised over the step.
         mix: float32 [T, K].
         advantage: float32 [T] weight of -log p(target), normalised over the step, or None.
@@ -32,7 +34,7 @@ class Item:
 
     rollout: Rollout
     teachers: tuple[str, ...]
-    hidden: tuple[torch.Tensor, ...]
+    targets: tuple[TeacherTargets, ...]
     kl_weight: np.ndarray
     mix: np.ndarray
     advantage: np.ndarray | None
@@ -55,7 +57,7 @@ def make_item(
     rollout: Rollout,
     signal: TokenSignal,
     teachers: Sequence[str],
-    hidden: Sequence[torch.Tensor],
+    targets: Sequence[TeacherTargets],
     normaliser: float,
 ) -> Item:
     """Check that every per-token array aligns with the targets, and apply the normaliser.
@@ -69,15 +71,15 @@ def make_item(
     for name, array in arrays.items():
         if array is not None and len(array) != count:
             raise ValueError(f"rollout {rollout.id!r}: {name} has {len(array)} entries for {count} target tokens")
-    if mix.shape != (count, k) or any(len(h) != count for h in hidden):
+    if mix.shape != (count, k) or any(len(t) != count for t in targets):
         raise ValueError(
             f"rollout {rollout.id!r}: {count} targets and {k} teachers need mix [{count}, {k}] and "
-            f"{count} hidden rows each, got {mix.shape} and {[len(h) for h in hidden]}"
+            f"{count} rows from each, got {mix.shape} and {[len(t) for t in targets]}"
         )
     return Item(
         rollout=rollout,
         teachers=tuple(teachers),
-        hidden=tuple(hidden),
+        targets=tuple(targets),
         kl_weight=(signal.kl_weight * normaliser).astype(np.float32),
         mix=mix.astype(np.float32),
         advantage=None if signal.advantage is None else signal.advantage * normaliser,
@@ -89,7 +91,7 @@ class Objective:
     """The loss of a micro-batch.
 
     Args:
-        heads: every teacher's head by name.
+        heads: the heads of the teachers that judge by hidden states, by name.
         divergence_of: divergence for a routing key.
         jsd_beta: weight of the teacher in the middle of the JSD.
         skew_alpha: weight of the teacher in the middle of the skew KL.
@@ -144,7 +146,7 @@ class Objective:
         # Rows keep their order within a group; a single group keeps all of them.
         return groups
 
-    def _shape(self, divergence: str) -> dict[str, float]:
+    def _shape(self, divergence: str) -> dict[str, Any]:
         """The parameter of a divergence that has one."""
         shapes = {"jsd": {"jsd_beta": self.jsd_beta}, "skew_kl": {"skew_alpha": self.skew_alpha}}
         return shapes.get(divergence, {})
@@ -157,11 +159,31 @@ class Objective:
         divergence: str,
         tally: Tally | None,
     ) -> torch.Tensor:
-        device, names = hidden.device, items[0].teachers
+        """Sum over teachers: the exact divergence to those with a head, its lower bound to the others."""
+        names = items[0].teachers
+        exact = [k for k, name in enumerate(names) if name in self.heads]
+        listed = [k for k, name in enumerate(names) if name not in self.heads]
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        if exact:
+            loss = loss + self._exact(hidden, head, items, exact, divergence, tally)
+        if listed:
+            loss = loss + self._listed(hidden, head, items, listed, divergence, tally)
+        return loss
+
+    def _exact(
+        self,
+        hidden: torch.Tensor,
+        head: Head,
+        items: Sequence[Item],
+        exact: Sequence[int],
+        divergence: str,
+        tally: Tally | None,
+    ) -> torch.Tensor:
+        device, names = hidden.device, [items[0].teachers[k] for k in exact]
         teachers = []
-        for k, name in enumerate(names):
+        for k, name in zip(exact, names, strict=True):
             their = self.heads[name]
-            states = torch.cat([item.hidden[k] for item in items]).to(device)
+            states = torch.cat([_hidden(item.targets[k]) for item in items]).to(device)
             teachers.append(
                 TeacherHead(
                     hidden=states.to(their.weight.dtype),
@@ -178,7 +200,7 @@ class Objective:
             divergence=divergence,
             **self._shape(divergence),
             teacher_reduction=self.teacher_reduction,
-            mix=_tensor([item.mix for item in items], device),
+            mix=_tensor([item.mix[:, exact] for item in items], device),
             token_weight=_tensor([item.kl_weight for item in items], device),
             labels=_labels(items, device),
             temperature=self.temperature,
@@ -194,24 +216,70 @@ class Objective:
             tally.add_divergence(names, items, output.stats)
         return output.loss
 
+    def _listed(
+        self,
+        hidden: torch.Tensor,
+        head: Head,
+        items: Sequence[Item],
+        listed: Sequence[int],
+        divergence: str,
+        tally: Tally | None,
+    ) -> torch.Tensor:
+        """Teachers of which only the likeliest tokens are known; the rest is one tail bucket."""
+        device = hidden.device
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        student = None
+        if tally is not None:
+            with torch.no_grad():
+                student = self._logprob(hidden, head, _labels(items, device))
+            if len(listed) == len(items[0].teachers):  # else the exact part has noted them
+                tally.add_student(items, student.logprob, student.entropy)
+        for k in listed:
+            ids, logprobs = (x.to(device) for x in _lists([item.targets[k] for item in items]))
+            output = topk_divergence(
+                hidden,
+                head.weight.to(hidden.dtype),
+                ids,
+                logprobs,
+                divergence=divergence,
+                **self._shape(divergence),
+                token_weight=_tensor([item.kl_weight * item.mix[:, k] for item in items], device),
+                temperature=self.temperature,
+                student_bias=None if head.bias is None else head.bias.to(hidden.dtype),
+                student_logit_scale=head.logit_scale,
+                student_softcap=head.softcap,
+                impl="auto" if self.impl == "triton" else self.impl,  # there is no Triton form
+                workspace_bytes=self.workspace_bytes,
+                vocab_size=self.vocab_size,
+            )
+            loss = loss + output.loss
+            if tally is not None and student is not None:
+                width = head.weight.shape[0] if self.vocab_size is None else self.vocab_size
+                kl = output.token_loss if divergence == "reverse_kl" else None
+                tally.add_listed(items[0].teachers[k], logprobs, width, student.logprob, kl)
+        return loss
+
     def _advantage(self, hidden: torch.Tensor, head: Head, items: Sequence[Item], tally: Tally | None) -> torch.Tensor:
-        logprob = linear_logprob(
-            hidden,
-            head.weight.to(hidden.dtype),
-            _labels(items, hidden.device),
-            bias=None if head.bias is None else head.bias.to(hidden.dtype),
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            impl=self.impl,
-            workspace_bytes=self.workspace_bytes,
-            vocab_size=self.vocab_size,
-        ).logprob
+        logprob = self._logprob(hidden, head, _labels(items, hidden.device)).logprob
         weights = [
             item.advantage if item.advantage is not None else np.zeros(len(item.rollout.targets)) for item in items
         ]
         if tally is not None:
             tally.add_logprob(items, logprob.detach())
         return -(_tensor(weights, hidden.device) * logprob).sum()
+
+    def _logprob(self, hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> LogprobOutput:
+        return linear_logprob(
+            hidden,
+            head.weight.to(hidden.dtype),
+            labels,
+            bias=None if head.bias is None else head.bias.to(hidden.dtype),
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            impl=self.impl,
+            workspace_bytes=self.workspace_bytes,
+            vocab_size=self.vocab_size,
+        )
 
 
 def _tensor(arrays: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
@@ -220,6 +288,20 @@ def _tensor(arrays: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
 
 def _labels(items: Sequence[Item], device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([item.rollout.targets for item in items])).to(device)
+
+
+def _hidden(targets: TeacherTargets) -> torch.Tensor:
+    assert isinstance(targets, Hidden), "a teacher with a head judges by hidden states"
+    return targets.states
+
+
+def _lists(targets: Sequence[TeacherTargets]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and log-probs [T, k] of several contexts, as wide as the narrowest of them."""
+    lists = [t for t in targets if isinstance(t, TopK)]
+    assert len(lists) == len(targets), "a teacher without a head judges by log-probs"
+    width = min(t.ids.shape[1] for t in lists)
+    ids = np.concatenate([t.ids[:, :width] for t in lists])
+    return torch.from_numpy(ids), torch.from_numpy(np.concatenate([t.logprobs[:, :width] for t in lists]))
 
 
 class Tally:
@@ -237,6 +319,32 @@ class Tally:
             self._extend(f"teacher_kl/{name}", stats.reverse_kl[:, k])
             self._extend(f"teacher_entropy/{name}", stats.teacher_entropy[:, k])
         self._difference(items, stats.student_logprob)
+
+    def add_student(self, items: Sequence[Item], logprob: torch.Tensor, entropy: torch.Tensor) -> None:
+        """Note the student's own statistics where no exact divergence does."""
+        self._extend("student_entropy", entropy)
+        self._difference(items, logprob)
+
+    def add_listed(
+        self, name: str, logprobs: torch.Tensor, vocab: int, student: torch.Tensor, kl: torch.Tensor | None
+    ) -> None:
+        """Note what is known of a teacher's truncated list.
+
+        Args:
+            name: of the teacher.
+            logprobs: [T, k], the target's first.
+            vocab: width of the whole distribution.
+            student: [T] log p(target).
+            kl: [T] lower bound of the reverse KL, where it was computed.
+        """
+        self._extend("gap", logprobs[:, 0] - student)
+        if kl is not None:
+            self._extend(f"teacher_kl/{name}", kl)
+        # The entropy is at most this, and exactly this for a dead (uniform) teacher.
+        known = logprobs.double().exp()
+        tail = (1 - known.sum(1)).clamp(min=1e-12)
+        rest = tail * (math.log(max(vocab - logprobs.shape[1], 1)) - tail.log())
+        self._extend(f"teacher_entropy/{name}", rest - (known * logprobs.double()).sum(1))
 
     def add_logprob(self, items: Sequence[Item], logprob: torch.Tensor) -> None:
         """Note the log-probs of the targets."""

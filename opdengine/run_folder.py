@@ -15,10 +15,13 @@ MAY_CHANGE = {
     "resume_from_checkpoint", "max_tokens_per_batch", "workspace_bytes", "loss_impl",
     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "log_completions",
     "report_to", "run_name", "output_dir", "eval_data", "eval_max_prompts",
-    "attn_implementation",
+    "attn_implementation", "on_teacher_failure",
 }  # fmt: skip
 """Settings that a resumed run may have differently: they do not change what is learned."""
 
+
+TEACHER_MAY_CHANGE = {"base_url", "api_key_env", "timeout", "max_retries", "max_concurrency", "offload", "tokenizer"}
+"""The same of a teacher: where it lives and how it is called."""
 
 OWN = ("config.yaml", "metrics.jsonl", "checkpoints", "final")
 """What shows that a folder holds a run."""
@@ -75,9 +78,10 @@ class RunFolder:
 
 
 def _require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    before, now = _lasting(before), _lasting(now)
     changed = [
         f"  {key}: {before.get(key)!r} then, {now.get(key)!r} now"
-        for key in sorted({*before, *now} - MAY_CHANGE)
+        for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]
     if changed:
@@ -86,3 +90,12 @@ def _require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
             f"the run to resume had other settings:\n{listing}\n"
             "Resume with the same settings, or start a new run in another output_dir."
         )
+
+
+def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that must be the same in a resumed run."""
+    teachers = [
+        {key: value for key, value in teacher.items() if key not in TEACHER_MAY_CHANGE}
+        for teacher in settings.get("teachers") or ()
+    ]
+    return {key: value for key, value in settings.items() if key not in MAY_CHANGE} | {"teachers": teachers}

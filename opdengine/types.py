@@ -11,11 +11,14 @@ A step turns a :class:`Prompt` into a :class:`Rollout` (exact sampled token ids)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 Message = Mapping[str, Any]
 """One chat message: ``{"role": ..., "content": ...}`` plus whatever the template understands."""
@@ -174,6 +177,59 @@ class TeacherContext:
 
 
 @dataclass(frozen=True)
+class Hidden:
+    """Exact judgement of a local teacher.
+
+    Args:
+        states: [T, d] final hidden states that predict the targets, in the teacher's dtype; its head
+            turns them into the whole distribution.
+    """
+
+    states: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """What a served teacher tells of its distributions; all the rest is one tail bucket.
+
+    Args:
+        ids: int64 [T, k] different token ids of each row, the target first, then from likely to unlikely.
+        logprobs: float32 [T, k] their log-probabilities at temperature 1, nats.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+TeacherTargets = Hidden | TopK
+"""A teacher's distributions at the targets of one context, aligned with them."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A teacher's call that failed for good, in place of its result.
+
+    Args:
+        teacher: its name.
+        reason: one word for the metrics: "timeout", "connection", "http_500", "bad_json", ...
+        detail: for people.
+    """
+
+    teacher: str
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"teacher {self.teacher!r} failed ({self.reason}): {self.detail}"
+
+
+@dataclass(frozen=True)
 class TokenSignal:
     """What the loss does with one rollout: the only thing that a method produces.
 
@@ -190,6 +246,19 @@ class TokenSignal:
     advantage: np.ndarray | None = None
     keep: bool = True
     reason: str = ""
+
+    def only(self, teachers: Sequence[bool]) -> TokenSignal:
+        """The signal without some of its teachers; their weight goes to the others in proportion.
+
+        Args:
+            teachers: K flags, False leaves the teacher out.
+        """
+        if self.mix is None or all(teachers):
+            return self
+        left = self.mix[:, list(teachers)]
+        total, whole = left.sum(axis=1, keepdims=True), self.mix.sum(axis=1, keepdims=True)
+        uniform = np.full_like(left, 1 / max(left.shape[1], 1))
+        return replace(self, mix=whole * np.divide(left, total, out=uniform, where=total > 0))
 
 
 @dataclass(frozen=True)

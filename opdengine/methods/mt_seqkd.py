@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,7 +19,9 @@ from opdengine.config import ConfigError, TrainConfig
 from opdengine.methods.opd import need_teachers
 from opdengine.recipe import Annotations, Note, Recipe, route
 from opdengine.teachers import Teacher
-from opdengine.types import Completion, Prompt, Request, Rollout, SamplingParams, TokenSignal, Turn
+from opdengine.types import Completion, Failure, Prompt, Request, Rollout, SamplingParams, TokenSignal, Turn
+
+_FAILED = Completion(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32), "teacher_failure", "")
 
 
 class TeacherAnswers:
@@ -40,18 +43,16 @@ class TeacherAnswers:
             teacher = self.author(prompt, route(teachers, prompt.key))
             queues.setdefault(teacher.name, (teacher, []))[1].append(prompt)
         await asyncio.gather(*(self._write(t, queue) for t, queue in queues.values()))
+        answers = [self._answers.get(p.id, _FAILED) for p in prompts]
         rollouts = [
             Rollout(
                 id=f"{i}",
                 prompt=p,
-                turns=(
-                    Turn("prompt", np.array(encode(p))),
-                    Turn("assistant", self._answers[p.id].token_ids, trains=True),
-                ),
-                stop_reason=self._answers[p.id].stop_reason,
-                text=self._answers[p.id].text,
+                turns=(Turn("prompt", np.array(encode(p))), Turn("assistant", answer.token_ids, trains=True)),
+                stop_reason=answer.stop_reason,
+                text=answer.text,
             )
-            for i, p in enumerate(prompts)
+            for i, (p, answer) in enumerate(zip(prompts, answers, strict=True))
         ]
         return rollouts, {f"seqkd/written/{name}": float(len(q)) for name, (_, q) in queues.items()}
 
@@ -70,12 +71,12 @@ class TeacherAnswers:
         for p in prompts:
             ids = tuple(teacher.encode(p.messages, p.tools))
             if teacher.window is not None and len(ids) + self.params.max_tokens > teacher.window:
-                nothing = np.zeros(0, dtype=np.int64)
-                self._answers[p.id] = Completion(nothing, nothing, f"teacher_window/{teacher.name}", "")
+                self._answers[p.id] = replace(_FAILED, stop_reason=f"teacher_window/{teacher.name}")
             else:
                 queue.append(Request(p.id, ids, seed=zlib.crc32(p.id.encode())))
         for request, answer in zip(queue, await teacher.generate(queue, self.params), strict=True):
-            self._answers[request.id] = answer
+            if not isinstance(answer, Failure):  # after a failure the next epoch asks again
+                self._answers[request.id] = answer
 
 
 class NoTeacher:

@@ -1,23 +1,30 @@
-"""Teachers: they write text for debates and judge token ids by hidden states."""
+"""Teachers: they write text for debates and judge token ids, by hidden states or by top-k log-probs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from opdengine.types import Completion, Message, Request, SamplingParams, TeacherContext
+from opdengine.errors import ServiceError
+from opdengine.types import Completion, Failure, Message, Request, SamplingParams, TeacherContext, TeacherTargets
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    import torch
-
     from opdengine.backbone import Head
 
 
+class TeacherError(ServiceError):
+    """A teacher's call failed for good, and the run is told to stop then."""
+
+
 class Teacher(Protocol):
-    """A frozen model that writes and judges."""
+    """A frozen model that writes and judges.
+
+    A call that fails for good gives a :class:`Failure` in the place of its result, or raises
+    :class:`TeacherError` where the run is told to stop.
+    """
 
     @property
     def name(self) -> str: ...
@@ -43,18 +50,22 @@ class Teacher(Protocol):
         ...
 
     @property
-    def head(self) -> Head:
-        """Its frozen output head."""
+    def head(self) -> Head | None:
+        """Its frozen output head; None where it judges by log-probs."""
         ...
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids of a chat in this teacher's own template, ready for its reply."""
         ...
 
-    async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+    async def generate(self, requests: Sequence[Request], params: SamplingParams) -> Sequence[Completion | Failure]:
         """One completion per request, in order."""
         ...
 
-    async def score(self, contexts: Sequence[TeacherContext]) -> list[torch.Tensor]:
-        """Final hidden states [T_i, d] that predict the targets of every context, in order."""
+    async def score(self, contexts: Sequence[TeacherContext]) -> Sequence[TeacherTargets | Failure]:
+        """Its distributions at the targets of every context, in order."""
+        ...
+
+    def counts(self) -> dict[str, float]:
+        """Metrics of its calls since this was last asked: failures by reason, retries."""
         ...

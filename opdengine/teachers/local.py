@@ -13,7 +13,7 @@ from opdengine.backbone import Backbone, Head, load_model
 from opdengine.chat import encode_chat, load_tokenizer
 from opdengine.config import TeacherConfig
 from opdengine.rollout.transformers import TransformersSampler
-from opdengine.types import Completion, Message, Request, SamplingParams, TeacherContext
+from opdengine.types import Completion, Hidden, Message, Request, SamplingParams, TeacherContext
 
 
 class LocalTeacher:
@@ -79,8 +79,13 @@ class LocalTeacher:
     async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         return [completions[0] for completions in self._writer.generate(requests, params)]
 
-    async def score(self, contexts: Sequence[TeacherContext]) -> list[torch.Tensor]:
-        return self.backbone.score([c.token_ids for c in contexts], [c.target_positions for c in contexts])
+    async def score(self, contexts: Sequence[TeacherContext]) -> list[Hidden]:
+        states = self.backbone.score([c.token_ids for c in contexts], [c.target_positions for c in contexts])
+        return [Hidden(rows) for rows in states]
+
+    def counts(self) -> dict[str, float]:
+        """Nothing: calls in this process either work or raise."""
+        return {}
 
 
 def model_fingerprint(path: str, model: Any, blocks: int = 256) -> str:

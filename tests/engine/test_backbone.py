@@ -14,7 +14,7 @@ import transformers as hf
 from opdengine.backbone import Backbone
 from opdengine.objective import Item, Objective
 from opdengine.packing import LAYOUTS, pack, split_by_tokens
-from opdengine.types import Prompt, Rollout, Turn
+from opdengine.types import Hidden, Prompt, Rollout, Turn
 
 VOCAB = 120
 COMMON: dict[str, Any] = {
@@ -117,7 +117,7 @@ def test_packed_and_padded_batches_give_the_same_loss_and_gradient(family: str, 
         Item(
             r,
             ("t",),
-            (h,),
+            (Hidden(h),),
             np.full(len(p), 1 / total, np.float32),
             np.ones((len(p), 1), np.float32),
             None,

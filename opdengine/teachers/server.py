@@ -1,0 +1,229 @@
+"""A teacher behind an OpenAI-compatible server: it writes text and judges by top-k log-probs.
+
+Token ids go in and are verified to have arrived; nothing is ever re-tokenised on the way to a
+judgement. Scoring needs ``prompt_logprobs`` (vLLM). The exact path is a local teacher.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from opdengine.chat import PROBES, encode_chat
+from opdengine.config import ConfigError, TeacherConfig
+from opdengine.probes import ProbeError
+from opdengine.rollout.transformers import stream_key
+from opdengine.teachers.endpoint import Answer, BadAnswer, Endpoint
+from opdengine.teachers.top_k import read_top_k
+from opdengine.types import Completion, Failure, Message, Request, SamplingParams, TeacherContext, TopK
+
+logger = logging.getLogger(__name__)
+
+
+class ServedTeacher:
+    """A served model as a frozen teacher.
+
+    Args:
+        config: with ``base_url``.
+        tokenizer: of the served model; renders its chats.
+        vocab_size: ids of the tokenizer.
+        stop_on_failure: raise at the first call that fails for good, instead of returning failures.
+
+    Raises:
+        ConfigError: the variable that should hold the key is not set.
+    """
+
+    head = None
+
+    def __init__(self, config: TeacherConfig, tokenizer: Any, vocab_size: int, *, stop_on_failure: bool = True) -> None:
+        assert config.base_url is not None
+        self.config = config
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.window: int | None = None
+        self.endpoint = Endpoint(
+            name=config.name,
+            base_url=config.base_url.rstrip("/"),
+            api_key=_api_key(config),
+            timeout=config.timeout,
+            max_retries=config.max_retries,
+            max_concurrency=config.max_concurrency,
+            stop_on_failure=stop_on_failure,
+        )
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self.config.key)
+
+    @property
+    def weight(self) -> float:
+        return self.config.weight
+
+    @property
+    def fingerprint(self) -> str:
+        """The served name: a server does not tell which weights it holds."""
+        return f"served {self.config.model}"
+
+    def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        return encode_chat(self.tokenizer, messages, tools, self.config.chat_template_kwargs)
+
+    async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion | Failure]:
+        """One completion per request; their log-probs are unknown (NaN)."""
+        # Every field is stated: a server fills gaps from the model's generation_config.
+        bodies = [
+            {
+                "model": self.config.model,
+                "prompt": list(r.token_ids),
+                "max_tokens": params.max_tokens,
+                "temperature": params.temperature,
+                "top_p": params.top_p,
+                "top_k": params.top_k,
+                "repetition_penalty": params.repetition_penalty,
+                "stop": list(params.stop),
+                "seed": stream_key(params.seed, r.seed, 0) >> 1,  # servers take signed seeds
+                "return_token_ids": True,
+            }
+            for r in requests
+        ]
+        return await self.endpoint.post_all(
+            "/completions", bodies, lambda i, answer: self._completion(requests[i], params, answer)
+        )
+
+    async def score(self, contexts: Sequence[TeacherContext]) -> list[TopK | Failure]:
+        """The ``score_top_k`` likeliest tokens at the targets of every context, in order."""
+        k = self.config.score_top_k
+        return await self.endpoint.post_all(
+            "/completions",
+            [self._scoring(c.token_ids.tolist()) for c in contexts],
+            lambda i, answer: read_top_k(
+                _choice(answer), contexts[i].token_ids, contexts[i].target_positions, k, self.vocab_size
+            ),
+        )
+
+    def counts(self) -> dict[str, float]:
+        """Failures by reason and retries since the last call, as metrics."""
+        counts = {name: float(count) for name, count in self.endpoint.counts.items()}
+        self.endpoint.counts.clear()
+        return counts
+
+    async def probe(self, *, judges: bool) -> None:
+        """Before step 0: is it there, is it the right model, and does it answer what is needed?
+
+        Args:
+            judges: whether log-probs of prompts are needed.
+
+        Raises:
+            ProbeError: it is not; says what to change.
+        """
+        listing = await self._ask("get", "/models")
+        served = {m.get("id"): m for m in listing.get("data") or () if isinstance(m, Mapping)}
+        if self.config.model not in served:
+            raise ProbeError(
+                f"teacher {self.name!r}: {self.endpoint.base_url} does not serve {self.config.model!r} but "
+                f"{sorted(map(str, served))}; set the teacher's 'model' to one of them"
+            )
+        window = served[self.config.model].get("max_model_len")
+        # One token of room stays free: a scoring call must ask for at least one new token.
+        self.window = None if window is None else int(window) - 1
+        if window is None:
+            logger.info("teacher %s: the server does not tell its context length", self.name)
+        await self._probe_tokenizer()
+        ids = self.tokenizer.encode(PROBES[0], add_special_tokens=False)
+        body = self._scoring(ids) | {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+        if not judges:
+            del body["prompt_logprobs"]
+        answer = await self._ask("post", "/completions", body)
+        if judges:
+            try:
+                positions = np.arange(1, len(ids))
+                read_top_k(_choice(answer), np.array(ids), positions, self.config.score_top_k, self.vocab_size)
+            except BadAnswer as error:
+                raise ProbeError(
+                    f"teacher {self.name!r}: {self.endpoint.base_url} does not answer with usable prompt "
+                    f"log-probs ({error.reason}: {error}); a served teacher judges by them: use a vLLM "
+                    "server, or a local teacher"
+                ) from error
+        self.endpoint.counts.clear()
+
+    async def _probe_tokenizer(self) -> None:
+        """The server's own tokenizer against the folder's, where it has one to ask."""
+        added = sorted(self.tokenizer.get_added_vocab())
+        text = "\n".join([*PROBES, *added])
+        body = {"model": self.config.model, "prompt": text, "add_special_tokens": False}
+        root = self.endpoint.base_url.removesuffix("/v1")
+        answer = await self.endpoint.request("post", f"{root}/tokenize", body)
+        if isinstance(answer, Failure):
+            logger.info("teacher %s: the server's tokenizer cannot be asked (%s)", self.name, answer.reason)
+            return
+        ours, theirs = self.tokenizer.encode(text, add_special_tokens=False), answer.get("tokens")
+        if theirs != ours:
+            raise ProbeError(
+                f"teacher {self.name!r}: the server at {self.endpoint.base_url} encodes text differently than "
+                f"the tokenizer {self.config.tokenizer or self.config.model!r}: {str(theirs)[:80]} instead of "
+                f"{str(ours)[:80]}; set the teacher's 'tokenizer' to the folder of the served model"
+            )
+
+    async def _ask(self, method: str, path: str, body: Answer | None = None) -> Answer:
+        answer = await self.endpoint.request(method, path, body)
+        if isinstance(answer, Failure):
+            hint = ""
+            if body and "logprobs" in answer.detail:
+                hint = f"; start the server with --max-logprobs {self.config.score_top_k}, or lower score_top_k"
+            raise ProbeError(f"{answer}{hint}")
+        return answer
+
+    def _scoring(self, token_ids: list[int]) -> dict[str, Any]:
+        return {
+            "model": self.config.model,
+            "prompt": token_ids,
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": self.config.score_top_k,
+            "return_token_ids": True,
+        }
+
+    def _completion(self, request: Request, params: SamplingParams, answer: Answer) -> Completion:
+        """Read one completion.
+
+        Raises:
+            BadAnswer: "bad_answer" or "wrong_ids".
+        """
+        choice = _choice(answer)
+        text, stop = choice.get("text"), choice.get("finish_reason")
+        if not isinstance(text, str) or stop not in ("stop", "length"):
+            raise BadAnswer("bad_answer", f"no text or no end: finish_reason {stop!r}, text {text!r}"[:200])
+        echoed, ids = choice.get("prompt_token_ids"), choice.get("token_ids")
+        if echoed is not None and list(echoed) != list(request.token_ids):
+            raise BadAnswer("wrong_ids", "the server read other token ids than were sent")
+        if ids is None:  # a server that tells no ids: its text is all there is
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            ids += [self.tokenizer.eos_token_id] if stop == "stop" else []
+        elif not all(isinstance(i, int) and i >= 0 for i in ids) or len(ids) > params.max_tokens:
+            raise BadAnswer("wrong_ids", f"{len(ids)} token ids for max_tokens={params.max_tokens}: {ids[:8]}")
+        unknown = np.full(len(ids), np.nan, dtype=np.float32)
+        return Completion(np.array(ids, dtype=np.int64), unknown, stop, text)
+
+
+def _choice(answer: Answer) -> Mapping[str, Any]:
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], Mapping):
+        raise BadAnswer("bad_answer", f"not exactly one choice: {str(answer)[:120]}")
+    return choices[0]
+
+
+def _api_key(config: TeacherConfig) -> str | None:
+    if config.api_key_env is None:
+        return None
+    if not (key := os.environ.get(config.api_key_env)):
+        raise ConfigError(
+            f"teacher {config.name!r}: the environment variable {config.api_key_env!r} named by api_key_env is not set"
+        )
+    return key
