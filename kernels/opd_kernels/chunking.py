@@ -56,6 +56,7 @@ def plan_chunks(
     dtype: torch.dtype,
     device: torch.device,
     workspace_bytes: int,
+    fixed_bytes: int = 0,
 ) -> ChunkPlan:
     """Largest chunks whose temporaries fit ``workspace_bytes``.
 
@@ -70,6 +71,7 @@ def plan_chunks(
         dtype: compute dtype.
         device: where the work runs.
         workspace_bytes: the budget.
+        fixed_bytes: part of it that is used elsewhere.
 
     Raises:
         ValueError: one row does not fit; states the bytes that are needed.
@@ -78,17 +80,19 @@ def plan_chunks(
     widest = max(hidden_sizes)
     logits_row = buffers * vocab * item + 4 * widest * item + ROW_OVERHEAD_BYTES
     scratch_row = scratch_tiles * vocab * item
-    gradient_row = 2 * vocab + 2 * widest if half_gradient else 0
+    # The dense product of dZ is narrow; a compacted one accumulates in ``dtype``, twice where rows
+    # are grouped.
+    gradient_row = 2 * vocab + (2 + (2 * item if fixed_bytes else 0)) * widest if half_gradient else 0
     weight_row = widest * item if upcast else 0
 
-    minimum = logits_row + scratch_row + gradient_row + weight_row
+    minimum = logits_row + scratch_row + gradient_row + weight_row + fixed_bytes
     if workspace_bytes < minimum:
         raise ValueError(
             f"workspace_bytes={workspace_bytes} cannot hold one row of {vocab} logits: "
             f"pass workspace_bytes >= {minimum}"
         )
 
-    budget = workspace_bytes
+    budget = workspace_bytes - fixed_bytes
     tile_rows = max(1, min(rows, TILE_ELEMENTS.get(device.type, 1 << 19) // vocab, budget // 8 // max(1, scratch_row)))
     budget -= tile_rows * scratch_row
     weight_rows = 0

@@ -43,6 +43,7 @@ def linear_divergence(
     student_bias: Tensor | None = None,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
+    backward_tolerance: float = 0.0,
     group: Any = None,
 ) -> DivergenceOutput:
     """Weighted divergence between a student p and teachers q_k, without ever holding [N, V] logits.
@@ -84,6 +85,11 @@ def linear_divergence(
         student_bias: [V] or None; a -inf entry switches its column off (see ``types.FLOOR``).
         student_logit_scale: positive factor of the student's logits.
         student_softcap: positive cap of the student's logits, or None.
+        backward_tolerance: share of each row's gradient that may be dropped, in [0, 1), measured in
+            the 1-norm of d loss / d logits: columns whose gradients are small in every row of a
+            chunk are left out of the gradient GEMMs (``compaction`` states the bounds that follow).
+            0 computes every column. The share that was dropped is ``stats.dropped_mass``; with
+            reduction "none" the backward pass fills it in.
         group: ``torch.distributed.ProcessGroup`` whose ranks each hold consecutive vocabulary rows
             of the student's and of every teacher's weight (and bias), split at the same ids; uneven
             shards are allowed, and padding beyond ``vocab_size`` on the last ranks. Everything else
@@ -118,6 +124,7 @@ def linear_divergence(
         workspace_bytes=workspace_bytes,
         vocab_size=vocab_size,
         group=group,
+        backward_tolerance=backward_tolerance,
     )
     chosen = choose_impl(impl, student_hidden.device.type, problem.compute_dtype, problem.shards is not None)
     if chosen == "reference":
@@ -190,6 +197,7 @@ class _LinearDivergence(torch.autograd.Function):
             outcome = run_divergence(problem, rows, scale, in_forward)
         ctx.gradients = outcome if in_forward else None
         ctx.problem, ctx.scale = replace(problem, stats=False), scale
+        ctx.dropped = None if in_forward or outcome.stats is None else outcome.stats.dropped_mass
         ctx.save_for_backward(hidden, weight, bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         loss = reduce_loss(problem, outcome.token_loss, scale)
@@ -208,6 +216,8 @@ class _LinearDivergence(torch.autograd.Function):
         outcome, ctx.gradients = ctx.gradients, None
         if outcome is None:
             outcome = _recompute(ctx, grad_loss)
+            if ctx.dropped is not None and outcome.dropped is not None:
+                ctx.dropped.copy_(outcome.dropped)
         else:
             _scale_gradients(outcome, grad_loss)
         return *cast_gradients(ctx, outcome), None, None

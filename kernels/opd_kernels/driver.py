@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .chunking import ChunkPlan, plan_chunks, spans
+from .compaction import Compactor, scratch_bytes
 from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast
 from .row_ops import make_row_ops, row_layout
 from .selection import RowPlan
@@ -34,13 +35,14 @@ TEACHER_STATS = {
 @dataclass
 class Outcome:
     """Per-token losses [N] and statistics (NaN where not computed), and the gradients that were
-    asked for."""
+    asked for; ``dropped`` [N] where a tolerance may drop some of them."""
 
     token_loss: Tensor
     stats: TokenStats | None
     hidden: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    dropped: Tensor | None = None
 
 
 class Workspace:
@@ -79,12 +81,16 @@ def run_divergence(problem: Problem, rows: RowPlan, row_scale: Tensor | None, wa
     like = problem.student.hidden.new_empty(0, dtype=problem.compute_dtype)
     outcome = Outcome(like.new_full((problem.rows,), float("nan")), None)
     if problem.stats:
-        outcome.stats = TokenStats.empty(problem.rows, len(problem.teachers), problem.labels is not None, like)
+        outcome.stats = TokenStats.empty(
+            problem.rows, len(problem.teachers), problem.labels is not None, like, problem.backward_tolerance > 0
+        )
     gradient = HeadGradient(problem.student, wants, rows, problem.compute_dtype)
     if rows.count:
         _Pass(problem, rows, row_scale, wants, outcome, gradient, like).run()
     if outcome.stats is not None:
         outcome.stats.fill_gap()
+        if outcome.stats.dropped_mass is not None and outcome.dropped is not None:
+            outcome.stats.dropped_mass.copy_(outcome.dropped)
     outcome.hidden, outcome.weight, outcome.bias = gradient.finish()
     return outcome
 
@@ -110,7 +116,18 @@ class _Pass:
         self.workspace = make_workspace(problem, heads, rows.count, buffers, wants, like)
         self.ops = make_row_ops(problem.impl, self.workspace.plan.tile_rows, problem.student.vocab, like)
         self.finite = torch.ones(rows.count, len(problem.teachers), dtype=torch.bool, device=like.device)
-        self.sink = GradientSink(self.workspace, gradient, problem.student, rows)
+        self.compactor = None
+        if problem.backward_tolerance and wants:
+            self.compactor = Compactor(
+                problem.backward_tolerance,
+                rows,
+                problem.rows,
+                self.workspace.plan.tile_rows,
+                problem.workspace_bytes,
+                like,
+            )
+            outcome.dropped = self.compactor.dropped
+        self.sink = GradientSink(self.workspace, gradient, problem.student, rows, self.compactor)
 
     def run(self) -> None:
         for start, stop in spans(self.rows.count, self.workspace.plan.chunk_rows):
@@ -259,8 +276,16 @@ class GradientSink:
     In the compute dtype dZ lies in the accumulator of its chunk and is used at once.
     """
 
-    def __init__(self, workspace: Workspace, gradient: HeadGradient, head: Head, rows: RowPlan) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        gradient: HeadGradient,
+        head: Head,
+        rows: RowPlan,
+        compactor: Compactor | None = None,
+    ) -> None:
         self.workspace, self.gradient, self.head, self.rows = workspace, gradient, head, rows
+        self.compactor = compactor
         self.start = self.stop = 0
 
     def reserve(self, in_place: Tensor) -> Tensor:
@@ -276,7 +301,7 @@ class GradientSink:
     def commit(self, dz: Tensor, hidden: Tensor, start: int, stop: int) -> None:
         """dZ of the computed rows ``start:stop`` is ready in ``dz``, which ``reserve`` returned."""
         if self.workspace.gradient is None:
-            self.gradient.add(dz, hidden, start, stop, self.workspace.tile)
+            self._add(dz, hidden, start, stop)
         else:
             self.stop = stop
 
@@ -286,8 +311,14 @@ class GradientSink:
             return
         dz = self.workspace.gradient[: self.stop - self.start]
         hidden = gather(self.head.hidden, self.rows.index, self.start, self.stop)
-        self.gradient.add(dz, hidden, self.start, self.stop, self.workspace.tile)
+        self._add(dz, hidden, self.start, self.stop)
         self.start = self.stop
+
+    def _add(self, dz: Tensor, hidden: Tensor, start: int, stop: int) -> None:
+        if self.compactor is None:
+            self.gradient.add(dz, hidden, start, stop, self.workspace.tile)
+        else:
+            self.compactor.add(self.gradient, dz, hidden, start, stop, self.workspace.tile)
 
 
 def make_workspace(
@@ -300,6 +331,10 @@ def make_workspace(
     upcasts.append(wants.hidden and needs_upcast(student.weight, like.dtype, gradient=True))
     widths = tuple(head.weight.shape[1] for head in heads)
     columns, scratch_tiles = row_layout(problem.impl, student.vocab)
+    fixed = 0
+    if problem.backward_tolerance and wants:
+        scratch_tiles += 1
+        fixed = scratch_bytes(student.vocab, problem.workspace_bytes, like.itemsize, like.device.type)
     plan = plan_chunks(
         rows=rows,
         vocab=columns,
@@ -311,6 +346,7 @@ def make_workspace(
         dtype=like.dtype,
         device=like.device,
         workspace_bytes=problem.workspace_bytes,
+        fixed_bytes=fixed,
     )
     return Workspace(plan, student.vocab, like, buffers, max(widths), columns)
 

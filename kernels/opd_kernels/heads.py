@@ -84,6 +84,14 @@ def upcast_tiles(weight: Tensor, tile: Tensor) -> Iterator[tuple[int, int, Tenso
         yield start, stop, part
 
 
+def accumulate(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """``out += left @ right``; ``out`` may be of a wider dtype than the factors."""
+    if left.dtype == out.dtype:
+        torch.addmm(out, left, right, out=out)
+    else:
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+
+
 @dataclass(frozen=True)
 class Wants:
     """Which gradients are asked for."""
@@ -122,8 +130,31 @@ class HeadGradient:
             self._add_hidden(dz, start, stop, tile)
         if self.wants.weight:
             self._add_weight(dz, hidden)
+        self.add_bias(dz)
+
+    def add_bias(self, dz: Tensor) -> None:
         if self.bias is not None:
             self.bias[: self.head.vocab].add_(dz.sum(0, dtype=self.dtype))
+
+    def put_hidden(self, rows: Tensor, start: int, stop: int) -> None:
+        """The gradient of the computed rows ``start:stop`` is ``rows`` [c, d]."""
+        assert self.hidden is not None
+        if self.index is None:
+            self.hidden[start:stop] = rows
+        else:
+            self.hidden[self.index[start:stop]] = rows.to(self.hidden.dtype)
+
+    def add_weight_rows(self, dz: Tensor, hidden: Tensor, index: Tensor | None, start: int, stop: int) -> None:
+        """Add the vocabulary rows ``index`` [k], or ``start:stop``, from ``dz`` [c, k] and
+        ``hidden`` [c, d] of its dtype."""
+        if self.weight is None:
+            self.weight = dz.new_zeros(self.head.weight.shape, dtype=self.dtype)
+        if index is None:
+            accumulate(dz.t(), hidden, self.weight[start:stop])
+        elif dz.dtype == self.dtype:
+            self.weight.index_add_(0, index, torch.mm(dz.t(), hidden))
+        else:
+            self.weight.index_add_(0, index, torch.mm(dz.t(), hidden, out_dtype=self.dtype))
 
     def _add_hidden(self, dz: Tensor, start: int, stop: int, tile: Tensor | None) -> None:
         assert self.hidden is not None
@@ -138,10 +169,7 @@ class HeadGradient:
             rows = dz.new_zeros(dz.shape[0], weight.shape[1])
             for first, last, part in upcast_tiles(weight, tile):
                 torch.addmm(rows, dz[:, first:last], part, out=rows)
-        if self.index is None:
-            self.hidden[start:stop] = rows
-        else:
-            self.hidden[self.index[start:stop]] = rows.to(self.hidden.dtype)
+        self.put_hidden(rows, start, stop)
 
     def _add_weight(self, dz: Tensor, hidden: Tensor) -> None:
         rows, width = self.head.weight.shape
@@ -151,15 +179,12 @@ class HeadGradient:
             self.weight = dz.new_empty(rows, width, dtype=self.dtype)
             self.weight[used:].zero_()
         target = self.weight[:used]
-        if dz.dtype == self.dtype:
-            if first:
-                torch.mm(dz.t(), hidden, out=target)
-            else:
-                torch.addmm(target, dz.t(), hidden, out=target)
-        elif first:
-            torch.mm(dz.t(), hidden, out_dtype=self.dtype, out=target)
+        if not first:
+            accumulate(dz.t(), hidden, target)
+        elif dz.dtype == self.dtype:
+            torch.mm(dz.t(), hidden, out=target)
         else:
-            torch.addmm(target, dz.t(), hidden, out_dtype=self.dtype, out=target)
+            torch.mm(dz.t(), hidden, out_dtype=self.dtype, out=target)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of (hidden, weight, bias); zeros where no row contributed.

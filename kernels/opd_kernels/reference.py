@@ -110,7 +110,9 @@ def _stats(
     problem: Problem, active: Tensor, student: Tensor, teachers: list[Tensor], pairs: list[Tensor]
 ) -> TokenStats:
     labels = problem.labels
-    stats = TokenStats.empty(problem.rows, len(teachers), labels is not None, student)
+    stats = TokenStats.empty(problem.rows, len(teachers), labels is not None, student, problem.backward_tolerance > 0)
+    if stats.dropped_mass is not None:
+        stats.dropped_mass[active] = 0.0
     stats.student_entropy[active] = -(student.exp() * student).sum(1)
     if labels is not None and stats.student_logprob is not None:
         stats.student_logprob[active] = student.gather(1, labels[active, None])[:, 0]

@@ -64,6 +64,8 @@ class TokenStats:
         top1_agreement: [N, K] 1.0 where student and teacher share the arg max, else 0.0.
         reverse_kl: [N, K] KL(p || q_k).
         forward_kl: [N, K] KL(q_k || p).
+        dropped_mass: [N] share of the row's gradient that ``backward_tolerance`` dropped, in the
+            1-norm of d loss / d logits; None without a tolerance.
     """
 
     student_logprob: Tensor | None
@@ -75,15 +77,18 @@ class TokenStats:
     top1_agreement: Tensor
     reverse_kl: Tensor
     forward_kl: Tensor
+    dropped_mass: Tensor | None = None
 
     @classmethod
-    def empty(cls, rows: int, teachers: int, labels: bool, like: Tensor) -> TokenStats:
+    def empty(cls, rows: int, teachers: int, labels: bool, like: Tensor, dropped: bool = False) -> TokenStats:
         """Statistics of ``rows`` tokens, all NaN: nothing is computed yet."""
 
         def unset(name: str) -> Tensor | None:
             if name in ("student_logprob", "teacher_logprob", "gap") and not labels:
                 return None
-            shape = (rows,) if name.startswith("student_") else (rows, teachers)
+            if name == "dropped_mass" and not dropped:
+                return None
+            shape = (rows,) if name.startswith("student_") or name == "dropped_mass" else (rows, teachers)
             return like.new_full(shape, float("nan"))
 
         return cls(**{f.name: unset(f.name) for f in fields(cls)})  # type: ignore[arg-type]
@@ -178,6 +183,7 @@ class Problem:
         labels: [N] int64 or None; checked on the rows that are computed.
         impl: whose row operations run, "torch" or "triton".
         shards: how the vocabulary is split over ranks, or None when this process holds all of it.
+        backward_tolerance: see ``compaction``; 0 for dense gradients.
     """
 
     student: Head
@@ -194,6 +200,7 @@ class Problem:
     compute_dtype: torch.dtype
     impl: str = "torch"
     shards: Shards | None = None
+    backward_tolerance: float = 0.0
 
     @property
     def rows(self) -> int:

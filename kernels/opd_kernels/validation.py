@@ -28,6 +28,15 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}={value!r} must be a finite number greater than 0")
 
 
+def check_tolerance(tolerance: float) -> None:
+    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if not number or not (math.isfinite(tolerance) and 0 <= tolerance < 1):
+        raise ValueError(
+            f"backward_tolerance={tolerance!r} must lie in [0, 1): the share of a row's gradient mass that may be "
+            "dropped, 0 for none"
+        )
+
+
 def check_matrix(name: str, tensor: object, dims: str) -> Tensor:
     """A dense, non-empty, row-major 2-D tensor of a supported dtype."""
     if not isinstance(tensor, Tensor):
@@ -312,15 +321,21 @@ def make_problem(
     workspace_bytes: int | None,
     vocab_size: int | None,
     group: Any = None,
+    backward_tolerance: float = 0.0,
 ) -> Problem:
     """Validate everything and return the normalised problem."""
     check_choice("teacher_reduction", teacher_reduction, TEACHER_REDUCTIONS)
     check_choice("reduction", reduction, REDUCTIONS)
     rule = make_rule(divergence, jsd_beta, skew_alpha)
+    check_tolerance(backward_tolerance)
     budget = make_workspace_bytes(workspace_bytes)
     settings = (rule, teacher_reduction, reduction, stats, labels is None, budget)
     heads, shards = split_vocabularies((student, *make_teachers(teachers, student)), vocab_size, group, settings)
     student, *others = heads
+    if shards is not None and backward_tolerance:
+        raise ValueError(
+            f"backward_tolerance={backward_tolerance} needs the whole vocabulary in one process: pass 0 with a group"
+        )
     dtype, device = compute_dtype_of((student, *others)), student.hidden.device
     rows = student.hidden.shape[0]
     weights, uniform = make_mix(mix, rows, len(others), dtype, device)
@@ -346,6 +361,7 @@ def make_problem(
         workspace_bytes=budget,
         compute_dtype=dtype,
         shards=shards,
+        backward_tolerance=float(backward_tolerance),
     )
 
 

@@ -1,0 +1,197 @@
+"""Compaction of the backward: gradient GEMMs over the vocabulary columns that carry gradient.
+
+dZ = d loss / d (hidden W^T) of a peaked distribution is negligible in almost every column. For a
+chunk of rows the columns whose entries are small in every row are dropped, under one rule:
+
+    sum over dropped v of abs(dZ[n, v])  <=  tolerance * sum over all v of abs(dZ[n, v])   for every row n,
+
+so that with m_n = sum_v abs(dZ[n, v]) and e_n <= tolerance the dropped share of row n
+
+- the gradient of hidden state n is off by at most e_n m_n max_v ||W_v||,
+- the gradients of all weight rows v together, sum_v ||error_v||, by at most sum_n e_n m_n ||hidden_n||,
+- the gradient of the bias not at all.
+
+Columns are ranked by their largest relative entry, max_n abs(dZ[n, v]) / m_n, and a chunk keeps a
+prefix of that ranking whose length is one of ``LEVELS`` shares of the vocabulary. Rows that need
+many columns do not spoil the rest: a chunk may be cut in two groups of rows with a prefix each.
+Where that leaves more than ``DENSE_ABOVE`` of the work, the dense GEMMs run instead, and nothing is
+dropped.
+
+Shapes: c rows of a chunk, V columns, L levels, k kept columns, d hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .chunking import spans
+from .heads import HeadGradient, accumulate
+from .selection import RowPlan
+
+LEVELS = tuple(2.0 ** (-i / 2) for i in range(16, 1, -1))
+"""Shares of the vocabulary that may be kept, 1/256 to 1/2."""
+DENSE_ABOVE = 0.6
+"""Share of the dense work from which compaction does not pay for its gathers."""
+SPLIT_BELOW = 0.8
+"""Two groups of rows must save this much over one: each reads its rows of the weight."""
+BLOCK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+
+
+def scratch_bytes(vocab: int, workspace_bytes: int, itemsize: int, device: str) -> int:
+    """Bytes a compactor needs besides its tile of rows: what it knows about columns, and the blocks
+    of its GEMMs."""
+    return vocab * (len(LEVELS) * itemsize + 40) + block_bytes(workspace_bytes, device)
+
+
+def block_bytes(workspace_bytes: int, device: str) -> int:
+    return min(BLOCK_BYTES.get(device, 16 << 20), workspace_bytes // 8)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a chunk and the columns they keep, ascending; None stands for all of them."""
+
+    rows: Tensor | None
+    columns: Tensor | None
+
+
+class Compactor:
+    """Chooses the columns of each chunk and runs its gradient GEMMs.
+
+    Attributes:
+        dropped: [N] share of each row's mass that was dropped; NaN where no gradient was computed.
+    """
+
+    def __init__(
+        self, tolerance: float, rows: RowPlan, total_rows: int, tile_rows: int, workspace_bytes: int, like: Tensor
+    ) -> None:
+        """``total_rows`` is N, ``tile_rows`` the rows of a sweep, ``like`` of the compute dtype."""
+        self.tolerance, self.rows, self.tile_rows = tolerance, rows, tile_rows
+        self.block_bytes = block_bytes(workspace_bytes, like.device.type)
+        self.dropped = like.new_full((total_rows,), float("nan"))
+        self.scratch: Tensor | None = None
+
+    def add(
+        self, gradient: HeadGradient, dz: Tensor, hidden: Tensor, start: int, stop: int, tile: Tensor | None
+    ) -> None:
+        """As ``HeadGradient.add``, on the kept columns."""
+        if not (gradient.wants.hidden or gradient.wants.weight):
+            parts, dropped = None, dz.new_zeros(dz.shape[0], dtype=self.dropped.dtype)
+        else:
+            parts, dropped = self.choose(dz)
+        self.rows.scatter(self.dropped, dropped, start, stop)
+        if parts is None:
+            gradient.add(dz, hidden, start, stop, tile)
+            return
+        gradient.add_bias(dz)
+        rows = None
+        if gradient.wants.hidden:
+            rows = dz.new_zeros(dz.shape[0], gradient.head.weight.shape[1], dtype=gradient.dtype)
+        for part in parts:
+            self._add_part(gradient, part, dz, hidden.to(dz.dtype), rows)
+        if rows is not None:
+            gradient.put_hidden(rows, start, stop)
+
+    def choose(self, dz: Tensor) -> tuple[list[Part] | None, Tensor]:
+        """What to keep of ``dz`` [c, V], and the dropped share of each row [c]; no parts: all of
+        it."""
+        count, vocab = dz.shape
+        kept = [max(1, math.ceil(share * vocab)) for share in LEVELS] + [vocab]
+        if self.scratch is None:
+            self.scratch = dz.new_empty(self.tile_rows, vocab)
+        mass = self._mass(dz)
+        order = torch.sort(self._score(dz, mass), descending=True).indices
+        dropped = self._dropped(dz, order, kept)
+        passes = dropped <= self.tolerance * mass[:, None]
+        counts = passes.sum(0).tolist()
+
+        last = next(i for i, rows in enumerate(counts) if rows == count)
+        single = count * kept[last]
+        costs = [rows * kept[i] + (count - rows) * kept[last] for i, rows in enumerate(counts[:last])]
+        first = min(range(last), key=costs.__getitem__) if last else 0
+        split = last > 0 and costs[first] < SPLIT_BELOW * single
+        if (costs[first] if split else single) > DENSE_ABOVE * count * vocab:
+            return None, torch.zeros_like(mass)
+        share = dropped / mass.clamp(min=torch.finfo(mass.dtype).tiny)[:, None]
+        if not split:
+            return [self._part(None, order, kept[last], vocab)], share[:, last]
+        easy = passes[:, first]
+        parts = [
+            self._part(torch.nonzero(easy)[:, 0], order, kept[first], vocab),
+            self._part(torch.nonzero(~easy)[:, 0], order, kept[last], vocab),
+        ]
+        return parts, torch.where(easy, share[:, first], share[:, last])
+
+    @staticmethod
+    def _part(rows: Tensor | None, order: Tensor, kept: int, vocab: int) -> Part:
+        return Part(rows, None if kept == vocab else order[:kept].sort().values)
+
+    def _magnitudes(self, dz: Tensor, factor: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, abs(dZ) [r, V], times ``factor`` [c]) tile by tile."""
+        assert self.scratch is not None
+        for start, stop in spans(dz.shape[0], self.tile_rows):
+            part = torch.abs(dz[start:stop], out=self.scratch[: stop - start])
+            yield start, stop, part if factor is None else part.mul_(factor[start:stop, None])
+
+    def _mass(self, dz: Tensor) -> Tensor:
+        """[c] sum of abs(dZ)."""
+        mass = self.dropped.new_empty(dz.shape[0])
+        for start, stop, part in self._magnitudes(dz):
+            torch.sum(part, 1, dtype=mass.dtype, out=mass[start:stop])
+        return mass
+
+    def _score(self, dz: Tensor, mass: Tensor) -> Tensor:
+        """[V] largest share that a column has of any row's mass."""
+        inverse = torch.where(mass > 0, mass.reciprocal(), torch.zeros_like(mass))
+        score = dz.new_zeros(dz.shape[1])
+        for _, _, part in self._magnitudes(dz, inverse):
+            torch.maximum(score, part.amax(0), out=score)
+        return score
+
+    def _dropped(self, dz: Tensor, order: Tensor, kept: list[int]) -> Tensor:
+        """[c, L + 1] mass of the columns beyond the first ``kept`` of ``order``; the last level
+        drops none."""
+        beyond = dz.new_ones(len(kept), dz.shape[1])
+        for level, columns in enumerate(kept):
+            beyond[level].index_fill_(0, order[:columns], 0.0)
+        dropped = self.dropped.new_empty(dz.shape[0], len(kept))
+        same = dz.dtype == dropped.dtype
+        for start, stop, part in self._magnitudes(dz):
+            if same:
+                torch.mm(part, beyond.t(), out=dropped[start:stop])
+            else:
+                dropped[start:stop] = torch.mm(part, beyond.t(), out_dtype=dropped.dtype)
+        return dropped
+
+    def _add_part(
+        self, gradient: HeadGradient, part: Part, dz: Tensor, hidden: Tensor, hidden_gradient: Tensor | None
+    ) -> None:
+        """GEMMs of one part, a block of columns at a time; ``hidden`` [c, d] in the dtype of dZ."""
+        weight, vocab = gradient.head.weight, gradient.head.vocab
+        count = dz.shape[0] if part.rows is None else part.rows.numel()
+        columns = vocab if part.columns is None else part.columns.numel()
+        column_bytes = weight.shape[1] * (dz.itemsize + gradient.dtype.itemsize) + 2 * count * dz.itemsize
+        hidden = hidden if part.rows is None else hidden[part.rows]
+        rows = hidden_gradient
+        if rows is not None and part.rows is not None:
+            rows = rows.new_zeros(count, rows.shape[1])
+        for start, stop in spans(columns, max(1, self.block_bytes // column_bytes)):
+            if part.columns is None:
+                block, index = dz[:, start:stop], None
+                head = weight[start:stop]
+            else:
+                index = part.columns[start:stop]
+                block, head = dz.index_select(1, index), weight.index_select(0, index)
+            if part.rows is not None:
+                block = block.index_select(0, part.rows)
+            if rows is not None:
+                accumulate(block, head.to(dz.dtype), rows)
+            if gradient.wants.weight:
+                gradient.add_weight_rows(block, hidden, index, start, stop)
+        if hidden_gradient is not None and part.rows is not None and rows is not None:
+            hidden_gradient.index_copy_(0, part.rows, rows)
