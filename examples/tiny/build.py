@@ -37,6 +37,9 @@ TEACHERS = (
 STUDENT = {"hidden": 64, "layers": 2, "steps": 140, "problems": {"convert": 300, "compile": 150, "both": 100}}
 TEACHER_STEPS = (250, 750)
 CALIBRATION_STEPS = 80
+# Teachers use seed and seed + 1: a student that starts from a teacher's weights would be no stranger to it.
+# Warm starts differ widely, from nothing learned to the task solved; this one is weak in both skills.
+STUDENT_SEED = 101
 FOLDERS = (*(str(teacher["name"]) for teacher in TEACHERS), "student")
 
 
@@ -72,7 +75,7 @@ def make_models(out: Path, seed: int) -> dict:
         for expert in range(len(teachers)):
             training.calibrate(teachers, tokenizer, expert, CALIBRATION_STEPS, seed, _progress(bar))
     with tqdm(total=STUDENT["steps"], desc="student", unit="step") as bar:
-        student = training.warm_start(tokenizer, **STUDENT, seed=seed, progress=_progress(bar))
+        student = training.warm_start(tokenizer, **STUDENT, seed=seed + STUDENT_SEED, progress=_progress(bar))
 
     for folder, model in zip(FOLDERS, [*teachers, student], strict=True):
         model.half().save_pretrained(out / folder)
