@@ -85,8 +85,10 @@ def shared_settings(options: argparse.Namespace, data: Path, seed: int) -> dict[
         "per_device_train_batch_size": options.batch_size,
         "max_steps": options.steps,
         "learning_rate": options.learning_rate,
+        "loss_normalization": "sequence",
         "lr_scheduler_type": "cosine",
-        "warmup_ratio": 0.0,
+        "warmup_ratio": 0.05,
+        "weight_decay": 0.0,
         "eval_steps": max(1, options.steps // 10),
         "seed": seed,
         "log_completions": True,
@@ -95,12 +97,8 @@ def shared_settings(options: argparse.Namespace, data: Path, seed: int) -> dict[
 
 def write_data(folder: Path, seeds: Sequence[int], options: argparse.Namespace) -> None:
     """Training prompts without answers (one order per seed) and the test set with answers."""
-    needed = options.steps * options.batch_size
     for seed in seeds:
-        rows = []
-        for skill in task.SKILLS:
-            share = min(needed // len(task.SKILLS) + 1, 2500 if skill == "convert" else 10**9)
-            rows += task.prompts("train", skill, share, seed=seed)
+        rows = [r for skill in task.SKILLS for r in task.prompts("train", skill, options.train_prompts, seed=seed)]
         write_jsonl(
             folder / f"train_seed_{seed}.jsonl",
             [{k: v for k, v in row.items() if k != "answer"} for row in rows],
@@ -260,6 +258,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--train_prompts", type=int, default=1500, help="training prompts of each skill")
     parser.add_argument("--test_prompts", type=int, default=200, help="test prompts of each skill")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
@@ -288,6 +287,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         "steps": options.steps,
         "batch_size": options.batch_size,
         "learning_rate": options.learning_rate,
+        "train_prompts": options.train_prompts,
         "test_prompts": options.test_prompts,
         "seeds": seeds,
         "teachers": grade_teachers(folder / "test.jsonl"),
