@@ -285,6 +285,7 @@ def _check_values(config: TrainConfig) -> None:
     one_of("teacher_reduction", ("sum", "mixture"))
     need(config.divergence_temperature > 0, "divergence_temperature", "it must be positive")
     one_of("loss_normalization", ("token", "sequence"))
+    one_of("on_teacher_failure", ("stop", "drop"))
     one_of("lr_scheduler_type", SCHEDULERS)
     one_of("dtype", DTYPES)
     one_of("vllm_mode", ("colocate",))

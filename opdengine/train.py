@@ -49,7 +49,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     """
     recipe = build_recipe(config)
     verifier = load_verifier(config.verifier)
-    for path in [config.model, *(t.model for t in config.teachers)]:
+    for path in [config.model, *(t.model for t in config.teachers if t.base_url is None)]:
         check_model_path(path)
     folder = RunFolder(config)
     prompts = load_prompts(config.train_data, skip_bad_rows=config.skip_bad_rows)

@@ -1,0 +1,150 @@
+"""Single calls to a served teacher, against a server process with scripted faults."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from teacher_helpers import Server, context, serve, served
+
+from opdengine.config import ConfigError
+from opdengine.teachers import TeacherError
+from opdengine.types import Completion, Failure, Request, SamplingParams, TopK
+
+PARAMS = SamplingParams(
+    max_tokens=5, temperature=0.7, top_p=0.9, top_k=7, repetition_penalty=1.1, stop=("END",), seed=3
+)
+IDS = [40, 41, 42, 43, 44, 45]
+
+
+def score(teacher: Any, count: int = 1) -> list[TopK | Failure]:
+    return list(asyncio.run(teacher.score([context(IDS, 3)] * count)))
+
+
+def generate(teacher: Any, count: int = 1) -> list[Completion | Failure]:
+    requests = [Request(f"r{i}", (*IDS, 50 + i), seed=i) for i in range(count)]
+    return list(asyncio.run(teacher.generate(requests, PARAMS)))
+
+
+FAULTS = {
+    "500": "http_500", "503": "http_503", "429": "http_429", "hang": "timeout", "half_json": "bad_json",
+    "cut_off": "connection", "garbage": "bad_json", "wrong_ids": "wrong_ids",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_that_passes_is_retried_and_leaves_no_trace(bigrams: Server, tokenizer: Any, kind: str) -> None:
+    teacher = served(bigrams, tokenizer, timeout=0.3)
+    bigrams.control(say="hello")
+    (want,), (text,) = score(teacher), generate(teacher)
+    assert isinstance(want, TopK) and isinstance(text, Completion) and text.text == "hello"
+    bigrams.control(say="hello", faults=[{"kind": kind, "times": 2, "on": on} for on in ("score", "generate")])
+    (got,), (again,) = score(teacher), generate(teacher)
+    assert isinstance(got, TopK) and isinstance(again, Completion)
+    np.testing.assert_array_equal(got.ids, want.ids)
+    np.testing.assert_array_equal(got.logprobs, want.logprobs)
+    assert again.text == "hello" and again.token_ids.tolist() == text.token_ids.tolist()
+    assert teacher.counts() == {"teacher_retries/served": 4.0}
+    assert teacher.counts() == {}
+
+
+@pytest.mark.parametrize(("kind", "reason"), [*FAULTS.items(), ("no_logprobs", "no_logprobs")])
+def test_a_lasting_fault_of_scoring_is_a_failure_by_reason(
+    bigrams: Server, tokenizer: Any, kind: str, reason: str
+) -> None:
+    bigrams.control(faults=[{"kind": kind}])
+    (failure,) = score(served(bigrams, tokenizer, timeout=0.3))
+    assert isinstance(failure, Failure) and failure.reason == reason
+    assert "attempt 3 of 3" in failure.detail and bigrams.seen["score"] == 3
+    with pytest.raises(TeacherError, match=f"'served' failed .{reason}"):
+        score(served(bigrams, tokenizer, timeout=0.3, stop=True, max_retries=0))
+
+
+@pytest.mark.parametrize(("kind", "reason"), [*FAULTS.items(), ("no_text", "bad_answer")])
+def test_a_lasting_fault_of_writing_is_never_text(bigrams: Server, tokenizer: Any, kind: str, reason: str) -> None:
+    bigrams.control(say="hello", faults=[{"kind": kind}])
+    teacher = served(bigrams, tokenizer, timeout=0.3)
+    (failure,) = generate(teacher)
+    assert isinstance(failure, Failure) and failure.reason == reason
+    assert teacher.counts() == {f"teacher_failures/served/{reason}": 1.0, "teacher_retries/served": 2.0}
+
+
+def test_a_refusal_is_not_retried(bigrams: Server, tokenizer: Any) -> None:
+    bigrams.control(window=len(IDS))
+    (failure,) = score(served(bigrams, tokenizer))
+    assert isinstance(failure, Failure) and failure.reason == "http_400" and "maximum model length" in failure.detail
+    assert bigrams.seen["score"] == 1
+
+
+def test_the_servers_own_wish_to_wait_is_granted(bigrams: Server, tokenizer: Any) -> None:
+    bigrams.control(faults=[{"kind": "429", "times": 1, "retry_after": 1}])
+    start = time.monotonic()
+    assert isinstance(score(served(bigrams, tokenizer))[0], TopK)
+    assert time.monotonic() - start >= 1.0
+
+
+def test_the_other_calls_of_a_batch_survive_one_failure(bigrams: Server, tokenizer: Any) -> None:
+    bigrams.control(faults=[{"kind": "500", "after": 2, "times": 1}])
+    results = score(served(bigrams, tokenizer, max_retries=0, max_concurrency=1), count=5)
+    assert [isinstance(r, Failure) for r in results] == [False, False, True, False, False]
+
+
+def test_calls_run_at_the_same_time_up_to_the_bound(tokenizer: Any) -> None:
+    with serve(len(tokenizer)) as server:
+        server.control(pause=0.1)
+        score(served(server, tokenizer, max_concurrency=3), count=9)
+        assert server.seen["most_at_once"] == 3
+
+
+def test_a_dead_server_costs_one_round_of_retries(tokenizer: Any) -> None:
+    with serve(len(tokenizer)) as server:
+        server.control(faults=[{"kind": "die"}])
+        teacher = served(server, tokenizer, max_concurrency=2)
+        start = time.monotonic()
+        results = score(teacher, count=40)
+        assert time.monotonic() - start < 5
+    assert {r.reason for r in results if isinstance(r, Failure)} == {"connection"} and len(results) == 40
+    counts = teacher.counts()
+    assert counts["teacher_failures/served/connection"] == 40.0
+    assert counts["teacher_retries/served"] <= 2 * 2
+
+
+def test_what_is_sent(bigrams: Server, tokenizer: Any) -> None:
+    """Everything that shapes the sample is stated, so that no default of the server steps in."""
+    bigrams.control(say="hello")
+    generate(served(bigrams, tokenizer), count=2)
+    bodies = bigrams.seen["bodies"]
+    assert len({b.pop("seed") for b in bodies}) == 2
+    assert bodies[0] == {
+        "model": "tiny", "max_tokens": 5, "temperature": 0.7, "top_p": 0.9, "top_k": 7, "repetition_penalty": 1.1,
+        "stop": ["END"], "return_token_ids": True,
+    }  # fmt: skip
+
+
+def test_the_key_comes_from_the_named_variable_and_from_nowhere_else(
+    bigrams: Server, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "not-for-this-server")
+    monkeypatch.setenv("MY_KEY", "secret")
+    bigrams.control()
+    score(served(bigrams, tokenizer))
+    score(served(bigrams, tokenizer, api_key_env="MY_KEY"))
+    assert bigrams.seen["authorization"] == ["Bearer none", "Bearer secret"]
+    with pytest.raises(ConfigError, match="'NO_SUCH_KEY' named by api_key_env is not set"):
+        served(bigrams, tokenizer, api_key_env="NO_SUCH_KEY")
+
+
+def test_token_ids_come_from_the_server_where_it_tells_them(real_server: Server, tokenizer: Any) -> None:
+    real_server.control()
+    teacher = served(real_server, tokenizer)
+    results = generate(teacher, count=3)
+    for result in results:
+        assert isinstance(result, Completion)
+        assert 1 <= len(result.token_ids) <= 5 and len(result.logprobs) == len(result.token_ids)
+        assert result.stop_reason == ("stop" if result.token_ids[-1] == tokenizer.eos_token_id else "length")
+    assert len({tuple(r.token_ids) for r in results if isinstance(r, Completion)}) > 1
+    again = generate(teacher, count=3)
+    assert [list(r.token_ids) for r in again] == [list(r.token_ids) for r in results]  # type: ignore[union-attr]

@@ -1,0 +1,234 @@
+"""Top-k log-probs: reading them, and the objective with them against exact and plain-torch values."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import assert_same_gradients, loss_and_gradient, make_config, make_engine, make_items
+from teacher_helpers import Server
+
+from opdengine.chat import vocabulary_size
+from opdengine.data import load_prompts
+from opdengine.objective import Tally
+from opdengine.teachers.endpoint import BadAnswer
+from opdengine.teachers.top_k import read_top_k
+from opdengine.types import TokenSignal, TopK
+
+Models = dict[str, str]
+
+
+def row(**logprobs: float) -> dict[str, Any]:
+    return {name[1:]: {"logprob": value, "rank": 1} for name, value in logprobs.items()}
+
+
+IDS = np.array([4, 9, 2])
+ROWS = [None, row(_9=-3.0, _1=-0.5, _2=-1.5), row(_2=-0.1, _7=-4.0)]
+
+
+def read(rows: Any, k: int = 2, vocab: int = 10, **more: Any) -> TopK:
+    return read_top_k({"prompt_logprobs": rows, **more}, IDS, np.array([1, 2]), k, vocab)
+
+
+def test_every_row_holds_the_actual_token_and_the_likeliest_others() -> None:
+    found = read(ROWS)
+    assert found.ids.tolist() == [[9, 1], [2, 7]]  # the first row came with k + 1 entries
+    np.testing.assert_allclose(found.logprobs, [[-3.0, -0.5], [-0.1, -4.0]])
+    assert found.ids.dtype == np.int64 and found.logprobs.dtype == np.float32
+    assert read([None, ROWS[1], row(_2=-0.1)]).ids.tolist() == [[9], [2]]  # as wide as the narrowest row
+    assert read_top_k({"prompt_logprobs": ROWS}, IDS, np.array([], dtype=int), 2, 10).ids.shape[0] == 0
+
+
+def test_padding_columns_of_a_head_are_taken_out_of_the_distribution() -> None:
+    half = float(np.log(0.5))
+    found = read([None, row(_9=half - 1e-7, _11=half), row(_2=-0.1)], k=2)
+    assert found.ids.tolist() == [[9], [2]]
+    assert found.logprobs[0, 0] == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "reason"),
+    [
+        (None, {}, "no_logprobs"),
+        ("text", {}, "no_logprobs"),
+        (ROWS[:2], {}, "wrong_ids"),
+        ([*ROWS, ROWS[1]], {}, "wrong_ids"),
+        ([None, ROWS[2], ROWS[1]], {}, "wrong_ids"),
+        ([None, None, ROWS[2]], {}, "wrong_ids"),
+        (ROWS, {"prompt_token_ids": [5, 9, 2]}, "wrong_ids"),
+        ([None, row(_9=0.5), ROWS[2]], {}, "bad_logprobs"),
+        ([None, row(_9=-0.1, _1=-0.1), ROWS[2]], {}, "bad_logprobs"),
+        ([None, row(_9=float("nan")), ROWS[2]], {}, "bad_logprobs"),
+        ([None, {"9": {"prob": 1.0}}, ROWS[2]], {}, "bad_logprobs"),
+        ([None, {"9": None}, ROWS[2]], {}, "bad_logprobs"),
+    ],
+)
+def test_anything_else_is_refused(rows: Any, more: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadAnswer) as error:
+        read(rows, **more)
+    assert error.value.reason == reason
+
+
+# ------------------------------------------------------------------ through the engine
+
+
+def engines(models: Models, server: Server, prompt_file: str, folder: Path, k: int, **changes: Any) -> tuple[Any, Any]:
+    """The same run with the teacher "big" in this process, and behind the server."""
+    local = make_config(models, prompt_file, folder, **changes)
+    away = dataclasses.replace(
+        local.teachers[0], model="tiny", base_url=server.url, tokenizer=models["big"], score_top_k=k
+    )
+    return (
+        make_engine(local),
+        make_engine(dataclasses.replace(local, teachers=[away, *local.teachers[1:]])),
+    )
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd", "skew_kl"])
+def test_a_whole_list_equals_hidden_states_and_a_short_one_is_a_lower_bound(
+    models: Models, real_server: Server, tokenizer: Any, prompt_file: str, tmp_path: Path, kind: str
+) -> None:
+    """One teacher is served, the other is local; the loss is the sum of the two parts."""
+    real_server.control()
+    prompts = load_prompts([prompt_file]).prompts[:4]
+    vocab = vocabulary_size(tokenizer)
+    found = {}
+    for k in (4, 32, vocab + 13):  # the head of the served model has 13 columns of padding
+        local, away = engines(models, real_server, prompt_file, tmp_path, k, divergence=kind)
+        items = make_items(away, prompts)
+        targets = items[0].targets[0]
+        assert isinstance(targets, TopK) and len(targets) == len(items[0].rollout.targets)
+        # Columns of padding among the k likeliest are taken out.
+        assert min(k, vocab) - 4 < targets.ids.shape[1] <= min(k, vocab)
+        assert targets.ids[:, 0].tolist() == items[0].rollout.targets.tolist()
+        found[k] = loss_and_gradient(away, items)
+    exact = loss_and_gradient(local, make_items(local, prompts))
+    assert found[vocab + 13][0] == pytest.approx(exact[0], rel=1e-5)
+    assert_same_gradients(found[vocab + 13][1], exact[1], rtol=1e-3)
+    assert found[4][0] < found[32][0] < exact[0]
+    assert found[32][0] > 0.5 * exact[0]
+
+
+def plain_loss(engine: Any, items: Any, kind: str) -> torch.Tensor:
+    """Whole-vocabulary student log-probs, merged by hand into the listed events and the rest."""
+    total = torch.zeros((), dtype=torch.float64)
+    width = min(item.targets[0].ids.shape[1] for item in items)
+    for item in items:
+        rollout = item.rollout
+        targets = TopK(item.targets[0].ids[:, :width], item.targets[0].logprobs[:, :width])
+        logits = engine.student.model(torch.from_numpy(rollout.token_ids)[None]).logits[0].double()
+        p = logits[torch.from_numpy(rollout.target_positions - 1), : engine.vocab_size].softmax(-1)
+        ids = torch.from_numpy(targets.ids)
+        listed = p.gather(1, ids)
+        p = torch.cat([listed, 1 - listed.sum(1, keepdim=True)], 1)
+        q = torch.from_numpy(targets.logprobs).double().exp()
+        q = torch.cat([q, 1 - q.sum(1, keepdim=True)], 1)
+        if kind == "reverse_kl":
+            rows = (p * (p / q).log()).sum(1)
+        elif kind == "forward_kl":
+            rows = (q * (q / p).log()).sum(1)
+        else:
+            m = 0.5 * (p + q)
+            rows = 0.5 * (q * (q / m).log()).sum(1) + 0.5 * (p * (p / m).log()).sum(1)
+        total = total + (torch.from_numpy(item.kl_weight) * rows).sum()
+    return total
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+def test_loss_and_gradient_equal_plain_torch(
+    models: Models, real_server: Server, prompt_file: str, tmp_path: Path, kind: str
+) -> None:
+    real_server.control()
+    _, engine = engines(models, real_server, prompt_file, tmp_path, 16, method="opd", divergence=kind,
+                        teachers=[{"model": models["big"]}])  # fmt: skip
+    items = make_items(engine, load_prompts([prompt_file]).prompts[:3])
+    loss, gradient = loss_and_gradient(engine, items)
+    expected = plain_loss(engine, items, kind)
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    expected.backward()
+    plain = {n: p.grad.clone() for n, p in engine.student.model.named_parameters() if p.grad is not None}
+    assert_same_gradients(gradient, plain, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["opd", "mt_opd"])
+def test_statistics_of_a_served_teacher(
+    models: Models, real_server: Server, tokenizer: Any, prompt_file: str, tmp_path: Path, method: str
+) -> None:
+    """Equal to the exact ones for the whole list; for a short one bounds, and only where they are known."""
+    real_server.control()
+    prompts = load_prompts([prompt_file]).prompts[:3]
+    teachers = [{"model": models["big"]}, {"model": models["small"]}][: 1 if method == "opd" else 2]
+
+    def statistics(engine: Any) -> Tally:
+        engine._optimizer_step = lambda loss: {}
+        tally = Tally()
+        engine.update(make_items(engine, prompts), tally)
+        return tally
+
+    def pair(k: int, **changes: Any) -> list[Tally]:
+        made = engines(models, real_server, prompt_file, tmp_path, k, method=method, teachers=teachers, **changes)
+        return [statistics(engine) for engine in made]
+
+    exact, whole = pair(vocabulary_size(tokenizer) + 13)
+    for name in ("student_entropy", "logprob_difference", "gap", "teacher_kl/big", "teacher_entropy/big"):
+        assert len(exact.get(name)), name
+        np.testing.assert_allclose(np.sort(whole.get(name)), np.sort(exact.get(name)), atol=1e-4, err_msg=name)
+    _, short = pair(16)
+    assert (short.get("teacher_kl/big") < exact.get("teacher_kl/big")).all()
+    assert (short.get("teacher_kl/big") > 0).all()
+    _, jsd = pair(16, divergence="jsd")
+    assert not len(jsd.get("teacher_kl/big")) and len(jsd.get("gap"))
+
+
+def test_a_dead_teacher_behind_a_server_has_the_entropy_of_the_uniform_distribution() -> None:
+    tally = Tally()
+    tally.add_listed("t", torch.full((3, 8), -float(np.log(300))), 300, torch.zeros(3), None)
+    np.testing.assert_allclose(tally.get("teacher_entropy/t"), np.log(300), rtol=1e-5)
+
+
+def test_the_weight_of_a_teacher_that_is_left_out_goes_to_the_others() -> None:
+    mix = np.array([[0.5, 0.3, 0.2], [0.0, 0.0, 1.0]], dtype=np.float32)
+    signal = TokenSignal(np.ones(2, dtype=np.float32), mix)
+    assert signal.only([True, True, True]) is signal
+    found = signal.only([True, True, False]).mix
+    assert found is not None
+    np.testing.assert_allclose(found, [[0.625, 0.375], [0.5, 0.5]], rtol=1e-6)
+    assert TokenSignal(np.ones(2, dtype=np.float32)).only([True, False]).mix is None
+
+
+def test_rollouts_of_a_failed_teacher_are_judged_by_the_others(
+    models: Models, real_server: Server, prompt_file: str, tmp_path: Path
+) -> None:
+    """Which equals a run in which that rollout never had the teacher."""
+    prompts = load_prompts([prompt_file]).prompts[:2]
+    real_server.control(faults=[{"kind": "500", "on": "score", "after": 1}])  # after the probe
+    _, engine = engines(models, real_server, prompt_file, tmp_path, 16, on_teacher_failure="drop")
+    engine.teachers[0].endpoint.max_retries = 0
+    items = make_items(engine, prompts)
+    assert [i.teachers for i in items] == [("small",), ("small",)]
+    assert all((i.mix == 1).all() for i in items)
+    alone = make_engine(make_config(models, prompt_file, tmp_path, method="opd", teachers=[{"model": models["small"]}]))
+    expected = loss_and_gradient(alone, make_items(alone, prompts))
+    found = loss_and_gradient(engine, items)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert_same_gradients(found[1], expected[1])
+
+
+def test_a_rollout_without_any_teacher_is_dropped_and_changes_no_denominator(
+    models: Models, real_server: Server, prompt_file: str, tmp_path: Path
+) -> None:
+    prompts = load_prompts([prompt_file]).prompts[:3]
+    real_server.control(faults=[{"kind": "500", "on": "score", "after": 2, "times": 1}])  # probe, first rollout
+    _, engine = engines(models, real_server, prompt_file, tmp_path, 16, on_teacher_failure="drop", method="opd",
+                        teachers=[{"model": models["big"]}], max_steps=1)  # fmt: skip
+    teacher = engine.teachers[0]
+    teacher.endpoint.max_retries, teacher.endpoint.max_concurrency = 0, 1
+    metrics = asyncio.run(engine.step(prompts)).metrics
+    assert metrics["dropped/teacher_failure"] == 1.0
+    assert metrics["teacher_failures/big/http_500"] == 1.0
+    assert metrics["completions/kept"] == 2.0 and metrics["policy_version"] == 1.0
