@@ -121,18 +121,31 @@ def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> to
 
 def build_sampler(config: TrainConfig, model: Any, tokenizer: Any) -> Sampler:
     """The student's sampler: vLLM where asked, else the trainer's own model."""
+    # Under autocast the trainer's own forward pass is bfloat16 as well.
+    dtype = "bfloat16" if config.bf16 else str(model.dtype).removeprefix("torch.")
+    if config.use_vllm and config.vllm_mode == "server":
+        from opdengine.rollout.vllm_client import VLLMServerSampler
+
+        return VLLMServerSampler(
+            config.vllm_server_base_url,
+            tokenizer,
+            dtype=dtype,
+            sync_dir=config.vllm_sync_dir,
+            response_timeout=config.vllm_response_timeout,
+        )
     if config.use_vllm:
         from opdengine.rollout.vllm import VLLMSampler
 
         return VLLMSampler(
             config.model,
-            # Under autocast the trainer's own forward pass is bfloat16 as well.
-            dtype="bfloat16" if config.bf16 else str(model.dtype).removeprefix("torch."),
+            dtype=dtype,
             trust_remote_code=config.trust_remote_code,
             seed=config.seed,
             max_model_len=config.max_prompt_length + config.max_completion_length,
             gpu_memory_utilization=config.vllm_gpu_memory_utilization,
             tensor_parallel_size=config.vllm_tensor_parallel_size,
+            enable_sleep_mode=config.vllm_enable_sleep_mode,
+            response_timeout=config.vllm_response_timeout,
         )
     from opdengine.rollout.transformers import TransformersSampler
 

@@ -1,21 +1,21 @@
-"""``opdengine train | eval | debate | doctor``."""
+"""``opdengine train | eval | debate | vllm-serve | doctor``."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
 import json
 import logging
-import platform
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 
 from opdengine.checkpoint import CheckpointError
 from opdengine.config import TrainConfig
+from opdengine.errors import ServiceError, VLLMMissingError
 from opdengine.settings import load_config
 from opdengine.types import Prompt
+
+SERVE = "run a vLLM server for vllm_mode: server; more arguments go to `vllm serve`"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,20 +35,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "debate":
             command.add_argument("--prompt", required=True, help="what to debate")
             command.add_argument("--data_source", default="", help="routing key of the prompt")
-    commands.add_parser("doctor", help="show versions and what can be used here")
+    commands.add_parser("doctor", help="show what is installed, what is missing and how to get it")
+    commands.add_parser("vllm-serve", help=SERVE, add_help=False)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "doctor":
         return doctor()
     from opdengine.probes import ProbeError
+    from opdengine.teachers import TeacherError
 
     try:
+        if options.command == "vllm-serve":
+            return _serve(rest)
         config = load_config(options.config, rest)
         if options.command == "train":
             return _train(config)
         if options.command == "debate":
             return _debate(config, options.prompt, options.data_source)
         return _eval(config)
-    except (ValueError, CheckpointError, ProbeError, FloatingPointError) as error:
+    except (
+        ValueError,
+        CheckpointError,
+        ProbeError,
+        FloatingPointError,
+        ServiceError,
+        TeacherError,
+        VLLMMissingError,
+    ) as error:
         sys.stderr.write(f"opdengine: {error}\n")
         return 2
 
@@ -124,23 +136,25 @@ def _debate(config: TrainConfig, text: str, key: str) -> int:
 
 
 def doctor() -> int:
-    """Print versions, devices and which optional parts are installed."""
-    lines = [f"python {platform.python_version()}"]
-    for package in ("opdengine", "torch", "triton", "transformers", "vllm", "flash-attn", "peft"):
-        try:
-            lines.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            found = importlib.util.find_spec(package.replace("-", "_")) is not None
-            lines.append(f"{package} {'installed under another name' if found else 'missing'}")
-    if importlib.util.find_spec("torch") is not None:
-        import torch
+    """Print what is here and what is missing; always succeeds."""
+    from opdengine.doctor import examine
 
-        for i in range(torch.cuda.device_count()):
-            lines.append(f"GPU {i}: {torch.cuda.get_device_name(i)}")
-        if not torch.cuda.is_available():
-            lines.append("no GPU: models run on the CPU")
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("\n".join(map(str, examine())) + "\n")
     return 0
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    from opdengine.rollout.vllm_server import serve
+
+    parser = argparse.ArgumentParser("opdengine vllm-serve", allow_abbrev=False, description=SERVE)
+    parser.add_argument("--model", required=True, help="model folder or hub name; the run sends its own weights")
+    parser.add_argument("--host", default="127.0.0.1", help="a loopback address")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--dtype", default="auto", help="the trainer's: float32, or bfloat16 with bf16: true")
+    parser.add_argument("--max_model_len", "--max-model-len", type=int, help="tokens of prompt and completion together")
+    parser.add_argument("--cpu_threads", "--cpu-threads", type=int, help="threads of the CPU kernels")
+    options, extra = parser.parse_known_args(arguments)
+    return serve(**vars(options), extra=extra)
 
 
 if __name__ == "__main__":

@@ -134,9 +134,18 @@ class TrainConfig:
         max_completion_length: most new tokens of a rollout.
         num_generations: rollouts per prompt.
         use_vllm: sample with vLLM instead of transformers.
-        vllm_mode: "colocate".
-        vllm_gpu_memory_utilization: share of the GPU's memory for vLLM.
-        vllm_tensor_parallel_size: GPUs per vLLM engine.
+        vllm_mode: "colocate" runs vLLM beside the trainer; "server" uses one that was started by
+            ``opdengine vllm-serve``.
+        vllm_server_base_url: address of that server.
+        vllm_sync_dir: folder for weight files, which that server must be able to read; default: shared
+            memory or the temporary folder of this machine.
+        vllm_response_timeout: seconds after which vLLM counts as hanging in one call.
+        vllm_gpu_memory_utilization: share of the GPU's memory for colocated vLLM.
+        vllm_tensor_parallel_size: GPUs per colocated vLLM engine.
+        vllm_enable_sleep_mode: give the GPU's memory to the trainer while vLLM does not sample.
+        max_staleness: updates that may lie between the weights that sample a batch and those that it
+            updates. 0: strictly in turn. From 1 on, rollouts and debates of the next batches run during
+            the update (useful with vLLM and served teachers, which work elsewhere).
         per_device_train_batch_size: prompts per device and accumulation step.
         gradient_accumulation_steps: multiplies the prompts of an optimiser step.
         max_tokens_per_batch: token budget of one forward and backward pass.
@@ -193,8 +202,13 @@ class TrainConfig:
     num_generations: int = 1
     use_vllm: bool = False
     vllm_mode: str = "colocate"
+    vllm_server_base_url: str = "http://127.0.0.1:8000"
+    vllm_sync_dir: str | None = None
+    vllm_response_timeout: float = 3600.0
     vllm_gpu_memory_utilization: float = 0.3
     vllm_tensor_parallel_size: int = 1
+    vllm_enable_sleep_mode: bool = False
+    max_staleness: int = 0
 
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
@@ -288,7 +302,19 @@ def _check_values(config: TrainConfig) -> None:
     one_of("on_teacher_failure", ("stop", "drop"))
     one_of("lr_scheduler_type", SCHEDULERS)
     one_of("dtype", DTYPES)
-    one_of("vllm_mode", ("colocate",))
+    one_of("vllm_mode", ("colocate", "server"))
+    need(config.vllm_response_timeout > 0, "vllm_response_timeout", "it must be positive")
+    need(config.max_staleness >= 0, "max_staleness", "0 is strictly in turn")
+    need(
+        config.max_staleness == 0 or config.use_vllm,
+        "max_staleness",
+        "without use_vllm the student samples with the weights that are being updated: use 0",
+    )
+    need(
+        not config.vllm_enable_sleep_mode or config.max_staleness == 0,
+        "vllm_enable_sleep_mode",
+        "with max_staleness above 0 vLLM samples during the update and cannot sleep",
+    )
     one_of("loss_impl", ("auto", "triton", "torch", "reference"))
     for tracker in config.report_to:
         need(tracker == "tensorboard", "report_to", "only 'tensorboard' is known")

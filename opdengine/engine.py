@@ -1,15 +1,16 @@
-"""One step of distillation, read from top to bottom in :meth:`Engine.step`."""
+"""One step of distillation, read from top to bottom in :meth:`Engine.prepare` and :meth:`Engine.finish`."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +36,37 @@ from opdengine.types import (
 )
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Clock(dict[str, float]):
+    """Wall seconds by phase."""
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self[phase] = self.get(phase, 0.0) + time.perf_counter() - start
+
+
+@dataclass
+class Prepared:
+    """A batch that is ready for the update: what came of the rollouts and the debate.
+
+    Args:
+        rollouts: of the batch, each with the version of the policy that sampled it.
+        notes: one per rollout.
+        found: all that the annotator returned.
+        metrics: so far.
+        clock: seconds so far.
+    """
+
+    rollouts: Sequence[Rollout]
+    notes: Sequence[Note]
+    found: Annotations
+    metrics: dict[str, float]
+    clock: Clock
 
 
 @dataclass
@@ -73,47 +105,84 @@ class Engine:
     vocab_size: int
     version: int = 0
     probed: bool = False
-    _clock: dict[str, float] = field(default_factory=dict)
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def step(self, prompts: Sequence[Prompt]) -> StepResult:
-        """One optimiser step on one batch of prompts."""
-        self._clock = {}
-        rollouts, metrics = await self.rollout(prompts)
-        notes, found = await self.annotate(rollouts)
-        metrics |= found.metrics
-        kept, signals, dropped = self.weigh(rollouts, notes)
-        items = await self.score(kept, signals, notes, dropped)
+    async def step(self, prompts: Sequence[Prompt], batch: int | None = None) -> StepResult:
+        """One optimiser step on one batch of prompts, everything in turn."""
+        result = await self.finish(await self.prepare(prompts, batch))
+        result.metrics |= await self.sync()
+        return result
+
+    async def prepare(self, prompts: Sequence[Prompt], batch: int | None = None) -> Prepared:
+        """Rollouts and debate of one batch; may run while an earlier batch is finished.
+
+        Args:
+            prompts: of the batch.
+            batch: its number, which seeds the sampling; default: the version.
+        """
+        clock = Clock()
+        with clock("rollout"):
+            rollouts, metrics = await self.rollout(prompts, batch)
+        with clock("debate"):
+            notes, found = await self.annotate(rollouts)
+        return Prepared(rollouts, notes, found, {**metrics, **found.metrics}, clock)
+
+    async def finish(self, prepared: Prepared) -> StepResult:
+        """Scores and the update; :meth:`sync` must follow before the sampler is used again."""
+        clock, metrics = prepared.clock, prepared.metrics
+        if self.recipe.demonstrations is None:
+            metrics |= probes.fresh(prepared.rollouts, self.version, self.config.max_staleness)
+        kept, signals, dropped = self.weigh(prepared.rollouts, prepared.notes)
+        with clock("score"):
+            items = await self.score(kept, signals, prepared.notes, dropped)
         tally = Tally()
-        metrics |= self.update(items, tally)
-        metrics |= self.summarise(rollouts, items, tally, dropped)
+        with clock("update"):
+            metrics |= await self.beside(self.update, items, tally)
+        metrics |= self.summarise(prepared.rollouts, items, tally, dropped)
         for teacher in self.teachers:
             metrics |= teacher.counts()
-        metrics |= {f"timing/{phase}": seconds for phase, seconds in self._clock.items()}
-        return StepResult(metrics, rollouts, found.records)
+        metrics["perf/tokens_per_second"] = sum(len(r.targets) for r in prepared.rollouts) / sum(clock.values())
+        metrics |= {f"timing/{phase}": seconds for phase, seconds in clock.items()}
+        return StepResult(metrics, prepared.rollouts, prepared.found.records)
+
+    async def sync(self) -> dict[str, float]:
+        """Give the sampler the student's weights, unless it has them."""
+        clock = Clock()
+        with clock("sync"):
+            async with self._turn:
+                if self.sampler.policy_version != self.version:
+                    weights = self.student.model.state_dict().items()
+                    await self.beside(self.sampler.load_policy, self.version, weights)
+        return {"timing/sync": clock["sync"]}
 
     # -------------------------------------------------------------------------------- phases
 
-    async def rollout(self, prompts: Sequence[Prompt]) -> tuple[list[Rollout], dict[str, float]]:
+    async def rollout(
+        self, prompts: Sequence[Prompt], batch: int | None = None
+    ) -> tuple[list[Rollout], dict[str, float]]:
         """The sequences of this step: sampled from the student, or written by teachers."""
-        with self.timed("rollout"):
-            if self.recipe.demonstrations is not None:
-                rollouts, metrics = await self.recipe.demonstrations(prompts, self.teachers, self.encode)
-                return rollouts, dict(metrics)
-            return self.sample(prompts), {}
+        if self.recipe.demonstrations is not None:
+            rollouts, metrics = await self.recipe.demonstrations(prompts, self.teachers, self.encode)
+            return rollouts, dict(metrics)
+        async with self._turn:  # in the order of the batches, and not between weights and version
+            return await self.beside(self.sample, prompts, batch), {}
 
-    def sample(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """``num_generations`` rollouts of the current policy for every prompt."""
+    def sample(self, prompts: Sequence[Prompt], batch: int | None = None) -> list[Rollout]:
+        """``num_generations`` rollouts of the sampler's policy for every prompt."""
         params = self.sampling_params()
         encoded = [self.encode(p) for p in prompts]
+        number = self.version if batch is None else batch
         # A prompt that comes again in a later step gets new samples, and a resumed run the same.
         requests = [
-            Request(p.id, tuple(ids), seed=_seed(self.version, place))
+            Request(p.id, tuple(ids), seed=_seed(number, place))
             for place, (p, ids) in enumerate(zip(prompts, encoded, strict=True))
         ]
+        version = self.sampler.policy_version
+        sampled = self.sampler.generate(requests, params)
+        if self.config.vllm_enable_sleep_mode:
+            self.sampler.sleep()
         rollouts = []
-        for place, (prompt, ids, completions) in enumerate(
-            zip(prompts, encoded, self.sampler.generate(requests, params), strict=True)
-        ):
+        for place, (prompt, ids, completions) in enumerate(zip(prompts, encoded, sampled, strict=True)):
             for i, completion in enumerate(completions):
                 rollouts.append(
                     Rollout(
@@ -123,19 +192,17 @@ class Engine:
                             Turn("prompt", np.array(ids)),
                             Turn("assistant", completion.token_ids, completion.logprobs, True),
                         ),
-                        policy_version=self.sampler.policy_version,
+                        policy_version=version,
                         stop_reason=completion.stop_reason,
                         group=str(place),
                         text=completion.text,
                     )
                 )
-        probes.one_version(rollouts, self.version)
         return rollouts
 
     async def annotate(self, rollouts: Sequence[Rollout]) -> tuple[list[Note], Annotations]:
         """Contexts and weights of the teachers; what does not fit a teacher's window is dropped."""
-        with self.timed("debate"):
-            found = await self.recipe.annotator.annotate(rollouts, self.teachers)
+        found = await self.recipe.annotator.annotate(rollouts, self.teachers)
         windows = {t.name: t.window for t in self.teachers}
         notes = []
         for rollout, note in zip(rollouts, found.notes, strict=True):
@@ -179,13 +246,12 @@ class Engine:
         dropped and counted in ``dropped``.
         """
         contexts = {c.rollout_id: n.contexts for n in notes for c in n.contexts}
-        with self.timed("score"):
-            found: dict[tuple[str, str], TeacherTargets | Failure] = {}
-            for teacher in self.teachers:
-                queue = [c for r in kept for c in contexts.get(r.id, ()) if c.teacher == teacher.name]
-                if queue:
-                    for context, targets in zip(queue, await teacher.score(queue), strict=True):
-                        found[context.rollout_id, teacher.name] = targets
+        found: dict[tuple[str, str], TeacherTargets | Failure] = {}
+        for teacher in self.teachers:
+            queue = [c for r in kept for c in contexts.get(r.id, ()) if c.teacher == teacher.name]
+            if queue:
+                for context, targets in zip(queue, await teacher.score(queue), strict=True):
+                    found[context.rollout_id, teacher.name] = targets
         judged = []
         for rollout in kept:
             names = [c.teacher for c in contexts.get(rollout.id, ())]
@@ -209,27 +275,18 @@ class Engine:
         objective = self.objective()
         self.student.model.train()
         loss_sum = 0.0
-        with self.timed("update"):
-            self.optimizer.zero_grad(set_to_none=True)
-            sequences = [item.rollout.token_ids for item in items]
-            for batch in pack(
-                sequences,
-                max_tokens=self.config.max_tokens_per_batch,
-                layout=self.student.layout,
-            ):
-                members = [items[i] for i in batch.members]
-                with self.autocast():
-                    hidden = self.student.hidden(batch, [item.rollout.target_positions for item in members])
-                self._probe_once(hidden, members)
-                loss = objective(hidden, self.student.head, members, tally)
-                loss.backward()
-                loss_sum += loss.item()
-            metrics = self._probe(tally)  # before anything wrong can reach the weights
-            metrics |= self._optimizer_step(loss_sum)
-        with self.timed("sync"):
-            weights = self.student.model.state_dict().items()
-            self.sampler.load_policy(self.version, weights)
-        return metrics
+        self.optimizer.zero_grad(set_to_none=True)
+        sequences = [item.rollout.token_ids for item in items]
+        for batch in pack(sequences, max_tokens=self.config.max_tokens_per_batch, layout=self.student.layout):
+            members = [items[i] for i in batch.members]
+            with self.autocast():
+                hidden = self.student.hidden(batch, [item.rollout.target_positions for item in members])
+            self._probe_once(hidden, members)
+            loss = objective(hidden, self.student.head, members, tally)
+            loss.backward()
+            loss_sum += loss.item()
+        metrics = self._probe(tally)  # before anything wrong can reach the weights
+        return metrics | self._optimizer_step(loss_sum)
 
     def summarise(
         self,
@@ -250,8 +307,6 @@ class Engine:
         metrics["completions/clipped_ratio"] = float(np.mean(clipped)) if clipped else 0.0
         metrics["completions/kept"] = float(len(items))
         metrics |= {f"dropped/{reason}": float(count) for reason, count in dropped.items()}
-        seconds = sum(self._clock.values())
-        metrics["perf/tokens_per_second"] = sum(lengths) / seconds if seconds else 0.0
         return metrics
 
     # ------------------------------------------------------------------------------- helpers
@@ -292,12 +347,11 @@ class Engine:
         """bfloat16 autocast where asked."""
         return torch.autocast(self.student.device.type, dtype=torch.bfloat16, enabled=self.config.bf16)
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the wall seconds of a phase to the metrics."""
-        start = time.perf_counter()
-        yield
-        self._clock[phase] = self._clock.get(phase, 0.0) + time.perf_counter() - start
+    async def beside(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call what blocks: in a thread when batches overlap, so that the next ones go on."""
+        if not self.config.max_staleness:
+            return function(*arguments)
+        return await asyncio.to_thread(function, *arguments)
 
     def _probe_once(self, hidden: torch.Tensor, items: Sequence[Item]) -> None:
         if self.probed or not items[0].teachers:

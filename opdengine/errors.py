@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class ServiceError(RuntimeError):
     """A process or server that the run depends on failed; the message names the remedy."""
+
+
+class VLLMMissingError(ImportError):
+    """vLLM was asked for and is not installed."""

@@ -88,11 +88,18 @@ def sampler_agrees(tally: Tally, limit: float) -> dict[str, float]:
     }
 
 
-def one_version(rollouts: Sequence[Rollout], version: int) -> None:
-    """Every rollout was sampled from the weights that are about to be updated."""
-    stale = sorted({r.policy_version for r in rollouts if r.policy_version != version})
+def fresh(rollouts: Sequence[Rollout], version: int, max_staleness: int) -> dict[str, float]:
+    """No rollout is older than allowed; returns the metric.
+
+    Raises:
+        ProbeError: a rollout was sampled more than ``max_staleness`` updates before ``version``, or by
+            weights that do not exist yet.
+    """
+    versions = sorted({r.policy_version for r in rollouts})
+    stale = [v for v in versions if not 0 <= version - v <= max_staleness]
     if stale:
         raise ProbeError(
-            f"rollouts of policy versions {stale} reached the update of version {version}; the "
-            "sampler was not synchronised"
+            f"rollouts of policy versions {stale} reached the update of version {version} (max_staleness="
+            f"{max_staleness}); the sampler was not synchronised"
         )
+    return {"sampling/staleness_max": float(version - versions[0])} if versions else {}

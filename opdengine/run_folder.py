@@ -15,7 +15,8 @@ MAY_CHANGE = {
     "resume_from_checkpoint", "max_tokens_per_batch", "workspace_bytes", "loss_impl",
     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "log_completions",
     "report_to", "run_name", "output_dir", "eval_data", "eval_max_prompts",
-    "attn_implementation", "on_teacher_failure",
+    "attn_implementation", "on_teacher_failure", "vllm_server_base_url", "vllm_sync_dir",
+    "vllm_response_timeout", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode",
 }  # fmt: skip
 """Settings that a resumed run may have differently: they do not change what is learned."""
 

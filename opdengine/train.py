@@ -1,4 +1,4 @@
-"""The training loop."""
+"""From a configuration to a finished run: checks, models, resume; the steps are in :mod:`opdengine.loop`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch
 from opdengine.backbone import check_model_path, read_window
 from opdengine.build import build_engine
 from opdengine.chat import encode_chat, load_tokenizer
-from opdengine.checkpoint import restore_optimizer, save_checkpoint
+from opdengine.checkpoint import restore_optimizer
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.data import PromptSet, PromptStream, drop_long, load_prompts
-from opdengine.engine import Engine, StepResult
 from opdengine.evaluate import evaluate, require_answers
+from opdengine.loop import Loop
 from opdengine.methods import build_recipe
 from opdengine.metrics import MetricsWriter, write_jsonl
 from opdengine.progress import Progress
@@ -70,7 +70,6 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     start = saved.get("step", 0)
     if folder.checkpoint is not None:
         engine.version = saved["version"]
-        engine.sampler.load_policy(engine.version, engine.student.model.state_dict().items())
         engine.scheduler.load_state_dict(saved["scheduler"])
         # A scheduler sets the rate only when it steps, and does not when it is loaded.
         for group, rate in zip(engine.optimizer.param_groups, engine.scheduler.get_last_lr(), strict=True):
@@ -78,7 +77,6 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         restore_optimizer(folder.checkpoint, engine.optimizer)
     folder.claim()
     writer = MetricsWriter(folder.path, config.report_to, last_step=start)
-    metrics: dict[str, float] = dict(saved.get("metrics", {}))
 
     def measure(step: int) -> dict[str, float]:
         if not held_out:
@@ -91,32 +89,26 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         write_jsonl(folder.path / "evaluations" / f"step_{step}.jsonl", rows)
         return result.metrics()
 
+    loop = Loop(
+        engine,
+        stream,
+        folder.path,
+        writer,
+        measure,
+        step=start,
+        metrics=dict(saved.get("metrics", {})),
+        first=_dropped(prompts),
+    )
     try:
-        with Progress(config, start, enabled=progress) as bar, asyncio.Runner() as runner:
-            if start == 0 and (held_out or prompts.dropped):
-                metrics |= measure(0) | _dropped(prompts)
-                writer.write(0, metrics)
-            for step in range(start + 1, config.max_steps + 1):
-                result = runner.run(engine.step(stream.next(config.prompts_per_step)))
-                metrics = metrics | result.metrics
-                line = dict(result.metrics)
-                if _due(step, config.eval_steps) or step == config.max_steps:
-                    line |= measure(step)
-                    metrics |= line
-                if _due(step, config.logging_steps) or len(line) > len(result.metrics):
-                    writer.write(step, line)
-                if config.log_completions:
-                    _log_completions(folder.path, step, result)
-                bar.advance(step, metrics)
-                if _due(step, config.save_steps):
-                    _save(folder.path / "checkpoints", step, engine, stream, metrics)
+        with Progress(config, start, enabled=progress) as bar:
+            asyncio.run(loop.run(bar))
         final = folder.path / "final"
         engine.student.model.save_pretrained(final)
         tokenizer.save_pretrained(final)
     finally:
         writer.close()
         engine.sampler.close()
-    return TrainResult(folder.path, final, metrics)
+    return TrainResult(folder.path, final, loop.metrics)
 
 
 def check_routing(config: TrainConfig, recipe: Recipe, prompts: PromptSet) -> None:
@@ -183,44 +175,5 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
 def _dropped(prompts: PromptSet) -> dict[str, float]:
     return {f"data/dropped/{reason}": float(n) for reason, n in prompts.dropped.items()}
-
-
-def _save(checkpoints: Path, step: int, engine: Engine, stream: PromptStream, metrics: dict[str, float]) -> None:
-    save_checkpoint(
-        checkpoints,
-        step=step,
-        model=engine.student.model,
-        tokenizer=engine.tokenizer,
-        optimizer=engine.optimizer,
-        state={
-            "version": engine.version,
-            "scheduler": engine.scheduler.state_dict(),
-            "stream": stream.state_dict(),
-            "metrics": metrics,
-        },
-        keep=engine.config.save_total_limit,
-    )
-
-
-def _log_completions(folder: Path, step: int, result: StepResult) -> None:
-    rows = [
-        {
-            "id": r.id,
-            "prompt_id": r.prompt.id,
-            "data_source": r.prompt.key,
-            "text": r.text,
-            "tokens": len(r.targets),
-            "stop_reason": r.stop_reason,
-            "policy_version": r.policy_version,
-        }
-        for r in result.rollouts
-    ]
-    write_jsonl(folder / "rollouts" / f"step_{step}.jsonl", rows)
-    if result.records:
-        write_jsonl(folder / "debates" / f"step_{step}.jsonl", [dict(r) for r in result.records])

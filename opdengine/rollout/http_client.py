@@ -72,23 +72,28 @@ class JSONClient:
         local = threading.local()
         guard = threading.Lock()
         over = threading.Event()
+        errors: list[Exception] = []
 
         def one(body: Any) -> Any:
+            if over.is_set():
+                return None
             if not hasattr(local, "connection"):
                 local.connection = self._kind(self.host, self._port, timeout=timeout)
                 with guard:
                     open_connections.add(local.connection)
-            if over.is_set():
-                raise UnreachableError("given up")
-            return self._exchange(local.connection, path, body, timeout)
+            try:
+                return self._exchange(local.connection, path, body, timeout)
+            except Exception as error:
+                errors.append(error)  # the first one is the cause of the others
+                over.set()
+                raise
 
         pool = ThreadPoolExecutor(max(1, min(self.concurrency, len(bodies))), thread_name_prefix="http")
         try:
             futures = [pool.submit(one, body) for body in bodies]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                if (error := future.exception()) is not None:
-                    raise error
+            wait(futures, return_when=FIRST_EXCEPTION)
+            if errors:
+                raise errors[0]
             return [future.result() for future in futures]
         finally:
             # The server drops the requests of connections that end.

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from opdengine.errors import VLLMMissingError
 from opdengine.rollout.engine_process import (
     EngineDiedError,
     EngineError,
@@ -46,10 +47,6 @@ RANK_VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-
-
-class VLLMMissingError(ImportError):
-    """vLLM was asked for and is not installed."""
 
 
 class VLLMSampler(VLLMBase):

@@ -14,7 +14,7 @@ from engine_helpers import make_config, make_engine
 
 from opdengine.data import load_prompts
 from opdengine.engine import Engine
-from opdengine.probes import ProbeError, one_version, self_distillation_is_zero
+from opdengine.probes import ProbeError, fresh, self_distillation_is_zero
 from opdengine.types import Prompt, Rollout, Turn
 
 
@@ -69,8 +69,17 @@ def test_a_sampler_that_was_not_synchronised_stops_the_run(engine: Engine, promp
     engine.sampler.policy_version = 0
     with pytest.raises(ProbeError, match=r"rollouts of policy versions \[0\] reached the update of version 1"):
         asyncio.run(engine.step(prompts))
+
+
+def test_staleness_is_measured_and_bounded(prompts: Sequence[Prompt]) -> None:
     turns = (Turn("prompt", [1]), Turn("assistant", [2], trains=True))
-    one_version([Rollout("0", prompts[0], turns, policy_version=3)], 3)
+    rollouts = [Rollout(str(v), prompts[0], turns, policy_version=v) for v in (3, 5, 4)]
+    assert fresh(rollouts[:1], 3, 0) == {"sampling/staleness_max": 0.0}
+    assert fresh(rollouts, 5, 2) == {"sampling/staleness_max": 2.0}
+    with pytest.raises(ProbeError, match=r"versions \[3\] reached the update of version 5 \(max_staleness=1\)"):
+        fresh(rollouts, 5, 1)
+    with pytest.raises(ProbeError, match=r"versions \[5\]"):
+        fresh(rollouts, 4, 1)
 
 
 def test_truncated_sampling_is_not_compared_with_the_model(

@@ -116,17 +116,17 @@ def test_neighbouring_seeds_share_no_sample(sampler: VLLMSampler) -> None:
 
 
 @engine_test
-def test_stop_string_keeps_the_tokens_that_complete_it(sampler: VLLMSampler, tokenizer: Any, model: Any) -> None:
+def test_stop_string_keeps_the_tokens_that_complete_it(sampler: VLLMSampler, byte_tokenizer: Any, model: Any) -> None:
     prompts = requests(4)
     params = SamplingParams(max_tokens=24, seed=1, top_k=95)
     free = sampler.generate(prompts, params)
-    text = tokenizer.decode(free[0][0].token_ids)
+    text = byte_tokenizer.decode(free[0][0].token_ids)
     stop = next(text[i : i + 2] for i in range(6, 20) if text[i : i + 2].isprintable())
     stopped = sampler.generate(prompts, SamplingParams(max_tokens=24, seed=1, top_k=95, stop=(stop,)))
     first = stopped[0][0]
     assert first.stop_reason == "stop"
-    assert stop in tokenizer.decode(first.token_ids)
-    assert stop not in tokenizer.decode(first.token_ids[:-1])
+    assert stop in byte_tokenizer.decode(first.token_ids)
+    assert stop not in byte_tokenizer.decode(first.token_ids[:-1])
     assert len(first.logprobs) == len(first.token_ids) < 24
     for before, after in zip(free, stopped, strict=True):
         count = len(after[0].token_ids)
@@ -135,10 +135,10 @@ def test_stop_string_keeps_the_tokens_that_complete_it(sampler: VLLMSampler, tok
 
 
 @engine_test
-def test_stop_string_may_be_a_special_token(sampler: VLLMSampler, tokenizer: Any) -> None:
+def test_stop_string_may_be_a_special_token(sampler: VLLMSampler, byte_tokenizer: Any) -> None:
     params = SamplingParams(max_tokens=100, n=32, stop=("<tool>",))
     (row,) = sampler.generate([Request("p", tuple(range(10)))], params)
-    tool = tokenizer.convert_tokens_to_ids("<tool>")
+    tool = byte_tokenizer.convert_tokens_to_ids("<tool>")
     ended = [c for c in row if tool in c.token_ids]
     assert ended
     for completion in ended:
@@ -148,15 +148,15 @@ def test_stop_string_may_be_a_special_token(sampler: VLLMSampler, tokenizer: Any
 
 
 @engine_test
-def test_end_of_sequence_is_part_of_the_completion(sampler: VLLMSampler, tokenizer: Any) -> None:
+def test_end_of_sequence_is_part_of_the_completion(sampler: VLLMSampler, byte_tokenizer: Any) -> None:
     (row,) = sampler.generate([Request("p", tuple(range(10)))], SamplingParams(max_tokens=100, n=64, seed=3))
-    eos = tokenizer.eos_token_id
+    eos = byte_tokenizer.eos_token_id
     for completion in row:
         ids = completion.token_ids.tolist()
         assert (completion.stop_reason == "stop") == (ids[-1] == eos)
         assert eos not in ids[:-1]
         assert completion.stop_reason == "stop" or len(ids) == 100
-        assert completion.text == tokenizer.decode(ids, skip_special_tokens=True)
+        assert completion.text == byte_tokenizer.decode(ids, skip_special_tokens=True)
     assert {c.stop_reason for c in row} == {"stop", "length"}
 
 

@@ -1,0 +1,179 @@
+"""The steps of a run, one after the other or with the next batches in preparation."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opdengine.checkpoint import list_checkpoints, save_checkpoint
+from opdengine.data import PromptStream
+from opdengine.engine import Engine, Prepared, StepResult
+from opdengine.errors import ServiceError
+from opdengine.metrics import MetricsWriter, write_jsonl
+from opdengine.probes import ProbeError
+from opdengine.progress import Progress
+from opdengine.teachers import TeacherError
+
+logger = logging.getLogger(__name__)
+
+RESUMABLE = (ServiceError, TeacherError, ProbeError, FloatingPointError)
+"""What ends a step before anything wrong has reached the weights."""
+
+
+async def prepared(
+    engine: Engine, stream: PromptStream, start: int, stop: int, ahead: int
+) -> AsyncGenerator[tuple[int, Prepared, dict[str, Any]], None]:
+    """Batches ``start + 1`` to ``stop`` in order, with up to ``ahead`` more in preparation.
+
+    A batch is begun no earlier than when batch ``number - ahead - 1`` has been finished, so it is updated
+    at most ``ahead`` versions after it was sampled. With ``ahead`` 0 nothing runs beside the consumer.
+
+    Yields:
+        The batch's number, the batch, and the state of the stream after it was drawn.
+    """
+    count = engine.config.prompts_per_step
+    tasks: deque[tuple[asyncio.Task[Prepared], dict[str, Any]]] = deque()
+    begun = start
+    try:
+        for number in range(start + 1, stop + 1):
+            while begun < min(stop, number + ahead):
+                begun += 1
+                batch = stream.next(count)
+                tasks.append((asyncio.create_task(engine.prepare(batch, begun - 1)), stream.state_dict()))
+            task, state = tasks.popleft()
+            yield number, await task, state
+    finally:
+        for task, _ in tasks:
+            task.cancel()
+
+
+@dataclass
+class Loop:
+    """Runs the steps, writes what they report, saves and evaluates.
+
+    Args:
+        engine: of the run.
+        stream: of its prompts.
+        folder: of the run.
+        writer: of its metrics.
+        measure: step -> evaluation metrics; writes the answers down.
+        step: steps finished so far.
+        metrics: the last value of every metric.
+        first: metrics to write at step 0.
+    """
+
+    engine: Engine
+    stream: PromptStream
+    folder: Path
+    writer: MetricsWriter
+    measure: Callable[[int], dict[str, float]]
+    step: int
+    metrics: dict[str, float]
+    first: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        self.position = self.stream.state_dict()
+
+    async def run(self, bar: Progress) -> None:
+        """All steps up to ``max_steps``; when a service fails, the last finished one is saved.
+
+        Closes the sampler at the end.
+        """
+        config = self.engine.config
+        try:
+            await self.engine.sync()
+            if self.step == 0 and (config.eval_data or self.first):
+                self.metrics |= {**(await self._measure(0)), **self.first}
+                self.writer.write(0, self.metrics)
+            batches = prepared(self.engine, self.stream, self.step, config.max_steps, config.max_staleness)
+            last = time.perf_counter()
+            async with aclosing(batches):
+                async for number, batch, position in batches:
+                    result = await self.engine.finish(batch)
+                    self.step, self.position = number, position
+                    self.metrics |= result.metrics
+                    result.metrics |= await self.engine.sync()
+                    now = time.perf_counter()
+                    result.metrics["timing/step"] = now - last
+                    last = now
+                    await self._report(result)
+                    bar.advance(number, self.metrics)
+        except RESUMABLE as error:
+            self._rescue(error)
+            raise
+        finally:
+            self.engine.sampler.close()  # ends what is still being sampled
+
+    async def _report(self, result: StepResult) -> None:
+        config, step = self.engine.config, self.step
+        line = dict(result.metrics)
+        if _due(step, config.eval_steps) or step == config.max_steps:
+            line |= await self._measure(step)
+        self.metrics |= line
+        if _due(step, config.logging_steps) or len(line) > len(result.metrics):
+            self.writer.write(step, line)
+        if config.log_completions:
+            _log_completions(self.folder, step, result)
+        if _due(step, config.save_steps):
+            self._save()
+
+    async def _measure(self, step: int) -> dict[str, float]:
+        return await self.engine.beside(self.measure, step)
+
+    def _rescue(self, error: Exception) -> None:
+        """Keep the last finished step: its weights are whole whatever failed after it."""
+        saved = list_checkpoints(self.folder / "checkpoints")
+        if self.step and not (saved and saved[-1].name == f"step_{self.step}"):
+            saved = [self._save()]
+        if saved:
+            logger.error(
+                "%s: the run ends; continue it from %s with --resume_from_checkpoint latest",
+                type(error).__name__,
+                saved[-1],
+            )
+
+    def _save(self) -> Path:
+        engine = self.engine
+        return save_checkpoint(
+            self.folder / "checkpoints",
+            step=self.step,
+            model=engine.student.model,
+            tokenizer=engine.tokenizer,
+            optimizer=engine.optimizer,
+            state={
+                "version": engine.version,
+                "scheduler": engine.scheduler.state_dict(),
+                "stream": self.position,
+                "metrics": self.metrics,
+            },
+            keep=engine.config.save_total_limit,
+        )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _log_completions(folder: Path, step: int, result: StepResult) -> None:
+    rows = [
+        {
+            "id": r.id,
+            "prompt_id": r.prompt.id,
+            "data_source": r.prompt.key,
+            "text": r.text,
+            "tokens": len(r.targets),
+            "stop_reason": r.stop_reason,
+            "policy_version": r.policy_version,
+        }
+        for r in result.rollouts
+    ]
+    write_jsonl(folder / "rollouts" / f"step_{step}.jsonl", rows)
+    if result.records:
+        write_jsonl(folder / "debates" / f"step_{step}.jsonl", [dict(r) for r in result.records])

@@ -1,0 +1,405 @@
+"""The sampler's side of a vLLM server: faults of a real process on loopback, whole runs, overlap.
+
+The server here speaks vLLM's protocol but makes its samples up; test_vllm.py and test_vllm_server.py
+hold the same sampler against a real one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from opdengine.checkpoint import list_checkpoints
+from opdengine.cli import main
+from opdengine.config import ConfigError, TrainConfig
+from opdengine.data import PromptStream, load_prompts
+from opdengine.engine import Engine
+from opdengine.loop import prepared
+from opdengine.metrics import read_metrics
+from opdengine.rollout import vllm_client
+from opdengine.rollout.engine_process import EngineDiedError, EngineError
+from opdengine.rollout.http_client import JSONClient
+from opdengine.rollout.vllm_client import VLLMServerSampler
+from opdengine.rollout.vllm_extension import model_weights
+from opdengine.rollout.vllm_server import server_command
+from opdengine.settings import from_mapping
+from opdengine.train import train
+from opdengine.types import Request, SamplingParams
+
+SCRIPT = Path(__file__).with_name("fake_server.py")
+PARAMS = SamplingParams(max_tokens=4, n=2, seed=3)
+REQUESTS = [Request(f"p{i}", (5, 6, 7 + i), seed=i) for i in range(3)]
+
+
+class Server:
+    """A fake server in a process of its own."""
+
+    def __init__(self, description: Path, port: int = 0) -> None:
+        command = [sys.executable, str(SCRIPT), str(description), str(port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline())
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.post = JSONClient(self.url).call
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def description(models: dict[str, str]) -> dict[str, Any]:
+    shapes, tied = model_weights(models["student"], False)
+    return {
+        "is_cpu": True,
+        "window": 1024,
+        "vocabulary": shapes["lm_head.weight"][0],
+        "shapes": shapes,
+        "tied": tied,
+        "model": models["student"],
+        "dtype": "float32",
+        "logprobs_mode": "processed_logprobs",
+    }
+
+
+@pytest.fixture
+def serve(description: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def start(port: int = 0, **changes: Any) -> Server:
+        file = tmp_path / "description.json"
+        file.write_text(json.dumps(description | changes))
+        servers.append(Server(file, port))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def server(serve: Callable[..., Server]) -> Server:
+    return serve()
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_client, "PAUSE_SECONDS", 0.05)
+
+
+@pytest.fixture
+def sampler(server: Server, tokenizer: Any, models: dict[str, str]) -> Iterator[VLLMServerSampler]:
+    model = AutoModelForCausalLM.from_pretrained(models["student"])
+    with VLLMServerSampler(server.url, tokenizer) as opened:
+        opened.load_policy(0, model.state_dict().items())
+        yield opened
+
+
+def ids(rows: list[list[Any]]) -> list[list[int]]:
+    return [c.token_ids.tolist() for row in rows for c in row]
+
+
+# --- faults ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("500", r"server fails: HTTP 500.*EngineCore encountered.*--resume_from_checkpoint latest"),
+        ("garbage", r"not a vLLM server that can be trained with.*not JSON.*login page.*opdengine vllm-serve"),
+        ("fields", r"not a vLLM server.*KeyError\('logprobs'\)"),
+        ("half", r"cannot be reached.*IncompleteRead.*opdengine vllm-serve"),
+        ("die", r"cannot be reached.*opdengine vllm-serve --model MODEL"),
+        ("hang", r"hangs: .*gave no answer in 1 s.*vllm_response_timeout"),
+    ],
+)
+def test_failing_server_is_an_error_that_names_the_remedy(
+    server: Server, sampler: VLLMServerSampler, kind: str, message: str
+) -> None:
+    sampler.response_timeout = 1.0
+    server.post("/fault", {"kind": kind, "after": 2})
+    begin = time.monotonic()
+    with pytest.raises(EngineError, match=f"(?s){message}"):
+        sampler.generate(REQUESTS, PARAMS)
+    assert time.monotonic() - begin < 5
+    if kind not in ("die", "hang"):
+        server.post("/fault", {"kind": "none"})
+        assert len(sampler.generate(REQUESTS, PARAMS)) == 3
+
+
+def test_server_that_was_started_again_gets_the_last_policy(
+    serve: Callable[..., Server], tokenizer: Any, models: dict[str, str]
+) -> None:
+    server = serve()
+    with VLLMServerSampler(server.url, tokenizer) as sampler:
+        model = AutoModelForCausalLM.from_pretrained(models["student"])
+        sampler.load_policy(4, model.state_dict().items())
+        expected = ids(sampler.generate(REQUESTS, PARAMS))
+        server.stop()
+        again = serve(server.port)
+        assert ids(sampler.generate(REQUESTS, PARAMS)) == expected
+        state = again.post("/state", {})
+        assert state["loaded"] == 1 and state["version"].endswith("-4")
+        assert (sampler.restarts, sampler.policy_version) == (1, 4)
+        again.post("/fault", {"kind": "restart", "after": 3})  # in the middle of a batch
+        assert ids(sampler.generate(REQUESTS, PARAMS)) == expected
+        assert sampler.restarts == 2
+
+
+def test_two_runs_on_one_server_are_noticed(server: Server, sampler: VLLMServerSampler, tokenizer: Any) -> None:
+    def other_run() -> None:
+        server.post("/update_weight_version", {"new_version": "other-7"})
+
+    ask = sampler._ask
+    sampler._ask = lambda *a: (other_run() if "generate" in a[0] else None, ask(*a))[1]  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match=r"weights \['other-7'\] instead of version 0; does another run"):
+        sampler.generate(REQUESTS, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"logprobs_mode": "raw_logprobs"}, EngineError, "logprobs_mode is raw_logprobs"),
+        ({"dtype": "bfloat16"}, ValueError, "computes in bfloat16, the trainer in float32.*--dtype float32"),
+    ],
+)
+def test_server_with_other_settings_is_refused(
+    serve: Callable[..., Server], tokenizer: Any, changes: dict[str, str], error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        VLLMServerSampler(serve(**changes).url, tokenizer, dtype="float32")
+
+
+def test_no_server_and_bad_addresses_are_refused(tokenizer: Any) -> None:
+    with pytest.raises(EngineDiedError, match=r"127.0.0.1:9 cannot be reached.*opdengine vllm-serve"):
+        VLLMServerSampler("http://127.0.0.1:9", tokenizer)
+    with pytest.raises(ValueError, match="write it like http"):
+        VLLMServerSampler("127.0.0.1:8000", tokenizer)
+    with pytest.raises(ValueError, match="vllm_sync_dir"):
+        VLLMServerSampler("http://10.0.0.1:8000", tokenizer)
+    with pytest.raises(ValueError, match=r"ask for no password.*ssh -L"):
+        server_command("model", "0.0.0.0", 8000)
+    with pytest.raises(ValueError, match="--logprobs-mode=raw_logprobs is set by"):
+        server_command("model", "127.0.0.1", 8000, extra=["--logprobs-mode=raw_logprobs"])
+
+
+def test_closing_ends_a_generation_and_leaves_no_file(server: Server, sampler: VLLMServerSampler) -> None:
+    folders = list(sampler._folders)
+    assert any(Path(f).exists() for f in folders)
+    sampler.close()
+    sampler.close()
+    assert not any(Path(f).exists() for f in folders)
+    with pytest.raises(EngineError, match="closed"):
+        sampler.generate(REQUESTS, PARAMS)
+
+
+# --- whole runs ------------------------------------------------------------------------------
+
+
+def settings(models: dict[str, str], prompt_file: str, folder: Path, url: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "model": models["student"],
+        "teachers": [{"model": models["big"]}],
+        "train_data": [prompt_file],
+        "output_dir": str(folder),
+        "method": "opd",
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 6,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "use_vllm": True,
+        "vllm_mode": "server",
+        "vllm_server_base_url": url,
+        "max_logprob_difference": 100.0,  # the samples are made up
+        **changes,
+    }
+
+
+def run(data: dict[str, Any]) -> dict[str, torch.Tensor]:
+    result = train(from_mapping(TrainConfig, data), progress=False)
+    return load_file(result.final_model / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", ["die", "500", "half", "hang"])
+def test_run_whose_server_fails_ends_with_a_checkpoint_and_goes_on(
+    serve: Callable[..., Server],
+    models: dict[str, str],
+    prompt_file: str,
+    tmp_path: Path,
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = run(settings(models, prompt_file, tmp_path / "whole", serve().url))
+    broken = serve()
+    broken.post("/fault", {"kind": kind, "after": 2 + 2 * 4 + 1})  # the probe, 4 a step: in the third step
+    data = settings(models, prompt_file, tmp_path / "broken", broken.url, vllm_response_timeout=1.0)
+    arguments = [a for k, v in data.items() for a in (f"--{k}", json.dumps(v))]
+    assert main(["train", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert "opdengine vllm-serve" in message or "start it again" in message.lower()
+    assert "--resume_from_checkpoint latest" in message and "Traceback" not in message
+    (saved,) = list_checkpoints(tmp_path / "broken" / "checkpoints")
+    assert saved.name == "step_2"
+    again = serve()
+    resumed = run({**data, "vllm_server_base_url": again.url, "resume_from_checkpoint": "latest"})
+    assert same(resumed, whole)
+    assert [row["step"] for row in read_metrics(tmp_path / "broken" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_staleness_is_bounded_and_logged(
+    server: Server, models: dict[str, str], prompt_file: str, tmp_path: Path
+) -> None:
+    for bound, expected in ((0, [0, 0, 0, 0]), (1, [0, 1, 1, 1]), (2, [0, 1, 2, 2])):
+        folder = tmp_path / str(bound)
+        weights = run(settings(models, prompt_file, folder, server.url, max_staleness=bound))
+        rows = read_metrics(folder / "metrics.jsonl")
+        assert [row["sampling/staleness_max"] for row in rows] == expected
+        assert [row["policy_version"] for row in rows] == [1, 2, 3, 4]
+        again = run(settings(models, prompt_file, tmp_path / f"{bound}-again", server.url, max_staleness=bound))
+        assert same(weights, again), "the order of batches and versions does not depend on timing"
+
+
+def test_overlapping_run_resumes_within_its_bound(
+    server: Server, models: dict[str, str], prompt_file: str, tmp_path: Path
+) -> None:
+    data = settings(models, prompt_file, tmp_path, server.url, max_staleness=1, save_steps=2, log_completions=True)
+    server.post("/fault", {"kind": "garbage", "after": 2 + 3 * 4})  # noticed when batch 4 is wanted
+    with pytest.raises(EngineError):
+        run(data)
+    assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "step_3"
+    server.post("/fault", {"kind": "none"})
+    run({**data, "resume_from_checkpoint": "latest"})
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["sampling/staleness_max"] == 0  # batch 4 was sampled anew
+    seen = [
+        json.loads(line)["prompt_id"]
+        for step in range(1, 5)
+        for line in (tmp_path / "rollouts" / f"step_{step}.jsonl").read_text().splitlines()
+    ]
+    assert sorted(seen[:12]) == sorted(p.id for p in load_prompts([prompt_file]).prompts)  # every prompt once
+
+
+def test_rollouts_run_during_the_update() -> None:
+    """Batch i + 1 is begun before batch i is finished, and no earlier batch waits for a later one."""
+    log: list[str] = []
+
+    class Slow:
+        config = type("Config", (), {"prompts_per_step": 1})
+
+        async def prepare(self, batch: Any, number: int) -> int:
+            log.append(f"begin {number}")
+            await asyncio.sleep(0.01)
+            log.append(f"ready {number}")
+            return number
+
+    class Stream:
+        drawn = 0
+
+        def next(self, count: int) -> list[int]:
+            self.drawn += 1
+            return [self.drawn]
+
+        def state_dict(self) -> dict[str, int]:
+            return {"drawn": self.drawn}
+
+    async def consume(ahead: int) -> list[str]:
+        log.clear()
+        async for number, batch, state in prepared(Slow(), Stream(), 0, 3, ahead):  # type: ignore[arg-type]
+            assert batch == number - 1 and state == {"drawn": number}
+            log.append(f"update {batch}")
+            await asyncio.sleep(0.05)
+            log.append(f"updated {batch}")
+        return list(log)
+
+    strict = asyncio.run(consume(0))
+    assert strict == [f"{what} {i}" for i in range(3) for what in ("begin", "ready", "update", "updated")]
+    overlapped = asyncio.run(consume(1))
+    assert overlapped.index("begin 1") < overlapped.index("updated 0")
+    assert overlapped.index("ready 2") < overlapped.index("updated 1")
+    assert overlapped.index("begin 2") > overlapped.index("updated 0")
+
+
+def test_update_leaves_the_event_loop_free(engine_at: Callable[..., Engine]) -> None:
+    engine = engine_at(max_staleness=1)
+    ticks: list[int] = []
+
+    async def tick() -> None:
+        while True:
+            ticks.append(1)
+            await asyncio.sleep(0.01)
+
+    async def work() -> None:
+        ticker = asyncio.create_task(tick())
+        assert await engine.beside(lambda: time.sleep(0.2) or threading.current_thread().name) != "MainThread"
+        ticker.cancel()
+
+    asyncio.run(work())
+    assert len(ticks) > 5
+
+
+@pytest.fixture
+def engine_at(
+    server: Server, models: dict[str, str], prompt_file: str, tmp_path: Path
+) -> Iterator[Callable[..., Engine]]:
+    from opdengine.build import build_engine
+    from opdengine.chat import load_tokenizer
+    from opdengine.methods import build_recipe
+
+    engines: list[Engine] = []
+
+    def build(**changes: Any) -> Engine:
+        config = from_mapping(TrainConfig, settings(models, prompt_file, tmp_path, server.url, **changes))
+        engines.append(build_engine(config, build_recipe(config), load_tokenizer(config.model)))
+        return engines[-1]
+
+    yield build
+    for engine in engines:
+        engine.sampler.close()
+
+
+def test_stream_state_is_that_of_the_finished_batch(prompt_file: str) -> None:
+    stream = PromptStream(load_prompts([prompt_file]), 0)
+    before = json.loads(json.dumps(stream.state_dict()))
+    state = stream.state_dict()
+    stream.next(4)
+    assert state == before, "a state that was taken does not move on with the stream"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_staleness": -1}, "max_staleness=-1"),
+        ({"max_staleness": 1, "use_vllm": False}, "without use_vllm"),
+        ({"max_staleness": 1, "vllm_enable_sleep_mode": True}, "cannot sleep"),
+        ({"vllm_mode": "remote"}, "vllm_mode='remote'"),
+    ],
+)
+def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    data = {"model": "m", "train_data": ["d"], "output_dir": "o", "use_vllm": True, **changes}
+    with pytest.raises(ConfigError, match=message):
+        from_mapping(TrainConfig, data)
+
+
+def test_made_up_samples_do_not_depend_on_the_batch(sampler: VLLMServerSampler) -> None:
+    together = sampler.generate(REQUESTS, PARAMS)
+    alone = [sampler.generate([request], PARAMS)[0] for request in REQUESTS]
+    assert ids(together) == ids(alone)
+    assert np.isclose(together[0][0].logprobs, -5.5).all()
