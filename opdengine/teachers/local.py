@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from opdengine.backbone import Backbone, Head, load_model
 from opdengine.chat import encode_chat, load_tokenizer
 from opdengine.config import TeacherConfig
 from opdengine.rollout.transformers import TransformersSampler
+from opdengine.teachers.offload import Offload
 from opdengine.types import Completion, Hidden, Message, Request, SamplingParams, TeacherContext
 
 
@@ -52,6 +54,7 @@ class LocalTeacher:
         self.backbone = Backbone(model, name=f"teacher {config.name!r}", max_tokens=max_tokens)
         self._writer = TransformersSampler(model, self.tokenizer, max_batch_tokens=4 * max_tokens)
         self.fingerprint = model_fingerprint(config.model, model)
+        self._place = Offload(model, self.backbone.device) if config.offload else None
 
     @property
     def name(self) -> str:
@@ -77,11 +80,16 @@ class LocalTeacher:
         return encode_chat(self.tokenizer, messages, tools, self.config.chat_template_kwargs)
 
     async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
-        return [completions[0] for completions in self._writer.generate(requests, params)]
+        with self._resident():
+            return [completions[0] for completions in self._writer.generate(requests, params)]
 
     async def score(self, contexts: Sequence[TeacherContext]) -> list[Hidden]:
-        states = self.backbone.score([c.token_ids for c in contexts], [c.target_positions for c in contexts])
+        with self._resident():
+            states = self.backbone.score([c.token_ids for c in contexts], [c.target_positions for c in contexts])
         return [Hidden(rows) for rows in states]
+
+    def _resident(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._place is None else self._place.resident()
 
     def counts(self) -> dict[str, float]:
         """Nothing: calls in this process either work or raise."""
