@@ -20,8 +20,6 @@ from .validation import check_impl, make_problem, make_student
 __all__ = ["DivergenceOutput", "TeacherHead", "TokenStats", "from_trl_beta", "linear_divergence"]
 
 
-# Row selection reads values: a compiled caller breaks its graph here.
-@torch.compiler.disable
 def linear_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -105,39 +103,50 @@ def linear_divergence(
     Raises:
         ValueError: an argument is invalid, or a teacher's logits hold NaN or inf on a computed row.
     """
-    check_impl(impl)
-    student = make_student(
-        student_hidden, student_weight, student_bias, student_logit_scale, student_softcap, temperature
-    )
-    problem = make_problem(
-        student,
-        teachers,
-        divergence=divergence,
-        jsd_beta=jsd_beta,
-        skew_alpha=skew_alpha,
-        teacher_reduction=teacher_reduction,
-        mix=mix,
-        token_weight=token_weight,
-        labels=labels,
-        reduction=reduction,
-        stats=stats,
-        workspace_bytes=workspace_bytes,
-        vocab_size=vocab_size,
-        group=group,
-        backward_tolerance=backward_tolerance,
-    )
-    chosen = choose_impl(impl, student_hidden.device.type, problem.compute_dtype, problem.shards is not None)
-    if chosen == "reference":
+    wants = wanted(student_hidden, student_weight, student_bias)
+    student = (student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
+    options: dict[str, Any] = {
+        "divergence": divergence,
+        "jsd_beta": jsd_beta,
+        "skew_alpha": skew_alpha,
+        "teacher_reduction": teacher_reduction,
+        "mix": mix,
+        "token_weight": token_weight,
+        "labels": labels,
+        "temperature": temperature,
+        "reduction": reduction,
+        "stats": stats,
+        "impl": impl,
+        "workspace_bytes": workspace_bytes,
+        "vocab_size": vocab_size,
+        "backward_tolerance": backward_tolerance,
+        "group": group,
+    }
+    if torch.compiler.is_compiling() and impl != "reference":
+        from . import library
+
+        return library.divergence(student, teachers, wants, options)
+    problem = prepare(student, teachers, **options)
+    if problem.impl == "reference":
         from .reference import reference_divergence
 
         return reference_divergence(problem)
-    problem = replace(problem, impl=chosen)
-    names = [f.name for f in fields(TokenStats)]
-    outputs = _LinearDivergence.apply(
-        student_hidden, student_weight, student_bias, problem, wanted(student_hidden, student_weight, student_bias)
-    )
-    values = dict(zip(names, outputs[2:], strict=True)) if stats else None
-    return DivergenceOutput(outputs[0], outputs[1], None if values is None else TokenStats(**values))
+    outputs = _LinearDivergence.apply(student_hidden, student_weight, student_bias, problem, wants)
+    return DivergenceOutput(outputs[0], outputs[1], TokenStats(*outputs[2:]) if stats else None)
+
+
+StudentArguments = tuple[Tensor, Tensor, Tensor | None, float, float | None]
+"""hidden, weight, bias, logit scale and softcap, as the caller gave them."""
+
+
+def prepare(
+    student: StudentArguments, teachers: Sequence[TeacherHead], *, temperature: float, impl: str, **options: Any
+) -> Problem:
+    """Validate the arguments of ``linear_divergence`` and choose the implementation."""
+    check_impl(impl)
+    problem = make_problem(make_student(*student, temperature), teachers, **options)
+    sharded = problem.shards is not None
+    return replace(problem, impl=choose_impl(impl, student[0].device.type, problem.compute_dtype, sharded))
 
 
 def from_trl_beta(beta: float) -> dict[str, Any]:
@@ -191,16 +200,12 @@ class _LinearDivergence(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, wants: Wants) -> tuple:
         ctx.wants = wants
         scale = loss_scale(problem)
-        rows = plan_rows(problem.mix, problem.mix_is_uniform, problem.token_weight)
-        in_forward = wants if problem.reduction != "none" else Wants()
-        with no_autocast(hidden.device):
-            outcome = run_divergence(problem, rows, scale, in_forward)
-        ctx.gradients = outcome if in_forward else None
+        loss, outcome = solve(problem, scale, wants)
+        ctx.gradients = outcome if wants and problem.reduction != "none" else None
         ctx.problem, ctx.scale = replace(problem, stats=False), scale
-        ctx.dropped = None if in_forward or outcome.stats is None else outcome.stats.dropped_mass
+        ctx.dropped = None if ctx.gradients or outcome.stats is None else outcome.stats.dropped_mass
         ctx.save_for_backward(hidden, weight, bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        loss = reduce_loss(problem, outcome.token_loss, scale)
         extras = [outcome.token_loss]
         if outcome.stats is not None:
             extras += [getattr(outcome.stats, f.name) for f in fields(TokenStats)]
@@ -215,7 +220,9 @@ class _LinearDivergence(torch.autograd.Function):
             return None, None, None, None, None
         outcome, ctx.gradients = ctx.gradients, None
         if outcome is None:
-            outcome = _recompute(ctx, grad_loss)
+            hidden, weight, bias = ctx.saved_tensors
+            student = ctx.problem.student.with_tensors(hidden, weight, bias)
+            outcome = recompute(replace(ctx.problem, student=student), ctx.scale, grad_loss, ctx.wants)
             if ctx.dropped is not None and outcome.dropped is not None:
                 ctx.dropped.copy_(outcome.dropped)
         else:
@@ -249,12 +256,19 @@ def _scale_gradients(outcome: Outcome, factor: Tensor) -> None:
             gradient.mul_(factor)
 
 
-def _recompute(ctx: Any, grad_loss: Tensor) -> Outcome:
+def solve(problem: Problem, scale: Tensor, wants: Wants) -> tuple[Tensor, Outcome]:
+    """(loss, outcome) of a problem with ``loss_scale`` [N]; with gradients when they are known in
+    forward, that is unless the reduction is "none"."""
+    rows = plan_rows(problem.mix, problem.mix_is_uniform, problem.token_weight)
+    with no_autocast(scale.device):
+        outcome = run_divergence(problem, rows, scale, wants if problem.reduction != "none" else Wants())
+    return reduce_loss(problem, outcome.token_loss, scale), outcome
+
+
+def recompute(problem: Problem, scale: Tensor, grad_loss: Tensor, wants: Wants) -> Outcome:
     """Gradients for an upstream gradient [N] or scalar that was unknown in forward, or for a
-    second backward."""
-    hidden, weight, bias = ctx.saved_tensors
-    problem: Problem = replace(ctx.problem, student=ctx.problem.student.with_tensors(hidden, weight, bias), labels=None)
-    scale = ctx.scale * grad_loss.to(ctx.scale.dtype)
+    second backward; ``scale`` as in ``solve``."""
+    scale = scale * grad_loss.to(scale.dtype)
     rows: RowPlan = plan_rows(problem.mix, problem.mix_is_uniform, scale)
-    with no_autocast(hidden.device):
-        return run_divergence(problem, rows, scale, ctx.wants)
+    with no_autocast(scale.device):
+        return run_divergence(replace(problem, labels=None, stats=False), rows, scale, wants)

@@ -1,5 +1,5 @@
-"""Log-probs of several labels per row, the mass of all other columns, and vocabulary shards: the
-passes behind ``linear_logprob`` where one label of a whole row is not enough.
+"""The chunked passes behind ``linear_logprob``: one label per row through the row operations of any
+implementation, and several labels per row, the mass of all other columns and vocabulary shards in torch.
 
 With G the upstream gradients of L log-probs, of the tail's log-mass (T) and of the entropy H,
 
@@ -11,16 +11,16 @@ in which every factor is bounded: the tail is summed over its own columns, never
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .chunking import SCRATCH_TILES, plan_chunks, spans
-from .divergence import cast_gradients, no_autocast
+from .chunking import plan_chunks, spans
 from .driver import GradientSink, Outcome, Workspace
 from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast
+from .row_ops import make_row_ops, row_layout
 from .selection import RowPlan
 from .shards import NO_COLUMN, Shards
 from .torch_impl import TorchRowOps, dot, softcap_slope
@@ -39,6 +39,7 @@ class LabelSets:
         tail: also the log-mass of the columns that are not among a row's labels.
         workspace_bytes: budget for temporaries.
         shards: how the vocabulary is split over ranks, or None.
+        impl: whose row operations run.
     """
 
     head: Head
@@ -46,16 +47,19 @@ class LabelSets:
     tail: bool
     workspace_bytes: int
     shards: Shards | None
+    impl: str
 
-    def _workspace(self, rows: int, wants: Wants) -> tuple[Workspace, TorchRowOps]:
+    def _workspace(self, rows: int, wants: Wants) -> tuple[Workspace, Tensor, int]:
+        """Buffers of a pass, an empty tensor of the compute dtype, and the rows of a tile."""
         head, dtype = self.head, compute_dtype_of((self.head,))
         weight, shards = head.weight, self.shards
+        columns, scratch_tiles = row_layout(self.impl, head.vocab if shards is None else shards.widest)
         plan = plan_chunks(
             rows=rows,
-            vocab=head.vocab if shards is None else shards.widest,
+            vocab=columns,
             hidden_sizes=(weight.shape[1],),
             buffers=1,
-            scratch_tiles=SCRATCH_TILES,
+            scratch_tiles=scratch_tiles,
             upcast=needs_upcast(weight, dtype, gradient=False)
             or (wants.hidden and needs_upcast(weight, dtype, gradient=True)),
             half_gradient=bool(wants) and half_gradient(weight, dtype),
@@ -64,8 +68,8 @@ class LabelSets:
             workspace_bytes=self.workspace_bytes,
         )
         like = head.hidden.new_empty(0, dtype=dtype)
-        workspace = Workspace(plan, head.vocab, like, 1, weight.shape[1])
-        return workspace, TorchRowOps(plan.tile_rows, head.vocab, like)
+        width = columns if shards is None else head.vocab
+        return Workspace(plan, head.vocab, like, 1, weight.shape[1], width), like, plan.tile_rows
 
     def _localise(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.shards is None:
@@ -76,7 +80,8 @@ class LabelSets:
         """(log-probs [N, L], entropy [N], log-mass of the tail [N], log sum exp [N]); the tail is
         NaN when it is not asked for. One all-gather per chunk with ``shards``."""
         rows, width = self.labels.shape
-        workspace, ops = self._workspace(rows, Wants())
+        workspace, like, tile_rows = self._workspace(rows, Wants())
+        ops = TorchRowOps(tile_rows, self.head.vocab, like)
         logprob = workspace.z.new_empty(rows, width)
         entropy, tail, lse = workspace.z.new_full((3, rows), math.nan)
         for start, stop in spans(rows, workspace.plan.chunk_rows):
@@ -122,27 +127,37 @@ class LabelSets:
         """Gradients of ``sum(logprob * G + tail * G_T + entropy * G_H)``; ``entropy``, ``tail`` and
         ``lse`` as ``forward`` returned them. With ``shards`` one collective, the sum of the hidden
         states' gradient."""
-        head, used = self.head, upstream.used()
+        used = upstream.used()
         index = None if bool(used.all()) else torch.nonzero(used)[:, 0]
         rows = RowPlan(index, used.shape[0] if index is None else index.numel(), ())
         gradient = (
-            HeadGradient(head, wants, rows, entropy.dtype)
+            HeadGradient(self.head, wants, rows, entropy.dtype)
             if self.shards is None
-            else ShardGradient(head, wants, rows, entropy.dtype, self.shards)
+            else ShardGradient(self.head, wants, rows, entropy.dtype, self.shards)
         )
         if rows.count:
-            workspace, ops = self._workspace(rows.count, wants)
-            sink = GradientSink(workspace, gradient, head, rows)
+            workspace, like, tile_rows = self._workspace(rows.count, wants)
+            write = self._writer(tile_rows, like)
+            sink = GradientSink(workspace, gradient, self.head, rows)
             for start, stop in spans(rows.count, workspace.plan.chunk_rows):
                 z = workspace.z[: stop - start]
-                hidden = gather(head.hidden, rows.index, start, stop)
-                ops.write_logits(head, hidden, z, workspace.tile)
+                hidden = gather(self.head.hidden, rows.index, start, stop)
                 own = _Rows(*(gather(x, rows.index, start, stop) for x in (self.labels, entropy, tail, lse)))
                 out = sink.reserve(z)
-                self._gradient(ops, z, own, upstream.rows(rows.index, start, stop), out)
+                write(hidden, z, workspace.tile, own, upstream.rows(rows.index, start, stop), out)
                 sink.commit(out, hidden, start, stop)
             sink.flush()
         return Outcome(entropy, None, *gradient.finish())
+
+    def _writer(self, tile_rows: int, like: Tensor) -> GradientWriter:
+        """What fills dZ of a chunk: (hidden, logits buffer, weight tile, rows, upstream, out)."""
+        ops = TorchRowOps(tile_rows, self.head.vocab, like)
+
+        def write(hidden: Tensor, z: Tensor, tile: Tensor | None, own: _Rows, upstream: Upstream, out: Tensor) -> None:
+            ops.write_logits(self.head, hidden, z, tile)
+            self._gradient(ops, z, own, upstream, out)
+
+        return write
 
     def _gradient(self, ops: TorchRowOps, z: Tensor, own: _Rows, upstream: Upstream, out: Tensor) -> None:
         """dZ of one chunk into ``out`` [c, V], which may be ``z``, the logits, overwritten."""
@@ -152,6 +167,7 @@ class LabelSets:
         arrive = torch.where(here, upstream.logprob, 0.0) * head.factor
         removed = removal(here, z)
         leave = (upstream.logprob.sum(1) + upstream.tail) * head.factor
+        from_entropy = torch.zeros_like(leave) if upstream.entropy is None else upstream.entropy * head.factor
         # An empty tail passes nothing on; any finite number serves as its log-mass.
         tail = torch.where(own.tail.isfinite(), own.tail, 0.0)
         for rows, s1, s2, s3 in ops.tiles(z.shape[0]):
@@ -163,7 +179,7 @@ class LabelSets:
             if with_tail:
                 torch.sub(x, tail[rows, None], out=s2).scatter_add_(1, columns[rows], removed[rows])
                 s2.exp_().mul_(upstream.tail[rows, None] * head.factor)
-            x.add_(own.entropy[rows, None]).mul_(-upstream.entropy[rows, None] * head.factor)
+            x.add_(own.entropy[rows, None]).mul_(-from_entropy[rows, None])
             x.sub_(leave[rows, None]).mul_(s1)
             if with_tail:
                 x.add_(s2)
@@ -187,45 +203,69 @@ class _Rows:
 
 @dataclass(frozen=True)
 class Upstream:
-    """Upstream gradients: ``logprob`` [N, L], ``entropy`` and ``tail`` [N]."""
+    """Upstream gradients: ``logprob`` [N, L], ``tail`` [N], ``entropy`` [N] or None for 0."""
 
     logprob: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
     tail: Tensor
+
+    @classmethod
+    def of(
+        cls, logprob: Tensor | None, entropy: Tensor | None, tail: Tensor | None, *, like: Tensor, dtype: torch.dtype
+    ) -> Upstream:
+        """With zeros for what is None; ``like`` are the labels [N, L]."""
+        logprob = like.new_zeros(like.shape, dtype=dtype) if logprob is None else logprob
+        return cls(logprob, entropy, logprob.new_zeros(like.shape[0]) if tail is None else tail)
 
     def used(self) -> Tensor:
         """[N] rows that have any."""
-        return (self.logprob != 0).any(1) | (self.entropy != 0) | (self.tail != 0)
+        used = (self.logprob != 0).any(1) | (self.tail != 0)
+        return used if self.entropy is None else used | (self.entropy != 0)
 
     def rows(self, index: Tensor | None, start: int, stop: int) -> Upstream:
-        return Upstream(*(gather(x, index, start, stop) for x in (self.logprob, self.entropy, self.tail)))
+        entropy = None if self.entropy is None else gather(self.entropy, index, start, stop)
+        return Upstream(gather(self.logprob, index, start, stop), entropy, gather(self.tail, index, start, stop))
+
+
+GradientWriter = Callable[[Tensor, Tensor, Tensor | None, _Rows, Upstream, Tensor], None]
+
+
+class SingleLabel(LabelSets):
+    """One label per row [N, 1], no tail, no shards: the row operations of ``impl``."""
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = self.labels.shape[0]
+        workspace, like, tile_rows = self._workspace(rows, Wants())
+        ops = make_row_ops(self.impl, tile_rows, self.head.vocab, like)
+        out = workspace.z.new_empty(3, rows)
+        for start, stop in spans(rows, workspace.plan.chunk_rows):
+            z = workspace.z[: stop - start]
+            ops.write_logits(self.head, self.head.hidden[start:stop], z, workspace.tile)
+            student = ops.student_rows(self.head, z, self.labels[start:stop, 0], True, joint=False)
+            for target, values in zip(out, (student.logprob, student.entropy, student.lse), strict=True):
+                target[start:stop] = values
+        return out[0][:, None], out[1], torch.full_like(out[1], math.nan), out[2]
+
+    def _writer(self, tile_rows: int, like: Tensor) -> GradientWriter:
+        head = self.head
+        ops = make_row_ops(self.impl, tile_rows, head.vocab, like)
+
+        def write(hidden: Tensor, z: Tensor, tile: Tensor | None, own: _Rows, upstream: Upstream, out: Tensor) -> None:
+            ops.write_logits(head, hidden, z, tile)
+            ops.logprob_gradient_rows(
+                z,
+                own.labels[:, 0],
+                ops.student_rows(head, z, None, False, joint=False),
+                entropy=own.entropy,
+                logprob_scale=upstream.logprob[:, 0] * head.factor,
+                entropy_scale=None if upstream.entropy is None else upstream.entropy * head.factor,
+                softcap=None if head.softcap is None else head.softcap / head.temperature,
+                out=out,
+            )
+
+        return write
 
 
 def removal(here: Tensor, like: Tensor) -> Tensor:
     """[c, L] what to add to the log-probs of the labels to take them out of a sum."""
     return torch.where(here, like.new_full((), -math.inf), like.new_zeros(()))
-
-
-class LabelSetLogprob(torch.autograd.Function):
-    """(log-probs [N, L], entropy [N], log-mass of the tail [N]) of ``call``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LabelSets, wants: Wants
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with no_autocast(hidden.device):
-            logprob, entropy, tail, lse = call.forward()
-        ctx.call, ctx.wants = call, wants
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(hidden, weight, bias, entropy, tail, lse)
-        return logprob, entropy, tail
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple:
-        hidden, weight, bias, entropy, tail, lse = ctx.saved_tensors
-        call: LabelSets = replace(ctx.call, head=ctx.call.head.with_tensors(hidden, weight, bias))
-        logprob, grad_entropy, grad_tail = upstream
-        with no_autocast(hidden.device):
-            outcome = call.backward(entropy, tail, lse, Upstream(logprob, grad_entropy, grad_tail), ctx.wants)
-        return *cast_gradients(ctx, outcome), None, None

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .chunking import plan_chunks, spans
-from .divergence import cast_gradients, no_autocast, wanted
-from .driver import GradientSink, Outcome, Workspace, run_divergence
-from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast
-from .label_sets import LabelSetLogprob, LabelSets
-from .row_ops import RowOps, choose_impl, make_row_ops, row_layout
-from .selection import RowPlan, plan_rows
-from .types import STATS_ONLY, Head, LogprobOutput, TeacherHead, TokenStats
+from .divergence import cast_gradients, no_autocast, prepare, wanted
+from .driver import run_divergence
+from .heads import Wants
+from .label_sets import LabelSets, SingleLabel, Upstream
+from .row_ops import choose_impl
+from .selection import plan_rows
+from .types import STATS_ONLY, LogprobOutput, Problem, TeacherHead, TokenStats
 from .validation import (
     check_impl,
     check_labels,
     check_positive,
     compute_dtype_of,
     make_head,
-    make_problem,
-    make_student,
     make_workspace_bytes,
     split_vocabularies,
 )
@@ -32,7 +29,6 @@ from .validation import (
 __all__ = ["LogprobOutput", "linear_logprob", "token_stats"]
 
 
-@torch.compiler.disable
 def token_stats(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -61,40 +57,50 @@ def token_stats(
     Raises:
         ValueError: an argument is invalid, or a teacher's logits hold NaN or inf on a computed row.
     """
-    check_impl(impl)
-    student = make_student(
-        student_hidden, student_weight, student_bias, student_logit_scale, student_softcap, temperature
-    )
-    problem = make_problem(
-        student,
-        teachers,
-        divergence="reverse_kl",
-        jsd_beta=0.5,
-        skew_alpha=0.1,
-        teacher_reduction="sum",
-        mix=mix,
-        token_weight=token_weight,
-        labels=labels,
-        reduction="sum",
-        stats=True,
-        workspace_bytes=workspace_bytes,
-        vocab_size=vocab_size,
-        group=group,
-    )
-    with torch.no_grad(), no_autocast(student_hidden.device):
-        chosen = choose_impl(impl, student_hidden.device.type, problem.compute_dtype, problem.shards is not None)
-        if chosen == "reference":
+    student = (student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
+    options: dict[str, Any] = {
+        "mix": mix,
+        "token_weight": token_weight,
+        "labels": labels,
+        "temperature": temperature,
+        "impl": impl,
+        "workspace_bytes": workspace_bytes,
+        "vocab_size": vocab_size,
+        "group": group,
+    }
+    if torch.compiler.is_compiling() and impl != "reference":
+        from . import library
+
+        return library.stats(student, teachers, options)
+    return compute_stats(prepare(student, teachers, **STATS_OPTIONS, **options))
+
+
+STATS_OPTIONS: dict[str, Any] = {
+    "divergence": "reverse_kl",
+    "jsd_beta": 0.5,
+    "skew_alpha": 0.1,
+    "teacher_reduction": "sum",
+    "reduction": "sum",
+    "stats": True,
+    "backward_tolerance": 0.0,
+}
+"""The options of ``prepare`` that statistics do not depend on."""
+
+
+def compute_stats(problem: Problem) -> TokenStats:
+    """Statistics of a prepared problem; nothing else of it is computed."""
+    with torch.no_grad(), no_autocast(problem.student.hidden.device):
+        if problem.impl == "reference":
             from .reference import reference_divergence
 
             stats = reference_divergence(problem).stats
         else:
             rows = plan_rows(problem.mix, problem.mix_is_uniform, problem.token_weight)
-            stats = run_divergence(replace(problem, rule=STATS_ONLY, impl=chosen), rows, None, Wants()).stats
+            stats = run_divergence(replace(problem, rule=STATS_ONLY), rows, None, Wants()).stats
     assert stats is not None
     return stats
 
 
-@torch.compiler.disable
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -141,6 +147,46 @@ def linear_logprob(
     Raises:
         ValueError: an argument is invalid.
     """
+    wants = wanted(hidden, weight, bias)
+    options: dict[str, Any] = {
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "temperature": temperature,
+        "impl": impl,
+        "workspace_bytes": workspace_bytes,
+        "vocab_size": vocab_size,
+        "tail": tail,
+        "group": group,
+    }
+    if torch.compiler.is_compiling() and impl != "reference":
+        from . import library
+
+        return library.logprob(hidden, weight, bias, labels, wants, options)
+    call = prepare_logprob(hidden, weight, bias, labels, **options)
+    if call.impl == "reference":
+        from .reference import reference_logprob
+
+        return reference_logprob(call.head, labels, tail)
+    logprob, entropy, mass = _LinearLogprob.apply(hidden, weight, bias, call, wants)
+    return LogprobOutput(logprob if labels.dim() == 2 else logprob[:, 0], entropy, mass if tail else None)
+
+
+def prepare_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    impl: str,
+    workspace_bytes: int | None,
+    vocab_size: int | None,
+    tail: bool,
+    group: Any,
+) -> LabelSets:
+    """Validate the arguments of ``linear_logprob`` and choose the implementation."""
     check_impl(impl)
     check_positive("temperature", temperature)
     head = make_head("", hidden, weight, bias, logit_scale, softcap, temperature)
@@ -148,122 +194,38 @@ def linear_logprob(
     (head,), shards = split_vocabularies((head,), vocab_size, group, (tail, budget, "linear_logprob"))
     check_labels(labels, head.vocab if shards is None else shards.vocab, hidden)
     chosen = choose_impl(impl, hidden.device.type, compute_dtype_of((head,)), shards is not None)
-    if chosen == "reference":
-        from .reference import reference_logprob
-
-        return reference_logprob(head, labels, tail)
-    wants = wanted(hidden, weight, bias)
-    if labels.dim() == 1 and not tail and shards is None:
-        logprob, entropy = _LinearLogprob.apply(hidden, weight, bias, _LogprobCall(head, labels, budget, chosen), wants)
-        return LogprobOutput(logprob, entropy)
-    if impl == "triton":
+    single = labels.dim() == 1 and not tail and shards is None
+    if impl == "triton" and not single:
         raise ValueError("impl='triton' takes labels [N] without tail: use impl='auto' or 'torch'")
-    call = LabelSets(head, labels if labels.dim() == 2 else labels[:, None], tail, budget, shards)
-    logprob, entropy, mass = LabelSetLogprob.apply(hidden, weight, bias, call, wants)
-    return LogprobOutput(logprob if labels.dim() == 2 else logprob[:, 0], entropy, mass if tail else None)
-
-
-@dataclass(frozen=True)
-class _LogprobCall:
-    """One validated call: the chunked passes over its rows."""
-
-    head: Head
-    labels: Tensor
-    workspace_bytes: int
-    impl: str
-
-    def workspace(self, rows: int, wants: Wants) -> tuple[Workspace, RowOps]:
-        head, dtype = self.head, compute_dtype_of((self.head,))
-        like, weight = head.hidden.new_empty(0, dtype=dtype), head.weight
-        columns, scratch_tiles = row_layout(self.impl, head.vocab)
-        plan = plan_chunks(
-            rows=rows,
-            vocab=columns,
-            hidden_sizes=(weight.shape[1],),
-            buffers=1,
-            scratch_tiles=scratch_tiles,
-            upcast=needs_upcast(weight, dtype, gradient=False)
-            or (wants.hidden and needs_upcast(weight, dtype, gradient=True)),
-            half_gradient=bool(wants) and half_gradient(weight, dtype),
-            dtype=dtype,
-            device=weight.device,
-            workspace_bytes=self.workspace_bytes,
-        )
-        workspace = Workspace(plan, head.vocab, like, 1, weight.shape[1], columns)
-        return workspace, make_row_ops(self.impl, plan.tile_rows, head.vocab, like)
-
-    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(log p(label), entropy, log sum exp), each [N]."""
-        rows = self.labels.shape[0]
-        workspace, ops = self.workspace(rows, Wants())
-        out = workspace.z.new_empty(3, rows)
-        for start, stop in spans(rows, workspace.plan.chunk_rows):
-            z = workspace.z[: stop - start]
-            ops.write_logits(self.head, self.head.hidden[start:stop], z, workspace.tile)
-            student = ops.student_rows(self.head, z, self.labels[start:stop], True, joint=False)
-            for target, values in zip(out, (student.logprob, student.entropy, student.lse), strict=True):
-                target[start:stop] = values
-        return out[0], out[1], out[2]
-
-    def backward(self, entropy: Tensor, logprob_scale: Tensor, entropy_scale: Tensor | None, wants: Wants) -> Outcome:
-        """Gradients of ``sum(logprob_scale * logprob + entropy_scale * entropy)``; all tensors
-        [N]."""
-        head = self.head
-        used = logprob_scale != 0 if entropy_scale is None else (logprob_scale != 0) | (entropy_scale != 0)
-        rows = RowPlan(None, used.shape[0], ())
-        if not bool(used.all()):
-            index = torch.nonzero(used)[:, 0]
-            rows = RowPlan(index, index.numel(), ())
-        gradient = HeadGradient(head, wants, rows, entropy.dtype)
-        if rows.count:
-            workspace, ops = self.workspace(rows.count, wants)
-            sink = GradientSink(workspace, gradient, head, rows)
-            cap = None if head.softcap is None else head.softcap / head.temperature
-            for start, stop in spans(rows.count, workspace.plan.chunk_rows):
-                z = workspace.z[: stop - start]
-                hidden = gather(head.hidden, rows.index, start, stop)
-                ops.write_logits(head, hidden, z, workspace.tile)
-                student = ops.student_rows(head, z, None, False, joint=False)
-                out = sink.reserve(z)
-                ops.logprob_gradient_rows(
-                    z,
-                    gather(self.labels, rows.index, start, stop),
-                    student,
-                    entropy=gather(entropy, rows.index, start, stop),
-                    logprob_scale=gather(logprob_scale, rows.index, start, stop) * head.factor,
-                    entropy_scale=None
-                    if entropy_scale is None
-                    else gather(entropy_scale, rows.index, start, stop) * head.factor,
-                    softcap=cap,
-                    out=out,
-                )
-                sink.commit(out, hidden, start, stop)
-            sink.flush()
-        return Outcome(entropy, None, *gradient.finish())
+    if chosen == "triton" and not single:
+        chosen = "torch"
+    make = SingleLabel if single else LabelSets
+    return make(head, labels if labels.dim() == 2 else labels[:, None], tail, budget, shards, chosen)
 
 
 class _LinearLogprob(torch.autograd.Function):
+    """(log-probs [N, L], entropy [N], log-mass of the tail [N]) of ``call``."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _LogprobCall, wants: Wants
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LabelSets, wants: Wants
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with no_autocast(hidden.device):
-            logprob, entropy, _ = call.forward()
+            logprob, entropy, tail, lse = call.forward()
         ctx.call, ctx.wants = call, wants
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(hidden, weight, bias, entropy)
+        ctx.save_for_backward(hidden, weight, bias, entropy, tail, lse)
         ctx.set_materialize_grads(False)
-        return logprob, entropy
+        return logprob, entropy, tail
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple:
-        if grad_logprob is None and grad_entropy is None:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple:
+        if all(gradient is None for gradient in upstream):
             return None, None, None, None, None
-        hidden, weight, bias, entropy = ctx.saved_tensors
-        call = replace(ctx.call, head=ctx.call.head.with_tensors(hidden, weight, bias))
-        if grad_logprob is None:
-            grad_logprob = torch.zeros_like(entropy)
+        hidden, weight, bias, entropy, tail, lse = ctx.saved_tensors
+        call: LabelSets = replace(ctx.call, head=ctx.call.head.with_tensors(hidden, weight, bias))
         with no_autocast(hidden.device):
-            outcome = call.backward(entropy, grad_logprob, grad_entropy, ctx.wants)
+            gradients = Upstream.of(*upstream, like=call.labels, dtype=entropy.dtype)
+            outcome = call.backward(entropy, tail, lse, gradients, ctx.wants)
         return *cast_gradients(ctx, outcome), None, None

@@ -233,6 +233,21 @@ def check_logprob(splits):
             same(*gradients, f"gradient of linear_logprob {split}", rtol=1e-11, atol=1e-12)
 
 
+def check_compiled(splits):
+    """The opaque ops carry the group."""
+    world = World(splits[0], 2, seed=9)
+    leaves, heads = world.inputs(whole=False)
+    group = dist.group.WORLD
+
+    def call(hidden, weight):
+        out = linear_divergence(hidden, weight, heads, divergence="jsd", group=group, **world.options)
+        return out.loss + linear_logprob(hidden, weight, world.labels, group=group, **world.options).logprob.sum()
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(function(*leaves), leaves) for function in (call, compiled)]
+    same(*results, "compiled", rtol=1e-12, atol=1e-13)
+
+
 def check_collectives(splits):
     """One collective per chunk for KL and statistics, two for the others, and two per call."""
     per_chunk = {"reverse_kl": 1, "forward_kl": 1, "jsd": 2, "skew_kl": 2}
@@ -319,6 +334,7 @@ CHECKS = [
     check_stats,
     check_ties,
     check_logprob,
+    check_compiled,
     check_collectives,
     check_errors,
 ]

@@ -1,0 +1,344 @@
+"""The ops as ``torch.library`` custom ops, so that ``torch.compile`` and ``torch.export`` see one
+opaque node each.
+
+``linear_divergence``, ``linear_logprob`` and ``token_stats`` come here only while they are compiled;
+in eager mode they go straight to their autograd functions, without the dispatcher's cost. Compiled
+and eager calls run the same code on the same tensors. Checks that read data raise when the compiled
+function runs. ``impl="reference"`` is plain torch and is not wrapped.
+
+Gradients that are known in forward are outputs of the forward op, scaled in backward; for
+``reduction="none"`` and log-probs a backward op recomputes the logits (and ``stats.dropped_mass``,
+which eager fills in during that backward pass, stays NaN).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .divergence import StudentArguments, loss_scale, no_autocast, prepare, recompute, solve
+from .driver import Outcome
+from .heads import Wants
+from .label_sets import LabelSets, Upstream
+from .logprob import STATS_OPTIONS, compute_stats, prepare_logprob
+from .types import DivergenceOutput, LogprobOutput, Problem, TeacherHead, TokenStats
+from .validation import check_constant
+
+NO_GRADIENTS = (False, False, False)
+STATISTICS = [f.name for f in fields(TokenStats)]
+
+# An empty teacher bias is none; scales and softcaps are the student's, then every teacher's, a softcap
+# of 0 is none.
+HEADS = (
+    "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor[] teacher_hidden, "
+    "Tensor[] teacher_weight, Tensor[] teacher_bias, float[] scales, float[] softcaps, Tensor? mix, "
+    "Tensor? token_weight, Tensor? labels"
+)
+RULE = (
+    "str divergence, float jsd_beta, float skew_alpha, str teacher_reduction, str reduction, bool stats, "
+    "float backward_tolerance"
+)
+RUN = "float temperature, str impl, int? workspace_bytes, int? vocab_size, str group_name"
+DIVERGENCE = f"{HEADS}, {RULE}, {RUN}, bool[] wants"
+STATS = f"{HEADS}, {RUN}"
+LOGPROB = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float logit_scale, float? softcap, bool tail, "
+    f"{RUN}, bool[] wants"
+)
+
+Arguments = dict[str, Any]
+
+
+def define(
+    name: str, arguments: str, run: Callable[[Arguments], list[Tensor]], fake: Callable[[Arguments], list[Tensor]]
+) -> Callable[..., list[Tensor]]:
+    """Register ``opd_kernels::name``; ``run`` and ``fake`` get its arguments by name, the op that is
+    returned takes them in order."""
+    names = names_of(arguments)
+    op = torch.library.custom_op(
+        f"opd_kernels::{name}",
+        lambda *values: run(dict(zip(names, values, strict=True))),
+        mutates_args=(),
+        schema=f"({arguments}) -> Tensor[]",
+    )
+    op.register_fake(lambda *values: fake(dict(zip(names, values, strict=True))))
+    return op
+
+
+def names_of(arguments: str) -> list[str]:
+    return [argument.split()[-1] for argument in arguments.split(", ")]
+
+
+def run_divergence(given: Arguments) -> list[Tensor]:
+    """[loss, token_loss, statistics (all or none of them, absent ones empty), three gradients]."""
+    problem = problem_of(given)
+    loss, outcome = solve(problem, loss_scale(problem), Wants(*given["wants"]))
+    found = [] if outcome.stats is None else present(outcome.stats, loss)
+    return [loss, outcome.token_loss, *found, *gradients_of(outcome, given["student_weight"], given["group_name"])]
+
+
+def fake_divergence(given: Arguments) -> list[Tensor]:
+    hidden, dtype = given["student_hidden"], compute_dtype(given)
+    whole, rows = given["reduction"] == "none", hidden.shape[0]
+    found = empty_stats(given) if given["stats"] else []
+    gradients = empty_gradients(given, NO_GRADIENTS if whole else given["wants"])
+    loss = hidden.new_empty((rows,) if whole else (), dtype=dtype)
+    return [loss, hidden.new_empty(rows, dtype=dtype), *found, *gradients]
+
+
+def run_divergence_backward(given: Arguments) -> list[Tensor]:
+    """Three gradients for the upstream gradient ``grad_loss`` [N] of ``reduction="none"``."""
+    problem = problem_of(given)
+    outcome = recompute(problem, loss_scale(problem), given["grad_loss"], Wants(*given["wants"]))
+    return gradients_of(outcome, given["student_weight"], given["group_name"])
+
+
+def run_logprob(given: Arguments) -> list[Tensor]:
+    """[log-probs [N, L], entropy, log-mass of the tail, log sum exp]."""
+    with no_autocast(given["hidden"].device):
+        # Outputs of a custom op must not share storage.
+        return [x.clone() for x in logprob_call_of(given).forward()]
+
+
+def fake_logprob(given: Arguments) -> list[Tensor]:
+    hidden, labels, dtype = given["hidden"], given["labels"], compute_dtype(given)
+    rows, width = hidden.shape[0], labels.shape[1] if labels.dim() == 2 else 1
+    return [hidden.new_empty(rows, width, dtype=dtype), *(hidden.new_empty(rows, dtype=dtype) for _ in range(3))]
+
+
+def run_logprob_backward(given: Arguments) -> list[Tensor]:
+    call = logprob_call_of(given)
+    entropy, tail, lse = given["entropy_value"], given["tail_value"], given["lse_value"]
+    gradients = (given["grad_logprob"], given["grad_entropy"], given["grad_tail"])
+    upstream = Upstream.of(*gradients, like=call.labels, dtype=entropy.dtype)
+    with no_autocast(given["hidden"].device):
+        outcome = call.backward(entropy, tail, lse, upstream, Wants(*given["wants"]))
+    return gradients_of(outcome, given["weight"], given["group_name"])
+
+
+def run_stats(given: Arguments) -> list[Tensor]:
+    problem = problem_of({**given, **STATS_OPTIONS})
+    return present(compute_stats(problem), problem.mix)
+
+
+def fake_gradients(given: Arguments) -> list[Tensor]:
+    return empty_gradients(given, given["wants"])
+
+
+linear_divergence_op = define("linear_divergence", DIVERGENCE, run_divergence, fake_divergence)
+linear_divergence_backward_op = define(
+    "linear_divergence_backward", f"Tensor grad_loss, {DIVERGENCE}", run_divergence_backward, fake_gradients
+)
+linear_logprob_op = define("linear_logprob", LOGPROB, run_logprob, fake_logprob)
+linear_logprob_backward_op = define(
+    "linear_logprob_backward",
+    "Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_tail, Tensor entropy_value, Tensor tail_value, "
+    f"Tensor lse_value, {LOGPROB}",
+    run_logprob_backward,
+    fake_gradients,
+)
+token_stats_op = define("token_stats", STATS, run_stats, lambda given: empty_stats(given))
+
+
+class Saved:
+    """Arguments of an op: ``tensors`` for ``save_for_backward``, and what joins them again."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        leaves, self.spec = pytree.tree_flatten(list(values))
+        self.tensors = [x for x in leaves if isinstance(x, Tensor)]
+        self.rest = [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
+
+    def join(self, tensors: Sequence[Tensor]) -> list[Any]:
+        stream = iter(tensors)
+        return pytree.tree_unflatten([next(stream) if x is _TENSOR else x for x in self.rest], self.spec)
+
+
+_TENSOR = object()
+
+
+def divergence_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    given = dict(zip(names_of(DIVERGENCE), inputs, strict=True))
+    ctx.set_materialize_grads(False)
+    ctx.wants, ctx.dtypes = given["wants"], [None if x is None else x.dtype for x in inputs[:3]]
+    ctx.teachers, ctx.inputs, ctx.recompute = len(given["teacher_hidden"]), len(inputs), given["reduction"] == "none"
+    ctx.arguments = Saved(inputs) if ctx.recompute else None
+    ctx.save_for_backward(*(ctx.arguments.tensors if ctx.recompute else output[-3:]))
+
+
+def divergence_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple:
+    found: Sequence[Tensor | None] = (None, None, None)
+    grad_loss = gradients[0]
+    if grad_loss is not None and ctx.recompute:
+        found = linear_divergence_backward_op(grad_loss, *ctx.arguments.join(ctx.saved_tensors))
+    elif grad_loss is not None:
+        found = [x * grad_loss.to(x.dtype) for x in ctx.saved_tensors]
+    none = [None] * ctx.teachers
+    return *asked(found, ctx.wants, ctx.dtypes), none, none, none, *([None] * (ctx.inputs - 6))
+
+
+def logprob_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.wants, ctx.dtypes = inputs[-1], [None if x is None else x.dtype for x in inputs[:3]]
+    ctx.arguments = Saved([*output[1:], *inputs])
+    ctx.save_for_backward(*ctx.arguments.tensors)
+
+
+def logprob_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple:
+    found: Sequence[Tensor | None] = (None, None, None)
+    if any(x is not None for x in gradients[:3]):
+        arguments = ctx.arguments.join(ctx.saved_tensors)
+        found = linear_logprob_backward_op(*gradients[:3], *arguments)
+    return *asked(found, ctx.wants, ctx.dtypes), *([None] * (len(names_of(LOGPROB)) - 3))
+
+
+linear_divergence_op.register_autograd(divergence_backward, setup_context=divergence_context)  # type: ignore[attr-defined]
+linear_logprob_op.register_autograd(logprob_backward, setup_context=logprob_context)  # type: ignore[attr-defined]
+
+
+def divergence(
+    student: StudentArguments, teachers: Sequence[TeacherHead], wants: Wants, options: dict[str, Any]
+) -> DivergenceOutput:
+    """``linear_divergence`` through its op; ``options`` are its other keyword arguments."""
+    given = {**flat(student, teachers, options), "wants": [wants.hidden, wants.weight, wants.bias]}
+    out = linear_divergence_op(*[given[name] for name in names_of(DIVERGENCE)])
+    found = unpack_stats(out[2:-3], given) if given["stats"] else None
+    return DivergenceOutput(out[0], out[1].detach(), found)
+
+
+def stats(student: StudentArguments, teachers: Sequence[TeacherHead], options: dict[str, Any]) -> TokenStats:
+    """``token_stats`` through its op; ``options`` are its other keyword arguments."""
+    given = flat(student, teachers, options)
+    return unpack_stats(token_stats_op(*[given[name] for name in names_of(STATS)]), given)
+
+
+def logprob(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, wants: Wants, options: dict[str, Any]
+) -> LogprobOutput:
+    """``linear_logprob`` through its op; ``options`` are its other keyword arguments."""
+    given = {**options, "hidden": hidden, "weight": weight, "bias": bias, "labels": labels}
+    given["group_name"], given["wants"] = name_of(options["group"]), [wants.hidden, wants.weight, wants.bias]
+    out = linear_logprob_op(*[given[name] for name in names_of(LOGPROB)])
+    values = out[0] if labels.dim() == 2 else out[0][:, 0]
+    return LogprobOutput(values, out[1], out[2] if options["tail"] else None)
+
+
+def flat(student: StudentArguments, teachers: Sequence[TeacherHead], options: dict[str, Any]) -> Arguments:
+    """The arguments of a public call under the names of the ops."""
+    hidden, weight, bias, scale, softcap = student
+    mix = options["mix"]
+    if mix is not None and not isinstance(mix, Tensor):
+        mix = torch.tensor(mix, dtype=torch.float64, device=hidden.device)
+    constants = {f"teachers[{k}].hidden": teacher.hidden for k, teacher in enumerate(teachers)}
+    # Inside the op no tensor requires a gradient any more.
+    for name, tensor in {**constants, "mix": mix, "token_weight": options["token_weight"]}.items():
+        if tensor is not None:
+            check_constant(name, tensor)
+    return {
+        **options,
+        "student_hidden": hidden,
+        "student_weight": weight,
+        "student_bias": bias,
+        "teacher_hidden": [teacher.hidden for teacher in teachers],
+        "teacher_weight": [teacher.weight for teacher in teachers],
+        "teacher_bias": [hidden.new_empty(0) if teacher.bias is None else teacher.bias for teacher in teachers],
+        "scales": [scale, *[teacher.logit_scale for teacher in teachers]],
+        "softcaps": [softcap or 0.0, *[teacher.softcap or 0.0 for teacher in teachers]],
+        "mix": mix,
+        "group_name": name_of(options["group"]),
+    }
+
+
+def problem_of(given: Arguments) -> Problem:
+    """The validated problem of an op's arguments."""
+    scales, caps = given["scales"], [cap or None for cap in given["softcaps"]]
+    student = (given["student_hidden"], given["student_weight"], given["student_bias"], scales[0], caps[0])
+    biases = [bias if bias.numel() else None for bias in given["teacher_bias"]]
+    parts = (given["teacher_hidden"], given["teacher_weight"], biases, scales[1:], caps[1:])
+    teachers = [TeacherHead(*head) for head in zip(*parts, strict=True)]
+    passed = [*names_of(RULE), "temperature", "impl", "workspace_bytes", "vocab_size", "mix", "token_weight", "labels"]
+    return prepare(student, teachers, **{name: given[name] for name in passed}, group=group_of(given["group_name"]))
+
+
+def logprob_call_of(given: Arguments) -> LabelSets:
+    tensors = (given["hidden"], given["weight"], given["bias"], given["labels"])
+    passed = ("logit_scale", "softcap", "tail", "temperature", "impl", "workspace_bytes", "vocab_size")
+    return prepare_logprob(*tensors, **{name: given[name] for name in passed}, group=group_of(given["group_name"]))
+
+
+def name_of(group: Any) -> str:
+    return "" if group is None else group.group_name
+
+
+def group_of(name: str) -> Any:
+    if not name:
+        return None
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def compute_dtype(given: Arguments) -> torch.dtype:
+    """As ``validation.compute_dtype_of``, before anything is validated."""
+    weights = [given["weight"]] if "weight" in given else [given["student_weight"], *given["teacher_weight"]]
+    return torch.float64 if all(weight.dtype == torch.float64 for weight in weights) else torch.float32
+
+
+def stored_dtypes(weight: Tensor, dtype: torch.dtype, sharded: bool) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """dtypes of the three gradients as ops: those of float16 keep the compute dtype until a loss
+    scaler's factor is in, one that is summed over ranks too."""
+    stored = dtype if weight.dtype == torch.float16 else weight.dtype
+    return dtype if sharded else stored, stored, dtype
+
+
+def gradients_of(outcome: Outcome, weight: Tensor, group_name: str) -> list[Tensor]:
+    """hidden, weight and bias gradients; empty where not asked for."""
+    like = outcome.token_loss
+    found = (outcome.hidden, outcome.weight, outcome.bias)
+    dtypes = stored_dtypes(weight, like.dtype, bool(group_name))
+    return [
+        like.new_empty(0, dtype=dtype) if x is None else x.to(dtype) for x, dtype in zip(found, dtypes, strict=True)
+    ]
+
+
+def empty_gradients(given: Arguments, wants: Sequence[bool]) -> list[Tensor]:
+    prefix = "" if "weight" in given else "student_"
+    tensors = [given[f"{prefix}{name}"] for name in ("hidden", "weight", "bias")]
+    dtypes = stored_dtypes(tensors[1], compute_dtype(given), bool(given["group_name"]))
+    return [
+        tensors[1].new_empty(x.shape if asked else (0,), dtype=dtype)
+        for x, asked, dtype in zip(tensors, wants, dtypes, strict=True)
+    ]
+
+
+def asked(
+    gradients: Sequence[Tensor | None], wants: Sequence[bool], dtypes: Sequence[torch.dtype]
+) -> list[Tensor | None]:
+    """Gradients in the dtypes of the inputs, None where not asked for."""
+    return [
+        x.to(dtype) if want and x is not None else None for x, want, dtype in zip(gradients, wants, dtypes, strict=True)
+    ]
+
+
+def present(found: TokenStats, like: Tensor) -> list[Tensor]:
+    values = [getattr(found, name) for name in STATISTICS]
+    return [like.new_empty(0) if x is None else x for x in values]
+
+
+def empty_stats(given: Arguments) -> list[Tensor]:
+    like = given["student_hidden"].new_empty(0, dtype=compute_dtype(given))
+    rows, teachers = given["student_hidden"].shape[0], len(given["teacher_hidden"])
+    dropped = given.get("backward_tolerance", 0.0) > 0
+    return present(TokenStats.empty(rows, teachers, given["labels"] is not None, like, dropped), like)
+
+
+def unpack_stats(values: Sequence[Tensor], given: Arguments) -> TokenStats:
+    absent = () if given["labels"] is not None else ("student_logprob", "teacher_logprob", "gap")
+    if not given.get("backward_tolerance", 0.0) > 0:
+        absent = (*absent, "dropped_mass")
+    pairs = zip(STATISTICS, values, strict=True)
+    return TokenStats(**{name: None if name in absent else value.detach() for name, value in pairs})  # type: ignore[arg-type]
