@@ -67,7 +67,7 @@ def _debate(**settings: Any) -> dict[str, Any]:
         "temperature": 0.0,
         "top_p": 1.0,
         "top_k": 0,
-        "max_tokens": 24,
+        "max_tokens": 16,
         **settings,
     }
 
@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     """Run all arms and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--train_prompts", type=int, default=1500, help="training prompts of each skill")
