@@ -1,6 +1,7 @@
 """Fused linear divergences for on-policy distillation: from hidden states and heads, never from
 [N, V] logits."""
 
+from . import library as library  # registers the custom ops
 from .divergence import from_trl_beta, linear_divergence
 from .logprob import linear_logprob, token_stats
 from .sparse import topk_divergence
