@@ -15,6 +15,7 @@ from opdengine.chat import encode_chat, load_tokenizer
 from opdengine.config import TeacherConfig
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.teachers.offload import Offload
+from opdengine.teachers.prefix import PrefixScorer
 from opdengine.types import Completion, Hidden, Message, Request, SamplingParams, TeacherContext
 
 
@@ -52,6 +53,7 @@ class LocalTeacher:
         )
         model.requires_grad_(False).eval()
         self.backbone = Backbone(model, name=f"teacher {config.name!r}", max_tokens=max_tokens)
+        self._scorer = PrefixScorer(self.backbone)
         self._writer = TransformersSampler(model, self.tokenizer, max_batch_tokens=4 * max_tokens)
         self.fingerprint = model_fingerprint(config.model, model)
         self._place = Offload(model, self.backbone.device) if config.offload else None
@@ -85,7 +87,7 @@ class LocalTeacher:
 
     async def score(self, contexts: Sequence[TeacherContext]) -> list[Hidden]:
         with self._resident():
-            states = self.backbone.score([c.token_ids for c in contexts], [c.target_positions for c in contexts])
+            states = self._scorer.score([c.token_ids for c in contexts], [c.target_positions for c in contexts])
         return [Hidden(rows) for rows in states]
 
     def _resident(self) -> AbstractContextManager[None]:

@@ -1,0 +1,97 @@
+"""Contexts that begin alike are read once: samples of one prompt share the teacher's transcript."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from opdengine.backbone import Backbone
+
+logger = logging.getLogger(__name__)
+
+LEAST_SAVED = 1024
+"""Tokens that a shared prefix must save; below, the two extra passes cost more."""
+
+
+class PrefixScorer:
+    """Scores like :meth:`Backbone.score`, with one pass over every prefix that several contexts share.
+
+    Args:
+        backbone: whose cache of keys and values serves all continuations of a prefix. A model that
+            cannot do this exactly (found out at first use) is scored the plain way.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._exact: bool | None = None
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[np.ndarray], target_positions: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Hidden states [T_i, d] predicting the targets of every sequence, without gradient."""
+        groups: dict[bytes, list[int]] = {}
+        for i, (ids, positions) in enumerate(zip(sequences, target_positions, strict=True)):
+            # The state that predicts the first target is not part of what is shared.
+            shared = ids[: max(int(positions[0]) - 1, 0)] if len(positions) else ids[:0]
+            groups.setdefault(shared.tobytes(), []).append(i)
+        paying = [g for key, g in groups.items() if len(key) // 8 * (len(g) - 1) >= LEAST_SAVED]
+        if paying and self._exact is None:
+            self._exact = self._prove()
+        found: dict[int, torch.Tensor] = {}
+        for group in paying if self._exact else ():
+            prefix = int(target_positions[group[0]][0]) - 1
+            rows = self._continue([sequences[i] for i in group], [target_positions[i] for i in group], prefix)
+            found |= dict(zip(group, rows, strict=True))
+        rest = [i for i in range(len(sequences)) if i not in found]
+        plain = self.backbone.score([sequences[i] for i in rest], [target_positions[i] for i in rest])
+        found |= dict(zip(rest, plain, strict=True))
+        return [found[i] for i in range(len(sequences))]
+
+    @torch.no_grad()
+    def _continue(
+        self, sequences: Sequence[np.ndarray], target_positions: Sequence[np.ndarray], prefix: int
+    ) -> list[torch.Tensor]:
+        """The sequences share their first ``prefix`` ids and have no predictor of a target there."""
+        trunk, device = self.backbone.trunk, self.backbone.device
+        start = torch.from_numpy(sequences[0][:prefix])[None].to(device)
+        cache = trunk(input_ids=start, use_cache=True).past_key_values
+        longest = max(len(s) for s in sequences)
+        size = max(4 * self.backbone.max_tokens // longest, 1)
+        found = []
+        for first in range(0, len(sequences), size):
+            members = range(first, min(first + size, len(sequences)))
+            width = max(len(sequences[i]) for i in members) - prefix
+            # What is padded on the right comes after everything that is read.
+            ids = torch.zeros(len(members), width, dtype=torch.int64)
+            for row, i in enumerate(members):
+                ids[row, : len(sequences[i]) - prefix] = torch.from_numpy(sequences[i][prefix:])
+            copies = copy.deepcopy(cache) if members[-1] + 1 < len(sequences) else cache
+            copies.reorder_cache(torch.zeros(len(members), dtype=torch.int64, device=device))
+            positions = torch.arange(prefix, prefix + width, device=device)[None].expand(len(members), -1)
+            states = trunk(
+                input_ids=ids.to(device), position_ids=positions, past_key_values=copies, use_cache=True
+            ).last_hidden_state
+            for row, i in enumerate(members):
+                places = torch.from_numpy(np.asarray(target_positions[i]) - 1 - prefix).to(device)
+                found.append(states[row].index_select(0, places))
+        return found
+
+    def _prove(self) -> bool:
+        """Whether continuing a prefix gives what reading the whole gives."""
+        ids = (np.arange(1, 40, dtype=np.int64) * 7919) % self.backbone.trunk.get_input_embeddings().weight.shape[0]
+        sequences = [np.concatenate([ids[:12], ids[12 + k : 20 + 3 * k]]) for k in (0, 3, 6)]
+        positions = [np.arange(13, len(s)) for s in sequences]
+        plain = torch.cat(self.backbone.score(sequences, positions)).float()
+        try:
+            shared = torch.cat(self._continue(sequences, positions, 12)).float()
+            error = ((shared - plain).abs().max() / plain.abs().max().clamp(min=1e-6)).item()
+        except (AttributeError, TypeError, ValueError, NotImplementedError, RuntimeError) as reason:
+            logger.warning("%s: prefixes are not shared (%s)", self.backbone.name, reason)
+            return False
+        limit = 1e-4 if plain.dtype == self.backbone.trunk.dtype else 5e-2
+        if error > limit:
+            logger.warning("%s: prefixes are not shared (difference %.2g)", self.backbone.name, error)
+        return error <= limit
