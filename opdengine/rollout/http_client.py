@@ -51,6 +51,8 @@ class JSONClient:
         self._kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._port = parts.port
         self._path = parts.path.rstrip("/")
+        self._open: set[HTTPConnection] = set()
+        self._guard = threading.Lock()
 
     def call(self, path: str, body: Any = None, timeout: float = 60.0) -> Any:
         """POST ``body`` (GET without one); returns the answer's JSON, None if it is empty."""
@@ -68,9 +70,7 @@ class JSONClient:
         Raises:
             HTTPError, UnreachableError, SilentError, GarbledError: see there.
         """
-        open_connections: set[HTTPConnection] = set()
         local = threading.local()
-        guard = threading.Lock()
         over = threading.Event()
         errors: list[Exception] = []
 
@@ -79,8 +79,8 @@ class JSONClient:
                 return None
             if not hasattr(local, "connection"):
                 local.connection = self._kind(self.host, self._port, timeout=timeout)
-                with guard:
-                    open_connections.add(local.connection)
+            with self._guard:
+                self._open.add(local.connection)
             try:
                 return self._exchange(local.connection, path, body, timeout)
             except Exception as error:
@@ -89,19 +89,25 @@ class JSONClient:
                 raise
 
         pool = ThreadPoolExecutor(max(1, min(self.concurrency, len(bodies))), thread_name_prefix="http")
+        futures = [pool.submit(one, body) for body in bodies]
         try:
-            futures = [pool.submit(one, body) for body in bodies]
             wait(futures, return_when=FIRST_EXCEPTION)
             if errors:
                 raise errors[0]
             return [future.result() for future in futures]
         finally:
-            # The server drops the requests of connections that end.
             over.set()
-            with guard:
-                for connection in open_connections:
-                    _hang_up(connection)
-            pool.shutdown(wait=True, cancel_futures=True)
+            self.hang_up()
+            while wait(futures, timeout=0.1).not_done:
+                self.hang_up()  # again: a thread may just have been connecting
+            pool.shutdown()
+
+    def hang_up(self) -> None:
+        """End every request in flight, from any thread; the server drops what it was asked."""
+        with self._guard:
+            for connection in self._open:
+                _hang_up(connection)
+            self._open.clear()
 
     def _exchange(self, connection: HTTPConnection, path: str, body: Any, timeout: float) -> Any:
         where = f"{self.base_url}{path}"

@@ -93,8 +93,9 @@ class VLLMServerSampler(VLLMBase):
         """A server keeps its memory."""
 
     def close(self) -> None:
-        """Delete the weight files; the server goes on running."""
+        """End a call in flight and delete the weight files; the server goes on running."""
         self._closed = True
+        self._client.hang_up()
         self._finalizer()
 
     def _sample(
@@ -217,7 +218,7 @@ class VLLMServerSampler(VLLMBase):
     def _ask(self, path: str, bodies: Sequence[Any], timeout: float) -> list[Any]:
         """Answers in order; a server that is gone for a moment is asked again."""
         url = self._client.base_url
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in range(1, ATTEMPTS + 2):
             if self._closed:
                 raise EngineError("this sampler is closed; create a new one")
             try:
@@ -233,6 +234,8 @@ class VLLMServerSampler(VLLMBase):
                     ) from None
                 logger.warning("%s; asking again", error)
             except UnreachableError as error:
+                if self._closed:
+                    continue
                 if attempt == ATTEMPTS:
                     raise EngineDiedError(
                         f"the vLLM server {url} cannot be reached ({error}). Start it with `opdengine vllm-serve "

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from vllm_helpers import VLLMServer
+
     from opdengine.rollout.vllm import VLLMSampler
+    from opdengine.rollout.vllm_base import VLLMBase
+    from opdengine.rollout.vllm_client import VLLMServerSampler
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +45,38 @@ def model(path: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
+@pytest.fixture(scope="session")
+def server(path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
+    from vllm_helpers import VLLMServer
+
+    started = VLLMServer(path, tmp_path_factory.mktemp("server") / "server.log")
+    try:
+        started.wait()
+        yield started
+    finally:
+        started.stop()
+
+
+@pytest.fixture(scope="session")
+def served(server: VLLMServer, byte_tokenizer: Any) -> Iterator[VLLMServerSampler]:
+    from opdengine.rollout.vllm_client import VLLMServerSampler
+
+    with VLLMServerSampler(server.url, byte_tokenizer, dtype="float32") as sampler:
+        yield sampler
+
+
 @pytest.fixture
-def sampler(shared: VLLMSampler, model: Any) -> VLLMSampler:
-    """The shared sampler, holding the saved weights."""
+def colocated(shared: VLLMSampler, model: Any) -> VLLMSampler:
+    """The shared sampler in a child process, holding the saved weights."""
     if shared.policy_version != 0:
         shared.load_policy(0, model.state_dict().items())
     return shared
+
+
+@pytest.fixture(params=["colocate", "server"])
+def sampler(request: pytest.FixtureRequest, model: Any) -> VLLMBase:
+    """A sampler of either mode, holding the saved weights."""
+    chosen: VLLMBase = request.getfixturevalue({"colocate": "shared", "server": "served"}[request.param])
+    if chosen.policy_version != 0:
+        chosen.load_policy(0, model.state_dict().items())
+    return chosen

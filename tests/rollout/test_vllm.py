@@ -17,15 +17,19 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from vllm_helpers import WINDOW, reference_logprobs, requests, same, worst_gap
+from vllm_helpers import WINDOW, reference_logprobs, requests, same, train, worst_gap
 
+from opdengine.errors import VLLMMissingError
+from opdengine.rollout.engine_process import EngineError
 from opdengine.rollout.policy_file import collect_policy, read_policy, write_policy
-from opdengine.rollout.vllm import VLLMMissingError, VLLMSampler
+from opdengine.rollout.vllm import VLLMSampler
+from opdengine.rollout.vllm_base import VLLMBase
 from opdengine.types import Completion, Request, SamplingParams
 
 engine_test = pytest.mark.vllm
@@ -36,7 +40,7 @@ engine_test = pytest.mark.vllm
 
 @engine_test
 @pytest.mark.parametrize("length", [1, 17, 64, 290])
-def test_logprobs_match_hugging_face(sampler: VLLMSampler, model: Any, length: int) -> None:
+def test_logprobs_match_hugging_face(sampler: VLLMBase, model: Any, length: int) -> None:
     prompts = requests(3, length)
     results = sampler.generate(prompts, SamplingParams(max_tokens=20, n=2, seed=5))
     assert [len(row) for row in results] == [2, 2, 2]
@@ -44,7 +48,7 @@ def test_logprobs_match_hugging_face(sampler: VLLMSampler, model: Any, length: i
 
 
 @engine_test
-def test_logprobs_are_of_the_distribution_that_was_sampled_from(sampler: VLLMSampler, model: Any) -> None:
+def test_logprobs_are_of_the_distribution_that_was_sampled_from(sampler: VLLMBase, model: Any) -> None:
     prompts = requests(3)
     params = SamplingParams(max_tokens=24, temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.3, seed=2)
     processors = [
@@ -59,7 +63,7 @@ def test_logprobs_are_of_the_distribution_that_was_sampled_from(sampler: VLLMSam
 
 
 @engine_test
-def test_greedy_is_hugging_faces_greedy(sampler: VLLMSampler, model: Any) -> None:
+def test_greedy_is_hugging_faces_greedy(sampler: VLLMBase, model: Any) -> None:
     prompts = requests(3)
     results = sampler.generate(prompts, SamplingParams(max_tokens=16, temperature=0))
     for request, (completion,) in zip(prompts, results, strict=True):
@@ -70,7 +74,7 @@ def test_greedy_is_hugging_faces_greedy(sampler: VLLMSampler, model: Any) -> Non
 
 
 @engine_test
-def test_samples_follow_the_models_distribution(sampler: VLLMSampler, model: Any) -> None:
+def test_samples_follow_the_models_distribution(sampler: VLLMBase, model: Any) -> None:
     (request,) = requests(1)
     params = SamplingParams(max_tokens=1, n=2000, top_k=8)
     (completions,) = sampler.generate([request], params)
@@ -89,7 +93,7 @@ def test_samples_follow_the_models_distribution(sampler: VLLMSampler, model: Any
 
 
 @engine_test
-def test_samples_depend_on_seeds_and_not_on_the_batch(sampler: VLLMSampler) -> None:
+def test_samples_depend_on_seeds_and_not_on_the_batch(sampler: VLLMBase) -> None:
     prompts = requests(6)
     params = SamplingParams(max_tokens=16, n=3, seed=7)
     together = sampler.generate(prompts, params)
@@ -101,7 +105,7 @@ def test_samples_depend_on_seeds_and_not_on_the_batch(sampler: VLLMSampler) -> N
 
 
 @engine_test
-def test_neighbouring_seeds_share_no_sample(sampler: VLLMSampler) -> None:
+def test_neighbouring_seeds_share_no_sample(sampler: VLLMBase) -> None:
     prompts = [Request(f"p{i}", tuple(range(10)), seed=i) for i in range(4)]
     seen = [
         tuple(completion.token_ids.tolist())
@@ -116,7 +120,7 @@ def test_neighbouring_seeds_share_no_sample(sampler: VLLMSampler) -> None:
 
 
 @engine_test
-def test_stop_string_keeps_the_tokens_that_complete_it(sampler: VLLMSampler, byte_tokenizer: Any, model: Any) -> None:
+def test_stop_string_keeps_the_tokens_that_complete_it(sampler: VLLMBase, byte_tokenizer: Any, model: Any) -> None:
     prompts = requests(4)
     params = SamplingParams(max_tokens=24, seed=1, top_k=95)
     free = sampler.generate(prompts, params)
@@ -135,7 +139,7 @@ def test_stop_string_keeps_the_tokens_that_complete_it(sampler: VLLMSampler, byt
 
 
 @engine_test
-def test_stop_string_may_be_a_special_token(sampler: VLLMSampler, byte_tokenizer: Any) -> None:
+def test_stop_string_may_be_a_special_token(sampler: VLLMBase, byte_tokenizer: Any) -> None:
     params = SamplingParams(max_tokens=100, n=32, stop=("<tool>",))
     (row,) = sampler.generate([Request("p", tuple(range(10)))], params)
     tool = byte_tokenizer.convert_tokens_to_ids("<tool>")
@@ -148,7 +152,7 @@ def test_stop_string_may_be_a_special_token(sampler: VLLMSampler, byte_tokenizer
 
 
 @engine_test
-def test_end_of_sequence_is_part_of_the_completion(sampler: VLLMSampler, byte_tokenizer: Any) -> None:
+def test_end_of_sequence_is_part_of_the_completion(sampler: VLLMBase, byte_tokenizer: Any) -> None:
     (row,) = sampler.generate([Request("p", tuple(range(10)))], SamplingParams(max_tokens=100, n=64, seed=3))
     eos = byte_tokenizer.eos_token_id
     for completion in row:
@@ -175,7 +179,7 @@ def test_end_of_sequence_is_part_of_the_completion(sampler: VLLMSampler, byte_to
         ((1.0, 2.0), "float64"),
     ],
 )
-def test_impossible_prompt_is_refused_by_name(sampler: VLLMSampler, ids: tuple[Any, ...], reason: str) -> None:
+def test_impossible_prompt_is_refused_by_name(sampler: VLLMBase, ids: tuple[Any, ...], reason: str) -> None:
     prompts = [*requests(2), Request("bad one", ids)]
     with pytest.raises(ValueError, match=f"'bad one'.*{reason}"):
         sampler.generate(prompts, SamplingParams(max_tokens=5))
@@ -183,7 +187,7 @@ def test_impossible_prompt_is_refused_by_name(sampler: VLLMSampler, ids: tuple[A
 
 
 @engine_test
-def test_prompt_may_fill_the_window(sampler: VLLMSampler, model: Any) -> None:
+def test_prompt_may_fill_the_window(sampler: VLLMBase, model: Any) -> None:
     prompts = [Request("full", tuple(i % 250 for i in range(WINDOW - 4)))]
     results = sampler.generate(prompts, SamplingParams(max_tokens=4, top_k=90))
     assert len(results[0][0].token_ids) == 4
@@ -198,9 +202,39 @@ def worst_gap_at_top_k(model: Any, prompts: Sequence[Request], results: list[lis
 
 @engine_test
 @pytest.mark.parametrize("temperature", [0.001, 2.5])
-def test_temperature_that_vllm_would_change_is_refused(sampler: VLLMSampler, temperature: float) -> None:
+def test_temperature_that_vllm_would_change_is_refused(sampler: VLLMBase, temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature"):
         sampler.generate(requests(1), SamplingParams(temperature=temperature))
+
+
+# --- the policy ------------------------------------------------------------------------------
+
+
+LONGER_THAN_A_CACHE_BLOCK = 280
+
+
+@engine_test
+@pytest.mark.parametrize("weights", ["state_dict", "named_parameters"])
+def test_update_of_a_tied_model_is_exact(sampler: VLLMBase, model: Any, path: str, weights: str) -> None:
+    prompts, params = requests(4, LONGER_THAN_A_CACHE_BLOCK), SamplingParams(max_tokens=24, seed=1)
+    old = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert worst_gap(old, prompts, sampler.generate(prompts, params)) < 1e-4
+    train(model)
+    source = model.state_dict().items() if weights == "state_dict" else model.named_parameters()
+    sampler.load_policy(1, source)
+    results = sampler.generate(prompts, params)
+    assert sampler.policy_version == 1
+    assert worst_gap(model, prompts, results) < 1e-4
+    assert worst_gap(old, prompts, results) > 0.1
+
+
+@engine_test
+def test_weights_with_nan_are_reported(sampler: VLLMBase, model: Any) -> None:
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    weights["model.norm.weight"][0] = torch.nan
+    sampler.load_policy(3, weights.items())
+    with pytest.raises(EngineError):
+        sampler.generate(requests(), SamplingParams(max_tokens=4))
 
 
 # --- without vLLM ----------------------------------------------------------------------------

@@ -140,6 +140,15 @@ def test_failing_server_is_an_error_that_names_the_remedy(
         assert len(sampler.generate(REQUESTS, PARAMS)) == 3
 
 
+def test_failure_ends_requests_that_wait_for_their_turn(server: Server, sampler: VLLMServerSampler) -> None:
+    sampler._client.concurrency = 2
+    server.post("/fault", {"kind": "garbage", "after": 3})
+    with pytest.raises(EngineError, match="not JSON"):
+        sampler.generate(REQUESTS, SamplingParams(max_tokens=4, n=20))
+    server.post("/fault", {"kind": "none"})
+    assert len(ids(sampler.generate(REQUESTS, SamplingParams(max_tokens=4, n=20)))) == 60
+
+
 def test_server_that_was_started_again_gets_the_last_policy(
     serve: Callable[..., Server], tokenizer: Any, models: dict[str, str]
 ) -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +19,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from opdengine.rollout.http_client import JSONClient
 from opdengine.rollout.vllm import VLLMSampler
 from opdengine.types import Completion, Request
 
@@ -52,6 +59,58 @@ def save_model(folder: Path, tied: bool) -> str:
 def open_sampler(path: str, **options: Any) -> VLLMSampler:
     settings = {"dtype": "float32", "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
     return VLLMSampler(path, **{**settings, **options})
+
+
+class VLLMServer:
+    """``opdengine vllm-serve`` on a free port, in a process group of its own."""
+
+    def __init__(self, path: str, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        command = [sys.executable, "-m", "opdengine", "vllm-serve", "--model", path, "--port", str(port)]
+        options = ["--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "64"]
+        root = str(Path(__file__).resolve().parents[2])
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [*command, *options],
+                env={**os.environ, "PYTHONPATH": root},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self, seconds: float = 180) -> None:
+        """Until it answers."""
+        client, deadline = JSONClient(self.url), time.monotonic() + seconds
+        while True:
+            try:
+                client.call("/health", timeout=5)
+                return
+            except RuntimeError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError(self.log.read_text()[-3000:]) from None
+                time.sleep(0.3)
+
+    def members(self) -> list[int]:
+        """Process ids of its group, oldest first."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and os.getpgid(int(entry.name)) == self.process.pid:
+                    found.append(int(entry.name))
+            except ProcessLookupError:
+                pass
+        return sorted(found)
+
+    def stop(self) -> None:
+        """End all of it."""
+        for pid in self.members():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def requests(count: int = 4, length: int = 12) -> list[Request]:
