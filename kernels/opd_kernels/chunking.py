@@ -16,8 +16,12 @@ import torch
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 SCRATCH_TILES = 3
 
-# A CPU matrix product reaches about 90 % of its peak at this many rows, and a chunk stays small.
+# On a CPU a matrix product nears its peak at 64 rows, and a larger chunk of logits would only cost
+# memory.
 CPU_CHUNK_ROWS = 64
+CPU_CHUNK_ELEMENTS = 13 << 20
+# Weight or result of one block of a CPU's matrix product, see ``cpu_gemm``.
+PRODUCT_BLOCK_BYTES = 8 << 20
 # Elements of one row-sweep tile: on a CPU small enough to stay in the last-level cache between
 # sweeps.
 TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}
@@ -93,13 +97,15 @@ def plan_chunks(
         )
 
     budget = workspace_bytes - fixed_bytes
+    if device.type == "cpu" and budget >= 4 * PRODUCT_BLOCK_BYTES:
+        budget -= PRODUCT_BLOCK_BYTES
     tile_rows = max(1, min(rows, TILE_ELEMENTS.get(device.type, 1 << 19) // vocab, budget // 8 // max(1, scratch_row)))
     budget -= tile_rows * scratch_row
     weight_rows = 0
     if upcast:
         weight_rows = max(1, min(vocab, WEIGHT_TILE_BYTES // weight_row, budget // 4 // weight_row))
         budget -= weight_rows * weight_row
-    most = min(rows, CPU_CHUNK_ROWS) if device.type == "cpu" else rows
+    most = min(rows, max(CPU_CHUNK_ROWS, CPU_CHUNK_ELEMENTS // vocab)) if device.type == "cpu" else rows
     # In half precision dZ gathers about four chunks of logits: the weight gradient is read and
     # written less often.
     chunk_rows = balanced(rows, max(1, min(most, budget // (logits_row + 4 * gradient_row))))

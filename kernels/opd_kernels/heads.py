@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import cpu_gemm
 from .chunking import spans
 from .selection import RowPlan
 from .types import FLOOR, Head
@@ -63,7 +64,7 @@ def write_product(head: Head, hidden: Tensor, out: Tensor, tile: Tensor | None) 
     weight, factor = head.weight[: head.vocab], head.factor
     if weight.dtype == out.dtype:
         scaled = hidden if factor == 1.0 else hidden * factor
-        torch.mm(scaled, weight.t(), out=out)
+        cpu_gemm.logits(scaled, weight, out)
     elif native_half(weight, out.dtype):
         # The GEMM scales its float32 result on the way out; beta = 0 ignores what is in it.
         torch.addmm(out, hidden, weight.t(), out_dtype=out.dtype, beta=0.0, alpha=factor, out=out)
@@ -160,10 +161,11 @@ class HeadGradient:
         assert self.hidden is not None
         weight = self.head.weight[: self.head.vocab]
         if self.index is None and weight.dtype == dz.dtype == self.hidden.dtype:
-            torch.mm(dz, weight, out=self.hidden[start:stop])
+            cpu_gemm.hidden_gradient(dz, weight, self.hidden[start:stop])
             return
         if weight.dtype == dz.dtype:
-            rows = torch.mm(dz, weight)
+            rows = dz.new_empty(dz.shape[0], weight.shape[1])
+            cpu_gemm.hidden_gradient(dz, weight, rows)
         else:
             assert tile is not None
             rows = dz.new_zeros(dz.shape[0], weight.shape[1])
@@ -179,10 +181,10 @@ class HeadGradient:
             self.weight = dz.new_empty(rows, width, dtype=self.dtype)
             self.weight[used:].zero_()
         target = self.weight[:used]
-        if not first:
+        if dz.dtype == self.dtype:
+            cpu_gemm.weight_gradient(dz, hidden, target, add=not first)
+        elif not first:
             accumulate(dz.t(), hidden, target)
-        elif dz.dtype == self.dtype:
-            torch.mm(dz.t(), hidden, out=target)
         else:
             torch.mm(dz.t(), hidden, out_dtype=self.dtype, out=target)
 
