@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from opdengine import probes
+from opdengine.agreement import processed_differences
 from opdengine.backbone import Backbone
 from opdengine.chat import encode_chat
 from opdengine.config import TrainConfig
@@ -285,7 +286,7 @@ class Engine:
             loss = objective(hidden, self.student.head, members, tally)
             loss.backward()
             loss_sum += loss.item()
-        metrics = self._probe(tally)  # before anything wrong can reach the weights
+        metrics = self._probe(tally, items)  # before anything wrong can reach the weights
         return metrics | self._optimizer_step(loss_sum)
 
     def summarise(
@@ -362,14 +363,25 @@ class Engine:
             )
         self.probed = True
 
-    def _probe(self, tally: Tally) -> dict[str, float]:
+    def _probe(self, tally: Tally, items: Sequence[Item]) -> dict[str, float]:
         """The probes that need the statistics of the step; returns what they measured."""
         probes.teachers_are_alive(tally, [t.name for t in self.teachers], self.vocab_size)
-        on_policy = self.recipe.demonstrations is None
-        comparable = probes.samples_the_model(self.sampling_params()) and self.config.divergence_temperature == 1.0
-        if not (on_policy and comparable):
+        if self.recipe.demonstrations is not None:
             return {}
-        return probes.sampler_agrees(tally, self.config.max_logprob_difference)
+        return probes.sampler_agrees(self._differences(tally, items), self.config.max_logprob_difference)
+
+    def _differences(self, tally: Tally, items: Sequence[Item]) -> np.ndarray:
+        """Trainer minus sampler log-probs: of all targets where the loss has them, else of a few."""
+        params = self.sampling_params()
+        known = tally.get("logprob_difference")
+        if len(known) and probes.samples_the_model(params) and self.config.divergence_temperature == 1.0:
+            return known
+        self.student.model.eval()
+        with self.autocast():
+            rollouts = [item.rollout for item in items]
+            differences = processed_differences(self.student, rollouts, params, self.vocab_size)
+        self.student.model.train()
+        return differences
 
     def _optimizer_step(self, loss: float) -> dict[str, float]:
         parameters = [p for p in self.student.model.parameters() if p.grad is not None]

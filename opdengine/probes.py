@@ -13,8 +13,12 @@ import torch
 
 from opd_kernels import TeacherHead, linear_divergence
 from opdengine.backbone import Head
+from opdengine.importance import ratio
 from opdengine.objective import Tally
 from opdengine.types import Rollout, SamplingParams
+
+MOST_OUTSIDE = 0.25
+"""Rounding moves a few tokens over the edge of top-k or top-p; other weights move many."""
 
 
 class ProbeError(RuntimeError):
@@ -65,27 +69,33 @@ def samples_the_model(params: SamplingParams) -> bool:
     return params.temperature == 1.0 and params.top_p == 1.0 and params.top_k == 0 and params.repetition_penalty == 1.0
 
 
-def sampler_agrees(tally: Tally, limit: float) -> dict[str, float]:
-    """Compare trainer and sampler log-probs of the sampled tokens; returns the metrics.
+def sampler_agrees(difference: np.ndarray, limit: float) -> dict[str, float]:
+    """Bound trainer minus sampler log-probs of sampled tokens; returns the metrics.
+
+    Args:
+        difference: float [T] in nats; -inf where the trainer excludes what was sampled.
+        limit: of the mean absolute difference.
 
     Raises:
-        ProbeError: the mean absolute difference exceeds ``limit`` nats.
+        ProbeError: the mean exceeds the limit, or the trainer excludes a quarter of the tokens.
     """
-    difference = tally.get("logprob_difference")
     if not len(difference):
         return {}
-    mean = float(np.abs(difference).mean())
-    if not mean <= limit:
+    shared = difference[~np.isneginf(difference)]
+    outside = 1 - len(shared) / len(difference)
+    mean = float(np.abs(shared).mean()) if len(shared) else float("inf")
+    if not mean <= limit or outside > MOST_OUTSIDE:
         raise ProbeError(
             f"sampler and trainer disagree about the sampled tokens: mean absolute log-prob "
-            f"difference {mean:.3g} nats, allowed max_logprob_difference={limit:g}; the sampler holds "
-            "other weights or another dtype than the trainer"
+            f"difference {mean:.3g} nats, allowed max_logprob_difference={limit:g}; {outside:.0%} of the tokens are "
+            "outside the trainer's top-k or top-p; the sampler holds other weights or another dtype than the trainer"
         )
-    return {
+    metrics = {
         "sampling/logprob_difference": mean,
-        "sampling/logprob_difference_max": float(np.abs(difference).max()),
-        "sampling/importance_ratio_max": float(np.exp(np.minimum(difference, 50.0)).max()),
+        "sampling/logprob_difference_max": float(np.abs(shared).max()),
+        "sampling/importance_ratio_max": float(ratio(shared).max()),
     }
+    return metrics | ({"sampling/outside_support": outside} if outside else {})
 
 
 def fresh(rollouts: Sequence[Rollout], version: int, max_staleness: int) -> dict[str, float]:

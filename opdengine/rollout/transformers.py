@@ -132,12 +132,12 @@ class TransformersSampler:
         """Draw one token per live row and note its log-prob under what was sampled from."""
         logits = logits.float()
         if params.repetition_penalty != 1.0:
-            logits = _penalise(logits, state.seen, params.repetition_penalty)
+            logits = penalise(logits, state.seen, params.repetition_penalty)
         if params.temperature == 0:
             logprobs = logits.log_softmax(-1)
             tokens = logprobs.argmax(-1)
         else:
-            logits = _truncate(logits / params.temperature, params)
+            logits = truncate(logits / params.temperature, params)
             logprobs = logits.log_softmax(-1)
             cumulative = logprobs.exp().cumsum(-1)
             uniform = torch.from_numpy(state.uniforms()).to(cumulative)[:, None]
@@ -248,14 +248,14 @@ def stream_key(seed: int, request_seed: int, sample: int) -> int:
     return (zlib.crc32(text) << 32) | zlib.crc32(text[::-1] + b"#")
 
 
-def _penalise(logits: torch.Tensor, seen: torch.Tensor | None, penalty: float) -> torch.Tensor:
+def penalise(logits: torch.Tensor, seen: torch.Tensor | None, penalty: float) -> torch.Tensor:
     """Repetition penalty of CTRL (arXiv 1909.05858), over prompt and completion (seen: [B, V + 1])."""
     assert seen is not None
     penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen[:, : logits.shape[1]], penalised, logits)
 
 
-def _truncate(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+def truncate(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Top-k, then nucleus: tokens outside get -inf."""
     if 0 < params.top_k < logits.shape[-1]:
         threshold = logits.topk(params.top_k, dim=-1).values[:, -1:]

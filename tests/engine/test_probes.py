@@ -7,14 +7,16 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_helpers import make_config, make_engine
 
 from opdengine.data import load_prompts
 from opdengine.engine import Engine
-from opdengine.probes import ProbeError, fresh, self_distillation_is_zero
+from opdengine.probes import ProbeError, fresh, sampler_agrees, self_distillation_is_zero
 from opdengine.types import Prompt, Rollout, Turn
 
 
@@ -82,13 +84,40 @@ def test_staleness_is_measured_and_bounded(prompts: Sequence[Prompt]) -> None:
         fresh(rollouts, 4, 1)
 
 
-def test_truncated_sampling_is_not_compared_with_the_model(
-    models: dict[str, str], prompt_file: str, tmp_path: Path, prompts: Sequence[Prompt]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"top_k": 5},
+        {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.3},
+        {"temperature": 0.0},
+        {"divergence_temperature": 2.0},
+    ],
+)
+def test_modified_sampling_is_compared_under_the_same_processing(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, prompts: Sequence[Prompt], changes: dict[str, Any]
 ) -> None:
-    """Its log-probs are of another distribution; that is no disagreement."""
-    engine = make_engine(make_config(models, prompt_file, tmp_path, top_k=2))
+    engine = make_engine(make_config(models, prompt_file, tmp_path, **changes))
     metrics = asyncio.run(engine.step(prompts)).metrics
-    assert "sampling/logprob_difference" not in metrics
+    assert metrics["sampling/logprob_difference_max"] < 1e-4
+    assert metrics["sampling/importance_ratio_max"] == pytest.approx(1, abs=1e-3)
+    assert "sampling/outside_support" not in metrics
+    before = engine.student.model.model.embed_tokens.weight.detach().clone()
+    with torch.no_grad():  # the sampler shares the trainer's weights: move them between rollout and update
+        prepared = asyncio.run(engine.prepare(prompts))
+        for parameter in engine.student.model.parameters():
+            parameter.mul_(1.5)
+    with pytest.raises(ProbeError, match="sampler and trainer disagree"):
+        asyncio.run(engine.finish(prepared))
+    torch.testing.assert_close(engine.student.model.model.embed_tokens.weight, before * 1.5)
+
+
+def test_tokens_outside_the_trainers_support_are_counted() -> None:
+    few = np.array([0.01] * 9 + [-np.inf])
+    assert sampler_agrees(few, 0.5)["sampling/outside_support"] == pytest.approx(0.1)
+    with pytest.raises(ProbeError, match="33% of the tokens are outside"):
+        sampler_agrees(np.array([0.0, 0.0, -np.inf]), 0.5)
+    with pytest.raises(ProbeError, match="100%"):
+        sampler_agrees(np.array([-np.inf]), 0.5)
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])

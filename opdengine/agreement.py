@@ -1,0 +1,61 @@
+"""The trainer's log-probs under the sampler's own processing, for a few rollouts of a step.
+
+The statistics of the loss are log-probs of the model itself. When the student is sampled at another
+temperature or with top-k, top-p or a penalty, the sampler's log-probs are of that other distribution, and
+only the trainer's full logits, processed alike, can be compared with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from opdengine.backbone import Backbone
+from opdengine.rollout.transformers import penalise, truncate
+from opdengine.types import Rollout, SamplingParams
+
+ROLLOUTS, TOKENS = 2, 128
+"""How much is compared in a step: the logits of these tokens are held at a time."""
+
+
+def processed_differences(
+    student: Backbone, rollouts: Sequence[Rollout], params: SamplingParams, vocab_size: int
+) -> np.ndarray:
+    """float32 [T]: trainer minus sampler log-prob of the first tokens of the shortest rollouts.
+
+    Args:
+        student: in evaluation mode.
+        rollouts: of the step; those without the sampler's log-probs are passed over.
+        params: how they were sampled.
+        vocab_size: valid leading columns of the head.
+
+    Returns:
+        -inf where the trainer's distribution excludes what was sampled.
+    """
+    known = [(r, r.logprobs) for r in rollouts if r.logprobs is not None and len(r.targets)]
+    chosen = sorted(known, key=lambda pair: len(pair[0].token_ids))[:ROLLOUTS]
+    differences = [
+        processed_logprobs(student, rollout, params, vocab_size) - logprobs[:TOKENS] for rollout, logprobs in chosen
+    ]
+    return np.concatenate(differences) if differences else np.zeros(0, dtype=np.float32)
+
+
+@torch.no_grad()
+def processed_logprobs(student: Backbone, rollout: Rollout, params: SamplingParams, vocab_size: int) -> np.ndarray:
+    """float32 [min(T, TOKENS)]: log-probs of a rollout's first targets after penalty, temperature, top-k, top-p."""
+    positions = rollout.target_positions[:TOKENS]
+    ids = rollout.token_ids[: positions[-1] + 1]
+    (hidden,) = student.score([ids], [positions])
+    logits = student.head.logits(hidden.to(student.head.weight.dtype))[:, :vocab_size].float()
+    sequence = torch.from_numpy(ids).to(logits.device)
+    if params.repetition_penalty != 1.0:
+        seen = torch.zeros(len(positions), vocab_size + 1, dtype=torch.bool, device=logits.device)
+        for row, position in enumerate(positions.tolist()):
+            seen[row, sequence[:position].clamp(max=vocab_size)] = True
+        logits = penalise(logits, seen, params.repetition_penalty)
+    if params.temperature:
+        logits = truncate(logits / params.temperature, params)
+    targets = sequence[torch.from_numpy(positions).to(sequence.device)]
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].cpu().numpy()
