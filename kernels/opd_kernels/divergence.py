@@ -75,7 +75,8 @@ def linear_divergence(
             logits; with the others the gradient is computed together with the value.
         stats: also return ``TokenStats``.
         impl: "triton" (row kernels, CUDA tensors, float32 arithmetic), "torch" (chunked, any
-            device), "reference" (materialises), or "auto": triton where it can run, else torch.
+            device), "reference" (materialises), or "auto": triton where it can run, else torch;
+            with ``group`` always torch.
         workspace_bytes: budget for temporaries, default 1 GiB. Outputs, gradients and the float32
             accumulator of a half-precision weight gradient are not counted.
         vocab_size: number of valid leading vocabulary rows of every head; required when widths

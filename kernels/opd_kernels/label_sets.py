@@ -22,7 +22,7 @@ from .driver import GradientSink, Outcome, Workspace
 from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast
 from .row_ops import make_row_ops, row_layout
 from .selection import RowPlan
-from .shards import NO_COLUMN, Shards
+from .shards import Shards
 from .torch_impl import TorchRowOps, dot, softcap_slope
 from .types import Head
 from .validation import compute_dtype_of
@@ -109,7 +109,7 @@ class LabelSets:
         parts = Partials.empty(z.shape[0], z, True, self.tail, ())
         if self.head.vocab == 0:
             if parts.label is not None:
-                parts.label.fill_(NO_COLUMN)
+                parts.label.fill_(-math.inf)
             return parts, z.new_zeros(labels.shape)
         assert parts.entropy is not None
         columns, here = self._localise(labels)

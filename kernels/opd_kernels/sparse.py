@@ -95,8 +95,7 @@ def topk_divergence(
     else:
         used = None
 
-    width = student_weight.shape[0] if vocab_size is None else vocab_size
-    whole = group is None and ids.shape[1] == width
+    width = student_weight.shape[0] if vocab_size is None and group is None else vocab_size
     student = linear_logprob(
         hidden,
         student_weight,
@@ -108,7 +107,7 @@ def topk_divergence(
         impl=impl,
         workspace_bytes=workspace_bytes,
         vocab_size=vocab_size,
-        tail=not whole,
+        tail=ids.shape[1] != width,
         group=group,
     )
     with no_autocast(device):

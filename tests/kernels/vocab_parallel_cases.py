@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from opd_kernels import TeacherHead, linear_divergence, linear_logprob, shards, token_stats
+from opd_kernels import TeacherHead, linear_divergence, linear_logprob, shards, token_stats, topk_divergence
 
 KINDS = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
 ROWS, VOCAB, WIDTH = 9, 37, 5
@@ -233,6 +233,30 @@ def check_logprob(splits):
             same(*gradients, f"gradient of linear_logprob {split}", rtol=1e-11, atol=1e-12)
 
 
+def leaves_of(world):
+    return world.inputs(whole=False)[0]
+
+
+def check_topk(splits):
+    """A teacher's list has global ids; the whole vocabulary as a list has no tail."""
+    for split, kind, k in itertools.product(splits, KINDS, (5, VOCAB)):
+        world = World(split, 1, seed=10)
+        head = world.heads[0]
+        listed, ids = torch.log_softmax(head.hidden @ head.weight[:VOCAB].t(), 1).topk(k, 1)
+        outputs, gradients = [], []
+        for group in (dist.group.WORLD, None):
+            leaves, _ = world.inputs(whole=group is None)
+            options = {"divergence": kind, "token_weight": world.token_weight, "group": group, **world.options}
+            out = topk_divergence(*leaves, ids, listed, **options)
+            grads = torch.autograd.grad(out.loss, leaves)
+            outputs.append([out.loss.detach(), out.token_loss])
+            gradients.append(list(grads) if group else world.local(grads))
+        same(*outputs, f"topk_divergence {split} {kind} {k}", rtol=1e-11, atol=1e-12)
+        same(*gradients, f"gradient of topk_divergence {split} {kind} {k}", rtol=1e-11, atol=1e-12)
+        out = linear_logprob(*leaves_of(world), ids, tail=True, group=dist.group.WORLD, **world.options)
+        assert out.tail.isneginf().all() == (k == VOCAB)
+
+
 def check_compiled(splits):
     """The opaque ops carry the group."""
     world = World(splits[0], 2, seed=9)
@@ -334,6 +358,7 @@ CHECKS = [
     check_stats,
     check_ties,
     check_logprob,
+    check_topk,
     check_compiled,
     check_collectives,
     check_errors,
