@@ -31,6 +31,7 @@ from opdengine.types import (
     Request,
     Rollout,
     SamplingParams,
+    TeacherContext,
     TeacherTargets,
     TokenSignal,
     Turn,
@@ -248,16 +249,19 @@ class Engine:
         """
         contexts = {c.rollout_id: n.contexts for n in notes for c in n.contexts}
         found: dict[tuple[str, str], TeacherTargets | Failure] = {}
-        for teacher in self.teachers:
-            queue = [c for r in kept for c in contexts.get(r.id, ()) if c.teacher == teacher.name]
-            if queue:
-                for context, targets in zip(queue, await teacher.score(queue), strict=True):
-                    found[context.rollout_id, teacher.name] = targets
+        queues: dict[str, list[TeacherContext]] = {teacher.name: [] for teacher in self.teachers}
+        for rollout in kept:
+            for context in contexts.get(rollout.id, ()):
+                queues[context.teacher].append(context)
+        asked = [teacher for teacher in self.teachers if queues[teacher.name]]
+        answers = await asyncio.gather(*(teacher.score(queues[teacher.name]) for teacher in asked))
+        for teacher, judgements in zip(asked, answers, strict=True):
+            for context, targets in zip(queues[teacher.name], judgements, strict=True):
+                found[context.rollout_id, teacher.name] = targets
         judged = []
         for rollout in kept:
             names = [c.teacher for c in contexts.get(rollout.id, ())]
-            answers = {name: found[rollout.id, name] for name in names}
-            good = {name: a for name, a in answers.items() if not isinstance(a, Failure)}
+            good = {name: t for name in names if not isinstance(t := found[rollout.id, name], Failure)}
             if names and not good:
                 if dropped is not None:
                     dropped["teacher_failure"] += 1

@@ -173,3 +173,17 @@ def test_answers_for_sequence_distillation(
     train(config, progress=False)
     counts = [line.get("dropped/teacher_failure", 0.0) for line in lines(tmp_path)]
     assert counts == [0.0, 1.0, 0.0]
+
+
+def test_a_debate_on_the_command_line(
+    server: Server, models: dict[str, str], prompt_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(server, models, prompt_file, tmp_path / "run", "stop")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(to_mapping(config)))
+    arguments = ["debate", "--config", str(tmp_path / "run.yaml"), "--prompt", "What is 1 + 1?"]
+    server.control(say=SAY)
+    assert main(arguments) == 0
+    assert f"--- round 1, served\n{SAY}\n" in capsys.readouterr().out
+    server.control(faults=[{"kind": "503", "on": "generate", "after": 1}])  # the probe writes one token
+    assert main(arguments) == 2
+    assert "teacher 'served' failed (http_503)" in capsys.readouterr().err
