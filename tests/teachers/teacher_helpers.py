@@ -62,7 +62,7 @@ def serve(model: str | int, port: int = 0) -> Iterator[Server]:
 
 def served(server: Server, tokenizer: Any, *, stop: bool = False, k: int = 8, **settings: Any) -> ServedTeacher:
     """A teacher behind the server that does not wait long before it tries again."""
-    defaults = {"name": "served", "timeout": 5.0, "max_retries": 2, "score_top_k": k}
+    defaults = {"name": "served", "timeout": 20.0, "max_retries": 2, "score_top_k": k}
     config = TeacherConfig("tiny", base_url=server.url, **{**defaults, **settings})
     teacher = ServedTeacher(config, tokenizer, len(tokenizer), stop_on_failure=stop)
     teacher.endpoint.backoff = 0.01

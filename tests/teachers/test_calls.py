@@ -37,7 +37,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_fault_that_passes_is_retried_and_leaves_no_trace(bigrams: Server, tokenizer: Any, kind: str) -> None:
-    teacher = served(bigrams, tokenizer, timeout=0.3)
+    teacher = served(bigrams, tokenizer, timeout=1.5 if kind == "hang" else 20.0)
     bigrams.control(say="hello")
     (want,), (text,) = score(teacher), generate(teacher)
     assert isinstance(want, TopK) and isinstance(text, Completion) and text.text == "hello"
@@ -56,17 +56,17 @@ def test_a_lasting_fault_of_scoring_is_a_failure_by_reason(
     bigrams: Server, tokenizer: Any, kind: str, reason: str
 ) -> None:
     bigrams.control(faults=[{"kind": kind}])
-    (failure,) = score(served(bigrams, tokenizer, timeout=0.3))
+    (failure,) = score(served(bigrams, tokenizer, timeout=0.3 if kind == "hang" else 20.0))
     assert isinstance(failure, Failure) and failure.reason == reason
     assert "attempt 3 of 3" in failure.detail and bigrams.seen["score"] == 3
     with pytest.raises(TeacherError, match=f"'served' failed .{reason}"):
-        score(served(bigrams, tokenizer, timeout=0.3, stop=True, max_retries=0))
+        score(served(bigrams, tokenizer, timeout=0.3 if kind == "hang" else 20.0, stop=True, max_retries=0))
 
 
 @pytest.mark.parametrize(("kind", "reason"), [*FAULTS.items(), ("no_text", "bad_answer")])
 def test_a_lasting_fault_of_writing_is_never_text(bigrams: Server, tokenizer: Any, kind: str, reason: str) -> None:
     bigrams.control(say="hello", faults=[{"kind": kind}])
-    teacher = served(bigrams, tokenizer, timeout=0.3)
+    teacher = served(bigrams, tokenizer, timeout=0.3 if kind == "hang" else 20.0)
     (failure,) = generate(teacher)
     assert isinstance(failure, Failure) and failure.reason == reason
     assert teacher.counts() == {f"teacher_failures/served/{reason}": 1.0, "teacher_retries/served": 2.0}
@@ -105,7 +105,7 @@ def test_a_dead_server_costs_one_round_of_retries(tokenizer: Any) -> None:
         teacher = served(server, tokenizer, max_concurrency=2)
         start = time.monotonic()
         results = score(teacher, count=40)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 20
     assert {r.reason for r in results if isinstance(r, Failure)} == {"connection"} and len(results) == 40
     counts = teacher.counts()
     assert counts["teacher_failures/served/connection"] == 40.0

@@ -43,7 +43,7 @@ def two(server: Server, tokenizer: Any, **settings: Any) -> list[Any]:
 def test_a_teacher_that_fails_in_a_round_says_nothing_there(
     bigrams: Server, tokenizer: Any, tmp_path: Path, kind: str
 ) -> None:
-    teachers = two(bigrams, tokenizer, timeout=0.5)
+    teachers = two(bigrams, tokenizer, timeout=1.5 if kind == "hang" else 20.0)
     bigrams.control(say=SAY, faults=[{"kind": kind, "after": 2, "times": 1}])  # one turn of round 2
     where = debater(tmp_path)
     (found,) = debate(where, teachers, prompt())
