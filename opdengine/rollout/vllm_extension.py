@@ -75,7 +75,11 @@ WORKER_EXTENSION = f"{PolicyLoader.__module__}.{PolicyLoader.__qualname__}"
 
 
 def model_weights(model: str, trust_remote_code: bool) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Names and shapes of the ``state_dict``, and which names share storage; allocates nothing."""
+    """Names and shapes of the ``state_dict``, and which names share storage; allocates nothing.
+
+    Raises:
+        ValueError: the weights of all experts of a layer are one tensor, which vLLM loads by other names.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -91,4 +95,9 @@ def model_weights(model: str, trust_remote_code: bool) -> tuple[dict[str, tuple[
         first = owner.setdefault(id(tensor), name)
         if first != name:
             tied[name] = first
+    if fused := [name for name, shape in shapes.items() if ".experts." in name and len(shape) == 3]:
+        raise ValueError(
+            f"{model} is a mixture of experts ({fused[0]}), whose weights vLLM cannot be given anew; set use_vllm to "
+            "false to train it"
+        )
     return shapes, tied

@@ -102,7 +102,8 @@ def main() -> None:
     if current_platform.is_cpu():
         # vLLM would compile the rank of a token with g++ even in eager mode: 15 s, or a failure.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        arguments.append("--enforce-eager")
+        # A prompt that is cut in two crashes the CPU build when its request has a seed.
+        arguments += ["--enforce-eager", "--no-enable-chunked-prefill"]
         given = any(a.split("=")[0].replace("_", "-") == "--kv-cache-memory-bytes" for a in sys.argv)
         if not given and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             arguments += ["--kv-cache-memory-bytes", str(2 << 30)]

@@ -65,6 +65,8 @@ class Engine:
             trust_remote_code=config["trust_remote_code"],
             kv_cache_memory_bytes=kv_bytes,
             enforce_eager=self.is_cpu if eager is None else eager,
+            # A prompt that is cut in two crashes the CPU build when its request has a seed.
+            enable_chunked_prefill=False if self.is_cpu else None,
             enable_sleep_mode=config["enable_sleep_mode"] and not self.is_cpu,
             logprobs_mode="processed_logprobs",
             worker_extension_cls=WORKER_EXTENSION,

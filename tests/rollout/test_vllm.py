@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Qwen3MoeConfig,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -30,6 +31,7 @@ from opdengine.rollout.engine_process import EngineError
 from opdengine.rollout.policy_file import collect_policy, read_policy, write_policy
 from opdengine.rollout.vllm import VLLMSampler
 from opdengine.rollout.vllm_base import VLLMBase
+from opdengine.rollout.vllm_extension import model_weights
 from opdengine.types import Completion, Request, SamplingParams
 
 engine_test = pytest.mark.vllm
@@ -87,6 +89,14 @@ def test_samples_follow_the_models_distribution(sampler: VLLMBase, model: Any) -
     assert not counts[~kept].any()
     chi_square = (((counts - 2000 * expected) ** 2)[kept] / (2000 * expected[kept])).sum()
     assert chi_square < 24.3  # 0.999 quantile, 7 degrees of freedom
+
+
+@engine_test
+def test_prompts_of_a_batch_may_exceed_what_vllm_reads_at_a_time(sampler: VLLMBase, model: Any) -> None:
+    prompts = requests(16, 245)
+    results = sampler.generate(prompts, SamplingParams(max_tokens=2, n=4, seed=2))
+    assert sum(len(r.token_ids) for r in prompts) * 4 > 16384
+    assert worst_gap(model, prompts[:2] + prompts[-2:], results[:2] + results[-2:]) < 1e-4
 
 
 # --- seeds -----------------------------------------------------------------------------------
@@ -271,3 +281,12 @@ def test_policy_file_stores_shared_weights_once_and_returns_all(tmp_path: Path) 
 def test_policy_given_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="twice"):
         collect_policy([("a", torch.ones(1))] * 2, {"a": (1,)}, {})
+
+
+def test_mixture_of_experts_is_refused_at_the_start(tmp_path: Path) -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, num_experts=2
+    )
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"mixture of experts.*set use_vllm to false"):
+        model_weights(str(tmp_path), False)
