@@ -8,7 +8,7 @@ PY = $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-vllm check bench models clean help
+.PHONY: demo demo-results test test-vllm check bench models clean help
 
 help:
 	@echo "make demo     distil the bundled tiny models: MAD-OPD beside its baselines (minutes, 2 cores)"
@@ -38,6 +38,11 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/.torch
 
 demo: $(VENV)/.demo
 	$(PY) examples/train_mad_opd.py $(ARGS)
+
+# The numbers and the figure of the README.
+demo-results: $(VENV)/.demo
+	$(PY) examples/train_mad_opd.py --seeds 3 --save_results benchmarks/results/demo.json
+	$(PY) benchmarks/report.py
 
 check: $(VENV)/.dev
 	$(PY) -m ruff check .

@@ -54,7 +54,7 @@ def arms() -> list[Arm]:
         Arm("mt_opd", "MT-OPD (uniform weights)", {"method": "mt_opd", "teachers": both}),
         Arm(
             "mt_opd_confidence",
-            "MT-OPD + first-turn confidences, no transcript",
+            "MT-OPD + confidences, no transcript",
             {**confidence, "debate": _debate(rounds=1, use_transcript=False)},
         ),
     ]
@@ -182,7 +182,7 @@ def build_table(results: Mapping[str, Any]) -> Table:
         f"({results['test_prompts']} test prompts a skill, seeds {', '.join(map(str, seeds))})"
     )
     columns = ["eval/accuracy", *(f"eval/accuracy/{skill}" for skill in task.SKILLS)]
-    table.add_column("")
+    table.add_column("", overflow="fold", min_width=24)
     for heading in ("mean", *task.SKILLS):
         table.add_column(heading, justify="right")
     table.add_column("seconds", justify="right")
@@ -261,9 +261,12 @@ def main(arguments: Sequence[str] = ()) -> int:
     parser.add_argument("--train_prompts", type=int, default=1500, help="training prompts of each skill")
     parser.add_argument("--test_prompts", type=int, default=200, help="test prompts of each skill")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--save_results", type=Path, help="also write the numbers to this file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     options = parser.parse_args(arguments)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
     folder = options.output_dir / time.strftime("%Y%m%d-%H%M%S")
     seeds = list(range(options.seeds))
     folder.mkdir(parents=True)
@@ -299,7 +302,8 @@ def main(arguments: Sequence[str] = ()) -> int:
             **{name: metadata.version(name) for name in ("opdengine", "torch", "transformers")},
         },
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    for file in filter(None, (folder / "results.json", options.save_results)):
+        file.write_text(json.dumps(results, indent=1) + "\n")
     draw(results, folder / "accuracy.png")
     show_debate(console, folder, seeds[0])
     console.print(build_table(results))
