@@ -8,13 +8,14 @@ PY = $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-results test test-vllm check bench models clean help
+.PHONY: demo demo-results test test-vllm check bench gpu models clean help
 
 help:
 	@echo "make demo     distil the bundled tiny models: MAD-OPD beside its baselines (minutes, 2 cores)"
 	@echo "make test     linters, type checker and the whole test suite"
 	@echo "make test-vllm  the tests that sample with real vLLM (CPU build, own environment)"
 	@echo "make bench    throughput of the fused loss and of a whole step"
+	@echo "make gpu      tests and benchmarks of the fused loss on this machine's GPU, nine minutes"
 	@echo "make models   train the bundled tiny models again"
 
 $(VENV)/bin/python:
@@ -66,6 +67,10 @@ test-vllm: $(VENV)-vllm/.ready
 
 bench: $(VENV)/.dev
 	$(PY) -m pytest benchmarks -m "" $(ARGS)
+
+# Takes the environment as it is: a GPU machine brings its own torch and triton.
+gpu:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) benchmarks/gpu/run.py $(ARGS)
 
 models: $(VENV)/.demo
 	$(PY) examples/tiny/build.py --out examples/tiny/models

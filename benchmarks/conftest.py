@@ -1,4 +1,8 @@
-"""Collects what the benchmarks measure; ``--save-results`` writes it to ``benchmarks/results``."""
+"""Collects what the benchmarks measure; ``--save-results`` writes it to ``benchmarks/results``.
+
+Committed baselines under ``benchmarks/baselines/<device>`` fail a run that is worse by more than a
+stated margin; ``--update-baselines`` writes them from this run.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ HERE = Path(__file__).parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--save-results", action="store_true", help="write benchmarks/results/<device>/<file>.json")
+    parser.addoption("--update-baselines", action="store_true", help="write benchmarks/baselines/<device>/<file>.json")
 
 
 def device_name() -> str:
@@ -58,6 +63,32 @@ def record(request: pytest.FixtureRequest):
         name = request.module.__name__.removeprefix("test_")
         file = folder / f"{name}.json"
         file.write_text(json.dumps({**environment(), "results": rows}, indent=1) + "\n")
+
+
+@pytest.fixture(scope="module")
+def guard(request: pytest.FixtureRequest):
+    """``guard(case, {figure: (value, margin)})`` fails when a value exceeds its baseline by more than
+    the margin, 0.05 for five percent; figures without a baseline on this device pass."""
+    file = HERE / "baselines" / device_name() / f"{request.module.__name__.removeprefix('test_')}.json"
+    known = json.loads(file.read_text())["results"] if file.exists() else {}
+    seen: dict[str, dict[str, float]] = {}
+
+    def check(case: str, figures: dict[str, tuple[float, float]]) -> None:
+        seen[case] = {name: value for name, (value, _) in figures.items()}
+        if request.config.getoption("--update-baselines"):
+            return
+        for name, (value, margin) in figures.items():
+            before = known.get(case, {}).get(name)
+            if before is not None and value > before * (1 + margin):
+                pytest.fail(
+                    f"{case}: {name} is {value:.4g}, more than {margin:.0%} above its baseline {before:.4g} in "
+                    f"{file.relative_to(HERE.parent)}; if that is intended, run with --update-baselines"
+                )
+
+    yield check
+    if seen and request.config.getoption("--update-baselines"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({**environment(), "results": known | seen}, indent=1) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ the weights by ``model.get_output_embeddings().weight``.
 from __future__ import annotations
 
 import torch
+
 from opd_kernels import TeacherHead, linear_divergence
 
 
