@@ -1,0 +1,167 @@
+"""The whole GPU session, unattended: tests, ceilings, correctness, speed; one JSON and a table.
+
+    python benchmarks/gpu/run.py [--out FILE] [--minutes 9] [--smoke]
+
+Needs torch, triton and pytest; TRL and Liger are measured where they can be imported. Every section
+runs in a process of its own and within its share of the time; each case is written to the file as
+soon as it is done, so nothing is lost when time runs out. ``--smoke`` runs everything at tiny sizes
+on whatever device is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT / "kernels"), str(HERE.parent)]
+
+from conftest import device_name, environment
+from table import lines
+
+SECTIONS = {"tests": 150, "ceilings": 60, "correctness": 90, "speed": 600}
+"""Seconds each may take; the last one has what is left."""
+GRACE = 30
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="default benchmarks/results/<device>/loss.json")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--section", choices=SECTIONS, help="run one of them only")
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    out = options.out or HERE.parent / "results" / device_name() / "loss.json"
+    if options.deadline:
+        run_section(options.section, out, options.deadline, options.smoke)
+        return 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write(out, {**environment(), "driver": driver(), "smoke": options.smoke, "results": {}})
+    end = time.time() + 60 * options.minutes - GRACE
+    for name, seconds in SECTIONS.items():
+        if options.section in (None, name):
+            start_section(name, out, min(end, time.time() + seconds), options.smoke)
+    print("\n".join(lines(json.loads(out.read_text()))))
+    print(f"written to {out}")
+    return int(failed(json.loads(out.read_text())["results"]))
+
+
+def start_section(name: str, out: Path, deadline: float, smoke: bool) -> None:
+    """Run a section in a child process that is ended soon after the deadline."""
+    if name == "tests":
+        record(out, name, "gpu", test_run(deadline, smoke))
+        return
+    command = [sys.executable, str(Path(__file__)), "--section", name, "--out", str(out), "--deadline", str(deadline)]
+    try:
+        code = subprocess.run(
+            command + ["--smoke"] * smoke, timeout=max(1.0, deadline + GRACE - time.time())
+        ).returncode
+    except subprocess.TimeoutExpired:
+        code = "ended at its deadline"
+    if code != 0:
+        record(out, name, "exit", {"error": f"{name}: {code}"})
+
+
+def run_section(name: str, out: Path, deadline: float, smoke: bool) -> None:
+    """Run the cases of a section one by one; those after the deadline are recorded as left out."""
+    for case, function in cases(name, out, smoke):
+        if time.time() > deadline:
+            record(out, name, case, {"skipped": "no time left"})
+            continue
+        start = time.time()
+        try:
+            figures = function()
+        except Exception:
+            figures = {"error": traceback.format_exc(limit=3)[-600:]}
+        record(out, name, case, {**figures, "seconds": round(time.time() - start, 2)})
+        print(f"{name}: {case} ({time.time() - start:.1f} s)", flush=True)
+        release()
+
+
+def cases(name: str, out: Path, smoke: bool) -> Iterator[tuple[str, Any]]:
+    import ceilings
+    import correctness
+    import speed
+
+    if name == "ceilings":
+        return ceilings.cases(smoke)
+    if name == "correctness":
+        return correctness.cases(smoke, seed=int(time.time()))
+    measured = json.loads(out.read_text())["results"].get("ceilings", {})
+    squares = [figures.get("tflops") for case, figures in measured.items() if case.startswith("matmul")]
+    return speed.cases(smoke, squares[0] if squares else None)
+
+
+def test_run(deadline: float, smoke: bool) -> dict[str, Any]:
+    """The GPU tests; the counts that pytest reports."""
+    if smoke:
+        return {"skipped": "smoke"}
+    paths = os.pathsep.join([str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "-p", "no:cacheprovider"]
+    env = {**os.environ, "PYTHONPATH": paths}
+    try:
+        run = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=max(1.0, deadline - time.time())
+        )
+        text, code = run.stdout, run.returncode
+    except subprocess.TimeoutExpired as found:
+        text, code = (found.stdout or b"").decode(errors="replace"), "ended at its deadline"
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", text)}
+    failures = re.findall(r"^(?:FAILED|ERROR) (.*)$", text, re.MULTILINE)
+    return {"exit": code, **counts, "failures": failures, "tail": text[-2000:] if code else ""}
+
+
+def record(out: Path, section: str, case: str, figures: dict[str, Any]) -> None:
+    """Add one case to the file."""
+    document = json.loads(out.read_text())
+    document["results"].setdefault(section, {})[case] = figures
+    write(out, document)
+
+
+def write(out: Path, document: dict[str, Any]) -> None:
+    """Replace the file as a whole: a reader never sees half of it."""
+    part = out.with_suffix(".part")
+    part.write_text(json.dumps(document, indent=1) + "\n")
+    part.replace(out)
+
+
+def failed(results: dict[str, Any]) -> bool:
+    """Whether a test, a bound on an error or a whole section failed."""
+    if results.get("tests", {}).get("gpu", {}).get("exit", 0) != 0:
+        return True
+    checks = results.get("correctness", {}).values()
+    return any("error" in c or not c.get("passed", True) for c in checks) or any("exit" in s for s in results.values())
+
+
+def driver() -> str | None:
+    from measure import clocks
+
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    if clocks() is None:
+        return None
+    return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or None
+
+
+def release() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
