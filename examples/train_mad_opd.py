@@ -1,9 +1,9 @@
 """Multi-agent-debate on-policy distillation (MAD-OPD, arXiv 2605.01347).
 
-    python examples/train_mad_opd.py                          the demo on the bundled tiny models
-    python examples/train_mad_opd.py --seeds 5                the same with standard deviations
-    python examples/train_mad_opd.py --config my.yaml         your own models and prompts
-    python examples/train_mad_opd.py --config my.yaml --learning_rate 2e-6 --debate.rounds 3
+python examples/train_mad_opd.py                          the demo on the bundled tiny models
+python examples/train_mad_opd.py --seeds 5                the same with standard deviations
+python examples/train_mad_opd.py --config my.yaml         your own models and prompts
+python examples/train_mad_opd.py --config my.yaml --learning_rate 2e-6 --debate.rounds 3
 """
 
 from __future__ import annotations
