@@ -88,7 +88,8 @@ def sampler_agrees(difference: np.ndarray, limit: float) -> dict[str, float]:
         raise ProbeError(
             f"sampler and trainer disagree about the sampled tokens: mean absolute log-prob "
             f"difference {mean:.3g} nats, allowed max_logprob_difference={limit:g}; {outside:.0%} of the tokens are "
-            "outside the trainer's top-k or top-p; the sampler holds other weights or another dtype than the trainer"
+            "outside the trainer's top-k or top-p; the sampler holds other weights or another dtype than the trainer, "
+            "or (with max_staleness) the policy has moved that far since it sampled: lower learning_rate"
         )
     metrics = {
         "sampling/logprob_difference": mean,

@@ -32,6 +32,7 @@ from opdengine.metrics import read_metrics
 from opdengine.rollout import vllm_client
 from opdengine.rollout.engine_process import EngineDiedError, EngineError
 from opdengine.rollout.http_client import JSONClient
+from opdengine.rollout.vllm import engine_environment
 from opdengine.rollout.vllm_client import VLLMServerSampler
 from opdengine.rollout.vllm_extension import model_weights
 from opdengine.rollout.vllm_server import server_command
@@ -412,3 +413,15 @@ def test_made_up_samples_do_not_depend_on_the_batch(sampler: VLLMServerSampler) 
     alone = [sampler.generate([request], PARAMS)[0] for request in REQUESTS]
     assert ids(together) == ids(alone)
     assert np.isclose(together[0][0].logprobs, -5.5).all()
+
+
+def test_environment_of_an_engine(monkeypatch: pytest.MonkeyPatch, models: dict[str, str]) -> None:
+    for name, value in {"RANK": "3", "MASTER_PORT": "1", "OMP_NUM_THREADS": "9", "CUDA_VISIBLE_DEVICES": "7"}.items():
+        monkeypatch.setenv(name, value)
+    plain = engine_environment(models["student"], None, None)
+    assert "RANK" not in plain and "MASTER_PORT" not in plain
+    assert plain["CUDA_VISIBLE_DEVICES"] == "7" and plain["HF_HUB_OFFLINE"] == "1"
+    chosen = engine_environment("hub/name", "0,1", 5)
+    assert (chosen["CUDA_VISIBLE_DEVICES"], chosen["OMP_NUM_THREADS"]) == ("0,1", "5")
+    _, environment = server_command("m", "::1", 8000, cpu_threads=2)
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1" and environment["OMP_NUM_THREADS"] == "2"

