@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 
 import providers
-from measure import peak_bytes, rotate
+from measure import rotate, temporary_bytes
 from problems import CPU1, CPU2, KINDS, S3, peaked, strangers
 
 CUDA = torch.cuda.is_available()
@@ -51,7 +51,7 @@ def makers(problem, kind):
 
 def figures(problem, steps, rounds=ROUNDS):
     """Median milliseconds, ratio to the GEMMs round by round, and peak memory of every step."""
-    peaks = {name: peak_bytes(step) - problem.gradient_bytes for name, step in steps.items()}
+    peaks = {name: temporary_bytes(step, problem.gradient_bytes) for name, step in steps.items()}
     times = rotate(steps, warmups=0, rounds=rounds)
     out = {}
     for name, values in times.items():

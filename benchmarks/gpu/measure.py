@@ -21,7 +21,7 @@ def synchronise() -> None:
 def rotate(calls: Mapping[str, Call], *, warmups: int, rounds: int) -> dict[str, list[float]]:
     """Milliseconds of every call, taking turns; the order moves on by one in every round.
 
-    CUDA events where there is a device, the clock otherwise.
+    CUDA events where there is a device, see ``once`` otherwise.
     """
     names = list(calls)
     for name in names:
@@ -36,11 +36,16 @@ def rotate(calls: Mapping[str, Call], *, warmups: int, rounds: int) -> dict[str,
 
 
 def once(call: Call) -> float:
-    """Milliseconds of one call."""
+    """Milliseconds of one call.
+
+    A single CPU thread is measured by the processor time it used, which other programs on the machine
+    do not stretch; several threads by the clock, since they spend processor time waiting for each other.
+    """
     if not torch.cuda.is_available():
-        start = time.perf_counter()
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        start = clock()
         call()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (clock() - start)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call()
@@ -61,22 +66,49 @@ def median_ms(call: Call, *, warmups: int = 3, rounds: int = 10) -> float:
     return statistics.median(rotate({"call": call}, warmups=warmups, rounds=rounds)["call"])
 
 
-def peak_bytes(call: Call) -> int:
-    """Largest number of bytes alive during a call, beyond what was alive before it."""
-    if torch.cuda.is_available():
-        synchronise()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        synchronise()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+def temporary_bytes(call: Call, result_bytes: int) -> int:
+    """Largest number of bytes alive during a call, beyond what was alive before it and the
+    ``result_bytes`` of what it returns.
+
+    On a CPU allocations that outlive the call are left out one by one. A CUDA device reports its peak
+    only: the results are subtracted from it, which favours calls whose peak comes before them.
+    """
+    if not torch.cuda.is_available():
+        return _traced_bytes(call)
+    synchronise()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    synchronise()
+    return torch.cuda.max_memory_allocated() - before - result_bytes
+
+
+def _traced_bytes(call: Call) -> int:
+    from torch._C._profiler import _EventType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         kept = call()
-    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    assert trace.profiler is not None and trace.profiler.kineto_results is not None
+    pending, events = list(trace.profiler.kineto_results.experimental_event_tree()), []
+    while pending:
+        event = pending.pop()
+        pending.extend(event.children)
+        if event.tag == _EventType.Allocation:
+            events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    events.sort()
+    open_: dict[int, int] = {}
+    for place, (_, address, size) in enumerate(events):
+        if size > 0:
+            open_[address] = place
+        else:
+            open_.pop(address, None)
+    outlive = set(open_.values())
     alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
+    for place, (_, _, size) in enumerate(events):
+        if place not in outlive:
+            alive += size
+            peak = max(peak, alive)
     del kept
     return peak
 

@@ -151,7 +151,7 @@ def gemms(problem: Problem, kind: str, chunk: int | None = None) -> Step:
         hidden, heads = hidden[used], [(h[used], w) for h, w in heads]
     rows, vocab = hidden.shape[0], weight.shape[0]
     if chunk is None:
-        chunk = 1024 if hidden.is_cuda else -(-rows // max(1, rows * vocab // (13 << 20)))
+        chunk = 1024 if hidden.is_cuda else -(-rows // max(1, rows * vocab // (10 << 20)))
     half = hidden.dtype != torch.float32
 
     def product(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import providers
 import torch
-from measure import launches, peak_bytes, rotate, summary
+from measure import launches, rotate, summary, temporary_bytes
 from problems import KINDS, S1, S2, S3, S4, S5, S6, S7, Problem, Shape, peaked, strangers
 
 Case = tuple[str, Callable[[], dict[str, Any]]]
@@ -44,7 +44,10 @@ def measure(
     for name, step in steps.items():
         try:
             step()
-            out[name] = {"peak_bytes": peak_bytes(step) - problem.gradient_bytes, "launches": launches(step)}
+            out[name] = {
+                "peak_bytes": temporary_bytes(step, problem.gradient_bytes),
+                "launches": launches(step),
+            }
         except Exception as problem_found:
             out[name] = {"error": f"{type(problem_found).__name__}: {problem_found}"[:300]}
         if torch.cuda.is_available():
@@ -76,7 +79,7 @@ def compare(shape: Shape, kind: str, names: list[str], ceiling: float | None, sm
 def memory(shape: Shape, kind: str) -> dict[str, Any]:
     problem = strangers(shape, *setting())
     step = providers.ours(problem, kind)
-    return {"ours": {"peak_bytes": peak_bytes(step) - problem.gradient_bytes}}
+    return {"ours": {"peak_bytes": temporary_bytes(step, problem.gradient_bytes)}}
 
 
 def compaction(shape: Shape, ceiling: float | None, smoke: bool) -> dict[str, Any]:

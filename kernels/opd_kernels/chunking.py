@@ -19,7 +19,7 @@ SCRATCH_TILES = 3
 # On a CPU a matrix product nears its peak at 64 rows, and a larger chunk of logits would only cost
 # memory.
 CPU_CHUNK_ROWS = 64
-CPU_CHUNK_ELEMENTS = 13 << 20
+CPU_CHUNK_ELEMENTS = 10 << 20
 # Weight or result of one block of a CPU's matrix product, see ``cpu_gemm``.
 PRODUCT_BLOCK_BYTES = 8 << 20
 # Elements of one row-sweep tile: on a CPU small enough to stay in the last-level cache between

@@ -82,8 +82,8 @@ def weight_gradient(dz: Tensor, hidden: Tensor, out: Tensor, add: bool) -> None:
         return
     product, columns = linear(), hidden.t()
     for start, stop in spans(dz.shape[1], block):
-        part = product(dz[:, start:stop].t(), columns)
+        # Not bound to a name: it would live on while the next block is computed.
         if add:
-            out[start:stop].add_(part)
+            out[start:stop].add_(product(dz[:, start:stop].t(), columns))
         else:
-            out[start:stop] = part
+            out[start:stop] = product(dz[:, start:stop].t(), columns)
