@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     import torch
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0
+
+PREFIX, LOCK = "opdengine-vllm-", ".lock"
+_locks: dict[str, IO[str]] = {}
 
 Sample = tuple[np.ndarray, np.ndarray, str, str]
 """Token ids, log-probs, reason of the end, text."""
@@ -167,16 +171,39 @@ def private_folders(base: str | None = None) -> list[str]:
     Args:
         base: make one folder here; None: in shared memory if there is any, and in ``TMPDIR``.
     """
-    bases: list[str | None] = [base]
+    bases = [base or tempfile.gettempdir()]
     if base is None and os.access("/dev/shm", os.W_OK):
-        bases = ["/dev/shm", None]
-    return [tempfile.mkdtemp(prefix="opdengine-vllm-", dir=d) for d in bases]
+        bases.insert(0, "/dev/shm")
+    for folder in bases:
+        _sweep(folder)
+    return [_lock_folder(tempfile.mkdtemp(prefix=PREFIX, dir=folder)) for folder in bases]
 
 
 def remove_folders(folders: Iterable[str]) -> None:
     """Undo :func:`private_folders`."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+        _locks.pop(folder, None)
+
+
+def _lock_folder(folder: str) -> str:
+    """Hold a lock in the folder for as long as this process lives."""
+    lock = open(Path(folder) / "new", "w")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (Path(folder) / "new").rename(Path(folder) / LOCK)
+    _locks[folder] = lock
+    return folder
+
+
+def _sweep(base: str) -> None:
+    """Remove what processes that were killed have left: folders whose lock nobody holds."""
+    for lock in Path(base).glob(f"{PREFIX}*/{LOCK}"):
+        try:
+            with lock.open("r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
+        except OSError:
+            pass  # in use, gone, or of another user
 
 
 def _completion(sample: Sample) -> Completion:

@@ -33,6 +33,7 @@ from opdengine.rollout import vllm_client
 from opdengine.rollout.engine_process import EngineDiedError, EngineError
 from opdengine.rollout.http_client import JSONClient
 from opdengine.rollout.vllm import engine_environment
+from opdengine.rollout.vllm_base import private_folders
 from opdengine.rollout.vllm_client import VLLMServerSampler
 from opdengine.rollout.vllm_extension import model_weights
 from opdengine.rollout.vllm_server import server_command
@@ -425,3 +426,16 @@ def test_environment_of_an_engine(monkeypatch: pytest.MonkeyPatch, models: dict[
     assert (chosen["CUDA_VISIBLE_DEVICES"], chosen["OMP_NUM_THREADS"]) == ("0,1", "5")
     _, environment = server_command("m", "::1", 8000, cpu_threads=2)
     assert environment["VLLM_SERVER_DEV_MODE"] == "1" and environment["OMP_NUM_THREADS"] == "2"
+
+
+def test_folders_of_a_killed_process_are_removed_by_the_next(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; from opdengine.rollout.vllm_base import private_folders;"
+        f"private_folders({str(tmp_path)!r}); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parents[2], check=False)
+    (left,) = tmp_path.iterdir()
+    (mine,) = private_folders(str(tmp_path))
+    assert not left.exists()
+    private_folders(str(tmp_path))
+    assert Path(mine).exists(), "a folder in use stays"
