@@ -9,7 +9,7 @@ import yaml
 
 from opdengine.checkpoint import find_checkpoint, list_checkpoints, read_state
 from opdengine.config import ConfigError, TrainConfig
-from opdengine.settings import to_mapping
+from opdengine.settings import from_mapping, to_mapping
 
 MAY_CHANGE = {
     "resume_from_checkpoint", "max_tokens_per_batch", "workspace_bytes", "loss_impl",
@@ -58,7 +58,9 @@ class RunFolder:
                 f"{str(self.checkpoint)!r}; choose a new folder, or resume from a checkpoint of this one"
             )
         if (origin / "config.yaml").is_file():
-            _require_same(yaml.safe_load((origin / "config.yaml").read_text("utf-8")), to_mapping(config))
+            stored = yaml.safe_load((origin / "config.yaml").read_text("utf-8"))
+            # Read like any configuration, so that a setting newer than the run has its default.
+            _require_same(to_mapping(from_mapping(TrainConfig, stored)), to_mapping(config))
 
     def claim(self) -> None:
         """Make the folder this run's; called once everything that can be refused has been checked."""
