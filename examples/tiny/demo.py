@@ -156,12 +156,15 @@ def run_arm(arm: Arm, seed: int, folder: Path, shared: Mapping[str, Any], progre
 
 def grade_teachers(test: Path) -> dict[str, dict[str, float]]:
     """Each teacher on the test set, asked plainly."""
+    from transformers.utils import logging as transformers_logging
+
     from opdengine.backbone import load_model
     from opdengine.chat import encode_chat, load_tokenizer
     from opdengine.data import load_prompts
     from opdengine.evaluate import evaluate
     from opdengine.rollout.transformers import TransformersSampler
 
+    transformers_logging.disable_progress_bar()
     prompts = load_prompts([str(test)]).prompts
     result = {}
     for path in (CONVERT, COMPILE):
