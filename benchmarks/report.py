@@ -1,6 +1,6 @@
-"""Fill the tables of the README from committed result files, and draw its figure.
+"""Fill the tables of the README from committed result files, and draw its figures.
 
-    python benchmarks/report.py            rewrite README.md and docs/demo.png
+    python benchmarks/report.py            rewrite README.md, docs/demo.png and docs/loss.png
     python benchmarks/report.py --check    fail if README.md does not show the committed results
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a function here.
@@ -59,7 +59,81 @@ def demo() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"demo": demo}
+PEERS = {
+    "gemms": "its matrix products alone",
+    "eager": "torch, full logits",
+    "trl": "TRL",
+    "liger": "Liger",
+    "one call per teacher": "one call per teacher",
+}
+KINDS = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "JSD"}
+
+
+def loss_results() -> list[tuple[str, dict[str, Any]]]:
+    """(device, {case: {provider: figures}}) of every committed result of the fused loss."""
+    found = []
+    for file in sorted((ROOT / "benchmarks" / "results").glob("*/loss.json"), reverse=True):
+        document = json.loads(file.read_text())
+        cases = document["results"].get("speed", document["results"])
+        timed = {name: c for name, c in cases.items() if "ms" in c.get("ours", {}) and name.split()[-1] in KINDS}
+        if timed:
+            found.append((document["device"].replace("_", " "), timed))
+    return found
+
+
+def loss() -> str:
+    """Time and memory of the fused loss as ratios to its peers, measured in turns on one machine."""
+    lines = []
+    for device, cases in loss_results():
+        peers = [name for name in PEERS if any("ms" in case.get(name, {}) for case in cases.values())]
+        lines += [
+            f"| {device} | ours | " + " | ".join(PEERS[name] for name in peers) + " | memory, share of full logits' |",
+            "|---|" + "---:|" * (len(peers) + 2),
+        ]
+        for name, case in cases.items():
+            shape, kind = name.rsplit(" ", 1)
+            ours = case["ours"]
+            cells = [f"{ours['ms']:.0f} ms" if ours["ms"] >= 100 else f"{ours['ms']:.1f} ms"]
+            cells += [f"{case[n]['ms'] / ours['ms']:.2f}×" if "ms" in case.get(n, {}) else "" for n in peers]
+            whole = case.get("eager", {}).get("peak_bytes")
+            cells.append(f"{100 * ours['peak_bytes'] / whole:.0f} %" if whole else "")
+            lines.append(f"| {shape}, {KINDS[kind]} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(
+        [*lines, "Times of the others are multiples of ours; memory is what inputs and gradients leave out."]
+    )
+
+
+def draw_loss(results: list[tuple[str, dict[str, Any]]], file: Path) -> None:
+    """Time of every provider over the time of the matrix products, one panel per device."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(results), 1, figsize=(9, 3.2 * len(results)), squeeze=False)
+    for axis, (device, cases) in zip(axes[:, 0], results, strict=True):
+        providers = ["ours", *(n for n in PEERS if n != "gemms" and any("ms" in c.get(n, {}) for c in cases.values()))]
+        for place, provider in enumerate(providers):
+            there = [(x, case) for x, case in enumerate(cases.values()) if "ms" in case.get(provider, {})]
+            width = 0.8 / len(providers)
+            axis.bar(
+                [x + width * place for x, _ in there],
+                [case[provider]["ms"] / case["gemms"]["ms"] for _, case in there],
+                width,
+                label=PEERS.get(provider, provider),
+            )
+        axis.axhline(1.0, color="black", lw=0.8, ls="--")
+        axis.set_xticks([x + 0.3 for x in range(len(cases))], list(cases), fontsize=8)
+        axis.set_ylabel("time / matrix products")
+        axis.set_title(device, fontsize=10)
+        axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=140)
+    plt.close(figure)
+
+
+TABLES = {"demo": demo, "loss": loss}
 
 
 def render(text: str) -> str:
@@ -83,6 +157,8 @@ def main(arguments: list[str]) -> int:
 
     (ROOT / "docs").mkdir(exist_ok=True)
     draw(figures, ROOT / "docs" / "demo.png")
+    if results := loss_results():
+        draw_loss(results, ROOT / "docs" / "loss.png")
     return 0
 
 
