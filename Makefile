@@ -66,7 +66,7 @@ test-vllm: $(VENV)-vllm/.ready
 	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/rollout tests/teachers -m vllm $(ARGS)
 
 bench: $(VENV)/.dev
-	$(PY) -m pytest benchmarks -m "" $(ARGS)
+	$(PY) -m pytest benchmarks -m "not vllm and not gpu" $(ARGS)
 
 # Takes the environment as it is: a GPU machine brings its own torch and triton.
 gpu:
