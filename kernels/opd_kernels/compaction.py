@@ -11,18 +11,18 @@ so that with m_n = sum_v abs(dZ[n, v]) and e_n <= tolerance the dropped share of
 - the gradients of all weight rows v together, sum_v ||error_v||, by at most sum_n e_n m_n ||hidden_n||,
 - the gradient of the bias not at all.
 
-Columns are ranked by their largest relative entry, max_n abs(dZ[n, v]) / m_n, and a chunk keeps a
-prefix of that ranking whose length is one of ``LEVELS`` shares of the vocabulary. Rows that need
-many columns do not spoil the rest: a chunk may be cut in two groups of rows with a prefix each.
-Where that leaves more than ``DENSE_ABOVE`` of the work, the dense GEMMs run instead, and nothing is
-dropped.
+A column's score is its largest relative entry, max_n abs(dZ[n, v]) / m_n. Kept are the columns whose
+score reaches a threshold: the highest of ``LEVELS``, from the tolerance (a larger entry alone would
+break the rule) down to tolerance / V (where the rule cannot break), that the rows allow. Rows that
+need many columns do not spoil the rest: a chunk may be cut in two groups of rows with a threshold
+each. Where that leaves more than ``DENSE_ABOVE`` of the work, the dense GEMMs run instead, and
+nothing is dropped.
 
 Shapes: c rows of a chunk, V columns, L levels, k kept columns, d hidden size.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,8 +33,8 @@ from .chunking import spans
 from .heads import HeadGradient, accumulate
 from .selection import RowPlan
 
-LEVELS = tuple(2.0 ** (-i / 2) for i in range(16, 1, -1))
-"""Shares of the vocabulary that may be kept, 1/256 to 1/2."""
+LEVELS = 16
+"""Thresholds that are tried, in equal ratios."""
 DENSE_ABOVE = 0.6
 """Share of the dense work from which compaction does not pay for its gathers."""
 SPLIT_BELOW = 0.8
@@ -45,7 +45,7 @@ BLOCK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 def scratch_bytes(vocab: int, workspace_bytes: int, itemsize: int, device: str) -> int:
     """Bytes a compactor needs besides its tile of rows: what it knows about columns, and the blocks
     of its GEMMs."""
-    return vocab * (len(LEVELS) * itemsize + 40) + block_bytes(workspace_bytes, device)
+    return vocab * (LEVELS * (itemsize + 1) + 24) + block_bytes(workspace_bytes, device)
 
 
 def block_bytes(workspace_bytes: int, device: str) -> int:
@@ -101,35 +101,40 @@ class Compactor:
         """What to keep of ``dz`` [c, V], and the dropped share of each row [c]; no parts: all of
         it."""
         count, vocab = dz.shape
-        kept = [max(1, math.ceil(share * vocab)) for share in LEVELS] + [vocab]
         if self.scratch is None:
             self.scratch = dz.new_empty(self.tile_rows, vocab)
         mass = self._mass(dz)
-        order = torch.sort(self._score(dz, mass), descending=True).indices
-        dropped = self._dropped(dz, order, kept)
+        score = self._score(dz, mass)
+        below = score < self._thresholds(score)[:, None]
+        dropped = self._dropped(dz, below)
         passes = dropped <= self.tolerance * mass[:, None]
-        counts = passes.sum(0).tolist()
+        allowed, small = torch.stack([passes.sum(0), below.sum(1)]).tolist()
+        kept = [vocab - columns for columns in small]
 
-        last = next(i for i, rows in enumerate(counts) if rows == count)
+        # The highest threshold that all rows allow, and a higher one for as many as pay for it.
+        last = next((i for i, rows in enumerate(allowed) if rows == count), None)
+        if last is None:
+            return None, torch.zeros_like(mass)
         single = count * kept[last]
-        costs = [rows * kept[i] + (count - rows) * kept[last] for i, rows in enumerate(counts[:last])]
+        costs = [rows * kept[i] + (count - rows) * kept[last] for i, rows in enumerate(allowed[:last])]
         first = min(range(last), key=costs.__getitem__) if last else 0
         split = last > 0 and costs[first] < SPLIT_BELOW * single
         if (costs[first] if split else single) > DENSE_ABOVE * count * vocab:
             return None, torch.zeros_like(mass)
         share = dropped / mass.clamp(min=torch.finfo(mass.dtype).tiny)[:, None]
         if not split:
-            return [self._part(None, order, kept[last], vocab)], share[:, last]
+            return [Part(None, columns_of(below[last]))], share[:, last]
         easy = passes[:, first]
         parts = [
-            self._part(torch.nonzero(easy)[:, 0], order, kept[first], vocab),
-            self._part(torch.nonzero(~easy)[:, 0], order, kept[last], vocab),
+            Part(torch.nonzero(easy)[:, 0], columns_of(below[first])),
+            Part(torch.nonzero(~easy)[:, 0], columns_of(below[last])),
         ]
         return parts, torch.where(easy, share[:, first], share[:, last])
 
-    @staticmethod
-    def _part(rows: Tensor | None, order: Tensor, kept: int, vocab: int) -> Part:
-        return Part(rows, None if kept == vocab else order[:kept].sort().values)
+    def _thresholds(self, score: Tensor) -> Tensor:
+        """[L] descending, in the dtype of ``score``."""
+        exponents = torch.linspace(0, 1, LEVELS, dtype=torch.float64, device=score.device)
+        return (self.tolerance * score.shape[0] ** -exponents).to(score.dtype)
 
     def _magnitudes(self, dz: Tensor, factor: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, abs(dZ) [r, V], times ``factor`` [c]) tile by tile."""
@@ -153,19 +158,15 @@ class Compactor:
             torch.maximum(score, part.amax(0), out=score)
         return score
 
-    def _dropped(self, dz: Tensor, order: Tensor, kept: list[int]) -> Tensor:
-        """[c, L + 1] mass of the columns beyond the first ``kept`` of ``order``; the last level
-        drops none."""
-        beyond = dz.new_ones(len(kept), dz.shape[1])
-        for level, columns in enumerate(kept):
-            beyond[level].index_fill_(0, order[:columns], 0.0)
-        dropped = self.dropped.new_empty(dz.shape[0], len(kept))
-        same = dz.dtype == dropped.dtype
+    def _dropped(self, dz: Tensor, below: Tensor) -> Tensor:
+        """[c, L] mass of each row in the columns of ``below`` [L, V]."""
+        columns = below.to(dz.dtype).t()
+        dropped = self.dropped.new_empty(dz.shape[0], LEVELS)
         for start, stop, part in self._magnitudes(dz):
-            if same:
-                torch.mm(part, beyond.t(), out=dropped[start:stop])
+            if dz.dtype == dropped.dtype:
+                torch.mm(part, columns, out=dropped[start:stop])
             else:
-                dropped[start:stop] = torch.mm(part, beyond.t(), out_dtype=dropped.dtype)
+                dropped[start:stop] = torch.mm(part, columns, out_dtype=dropped.dtype)
         return dropped
 
     def _add_part(
@@ -181,17 +182,31 @@ class Compactor:
         if rows is not None and part.rows is not None:
             rows = rows.new_zeros(count, rows.shape[1])
         for start, stop in spans(columns, max(1, self.block_bytes // column_bytes)):
-            if part.columns is None:
-                block, index = dz[:, start:stop], None
-                head = weight[start:stop]
-            else:
-                index = part.columns[start:stop]
-                block, head = dz.index_select(1, index), weight.index_select(0, index)
-            if part.rows is not None:
-                block = block.index_select(0, part.rows)
-            if rows is not None:
-                accumulate(block, head.to(dz.dtype), rows)
-            if gradient.wants.weight:
-                gradient.add_weight_rows(block, hidden, index, start, stop)
+            add_block(gradient, part, dz, hidden, rows, start, stop)
         if hidden_gradient is not None and part.rows is not None and rows is not None:
             hidden_gradient.index_copy_(0, part.rows, rows)
+
+
+def add_block(
+    gradient: HeadGradient, part: Part, dz: Tensor, hidden: Tensor, rows: Tensor | None, start: int, stop: int
+) -> None:
+    """Columns ``start:stop`` of a part; ``rows`` [c, d] collects the gradient of its hidden
+    states."""
+    weight, index = gradient.head.weight, None
+    if part.columns is None:
+        block, head = dz[:, start:stop], weight[start:stop]
+    else:
+        index = part.columns[start:stop]
+        block, head = dz.index_select(1, index), weight.index_select(0, index)
+    if part.rows is not None:
+        block = block.index_select(0, part.rows)
+    if rows is not None:
+        accumulate(block, head.to(dz.dtype), rows)
+    del head
+    if gradient.wants.weight:
+        gradient.add_weight_rows(block, hidden, index, start, stop)
+
+
+def columns_of(below: Tensor) -> Tensor | None:
+    """Columns that are not ``below`` [V], ascending; None for all."""
+    return torch.nonzero(~below)[:, 0] if bool(below.any()) else None

@@ -193,7 +193,7 @@ def test_flops_fall_with_the_share_of_kept_columns(monkeypatch, flat, groups):
 
     forward = 2 * 2 * rows * vocab * width
     dense = 4 * rows * vocab * width
-    selection = 2 * rows * vocab * (len(compaction.LEVELS) + 1)
+    selection = 2 * rows * vocab * compaction.LEVELS
     assert step(0.0) == forward + dense
     measured = step(0.02)
     found = parts[: len(parts) // 2]
