@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from opdengine.config import TrainConfig
 from opdengine.data import load_prompts
 from opdengine.methods import build_recipe
 from opdengine.metrics import write_jsonl
+from opdengine.recipe import Stats
 from opdengine.settings import from_mapping
 from tiny import task
 from tiny.demo import COMPILE, CONVERT, STUDENT, _debate
@@ -88,14 +90,14 @@ def test_update_against_materialised_logits(prompts, tmp_path, interleaved, reco
     """Score and update of one batch, ours against logits of both teachers and the student."""
     file, batch = prompts
     engine = make_engine("mt_opd", file, tmp_path)
-    rollouts = engine.sample(batch)
+    rollouts = engine.sample(batch, 0)
     engine.student.model.train()
 
     def ours():
         async def run():
             notes, _ = await engine.annotate(rollouts)
-            kept, signals, _ = engine.weigh(rollouts, notes)
-            return await engine.score(kept, signals, notes)
+            judged = await engine.judge(rollouts, notes, Counter())
+            return engine.weigh(judged, [Stats() for _ in judged], Counter())[0]
 
         engine.sampler.policy_version = engine.version
         from opdengine.objective import Tally

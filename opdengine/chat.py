@@ -111,6 +111,57 @@ def encode_chat(
     return list(ids)
 
 
+REPLY = "\u2042reply\u2042"
+"""Stands for an assistant's message while the text after it is looked up."""
+
+
+def encode_answer(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids between a sampled assistant message and the next one: its end, then ``messages``.
+
+    The template is applied to the new messages only, behind a stand-in for the assistant's, so what was
+    sampled keeps its exact ids even where the template would rewrite earlier turns (for example
+    strip their reasoning). The first ids close the assistant's message; see :func:`append_answer`.
+
+    Args:
+        messages: what the environment answered ("user" or "tool").
+
+    Raises:
+        ValueError: the template cannot render them, or rewrites the assistant's message.
+    """
+    from jinja2 import TemplateError
+
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}]
+    try:
+        text = tokenizer.apply_chat_template(
+            [*chat, *(plain_message(message) for message in messages)],
+            tools=[dict(tool) for tool in tools] or None,
+            add_generation_prompt=True,
+            tokenize=False,
+            **(template_kwargs or {}),
+        )
+    except TemplateError as error:
+        roles = [str(message.get("role")) for message in messages]
+        raise ValueError(f"the chat template cannot render an answer of the roles {roles}: {error}") from error
+    _, found, after = text.partition(REPLY)
+    if not found:
+        raise ValueError(
+            "the chat template leaves out the assistant's messages, so a conversation cannot go on; "
+            "give another chat_template"
+        )
+    return list(tokenizer.encode(after, add_special_tokens=False))
+
+
+def append_answer(sampled: Sequence[int], answer: Sequence[int]) -> list[int]:
+    """The ids of :func:`encode_answer` that follow ``sampled``: without the end that was sampled already."""
+    closed = bool(sampled) and bool(answer) and sampled[-1] == answer[0]
+    return list(answer[1:] if closed else answer)
+
+
 def vocabulary_size(tokenizer: Any) -> int:
     """Number of ids that the tokenizer can produce (heads may be padded beyond it)."""
     return max(tokenizer.get_vocab().values()) + 1

@@ -9,8 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,22 +20,17 @@ from opdengine.agreement import processed_differences
 from opdengine.backbone import Backbone
 from opdengine.chat import encode_chat
 from opdengine.config import TrainConfig
-from opdengine.objective import Item, Objective, Tally, make_item, normalisers
+from opdengine.objective import Item, Objective, Tally, fold, make_item, normalisers
 from opdengine.packing import pack
-from opdengine.recipe import Annotations, Note, Recipe, combine
+from opdengine.recipe import Annotations, Batch, Note, Recipe, Stats, combine
 from opdengine.rollout import Sampler
+from opdengine.rollout.episodes import Episodes, Job, episode_metrics
+from opdengine.scoring import Judged, Measurer, judge
 from opdengine.teachers import Teacher
-from opdengine.types import (
-    Failure,
-    Prompt,
-    Request,
-    Rollout,
-    SamplingParams,
-    TeacherContext,
-    TeacherTargets,
-    TokenSignal,
-    Turn,
-)
+from opdengine.types import Prompt, Request, Rollout, SamplingParams, Turn
+
+if TYPE_CHECKING:
+    from opdengine.verifiers.grader import Grader
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +57,8 @@ class Prepared:
         found: all that the annotator returned.
         metrics: so far.
         clock: seconds so far.
+        dropped: rollouts that were lost before the scores, by reason.
+        number: of the batch.
     """
 
     rollouts: Sequence[Rollout]
@@ -69,6 +66,8 @@ class Prepared:
     found: Annotations
     metrics: dict[str, float]
     clock: Clock
+    dropped: Counter[str] = field(default_factory=Counter)
+    number: int = 0
 
 
 @dataclass
@@ -93,6 +92,8 @@ class Engine:
         sampler: holds the student's weights of :attr:`version`.
         optimizer, scheduler: update the student.
         vocab_size: ids of the tokenizer; heads may be wider.
+        episodes: plays in an environment; None answers prompts in one turn.
+        grader: rewards what is sampled, for recipes that need it.
         version: optimiser steps taken.
     """
 
@@ -105,6 +106,8 @@ class Engine:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     vocab_size: int
+    episodes: Episodes | None = None
+    grader: Grader | None = None
     version: int = 0
     probed: bool = False
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -122,24 +125,32 @@ class Engine:
             prompts: of the batch.
             batch: its number, which seeds the sampling; default: the version.
         """
-        clock = Clock()
+        clock, dropped = Clock(), Counter[str]()
+        number = self.version if batch is None else batch
         with clock("rollout"):
-            rollouts, metrics = await self.rollout(prompts, batch)
+            rollouts, metrics = await self.rollout(prompts, number, dropped)
+        if self.recipe.needs_reward and self.grader is not None:
+            with clock("reward"):
+                rollouts = await asyncio.to_thread(self.reward, rollouts, metrics)
+        if self.recipe.split is not None:
+            rollouts = self.recipe.split(rollouts, number)
         with clock("debate"):
             notes, found = await self.annotate(rollouts)
-        return Prepared(rollouts, notes, found, {**metrics, **found.metrics}, clock)
+        return Prepared(rollouts, notes, found, {**metrics, **found.metrics}, clock, dropped, number)
 
     async def finish(self, prepared: Prepared) -> StepResult:
         """Scores and the update; :meth:`sync` must follow before the sampler is used again."""
         clock, metrics = prepared.clock, prepared.metrics
         if self.recipe.demonstrations is None:
             metrics |= probes.fresh(prepared.rollouts, self.version, self.config.max_staleness)
-        kept, signals, dropped = self.weigh(prepared.rollouts, prepared.notes)
+        dropped = prepared.dropped
         with clock("score"):
-            items = await self.score(kept, signals, prepared.notes, dropped)
+            judged = await self.judge(prepared.rollouts, prepared.notes, dropped)
+            stats = await self.beside(self.measure, judged)
+        items, found = self.weigh(judged, stats, dropped, prepared.number)
         tally = Tally()
         with clock("update"):
-            metrics |= await self.beside(self.update, items, tally)
+            metrics |= found | await self.beside(self.update, items, tally)
         metrics |= self.summarise(prepared.rollouts, items, tally, dropped)
         for teacher in self.teachers:
             metrics |= teacher.counts()
@@ -160,47 +171,73 @@ class Engine:
     # -------------------------------------------------------------------------------- phases
 
     async def rollout(
-        self, prompts: Sequence[Prompt], batch: int | None = None
+        self, prompts: Sequence[Prompt], number: int, dropped: Counter[str]
     ) -> tuple[list[Rollout], dict[str, float]]:
         """The sequences of this step: sampled from the student, or written by teachers."""
         if self.recipe.demonstrations is not None:
             rollouts, metrics = await self.recipe.demonstrations(prompts, self.teachers, self.encode)
             return rollouts, dict(metrics)
         async with self._turn:  # in the order of the batches, and not between weights and version
-            return await self.beside(self.sample, prompts, batch), {}
+            if self.episodes is not None:
+                return await self.beside(self.play, prompts, number, dropped)
+            return await self.beside(self.sample, prompts, number), {}
 
-    def sample(self, prompts: Sequence[Prompt], batch: int | None = None) -> list[Rollout]:
+    def sample(self, prompts: Sequence[Prompt], number: int) -> list[Rollout]:
         """``num_generations`` rollouts of the sampler's policy for every prompt."""
-        params = self.sampling_params()
         encoded = [self.encode(p) for p in prompts]
-        number = self.version if batch is None else batch
         # A prompt that comes again in a later step gets new samples, and a resumed run the same.
         requests = [
             Request(p.id, tuple(ids), seed=_seed(number, place))
             for place, (p, ids) in enumerate(zip(prompts, encoded, strict=True))
         ]
         version = self.sampler.policy_version
-        sampled = self.sampler.generate(requests, params)
+        sampled = self.sampler.generate(requests, self.sampling_params())
+        self._let_sleep()
+        return [
+            Rollout(
+                id=f"{place}.{i}",
+                prompt=prompt,
+                turns=(
+                    Turn("prompt", np.array(ids)),
+                    Turn("assistant", completion.token_ids, completion.logprobs, True),
+                ),
+                policy_version=version,
+                stop_reason=completion.stop_reason,
+                group=str(place),
+                text=completion.text,
+            )
+            for place, (prompt, ids, completions) in enumerate(zip(prompts, encoded, sampled, strict=True))
+            for i, completion in enumerate(completions)
+        ]
+
+    def play(
+        self, prompts: Sequence[Prompt], number: int, dropped: Counter[str]
+    ) -> tuple[list[Rollout], dict[str, float]]:
+        """``num_generations`` episodes of the sampler's policy for every task."""
+        assert self.episodes is not None
+        count = self.config.num_generations
+        jobs = [
+            Job(f"{place}.{i}", prompt, _seed(number, place * count + i), group=str(place))
+            for place, prompt in enumerate(prompts)
+            for i in range(count)
+        ]
+        rollouts, broken = self.episodes.play(self.sampler, jobs, self.sampling_params())
+        self._let_sleep()
+        dropped.update(broken)
+        return rollouts, episode_metrics(rollouts) | self.episodes.counts()
+
+    def reward(self, rollouts: Sequence[Rollout], metrics: dict[str, float]) -> list[Rollout]:
+        """The rollouts with the verifier's scores, where the environment has given none."""
+        assert self.grader is not None
+        open_ = [r for r in rollouts if r.reward is None]
+        scores = self.grader.grade([r.text for r in open_], [r.prompt for r in open_])
+        metrics |= self.grader.counts()
+        graded = {r.id: replace(r, reward=s.value) for r, s in zip(open_, scores, strict=True)}
+        return [graded.get(r.id, r) for r in rollouts]
+
+    def _let_sleep(self) -> None:
         if self.config.vllm_enable_sleep_mode:
             self.sampler.sleep()
-        rollouts = []
-        for place, (prompt, ids, completions) in enumerate(zip(prompts, encoded, sampled, strict=True)):
-            for i, completion in enumerate(completions):
-                rollouts.append(
-                    Rollout(
-                        id=f"{place}.{i}",
-                        prompt=prompt,
-                        turns=(
-                            Turn("prompt", np.array(ids)),
-                            Turn("assistant", completion.token_ids, completion.logprobs, True),
-                        ),
-                        policy_version=version,
-                        stop_reason=completion.stop_reason,
-                        group=str(place),
-                        text=completion.text,
-                    )
-                )
-        return rollouts
 
     async def annotate(self, rollouts: Sequence[Rollout]) -> tuple[list[Note], Annotations]:
         """Contexts and weights of the teachers; what does not fit a teacher's window is dropped."""
@@ -216,76 +253,60 @@ class Engine:
             notes.append(note)
         return notes, found
 
+    async def judge(self, rollouts: Sequence[Rollout], notes: Sequence[Note], dropped: Counter[str]) -> list[Judged]:
+        """What every teacher says about its contexts; see :func:`opdengine.scoring.judge`."""
+        return await judge(rollouts, notes, self.teachers, self.vocab_size, dropped)
+
+    def measure(self, judged: Sequence[Judged]) -> list[Stats]:
+        """The statistics that the recipe's weighers need; nothing is run where they need none."""
+        c, recipe = self.config, self.recipe
+        if not recipe.measures:
+            return [Stats() for _ in judged]
+        heads = {t.name: t.head for t in self.teachers if t.head is not None}
+        self.student.model.eval()
+        measurer = Measurer(self.student, heads, self.vocab_size, c.loss_impl, c.workspace_bytes)
+        with self.autocast():
+            return measurer(judged, recipe.measures, recipe.top1_temperature)
+
     def weigh(
-        self, rollouts: Sequence[Rollout], notes: Sequence[Note]
-    ) -> tuple[list[Rollout], dict[str, TokenSignal], Counter[str]]:
-        """Token signals of the kept rollouts; the others are counted by reason."""
-        signals = combine([weigher(rollouts, notes) for weigher in self.recipe.weighers])
-        kept, dropped = [], Counter[str]()
-        for rollout, signal in zip(rollouts, signals, strict=True):
-            if not signal.keep:
-                dropped[signal.reason or "unknown"] += 1
-            elif not len(rollout.targets):
-                dropped["empty"] += 1
-            elif rollout.targets.max() >= self.vocab_size:
-                # vLLM can sample a padding column of the head; no tokenizer knows such a token.
-                dropped["token_beyond_vocabulary"] += 1
+        self, judged: Sequence[Judged], stats: Sequence[Stats], dropped: Counter[str], number: int = 0
+    ) -> tuple[list[Item], dict[str, float]]:
+        """Normalised loss items of what the weighers keep, the rest counted by reason; metrics."""
+        batch = Batch([j.rollout for j in judged], [j.note for j in judged], stats, number)
+        weighed = combine([weigher(batch) for weigher in self.recipe.weighers])
+        kept = []
+        for item, signal in zip(judged, weighed.signals, strict=True):
+            if signal.keep:
+                kept.append((item, signal))
             else:
-                kept.append(rollout)
-        by_id = {r.id: s for r, s in zip(rollouts, signals, strict=True)}
-        return kept, {r.id: by_id[r.id] for r in kept}, dropped
-
-    async def score(
-        self,
-        kept: Sequence[Rollout],
-        signals: Mapping[str, TokenSignal],
-        notes: Sequence[Note],
-        dropped: Counter[str] | None = None,
-    ) -> list[Item]:
-        """What every teacher says about its contexts, then normalised loss items.
-
-        A teacher that failed on a rollout is left out of it; a rollout that no teacher judged is
-        dropped and counted in ``dropped``.
-        """
-        contexts = {c.rollout_id: n.contexts for n in notes for c in n.contexts}
-        found: dict[tuple[str, str], TeacherTargets | Failure] = {}
-        queues: dict[str, list[TeacherContext]] = {teacher.name: [] for teacher in self.teachers}
-        for rollout in kept:
-            for context in contexts.get(rollout.id, ()):
-                queues[context.teacher].append(context)
-        asked = [teacher for teacher in self.teachers if queues[teacher.name]]
-        answers = await asyncio.gather(*(teacher.score(queues[teacher.name]) for teacher in asked))
-        for teacher, judgements in zip(asked, answers, strict=True):
-            for context, targets in zip(queues[teacher.name], judgements, strict=True):
-                found[context.rollout_id, teacher.name] = targets
-        judged = []
-        for rollout in kept:
-            names = [c.teacher for c in contexts.get(rollout.id, ())]
-            good = {name: t for name in names if not isinstance(t := found[rollout.id, name], Failure)}
-            if names and not good:
-                if dropped is not None:
-                    dropped["teacher_failure"] += 1
-                continue
-            judged.append((rollout, signals[rollout.id].only([name in good for name in names]), good))
-        scales = normalisers([rollout for rollout, _, _ in judged], self.config.loss_normalization)
-        return [
-            make_item(rollout, signal, list(good), list(good.values()), scale)
-            for (rollout, signal, good), scale in zip(judged, scales, strict=True)
+                dropped[signal.reason or "unknown"] += 1
+        scales = normalisers([item.rollout for item, _ in kept], self.config.loss_normalization)
+        items = [
+            make_item(
+                item.rollout, signal if item.targets else replace(signal, mix=None), item.teachers, item.targets, scale
+            )
+            for (item, signal), scale in zip(kept, scales, strict=True)
         ]
+        return items, dict(weighed.metrics)
 
     def update(self, items: Sequence[Item], tally: Tally) -> dict[str, float]:
-        """Forward, backward and one optimiser step over all micro-batches."""
+        """Forward, backward and one optimiser step over all micro-batches.
+
+        Rollouts without any weight are not run; a step of which nothing is left moves no weight.
+        """
+        items = [item for item in items if item.has_weight]
         if not items:
             return {"skipped_steps": 1.0, "policy_version": float(self.version)}
         objective = self.objective()
         self.student.model.train()
         loss_sum = 0.0
         self.optimizer.zero_grad(set_to_none=True)
-        sequences = [item.rollout.token_ids for item in items]
+        strands = fold(items)
+        sequences = [strand.token_ids for strand in strands]
         for batch in pack(sequences, max_tokens=self.config.max_tokens_per_batch, layout=self.student.layout):
-            members = [items[i] for i in batch.members]
+            members = [item for i in batch.members for item in strands[i].items]
             with self.autocast():
-                hidden = self.student.hidden(batch, [item.rollout.target_positions for item in members])
+                hidden = self.student.hidden(batch, [strands[i].target_positions for i in batch.members])
             self._probe_once(hidden, members)
             loss = objective(hidden, self.student.head, members, tally)
             loss.backward()
@@ -302,6 +323,9 @@ class Engine:
     ) -> dict[str, float]:
         """Metrics of the step."""
         metrics = tally.means("teacher_kl/") | tally.means("student_entropy")
+        rewards = [r.reward for r in rollouts if r.reward is not None]
+        if rewards:
+            metrics["reward/mean"] = float(np.mean(rewards))
         gap = tally.get("gap")
         if len(gap):
             metrics["gap/mean"] = float(gap.mean())

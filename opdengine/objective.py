@@ -39,6 +39,52 @@ class Item:
     mix: np.ndarray
     advantage: np.ndarray | None
 
+    @property
+    def has_weight(self) -> bool:
+        """Whether any token adds to the loss."""
+        return bool(np.any(self.kl_weight)) or (self.advantage is not None and bool(np.any(self.advantage)))
+
+
+@dataclass(frozen=True)
+class Strand:
+    """Items that share one forward pass of the student: the steps of one trajectory, or one rollout.
+
+    Args:
+        token_ids: int64 [L], the longest of their sequences; the others are prefixes of it.
+        items: in the order of their targets.
+    """
+
+    token_ids: np.ndarray
+    items: tuple[Item, ...]
+
+    @property
+    def target_positions(self) -> np.ndarray:
+        """int64 [T] of all items, one after the other."""
+        return np.concatenate([item.rollout.target_positions for item in self.items])
+
+
+def fold(items: Sequence[Item]) -> list[Strand]:
+    """Join the steps of a trajectory, so that the student reads each trajectory once.
+
+    Raises:
+        ValueError: a step's ids are not a prefix of its trajectory's; names the rollout.
+    """
+    groups: dict[str, list[Item]] = {}
+    for i, item in enumerate(items):
+        groups.setdefault(item.rollout.trajectory or f"\0{i}", []).append(item)
+    strands = []
+    for members in groups.values():
+        longest = max((item.rollout.token_ids for item in members), key=len)
+        for item in members:
+            ids = item.rollout.token_ids
+            if not np.array_equal(ids, longest[: len(ids)]):
+                raise ValueError(
+                    f"rollout {item.rollout.id!r} is no prefix of its trajectory {item.rollout.trajectory!r}; "
+                    "steps must keep the exact token ids"
+                )
+        strands.append(Strand(longest, tuple(members)))
+    return strands
+
 
 def normalisers(rollouts: Sequence[Rollout], mode: str) -> list[float]:
     """What every token weight of a rollout is multiplied with.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,8 @@ class Note:
     Args:
         contexts: one per teacher that judges it, in the order of ``mix``.
         mix: float32 [len(contexts)] teacher weights, or None for uniform.
-        turn_weight: float32 [number of turns], or None for ones.
+        turn_weight: float32 [number of turns], or None for ones. Where it is 0 on every trained turn
+            no model is run; the tokens still count in the denominators.
         drop: a reason to leave the rollout out of the update; empty to keep it.
     """
 
@@ -27,6 +28,61 @@ class Note:
     mix: np.ndarray | None = None
     turn_weight: np.ndarray | None = None
     drop: str = ""
+
+    def only(self, teachers: Sequence[str]) -> Note:
+        """The note without the other teachers; their weight goes to these in proportion."""
+        chosen = [c.teacher in teachers for c in self.contexts]
+        contexts = tuple(c for c, stays in zip(self.contexts, chosen, strict=True) if stays)
+        if self.mix is None or all(chosen):
+            return replace(self, contexts=contexts)
+        left, whole = self.mix[chosen], float(self.mix.sum())
+        share = left / left.sum() if left.sum() > 0 else np.full_like(left, 1 / max(len(left), 1))
+        return replace(self, contexts=contexts, mix=(whole * share).astype(np.float32))
+
+    def is_silent(self, rollout: Rollout) -> bool:
+        """Whether every trained turn of the rollout has weight 0."""
+        if self.turn_weight is None:
+            return False
+        return not np.any(np.asarray(self.turn_weight)[rollout.target_turns])
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the models said about the targets of one rollout before the update; detached.
+
+    Each is None unless the recipe asked for it in ``measures`` (and the rollout was judged).
+
+    Args:
+        student_logprob: float32 [T] the trainer's log p(target).
+        teacher_logprob: float32 [T, K] log q_k(target), teachers in the order of the note's contexts.
+        teacher_top1: float32 [T, K] largest probability of q_k.
+        teacher_entropy: float32 [T, K] of q_k, nats (of a served teacher: at most this).
+    """
+
+    student_logprob: np.ndarray | None = None
+    teacher_logprob: np.ndarray | None = None
+    teacher_top1: np.ndarray | None = None
+    teacher_entropy: np.ndarray | None = None
+
+
+MEASURES = tuple(field.name for field in fields(Stats))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A whole step as weighers see it: every kept rollout of every process, in one order.
+
+    Args:
+        rollouts: not dropped by their notes; all have targets.
+        notes: one each, without teachers that failed.
+        stats: one each.
+        step: number of the batch; seeds what a weigher chooses at random.
+    """
+
+    rollouts: Sequence[Rollout]
+    notes: Sequence[Note]
+    stats: Sequence[Stats]
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,9 +101,32 @@ class Annotator(Protocol):
 
 
 class Weigher(Protocol):
-    """Pure: rollouts and notes of a whole step -> one signal each."""
+    """Pure: a whole step -> one signal for each of its rollouts, and metrics."""
 
-    def __call__(self, rollouts: Sequence[Rollout], notes: Sequence[Note]) -> list[TokenSignal]: ...
+    def __call__(self, batch: Batch) -> Weighed: ...
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Signals in the order of the batch, and metrics of the whole step."""
+
+    signals: Sequence[TokenSignal]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Schedule(Protocol):
+    """Chooses the data streams of each step."""
+
+    @property
+    def streams(self) -> tuple[str, ...]: ...
+
+    def stream_of(self, prompt: Prompt) -> str:
+        """The stream that a prompt belongs to."""
+        ...
+
+    def shares(self, step: int) -> Mapping[str, float]:
+        """Which share of the prompts of this step (from 0) comes from each stream; sums to 1."""
+        ...
 
 
 class DemonstrationSource(Protocol):
@@ -72,6 +151,12 @@ class Recipe:
         demonstrations: sequences written by teachers to train on instead of the student's own
             rollouts (sequence-level distillation); None samples the student.
         teachers_per_prompt: least number of teachers that every prompt needs.
+        measures: which :class:`Stats` the weighers need.
+        top1_temperature: of the distributions behind ``teacher_top1``.
+        split: makes several training states of each finished rollout, before it is annotated.
+        needs_reward: whether rollouts are graded by the verifier before they are annotated (an
+            episode's reward is its environment's).
+        schedule: which data streams a step draws from; None draws from all data as one.
     """
 
     name: str
@@ -79,16 +164,21 @@ class Recipe:
     weighers: tuple[Weigher, ...]
     demonstrations: DemonstrationSource | None = None
     teachers_per_prompt: int = 1
+    measures: tuple[str, ...] = ()
+    top1_temperature: float = 1.0
+    split: Callable[[Sequence[Rollout], int], list[Rollout]] | None = None
+    needs_reward: bool = False
+    schedule: Schedule | None = None
 
 
-def combine(per_weigher: Sequence[Sequence[TokenSignal]]) -> list[TokenSignal]:
-    """Merge the signals of several weighers, rollout by rollout.
+def combine(per_weigher: Sequence[Weighed]) -> Weighed:
+    """Merge the signals of several weighers, rollout by rollout, and their metrics.
 
     ``kl_weight`` multiplies, the last given ``mix`` replaces, ``advantage`` adds, ``keep`` must
     hold everywhere (the first reason against it is reported).
     """
     merged = []
-    for signals in zip(*per_weigher, strict=True):
+    for signals in zip(*(weighed.signals for weighed in per_weigher), strict=True):
         advantages = [s.advantage for s in signals if s.advantage is not None]
         mixes = [s.mix for s in signals if s.mix is not None]
         merged.append(
@@ -100,7 +190,8 @@ def combine(per_weigher: Sequence[Sequence[TokenSignal]]) -> list[TokenSignal]:
                 reason=next((s.reason for s in signals if not s.keep), ""),
             )
         )
-    return merged
+    metrics = {name: value for weighed in per_weigher for name, value in weighed.metrics.items()}
+    return Weighed(merged, metrics)
 
 
 def route(teachers: Sequence[Teacher], key: str) -> list[Teacher]:
@@ -108,14 +199,16 @@ def route(teachers: Sequence[Teacher], key: str) -> list[Teacher]:
     return [t for t in teachers if not t.keys or key in t.keys]
 
 
-def distill(rollouts: Sequence[Rollout], notes: Sequence[Note]) -> list[TokenSignal]:
+def distill(batch: Batch) -> Weighed:
     """The plain weigher: every target token counts 1 (or its turn's weight), teachers by note."""
-    signals = []
-    for rollout, note in zip(rollouts, notes, strict=True):
-        count = len(rollout.targets)
-        weight = np.ones(count, dtype=np.float32)
-        if note.turn_weight is not None:
-            weight = np.asarray(note.turn_weight, dtype=np.float32)[rollout.target_turns]
-        mix = None if note.mix is None else np.tile(note.mix, (count, 1)).astype(np.float32)
-        signals.append(TokenSignal(kl_weight=weight, mix=mix, keep=not note.drop, reason=note.drop))
-    return signals
+    return Weighed([plain_signal(r, note) for r, note in zip(batch.rollouts, batch.notes, strict=True)])
+
+
+def plain_signal(rollout: Rollout, note: Note) -> TokenSignal:
+    """Divergence weights of one rollout: 1, or the weight of the token's turn."""
+    count = len(rollout.targets)
+    weight = np.ones(count, dtype=np.float32)
+    if note.turn_weight is not None:
+        weight = np.asarray(note.turn_weight, dtype=np.float32)[rollout.target_turns]
+    mix = None if note.mix is None else np.tile(note.mix, (count, 1)).astype(np.float32)
+    return TokenSignal(kl_weight=weight, mix=mix)

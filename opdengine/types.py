@@ -11,7 +11,7 @@ A step turns a :class:`Prompt` into a :class:`Rollout` (exact sampled token ids)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -55,14 +55,18 @@ class Turn:
         logprobs: float32 [T] behaviour log-probabilities of sampled tokens (nats, of the
             distribution that was sampled from), or None for tokens that were not sampled.
         trains: whether these tokens carry loss.
-        feedback: what the environment answered to this turn, for annotators.
+        messages: the chat messages that these tokens stand for (empty for the prompt turn, whose
+            messages are the prompt's, and in single-turn rollouts).
+        info: of an assistant turn: what the environment found out about it
+            (:class:`opdengine.environments.Step`), and ``stop_reason``.
     """
 
     role: str
     token_ids: np.ndarray
     logprobs: np.ndarray | None = None
     trains: bool = False
-    feedback: str | None = None
+    messages: tuple[Message, ...] = ()
+    info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", np.asarray(self.token_ids, dtype=np.int64))
@@ -88,6 +92,9 @@ class Rollout:
         reward: outcome in [0, 1], or None while unknown.
         group: samples of the same prompt in the same step share a group.
         text: the decoded trained text (for debates, judges, verifiers and logs only).
+        trajectory: rollouts that are steps of one episode share it; each holds a prefix of the same
+            token ids, so the engine runs the student over them once. Empty: it stands alone.
+        info: of a whole episode: ``success``, ``score``, and the environment's first observation.
     """
 
     id: str
@@ -98,6 +105,8 @@ class Rollout:
     reward: float | None = None
     group: str = ""
     text: str = ""
+    trajectory: str = ""
+    info: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def token_ids(self) -> np.ndarray:
@@ -246,19 +255,6 @@ class TokenSignal:
     advantage: np.ndarray | None = None
     keep: bool = True
     reason: str = ""
-
-    def only(self, teachers: Sequence[bool]) -> TokenSignal:
-        """The signal without some of its teachers; their weight goes to the others in proportion.
-
-        Args:
-            teachers: K flags, False leaves the teacher out.
-        """
-        if self.mix is None or all(teachers):
-            return self
-        left = self.mix[:, list(teachers)]
-        total, whole = left.sum(axis=1, keepdims=True), self.mix.sum(axis=1, keepdims=True)
-        uniform = np.full_like(left, 1 / max(left.shape[1], 1))
-        return replace(self, mix=whole * np.divide(left, total, out=uniform, where=total > 0))
 
 
 @dataclass(frozen=True)

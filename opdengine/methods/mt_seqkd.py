@@ -17,7 +17,7 @@ import numpy as np
 
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.methods.opd import need_teachers
-from opdengine.recipe import Annotations, Note, Recipe, route
+from opdengine.recipe import Annotations, Batch, Note, Recipe, Weighed, route
 from opdengine.teachers import Teacher
 from opdengine.types import Completion, Failure, Prompt, Request, Rollout, SamplingParams, TokenSignal, Turn
 
@@ -83,20 +83,20 @@ class NoTeacher:
     """No teacher judges; the sequences themselves are the signal."""
 
     async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
-        return Annotations([Note() for _ in rollouts])
+        return Annotations([Note(drop="" if len(r.targets) else r.stop_reason) for r in rollouts])
 
 
-def cross_entropy(rollouts: Sequence[Rollout], notes: Sequence[Note]) -> list[TokenSignal]:
-    """Advantage 1 on every target: maximum likelihood of the teacher's answer, where there is one."""
-    return [
-        TokenSignal(
-            kl_weight=np.zeros(len(r.targets), dtype=np.float32),
-            advantage=np.ones(len(r.targets), dtype=np.float32),
-            keep=len(r.targets) > 0,
-            reason=r.stop_reason,
-        )
-        for r in rollouts
-    ]
+def cross_entropy(batch: Batch) -> Weighed:
+    """Advantage 1 on every target: maximum likelihood of the teacher's answer."""
+    return Weighed(
+        [
+            TokenSignal(
+                kl_weight=np.zeros(len(r.targets), dtype=np.float32),
+                advantage=np.ones(len(r.targets), dtype=np.float32),
+            )
+            for r in batch.rollouts
+        ]
+    )
 
 
 def mt_seqkd(config: TrainConfig) -> Recipe:

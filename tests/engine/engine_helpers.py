@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,11 @@ def make_items(engine: Engine, prompts: Sequence[Prompt]) -> list[Item]:
     """Rollout, annotation and scoring of a step, as the engine does them."""
 
     async def run() -> list[Item]:
-        rollouts, _ = await engine.rollout(prompts)
+        dropped = Counter[str]()
+        rollouts, _ = await engine.rollout(prompts, 0, dropped)
         notes, _ = await engine.annotate(rollouts)
-        kept, signals, _ = engine.weigh(rollouts, notes)
-        return await engine.score(kept, signals, notes)
+        judged = await engine.judge(rollouts, notes, dropped)
+        return engine.weigh(judged, engine.measure(judged), dropped)[0]
 
     return asyncio.run(run())
 

@@ -124,7 +124,7 @@ def test_prompts_beyond_a_teachers_window_are_dropped_and_counted(
 ) -> None:
     engine = make_engine(make_config(models, prompt_file, tmp_path, method="mt_seqkd"))
     small = engine.teachers[1]
-    written = asyncio.run(engine.rollout(prompts))[1]["seqkd/written/small"]
+    written = asyncio.run(engine.rollout(prompts, 0, Counter()))[1]["seqkd/written/small"]
     assert written > 0
     small.backbone.model.config.max_position_embeddings = 20
     engine.recipe.demonstrations._answers.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -373,15 +374,16 @@ def test_no_head_is_called_on_the_training_path(
         raise Refused
 
     async def step() -> None:
-        rollouts, _ = await engine.rollout(prompts[:4])
+        dropped = Counter[str]()
+        rollouts, _ = await engine.rollout(prompts[:4], 0, dropped)
         notes, _ = await engine.annotate(rollouts)
         for model in [engine.student.model, *(t.backbone.model for t in engine.teachers)]:
             model.forward = refuse
             model.get_output_embeddings().forward = refuse
         with pytest.raises(Refused):
             engine.student.model(input_ids=torch.ones(1, 1, dtype=torch.long))
-        kept, signals, _ = engine.weigh(rollouts, notes)
-        items = await engine.score(kept, signals, notes)
+        judged = await engine.judge(rollouts, notes, dropped)
+        items, _ = engine.weigh(judged, engine.measure(judged), dropped)
         before = engine.student.model.get_input_embeddings().weight.clone()
         assert engine.update(items, Tally())["loss"] > 0
         assert not torch.equal(before, engine.student.model.get_input_embeddings().weight)
@@ -438,7 +440,7 @@ def test_a_context_with_other_tokens_than_the_students_is_refused(
     models: Models, prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path
 ) -> None:
     engine = make_engine(make_config(models, prompt_file, tmp_path))
-    rollouts = engine.sample(prompts[:1])
+    rollouts = engine.sample(prompts[:1], 0)
     context = TeacherContext.replace_prompt(rollouts[0], "big", [7, 8, 9])
     assert context.token_ids[:3].tolist() == [7, 8, 9]
     changed = dataclasses.replace(context, token_ids=np.concatenate([context.token_ids[:-1], [3]]))

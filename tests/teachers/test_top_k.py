@@ -16,9 +16,10 @@ from teacher_helpers import Server
 from opdengine.chat import vocabulary_size
 from opdengine.data import load_prompts
 from opdengine.objective import Tally
+from opdengine.recipe import Note
 from opdengine.teachers.endpoint import BadAnswer
 from opdengine.teachers.top_k import read_top_k
-from opdengine.types import TokenSignal, TopK
+from opdengine.types import TeacherContext, TopK
 
 Models = dict[str, str]
 
@@ -192,13 +193,17 @@ def test_a_dead_teacher_behind_a_server_has_the_entropy_of_the_uniform_distribut
 
 
 def test_the_weight_of_a_teacher_that_is_left_out_goes_to_the_others() -> None:
-    mix = np.array([[0.5, 0.3, 0.2], [0.0, 0.0, 1.0]], dtype=np.float32)
-    signal = TokenSignal(np.ones(2, dtype=np.float32), mix)
-    assert signal.only([True, True, True]) is signal
-    found = signal.only([True, True, False]).mix
-    assert found is not None
-    np.testing.assert_allclose(found, [[0.625, 0.375], [0.5, 0.5]], rtol=1e-6)
-    assert TokenSignal(np.ones(2, dtype=np.float32)).only([True, False]).mix is None
+    ids = np.array([1, 2, 3])
+    contexts = tuple(TeacherContext("r", name, ids, np.array([2])) for name in "abc")
+    note = Note(contexts, np.array([0.5, 0.3, 0.2], dtype=np.float32))
+    assert note.only(["a", "b", "c"]).mix is note.mix
+    left = note.only(["a", "b"])
+    assert [c.teacher for c in left.contexts] == ["a", "b"] and left.mix is not None
+    np.testing.assert_allclose(left.mix, [0.625, 0.375], rtol=1e-6)
+    nothing = Note(contexts, np.array([0.0, 0.0, 1.0], dtype=np.float32)).only(["a", "b"]).mix
+    assert nothing is not None
+    np.testing.assert_allclose(nothing, [0.5, 0.5], rtol=1e-6)
+    assert Note(contexts).only(["a"]).mix is None
 
 
 def test_rollouts_of_a_failed_teacher_are_judged_by_the_others(
