@@ -14,6 +14,7 @@ from opdengine.backbone import Backbone, default_device, load_model
 from opdengine.chat import load_tokenizer, require_same_tokenizer, vocabulary_size
 from opdengine.config import ConfigError, TeacherConfig, TrainConfig
 from opdengine.engine import Engine
+from opdengine.environments.setup import open_episodes
 from opdengine.recipe import Recipe
 from opdengine.rollout import Sampler
 from opdengine.teachers.local import LocalTeacher
@@ -89,6 +90,7 @@ def build_engine(config: TrainConfig, recipe: Recipe, tokenizer: Any, checkpoint
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer),
         vocab_size=vocab_size,
+        episodes=open_episodes(config, tokenizer, student.window) if config.environment.name else None,
     )
 
 
@@ -141,7 +143,7 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any) -> Sampler:
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
             seed=config.seed,
-            max_model_len=config.max_prompt_length + config.max_completion_length,
+            max_model_len=_longest(config),
             gpu_memory_utilization=config.vllm_gpu_memory_utilization,
             tensor_parallel_size=config.vllm_tensor_parallel_size,
             enable_sleep_mode=config.vllm_enable_sleep_mode,
@@ -150,6 +152,13 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any) -> Sampler:
     from opdengine.rollout.transformers import TransformersSampler
 
     return TransformersSampler(model, tokenizer, max_batch_tokens=4 * config.max_tokens_per_batch)
+
+
+def _longest(config: TrainConfig) -> int | None:
+    """Most tokens of one sequence of the student; None is the model's window."""
+    if config.environment.name:
+        return config.environment.max_trajectory_tokens
+    return config.max_prompt_length + config.max_completion_length
 
 
 def serve_teachers(config: TrainConfig, tokenizers: Sequence[Any], *, judges: bool) -> dict[str, ServedTeacher]:

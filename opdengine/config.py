@@ -96,6 +96,44 @@ class DebateConfig:
 
 
 @dataclass(frozen=True)
+class EnvironmentConfig:
+    """An environment in which the student acts over many turns, in place of prompts to answer.
+
+    ``max_completion_length`` is then the limit of one turn.
+
+    Args:
+        name: "house" (the built-in world), "search", "recorded", "alfworld", "textworld", "scienceworld",
+            "module:Class" or "file.py:Class"; empty: no environment.
+        options: keywords of the environment's class.
+        train_split: tasks to train on.
+        eval_splits: tasks to evaluate on, such as ["valid_seen", "valid_unseen"].
+        eval_max_tasks: at most this many of each split.
+        eval_temperatures: evaluate once at each; 0 is greedy.
+        max_turns: most turns of the student in an episode.
+        max_trajectory_tokens: an episode ends before a turn that might not fit; default: the
+            student's window.
+        num_environments: episodes that run at a time, each in a process of its own.
+        reset_timeout, step_timeout: seconds after which an environment counts as hanging.
+        max_observation_chars: longer answers end the episode as broken.
+        stop: strings that end a turn.
+    """
+
+    name: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    train_split: str = "train"
+    eval_splits: list[str] = field(default_factory=list)
+    eval_max_tasks: int | None = None
+    eval_temperatures: list[float] = field(default_factory=lambda: [0.0])
+    max_turns: int = 30
+    max_trajectory_tokens: int | None = None
+    num_environments: int = 16
+    reset_timeout: float = 120.0
+    step_timeout: float = 60.0
+    max_observation_chars: int = 100_000
+    stop: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything a run depends on.
 
@@ -118,6 +156,7 @@ class TrainConfig:
         loss_normalization: "token" (mean over all target tokens of the step) or "sequence" (mean
             over rollouts of token means).
         debate: settings of the debate.
+        environment: where the student acts over many turns.
         dtype: of the student's parameters; "auto" keeps the checkpoint's.
         bf16: autocast forward and backward to bfloat16 (parameters keep ``dtype``).
         attn_implementation: "auto" takes flash-attn on a GPU where installed, else SDPA.
@@ -168,8 +207,8 @@ class TrainConfig:
     """
 
     model: str
-    train_data: list[str]
     output_dir: str
+    train_data: list[str] = field(default_factory=list)
     teachers: list[TeacherConfig] = field(default_factory=list)
     method: str = "mad_opd"
     divergence: str | dict[str, str] = "reverse_kl"
@@ -180,6 +219,7 @@ class TrainConfig:
     on_teacher_failure: str = "stop"
     loss_normalization: str = "token"
     debate: DebateConfig = field(default_factory=DebateConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
 
     dtype: str = "auto"
     bf16: bool = False
@@ -329,6 +369,9 @@ def _check_values(config: TrainConfig) -> None:
         "logging_steps",
         "debate.rounds",
         "debate.max_tokens",
+        "environment.max_turns",
+        "environment.num_environments",
+        "environment.max_observation_chars",
     ):
         section, _, name = key.rpartition(".")
         owner = getattr(config, section) if section else config
@@ -353,14 +396,32 @@ def _check_values(config: TrainConfig) -> None:
     need(config.adam_epsilon > 0, "adam_epsilon", "it must be positive")
     need(config.seed >= 0, "seed", "it must not be negative")
     need(config.max_logprob_difference > 0, "max_logprob_difference", "it must be positive")
-    for key in ("save_total_limit", "eval_max_prompts", "workspace_bytes"):
-        value = getattr(config, key)
+    need(config.environment.step_timeout > 0, "environment.step_timeout", "it is a number of seconds")
+    need(config.environment.reset_timeout > 0, "environment.reset_timeout", "it is a number of seconds")
+    need(
+        all(t >= 0 for t in config.environment.eval_temperatures) and bool(config.environment.eval_temperatures),
+        "environment.eval_temperatures",
+        "give at least one; 0 is greedy",
+    )
+    for key in (
+        "save_total_limit",
+        "eval_max_prompts",
+        "workspace_bytes",
+        "environment.eval_max_tasks",
+        "environment.max_trajectory_tokens",
+    ):
+        section, _, name = key.rpartition(".")
+        value = getattr(getattr(config, section) if section else config, name)
         need(value is None or value >= 1, key, "it must be at least 1, or null for no limit")
     for key in ("eval_steps", "save_steps"):
         need(getattr(config, key) >= 0, key, "it must not be negative; 0 is never")
     for i, teacher in enumerate(config.teachers):
         _check_teacher(config, teacher, f"teachers.{i}")
-    need(bool(config.train_data), "train_data", "name at least one file")
+    if config.environment.name:
+        need(not config.train_data, "train_data", "the tasks come from the environment; leave it out")
+        need(not config.eval_data, "eval_data", "use environment.eval_splits")
+    else:
+        need(bool(config.train_data), "train_data", "name at least one file")
 
 
 def _check_teacher(config: TrainConfig, teacher: TeacherConfig, where: str) -> None:

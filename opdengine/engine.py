@@ -353,6 +353,7 @@ class Engine:
             top_p=c.top_p,
             top_k=c.top_k,
             repetition_penalty=c.repetition_penalty,
+            stop=tuple(c.environment.stop),
             n=c.num_generations,
             seed=c.seed,
         )

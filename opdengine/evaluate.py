@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from opdengine.rollout import Sampler
+from opdengine.rollout.episodes import Episodes, Job, episode_metrics
 from opdengine.types import Prompt, Request, SamplingParams
 from opdengine.verifiers import Verifier
 
@@ -51,6 +54,69 @@ class Evaluation:
         if len(keyed) > 1:
             values.update({f"eval/accuracy/{key}": score for key, score in keyed.items()})
         return values
+
+
+def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share; (0, 1) of nothing."""
+    if not count:
+        return 0.0, 1.0
+    share, scale = successes / count, 1 + z * z / count
+    centre = (share + z * z / (2 * count)) / scale
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / scale
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def evaluate_episodes(
+    episodes: Episodes,
+    sampler: Sampler,
+    splits: Mapping[str, Sequence[Prompt]],
+    temperatures: Sequence[float],
+    params: SamplingParams,
+    seed: int = 0,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """One episode per task, split and temperature.
+
+    Args:
+        episodes: plays them.
+        sampler: the policy.
+        splits: tasks by name of their split.
+        temperatures: 0 is greedy; metrics of the others end in "@temperature".
+        params: of a turn; its temperature and seed are replaced.
+        seed: of the environments and of the sampling.
+
+    Returns:
+        Metrics ``eval/<split>/{success, success_low, success_high, score, turns,
+        invalid_action_rate, repeated_action_rate, broken}`` (95 % Wilson interval; broken episodes are
+        left out of all means) and one record per episode for the log.
+    """
+    metrics: dict[str, float] = {}
+    records = []
+    for split, prompts in splits.items():
+        for temperature in temperatures:
+            jobs = [Job(f"{split}.{i}", p, seed=seed * 1_000_003 + i) for i, p in enumerate(prompts)]
+            sampling = replace(params, temperature=temperature, n=1, seed=seed)
+            if temperature == 0:
+                sampling = replace(sampling, top_p=1.0, top_k=0)
+            rollouts, broken = episodes.play(sampler, jobs, sampling)
+            values = {k.removeprefix("episodes/"): v for k, v in episode_metrics(rollouts).items()}
+            successes = sum(bool(r.info["success"]) for r in rollouts)
+            values["success_low"], values["success_high"] = wilson(successes, len(rollouts))
+            values["broken"] = float(sum(broken.values()))
+            suffix = f"@{temperature:g}" if temperature else ""
+            metrics |= {f"eval/{split}/{name}{suffix}": value for name, value in values.items()}
+            records += [
+                {
+                    "split": split,
+                    "temperature": temperature,
+                    "task": r.prompt.id,
+                    "success": r.info["success"],
+                    "score": r.info["score"],
+                    "end": r.stop_reason,
+                    "messages": [dict(m) for t in r.turns for m in t.messages],
+                }
+                for r in rollouts
+            ]
+    return metrics, records
 
 
 def require_answers(prompts: Sequence[Prompt]) -> Sequence[Prompt]:

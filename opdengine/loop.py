@@ -89,7 +89,7 @@ class Loop:
         config = self.engine.config
         try:
             await self.engine.sync()
-            if self.step == 0 and (config.eval_data or self.first):
+            if self.step == 0 and (config.eval_data or config.environment.eval_splits or self.first):
                 self.metrics |= {**(await self._measure(0)), **self.first}
                 self.writer.write(0, self.metrics)
             batches = prepared(self.engine, self.stream, self.step, config.max_steps, config.max_staleness)

@@ -19,7 +19,8 @@ from opdengine.chat import encode_chat, load_tokenizer
 from opdengine.checkpoint import restore_optimizer
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.data import PromptSet, PromptStream, drop_long, load_prompts
-from opdengine.evaluate import evaluate, require_answers
+from opdengine.environments.setup import held_out_tasks, load_tasks
+from opdengine.evaluate import evaluate, evaluate_episodes, require_answers
 from opdengine.loop import Loop
 from opdengine.methods import build_recipe
 from opdengine.metrics import MetricsWriter, write_jsonl
@@ -52,15 +53,19 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     for path in [config.model, *(t.model for t in config.teachers if t.base_url is None)]:
         check_model_path(path)
     folder = RunFolder(config)
-    prompts = load_prompts(config.train_data, skip_bad_rows=config.skip_bad_rows)
-    held_out = _held_out(config)
+    held_out, episodes = _held_out(config), held_out_tasks(config.environment)
+    if config.environment.name:
+        prompts = load_tasks(config.environment, config.environment.train_split)
+    else:
+        prompts = load_prompts(config.train_data, skip_bad_rows=config.skip_bad_rows)
     check_routing(config, recipe, prompts)
     tokenizer = load_tokenizer(
         config.model,
         trust_remote_code=config.trust_remote_code,
         chat_template=config.chat_template,
     )
-    prompts = fit_prompts(config, tokenizer, prompts, held_out)
+    if not config.environment.name:
+        prompts = fit_prompts(config, tokenizer, prompts, held_out)
     stream = PromptStream(prompts, config.seed)
     saved = folder.state
     if saved:
@@ -79,15 +84,26 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     writer = MetricsWriter(folder.path, config.report_to, last_step=start)
 
     def measure(step: int) -> dict[str, float]:
-        if not held_out:
+        if engine.episodes is not None:
+            metrics, rows = evaluate_episodes(
+                engine.episodes,
+                engine.sampler,
+                episodes,
+                config.environment.eval_temperatures,
+                engine.sampling_params(),
+                config.seed,
+            )
+        elif held_out:
+            result = evaluate(engine.sampler, held_out, engine.encode, verifier, config.max_completion_length)
+            metrics = result.metrics()
+            rows = [
+                {"prompt_id": p.id, "score": s, "text": t}
+                for p, s, t in zip(held_out, result.scores.tolist(), result.texts, strict=True)
+            ]
+        else:
             return {}
-        result = evaluate(engine.sampler, held_out, engine.encode, verifier, config.max_completion_length)
-        rows = [
-            {"prompt_id": p.id, "score": s, "text": t}
-            for p, s, t in zip(held_out, result.scores.tolist(), result.texts, strict=True)
-        ]
         write_jsonl(folder.path / "evaluations" / f"step_{step}.jsonl", rows)
-        return result.metrics()
+        return metrics
 
     loop = Loop(
         engine,
@@ -108,6 +124,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     finally:
         writer.close()
         engine.sampler.close()
+        if engine.episodes is not None:
+            engine.episodes.close()
     return TrainResult(folder.path, final, loop.metrics)
 
 

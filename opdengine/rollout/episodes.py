@@ -7,8 +7,9 @@ that was tokenised again.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -94,16 +95,25 @@ class Episodes:
     template_kwargs: Mapping[str, Any]
     max_turns: int
     max_trajectory_tokens: int
-    parse: Any = None
+    parse: Callable[[Message], Message] | None = None
+    _turn: threading.Lock = field(default_factory=threading.Lock)
 
     def play(self, sampler: Sampler, jobs: Sequence[Job], params: SamplingParams) -> tuple[list[Rollout], Counter[str]]:
         """One rollout per job, in order, without those whose environment broke (counted by reason).
+
+        Calls from several threads take turns.
 
         Args:
             sampler: of the policy.
             jobs: episodes to play.
             params: of every turn; ``max_tokens`` is the limit of one turn.
         """
+        with self._turn:
+            return self._play(sampler, jobs, params)
+
+    def _play(
+        self, sampler: Sampler, jobs: Sequence[Job], params: SamplingParams
+    ) -> tuple[list[Rollout], Counter[str]]:
         waiting, finished, broken = deque(jobs), dict[str, Rollout](), Counter[str]()
         running: dict[int, Running] = {}
         version = sampler.policy_version
