@@ -10,8 +10,10 @@ from opdengine.environments.protocol import (
     Step,
     Task,
 )
+from opdengine.environments.registry import ENVIRONMENTS, load_environment
 
 __all__ = [
+    "ENVIRONMENTS",
     "FAILURES",
     "Broken",
     "Environment",
@@ -20,4 +22,5 @@ __all__ = [
     "Observation",
     "Step",
     "Task",
+    "load_environment",
 ]

@@ -1,0 +1,142 @@
+"""What a student's message asks the environment to do; whatever it holds, nothing here raises.
+
+Formats: a bare action; ReAct lines (arXiv 2210.03629); search tags as in SAGE-OPD (arXiv 2606.19659, App. C);
+tool calls in the markup of the Hermes and Qwen chat templates. Thoughts in ``<think>`` are put aside first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from opdengine.chat import text_of
+from opdengine.types import Message
+
+THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
+REACT = re.compile(r"^[ \t]*action[ \t]*:[ \t]*(.*)$", re.IGNORECASE | re.MULTILINE)
+SEARCH = re.compile(r"<action>\s*(search|answer)\s*\[(.*?)\]\s*(?:</action>|$)", re.IGNORECASE | re.DOTALL)
+CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Action:
+    """What to execute, or why there is nothing to execute.
+
+    Args:
+        name: the action's text; for search "search" or "answer"; for a tool call the tool's name.
+        arguments: of a tool call; for search ``{"text": ...}``.
+        failure: "" or a word of :data:`opdengine.environments.FAILURES`.
+    """
+
+    name: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    failure: str = ""
+
+
+def visible_text(message: Message) -> str | None:
+    """The message's text without its thoughts; None if it holds no text or the thought has no end."""
+    try:
+        text = text_of(message.get("content")) if isinstance(message, Mapping) else None
+    except ValueError:
+        return None
+    if text is None:
+        return None
+    text = THINK.sub("", text)
+    if "</think>" in text:  # a template that begins the answer inside the thought
+        text = text.rpartition("</think>")[2]
+    return None if "<think>" in text else text.strip()
+
+
+def plain_action(message: Message) -> Action:
+    """The whole text as one action; more than one line is no action."""
+    text = visible_text(message)
+    if text is None or "\n" in text:
+        return Action(failure="unparseable")
+    return Action(text) if text else Action(failure="empty")
+
+
+def react_action(message: Message) -> Action:
+    """The text behind the first ``Action:``."""
+    text = visible_text(message)
+    if text == "":
+        return Action(failure="empty")
+    found = REACT.search(text or "")
+    action = found.group(1).strip() if found else ""
+    return Action(action) if action else Action(failure="unparseable")
+
+
+def search_action(message: Message) -> Action:
+    """The first ``<action>search[...]</action>`` or ``<action>answer[...]</action>``."""
+    text = visible_text(message)
+    if text == "":
+        return Action(failure="empty")
+    found = SEARCH.search(text or "")
+    if found is None:
+        return Action(failure="unparseable")
+    return Action(found.group(1).lower(), {"text": found.group(2).strip()})
+
+
+def with_tool_calls(message: Message) -> Message:
+    """The message with the calls in its text as ``tool_calls`` (OpenAI's form, arguments as a mapping).
+
+    Text around the calls stays as ``content``. A message in which any call cannot be read is returned as it
+    is, so that the environment sees what was written.
+    """
+    text = visible_text(message)
+    if not text or message.get("tool_calls") or "<tool_call>" not in text:
+        return message
+    calls = [_call(part) for part in CALL.findall(text)]
+    rest = CALL.sub("", text)
+    if not calls or None in calls or "<tool_call>" in rest:
+        return message
+    return {**message, "content": rest.strip(), "tool_calls": [{"type": "function", "function": c} for c in calls]}
+
+
+def tool_action(message: Message) -> Action:
+    """The message's one tool call, from ``tool_calls`` or from its text; several are a "tool_error"."""
+    if not isinstance(message, Mapping):
+        return Action(failure="unparseable")
+    message = with_tool_calls(message)
+    calls = message.get("tool_calls")
+    if not calls:
+        return Action(failure="empty" if visible_text(message) == "" else "unparseable")
+    if not isinstance(calls, (list, tuple)):
+        return Action(failure="unparseable")
+    if len(calls) > 1:
+        return Action(failure="tool_error")
+    function = calls[0].get("function") if isinstance(calls[0], Mapping) else None
+    call = _call(function)
+    return Action(call["name"], call["arguments"]) if call else Action(failure="unparseable")
+
+
+def _call(value: Any) -> dict[str, Any] | None:
+    """``{"name": str, "arguments": dict}`` from JSON text or a mapping; None if it is no call."""
+    if isinstance(value, str):
+        value = _json(value)
+    if not isinstance(value, Mapping):
+        return None
+    name, arguments = value.get("name"), value.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = _json(arguments) if arguments.strip() else {}
+    if not isinstance(name, str) or not name or not isinstance(arguments, Mapping):
+        return None
+    return {"name": name, "arguments": dict(arguments)}
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+FORMATS: dict[str, Callable[[Message], Action]] = {
+    "action": plain_action,
+    "react": react_action,
+    "search": search_action,
+    "tools": tool_action,
+}
+"""The readers by name."""

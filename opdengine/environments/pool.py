@@ -1,0 +1,230 @@
+"""A fixed number of environments, one worker process each, stepped together and replaced when they break."""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import time
+from collections import Counter
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from opdengine.environments.process import WorkerEnded, WorkerProcess
+from opdengine.environments.protocol import Broken, InfrastructureError, Observation, Step, Task
+from opdengine.types import Message
+
+logger = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 5.0
+BYTES_PER_CHARACTER = 16
+REASONS = ("start", "timeout", "crash", "error", "observation_too_long")
+"""Why an answer is :class:`Broken`: no start, no answer in time, process ended, exception, huge observation."""
+
+
+class EnvironmentPool:
+    """Plays one episode in each of its slots.
+
+    A slot's process and its environment object serve episode after episode. Where the environment hangs,
+    crashes, raises or says too much, only that slot's answer is :class:`Broken`: its process is ended with
+    everything that it started, and the next reset of the slot starts another one. Nothing of a worker
+    outlives the pool or the process that owns it. One call at a time.
+
+    Args:
+        name: of the environment, see :func:`opdengine.environments.load_environment`.
+        options: keywords of its constructor. ``network`` (default False) is the pool's own: unless it is
+            true, workers are cut off from the network where the system allows it (see :attr:`isolated`).
+        size: number of slots.
+        step_timeout: seconds for one step.
+        reset_timeout: seconds for one reset.
+        start_timeout: seconds for starting a process and constructing the environment.
+        max_observation_chars: most characters of the messages of one answer, as JSON; a whole answer with its
+            ``info`` may have 16 times as many bytes.
+
+    Raises:
+        InfrastructureError: the environment cannot be started at all; says why.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: Mapping[str, Any] | None = None,
+        size: int = 1,
+        *,
+        step_timeout: float = 60.0,
+        reset_timeout: float = 120.0,
+        start_timeout: float = 120.0,
+        max_observation_chars: int = 100_000,
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"an environment pool of size {size} is not possible; use at least 1")
+        self.name, self.size = name, size
+        self._timeouts = {"step": step_timeout, "reset": reset_timeout, "start": start_timeout}
+        self._characters = max_observation_chars
+        options = dict(options or {})
+        self._config = {
+            "name": name,
+            "network": bool(options.pop("network", False)),
+            "options": options,
+            "max_observation_chars": max_observation_chars,
+        }
+        self._workers: dict[int, WorkerProcess] = {}
+        self._playing: set[int] = set()
+        self._counts: Counter[str] = Counter()
+        self.isolated = True
+        """Whether every worker so far has been cut off from the network."""
+        failed = self._start(range(size))
+        if failed:
+            self.close()
+            raise InfrastructureError(f"environment {name!r} does not start: {next(iter(failed.values())).detail}")
+        if not self.isolated and not self._config["network"]:
+            logger.warning("environment %r can reach the network: this system allows no network namespaces", name)
+
+    def reset(self, jobs: Mapping[int, tuple[int, Task]]) -> dict[int, Observation | Broken]:
+        """Begin an episode in some slots, whatever they did before.
+
+        Args:
+            jobs: slot -> (seed, task).
+        """
+        self._check(jobs)
+        self._playing -= set(jobs)
+        lost = [slot for slot in jobs if slot not in self._workers]
+        self._counts["restarts"] += len(lost)
+        answers: dict[int, Observation | Broken] = dict(self._start(lost))
+        questions = {s: {"reset": [seed, task]} for s, (seed, task) in jobs.items() if s not in answers}
+        for slot, answer in self._ask(questions, "reset").items():
+            if isinstance(answer, Broken):
+                answers[slot] = answer
+                continue
+            start = answer["observation"]
+            answers[slot] = Observation(tuple(start["messages"]), tuple(start["tools"]), start["info"])
+            self._playing.add(slot)
+        return answers
+
+    def step(self, messages: Mapping[int, Message]) -> dict[int, Step | Broken]:
+        """Send one message to each of some slots; all work at the same time.
+
+        Args:
+            messages: slot -> the student's message.
+
+        Raises:
+            ValueError: a slot has no episode: it was not reset, or its episode has ended or broken.
+        """
+        self._check(messages)
+        idle = sorted(set(messages) - self._playing)
+        if idle:
+            raise ValueError(f"slots {idle} of environment {self.name!r} have no episode; reset them first")
+        answers: dict[int, Step | Broken] = {}
+        for slot, answer in self._ask({s: {"step": m} for s, m in messages.items()}, "step").items():
+            if not isinstance(answer, Broken):
+                fields = answer["step"]
+                answer = Step(**{**fields, "messages": tuple(fields["messages"])})
+            answers[slot] = answer
+            if isinstance(answer, Broken) or answer.done:
+                self._playing.discard(slot)
+        return answers
+
+    def counts(self) -> dict[str, float]:
+        """Since this was last asked: restarts, and broken answers by reason; ``isolated`` is 1 or 0."""
+        counts = {name: float(self._counts[name]) for name in ("restarts", *REASONS)}
+        self._counts.clear()
+        return {**counts, "isolated": float(self.isolated)}
+
+    def close(self) -> None:
+        """Let the environments close themselves, then end what is left; safe to call twice."""
+        workers, self._workers, self._playing = self._workers, {}, set()
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for worker in workers.values():
+            worker.say_goodbye()
+        for worker in workers.values():
+            worker.wait(max(deadline - time.monotonic(), 0.0))
+        _end(workers)
+
+    def __enter__(self) -> EnvironmentPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self, slots: Mapping[int, Any]) -> None:
+        unknown = sorted(set(slots) - set(range(self.size)))
+        if unknown:
+            raise ValueError(f"environment pool of size {self.size} has no slots {unknown}")
+
+    def _start(self, slots: Any) -> dict[int, Broken]:
+        """Start workers, no more at once than there are processors; what failed, by slot."""
+        failed: dict[int, Broken] = {}
+        slots, wave = list(slots), max(os.cpu_count() or 1, 2)
+        for first in range(0, len(slots), wave):
+            now = slots[first : first + wave]
+            for slot in now:
+                self._workers[slot] = WorkerProcess(BYTES_PER_CHARACTER * self._characters)
+            for slot, answer in self._ask(dict.fromkeys(now, self._config), "start").items():
+                if isinstance(answer, Broken):
+                    failed[slot] = answer
+                else:
+                    self.isolated &= answer["ready"]["isolated"]
+        return failed
+
+    def _ask(self, questions: Mapping[int, Mapping[str, Any]], kind: str) -> dict[int, Any]:
+        """The answers of all slots; those that broke have lost their worker."""
+        deadline = time.monotonic() + self._timeouts[kind]
+        answers: dict[int, Any] = {}
+        try:
+            with selectors.DefaultSelector() as selector:
+                for slot, question in questions.items():
+                    self._workers[slot].ask(question)
+                    selector.register(self._workers[slot].socket, selectors.EVENT_READ | selectors.EVENT_WRITE, slot)
+                while len(answers) < len(questions):
+                    ready = selector.select(max(deadline - time.monotonic(), 0.0))
+                    for key, events in ready:
+                        answer = self._advance(self._workers[key.data], events)
+                        if answer is not None:
+                            answers[key.data] = answer
+                            selector.unregister(key.fileobj)
+                        elif not self._workers[key.data].sending:
+                            selector.modify(key.fileobj, selectors.EVENT_READ, key.data)
+                    if not ready and time.monotonic() >= deadline:
+                        break
+        except BaseException:
+            _end({slot: self._workers.pop(slot) for slot in questions if slot not in answers})
+            raise
+        late = Broken("timeout", f"no answer to {kind!r} within {self._timeouts[kind]:g} s")
+        answers |= {slot: late for slot in questions if slot not in answers}
+        broken = {slot: answer for slot, answer in answers.items() if isinstance(answer, Broken)}
+        answers |= self._lose(broken)
+        return {slot: answers[slot] for slot in questions}
+
+    @staticmethod
+    def _advance(worker: WorkerProcess, events: int) -> Any:
+        try:
+            if events & selectors.EVENT_WRITE:
+                worker.send()
+            answer = worker.receive() if events & selectors.EVENT_READ else None
+        except WorkerEnded:
+            return Broken("crash", "the environment's process ended")
+        if answer is not None and "broken" in answer:
+            return Broken(*map(str, answer["broken"]))
+        return answer
+
+    def _lose(self, broken: Mapping[int, Broken]) -> dict[int, Broken]:
+        """End the workers of these slots, count why and add what they printed last."""
+        workers = {slot: self._workers.pop(slot) for slot in broken}
+        tails = {slot: worker.tail() for slot, worker in workers.items()}
+        codes = _end(workers)
+        self._counts.update(answer.reason for answer in broken.values())
+        lost = {}
+        for slot, answer in broken.items():
+            code = f" (exit code {codes[slot]})" if answer.reason == "crash" else ""
+            lost[slot] = Broken(answer.reason, f"{answer.detail}{code}{tails[slot]}")
+            logger.warning("environment %r, slot %d: %s: %s", self.name, slot, answer.reason, lost[slot].detail)
+        return lost
+
+
+def _end(workers: Mapping[int, WorkerProcess]) -> dict[int, int | None]:
+    for worker in workers.values():
+        worker.hang_up()
+    return {slot: worker.end() for slot, worker in workers.items()}

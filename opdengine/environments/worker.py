@@ -1,0 +1,103 @@
+"""Inside a worker process: one environment object, questions and answers as lines of JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from opdengine.environments.isolation import leave_network
+from opdengine.environments.protocol import FAILURES, Observation, Step
+from opdengine.environments.registry import load_environment
+
+Answer = dict[str, Any]
+
+
+def serve(channel: int) -> None:
+    """Answer until the owner hangs up.
+
+    The first line is the configuration (``name``, ``options``, ``network``, ``max_observation_chars``); its
+    answer is ``{"ready": {"isolated": bool}}``. Then come ``{"reset": [seed, task]}``, ``{"step": message}`` and
+    ``{"close": null}``; an answer is ``{"observation": ...}``, ``{"step": ...}`` or
+    ``{"broken": [reason, detail]}``.
+
+    Args:
+        channel: file descriptor of the socket to the owner.
+    """
+    with socket.socket(fileno=channel) as owner, owner.makefile("rb") as lines:
+
+        def say(answer: Answer) -> None:
+            owner.sendall(_encode(answer))
+
+        config = json.loads(lines.readline())
+        try:
+            isolated = not config["network"] and leave_network()
+            environment = load_environment(config["name"])(**config["options"])
+        except Exception as error:
+            say(_broken("start", error))
+            return
+        say({"ready": {"isolated": isolated}})
+        for line in lines:
+            request = json.loads(line)
+            if "close" in request:
+                break
+            _start_log_anew()
+            say(_answer(environment, request, config["max_observation_chars"]))
+        environment.close()
+
+
+def _answer(environment: Any, request: Mapping[str, Any], limit: int) -> Answer:
+    answer: Answer
+    try:
+        if "reset" in request:
+            seed, task = request["reset"]
+            answer = {"observation": _plain(environment.reset(seed=seed, task=task), Observation)}
+        else:
+            step = environment.step(request["step"])
+            answer = {"step": _plain(step, Step)}
+            if step.info.get("failure", "") not in ("", *FAILURES):
+                raise ValueError(f"info['failure']={step.info['failure']!r} is none of {FAILURES}")
+        length = sum(len(json.dumps(m, ensure_ascii=False)) for m in next(iter(answer.values()))["messages"])
+    except Exception as error:
+        return _broken("error", error)
+    if length > limit:
+        return {"broken": ["observation_too_long", f"{length} characters; the limit is {limit}"]}
+    return answer
+
+
+def _plain(value: Any, kind: type) -> dict[str, Any]:
+    """The dataclass as JSON data, numpy scalars included.
+
+    Raises:
+        TypeError: it is no ``kind``, or something in it cannot be said in JSON.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"the environment answered with {type(value).__name__}, not {kind.__name__}")
+    return json.loads(json.dumps(vars(value), default=_scalar))  # type: ignore[no-any-return]
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} in an answer of the environment; use plain data")
+
+
+def _encode(answer: Answer) -> bytes:
+    return json.dumps(answer).encode() + b"\n"
+
+
+def _broken(reason: str, error: Exception) -> Answer:
+    trace = "".join(traceback.format_exception(error))[-4000:]
+    return {"broken": [reason, f"{type(error).__name__}: {error}\n{trace}"]}
+
+
+def _start_log_anew() -> None:
+    """Standard output and error go to a file in the worker's folder; it holds the last question's only."""
+    with contextlib.suppress(OSError):
+        os.ftruncate(1, 0)
