@@ -168,7 +168,11 @@ class TrainConfig:
         max_prompt_length: prompts with more tokens are left out and counted.
         skip_bad_rows: leave out malformed rows (counted) instead of refusing the file.
         verifier: how an answer is graded: "exact_match", "numeric", "module:function" or
-            "file.py:function".
+            "file.py:function"; or a mapping from routing key (and "default") to one of these.
+        verifier_timeout: seconds that grading one completion may take; longer counts as failed (score 0).
+        verifier_workers: processes that grade.
+        verifier_allow_unsandboxed: let the "code" verifier run the model's programs where the system offers
+            no isolation; they can then read and delete your files.
         temperature, top_p, top_k, repetition_penalty: how the student is sampled.
         max_completion_length: most new tokens of a rollout.
         num_generations: rollouts per prompt.
@@ -232,7 +236,10 @@ class TrainConfig:
     eval_max_prompts: int | None = None
     max_prompt_length: int = 4096
     skip_bad_rows: bool = False
-    verifier: str = "exact_match"
+    verifier: str | dict[str, str] = "exact_match"
+    verifier_timeout: float = 30.0
+    verifier_workers: int = 4
+    verifier_allow_unsandboxed: bool = False
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -344,6 +351,8 @@ def _check_values(config: TrainConfig) -> None:
     one_of("dtype", DTYPES)
     one_of("vllm_mode", ("colocate", "server"))
     need(config.vllm_response_timeout > 0, "vllm_response_timeout", "it must be positive")
+    need(config.verifier_timeout > 0, "verifier_timeout", "it is a number of seconds")
+    need(config.verifier != {}, "verifier", "map data_sources (and 'default') to verifiers, or name one")
     need(config.max_staleness >= 0, "max_staleness", "0 is strictly in turn")
     need(
         config.max_staleness == 0 or config.use_vllm,
@@ -366,6 +375,7 @@ def _check_values(config: TrainConfig) -> None:
         "max_completion_length",
         "num_generations",
         "max_prompt_length",
+        "verifier_workers",
         "logging_steps",
         "debate.rounds",
         "debate.max_tokens",
@@ -421,7 +431,7 @@ def _check_values(config: TrainConfig) -> None:
         need(not config.train_data, "train_data", "the tasks come from the environment; leave it out")
         need(not config.eval_data, "eval_data", "use environment.eval_splits")
     else:
-        need(bool(config.train_data), "train_data", "name at least one file")
+        need(bool(config.train_data), "train_data", "name at least one file, or an environment")
 
 
 def _check_teacher(config: TrainConfig, teacher: TeacherConfig, where: str) -> None:
