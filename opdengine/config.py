@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from opdengine.errors import ConfigError
+from opdengine.method_settings import AdvantageConfig, CaMOPDConfig, UniOPDConfig
+
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names the key, the value and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,103 @@ class EnvironmentConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """A low-rank adapter instead of the student's own weights (LoRA, arXiv 2106.09685), in peft's names.
+
+    Args:
+        r: rank.
+        lora_alpha: the adapter's output is scaled by ``lora_alpha / r``.
+        lora_dropout: on the adapter's input during the update; the sampler has none.
+        target_modules: "all-linear" (every linear layer but the head), names of layers such as
+            ["q_proj", "v_proj"], or a regular expression.
+        use_rslora: scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732).
+        merge_final: at the end also write the model with the adapter merged in, to ``merged/``.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    merge_final: bool = False
+
+
+@dataclass(frozen=True)
+class OpadConfig:
+    """Which steps of a trajectory become training states (OPAD; arXiv 2605.01347, section 4.4).
+
+    Args:
+        sampling: "all" steps, "uniform" or by "surprise": in proportion to the mean negative log-prob of
+            what the student did there.
+        steps_per_trajectory: how many; None is all.
+    """
+
+    sampling: str = "all"
+    steps_per_trajectory: int | None = None
+
+
+@dataclass(frozen=True)
+class SageConfig:
+    """SAGE-OPD (arXiv 2606.19659, sections 3.3 to 3.5).
+
+    Args:
+        alpha: weight of a turn judged WEAK (equation 7).
+        use_failures: weight 1 without asking where the environment reports a failure.
+        use_judge: ask the teacher about the other turns; off: all have weight 1.
+        use_confidence: multiply with the teacher's mean largest probability (equations 8 to 10).
+        normalization: what N of equation 11 counts: "all_tokens", "active_tokens" (of turns with
+            weight), or "none" for Z = 1.
+        normalization_scope: Z over the whole "batch" (all processes) or over each "trajectory".
+        eps: least denominator of Z.
+        z_max: bound of Z; None is unbounded.
+        judge_temperature, judge_max_tokens: how the teacher is sampled as a judge.
+        judge_fallback: weight where its reply holds no label.
+        judge_history: show it the turns before.
+        judge_next_observation: show it what happened then.
+        judge_prompt: a format string in place of our own, with any of ``{task_type} {task_goal}
+            {last_obs} {admissible} {admissible_count} {llm_text} {history} {next_obs}``.
+        admissible_count: most possible actions shown.
+        confidence_temperature: of the distributions whose largest probability is taken.
+        intervention: "judge"; "random" gives the same weights to other turns, "inverted" the largest to
+            those that got the smallest (controls).
+    """
+
+    alpha: float = 0.5
+    use_failures: bool = True
+    use_judge: bool = True
+    use_confidence: bool = True
+    normalization: str = "all_tokens"
+    normalization_scope: str = "batch"
+    eps: float = 1e-8
+    z_max: float | None = None
+    judge_temperature: float = 0.0
+    judge_max_tokens: int = 1028
+    judge_fallback: float = 1.0
+    judge_history: bool = False
+    judge_next_observation: bool = False
+    judge_prompt: str | None = None
+    admissible_count: int = 30
+    confidence_temperature: float = 1.0
+    intervention: str = "judge"
+
+
+@dataclass(frozen=True)
+class TcodConfig:
+    """Turn curriculum (TCOD; arXiv 2606.19659, equation 25): ``k_start + eta * updates`` first turns."""
+
+    k_start: int = 1
+    eta: float = 1.0
+
+
+@dataclass(frozen=True)
+class EntropyConfig:
+    """Entropy-aware OPD (arXiv 2606.19659, equation 26): weight 1 + ``alpha`` above entropy ``tau`` (nats)."""
+
+    alpha: float = 1.0
+    tau: float = 0.8
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything a run depends on.
 
@@ -143,7 +239,7 @@ class TrainConfig:
             ``messages`` column; optional ``id, tools, answer, data_source``.
         output_dir: where the run is written; an existing run is resumed or refused.
         teachers: the teachers.
-        method: "opd", "mt_opd", "mt_seqkd" or "mad_opd".
+        method: one of :data:`opdengine.methods.METHODS`.
         divergence: one of "reverse_kl", "forward_kl", "jsd", "skew_kl", or a mapping from routing key (and
             "default") to one: the task-adaptive divergence of MAD-OPD, remark 1.
         jsd_beta: weight of the teacher in the middle distribution of the JSD.
@@ -156,9 +252,16 @@ class TrainConfig:
         loss_normalization: "token" (mean over all target tokens of the step) or "sequence" (mean
             over rollouts of token means).
         debate: settings of the debate.
+        advantage: how ``uni_opd`` and ``camopd`` weigh sampled tokens.
+        uni_opd: settings of that method.
+        camopd: settings of that method.
         environment: where the student acts over many turns.
+        opad, sage, tcod, entropy_opd: settings of these methods.
         dtype: of the student's parameters; "auto" keeps the checkpoint's.
         bf16: autocast forward and backward to bfloat16 (parameters keep ``dtype``).
+        lora: train an adapter and leave the student's weights as they are; null trains them all.
+        freeze_head: do not train the output embedding (where it is tied, the input embedding neither);
+            the loss then computes no gradient of it. With ``lora`` it is always frozen.
         attn_implementation: "auto" takes flash-attn on a GPU where installed, else SDPA.
         trust_remote_code: run code that comes with a model.
         chat_template: Jinja text or file in place of the student tokenizer's own.
@@ -223,10 +326,19 @@ class TrainConfig:
     on_teacher_failure: str = "stop"
     loss_normalization: str = "token"
     debate: DebateConfig = field(default_factory=DebateConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    uni_opd: UniOPDConfig = field(default_factory=UniOPDConfig)
+    camopd: CaMOPDConfig = field(default_factory=CaMOPDConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    opad: OpadConfig = field(default_factory=OpadConfig)
+    sage: SageConfig = field(default_factory=SageConfig)
+    tcod: TcodConfig = field(default_factory=TcodConfig)
+    entropy_opd: EntropyConfig = field(default_factory=EntropyConfig)
 
     dtype: str = "auto"
     bf16: bool = False
+    lora: LoRAConfig | None = None
+    freeze_head: bool = False
     attn_implementation: str = "auto"
     trust_remote_code: bool = False
     chat_template: str | None = None
@@ -397,6 +509,11 @@ def _check_values(config: TrainConfig) -> None:
         "num_generations",
         "with temperature 0 all generations are equal: use 1",
     )
+    if config.lora is not None:
+        need(config.lora.r >= 1, "lora.r", "it must be at least 1")
+        need(config.lora.lora_alpha > 0, "lora.lora_alpha", "it must be positive")
+        need(0 <= config.lora.lora_dropout < 1, "lora.lora_dropout", "it lies in [0, 1); 0 is off")
+        need(bool(config.lora.target_modules), "lora.target_modules", "name at least one layer, or 'all-linear'")
     need(config.learning_rate >= 0, "learning_rate", "it must not be negative")
     need(0 <= config.warmup_ratio <= 1, "warmup_ratio", "it is a share between 0 and 1")
     need(config.max_grad_norm > 0, "max_grad_norm", "it must be positive")
@@ -406,6 +523,26 @@ def _check_values(config: TrainConfig) -> None:
     need(config.adam_epsilon > 0, "adam_epsilon", "it must be positive")
     need(config.seed >= 0, "seed", "it must not be negative")
     need(config.max_logprob_difference > 0, "max_logprob_difference", "it must be positive")
+    choices = (
+        ("opad.sampling", config.opad.sampling, ("all", "uniform", "surprise")),
+        ("sage.normalization", config.sage.normalization, ("all_tokens", "active_tokens", "none")),
+        ("sage.normalization_scope", config.sage.normalization_scope, ("batch", "trajectory")),
+        ("sage.intervention", config.sage.intervention, ("judge", "random", "inverted")),
+    )
+    for key, value, possible in choices:
+        need(value in possible, key, f"choose one of {list(possible)}")
+    steps = config.opad.steps_per_trajectory
+    need(steps is None or steps >= 1, "opad.steps_per_trajectory", "it must be at least 1, or null for all")
+    need(0 <= config.sage.alpha <= 1, "sage.alpha", "it lies between SKIP's 0 and STRONG's 1")
+    need(0 <= config.sage.judge_fallback <= 1, "sage.judge_fallback", "it lies between 0 and 1")
+    need(config.sage.eps > 0, "sage.eps", "it must be positive")
+    need(config.sage.judge_max_tokens >= 1, "sage.judge_max_tokens", "it must be at least 1")
+    need(
+        config.sage.confidence_temperature > 0,
+        "sage.confidence_temperature",
+        "at 0 every confidence is 1: set sage.use_confidence to false for that",
+    )
+    need(config.tcod.k_start >= 1, "tcod.k_start", "it must be at least 1")
     need(config.environment.step_timeout > 0, "environment.step_timeout", "it is a number of seconds")
     need(config.environment.reset_timeout > 0, "environment.reset_timeout", "it is a number of seconds")
     need(

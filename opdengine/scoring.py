@@ -105,52 +105,63 @@ class Measurer:
 
     @torch.no_grad()
     def __call__(self, judged: Sequence[Judged], measures: Sequence[str], top1_temperature: float = 1.0) -> list[Stats]:
-        """The wanted :class:`Stats` of every rollout; rollouts without teachers have none."""
-        shown = [item for item in judged if item.targets]
-        student = self._student(shown) if "student_logprob" in measures else {}
-        stats = []
-        for item in judged:
-            if not item.targets:
-                stats.append(Stats())
-                continue
-            columns = [
-                self._teacher(name, targets, item, measures, top1_temperature)
-                for name, targets in zip(item.teachers, item.targets, strict=True)
-            ]
-            stats.append(
-                Stats(
-                    student_logprob=student.get(item.rollout.id),
-                    **{m: np.stack([c[m] for c in columns], axis=1) for m in measures if m != "student_logprob"},
-                )
-            )
-        return stats
+        """The wanted :class:`Stats` of every rollout; rollouts without teachers have none.
 
-    def _student(self, judged: Sequence[Judged]) -> dict[str, np.ndarray]:
-        rollouts = [item.rollout for item in judged]
-        states = self.student.score([r.token_ids for r in rollouts], [r.target_positions for r in rollouts])
-        head = self.student.head
-        return {
-            r.id: self._read(rows, head, r.targets)["teacher_logprob"] for r, rows in zip(rollouts, states, strict=True)
-        }
+        Tokens of turns without weight are left out; their values are 0.
+        """
+        values: list[dict[str, np.ndarray]] = [{} for _ in judged]
+        shown = [i for i, item in enumerate(judged) if item.targets]
+        if "student_logprob" in measures:
+            rollouts = [judged[i].rollout for i in shown]
+            states = self.student.score([r.token_ids for r in rollouts], [r.target_positions for r in rollouts])
+            parts = [(judged[i], rows) for i, rows in zip(shown, states, strict=True)]
+            for i, read in zip(shown, self._read(parts, self.student.head), strict=True):
+                values[i]["student_logprob"] = read["teacher_logprob"]
+        wanted = [measure for measure in measures if measure != "student_logprob"]
+        columns = self._teachers(judged, wanted, top1_temperature) if wanted else {}
+        for i in shown:
+            for measure in wanted:
+                read = [columns[i, name][measure] for name in judged[i].teachers]
+                values[i][measure] = np.stack(read, axis=1)
+        return [Stats(**found) for found in values]
 
-    def _teacher(
-        self, name: str, targets: TeacherTargets, item: Judged, measures: Sequence[str], top1_temperature: float
-    ) -> dict[str, np.ndarray]:
-        if isinstance(targets, TopK):
-            return _read_list(targets, self.vocab_size)
-        values = self._read(targets.states, self.heads[name], item.rollout.targets)
-        if "teacher_top1" in measures and top1_temperature != 1.0:
-            warm = self._read(targets.states, self.heads[name], item.rollout.targets, top1_temperature)
-            values["teacher_top1"] = warm["teacher_top1"]
-        return values
+    def _teachers(
+        self, judged: Sequence[Judged], wanted: Sequence[str], top1_temperature: float
+    ) -> dict[tuple[int, str], dict[str, np.ndarray]]:
+        """What is read off every teacher, by rollout and teacher; one pass over each head."""
+        columns: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+        parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        for i, item in enumerate(judged):
+            for name, targets in zip(item.teachers, item.targets, strict=True):
+                if isinstance(targets, TopK):
+                    columns[i, name] = _read_list(targets, self.vocab_size)
+                else:
+                    parts.setdefault(name, []).append((i, targets.states))
+        for name, members in parts.items():
+            rows = [(judged[i], states) for i, states in members]
+            reads = self._read(rows, self.heads[name])
+            if "teacher_top1" in wanted and top1_temperature != 1.0:
+                warm = self._read(rows, self.heads[name], top1_temperature)
+                reads = [{**r, "teacher_top1": w["teacher_top1"]} for r, w in zip(reads, warm, strict=True)]
+            columns |= {(i, name): read for (i, _), read in zip(members, reads, strict=True)}
+        return columns
 
     def _read(
-        self, states: torch.Tensor, head: Head, labels: np.ndarray, temperature: float = 1.0
-    ) -> dict[str, np.ndarray]:
+        self, parts: Sequence[tuple[Judged, torch.Tensor]], head: Head, temperature: float = 1.0
+    ) -> list[dict[str, np.ndarray]]:
+        """Log-prob of the target, entropy and largest probability [T] of every part, 0 where no turn has weight."""
+        masks = [_has_weight(item) for item, _ in parts]
+        if not any(mask.any() for mask in masks):
+            return [dict.fromkeys(READ, np.zeros(len(mask), dtype=np.float32)) for mask in masks]
+        device = head.weight.device
+        rows = [
+            states[torch.from_numpy(mask).to(states.device)] for (_, states), mask in zip(parts, masks, strict=True)
+        ]
+        labels = np.concatenate([item.rollout.targets[mask] for (item, _), mask in zip(parts, masks, strict=True)])
         output = linear_logprob(
-            states.to(head.weight.device, head.weight.dtype),
+            torch.cat(rows).to(device, head.weight.dtype),
             head.weight.detach(),
-            torch.from_numpy(labels).to(head.weight.device),
+            torch.from_numpy(labels).to(device),
             bias=head.bias,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
@@ -159,12 +170,28 @@ class Measurer:
             workspace_bytes=self.workspace_bytes,
             vocab_size=self.vocab_size,
         )
-        named = {
-            "teacher_logprob": output.logprob,
-            "teacher_entropy": output.entropy,
-            "teacher_top1": output.top1_prob,
-        }
-        return {name: values.float().cpu().numpy() for name, values in named.items()}
+        read = [x.float().cpu().numpy() for x in (output.logprob, output.entropy, output.top1_prob)]
+        ends = np.cumsum([mask.sum() for mask in masks])
+        results = []
+        for mask, end in zip(masks, ends, strict=True):
+            part = {}
+            for name, values in zip(READ, read, strict=True):
+                part[name] = np.zeros(len(mask), dtype=np.float32)
+                part[name][mask] = values[end - mask.sum() : end]
+            results.append(part)
+        return results
+
+
+READ = ("teacher_logprob", "teacher_entropy", "teacher_top1")
+
+
+def _has_weight(item: Judged) -> np.ndarray:
+    """bool [T]: whether the turn of a target has weight."""
+    weight = item.note.turn_weight
+    if weight is None:
+        return np.ones(len(item.rollout.targets), dtype=bool)
+    mask: np.ndarray = np.asarray(weight)[item.rollout.target_turns] != 0
+    return mask
 
 
 def _read_list(targets: TopK, vocabulary: int) -> dict[str, np.ndarray]:

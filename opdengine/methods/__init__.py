@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from opdengine.config import ConfigError, TrainConfig
+from opdengine.methods.agent_baselines import entropy_opd, tcod
 from opdengine.methods.mad_opd import mad_opd
 from opdengine.methods.mt_seqkd import mt_seqkd
+from opdengine.methods.opad import opad
 from opdengine.methods.opd import mt_opd, opd
+from opdengine.methods.sage_opd import sage_opd
 from opdengine.recipe import Recipe
 
 METHODS: dict[str, Callable[[TrainConfig], Recipe]] = {
@@ -15,6 +18,10 @@ METHODS: dict[str, Callable[[TrainConfig], Recipe]] = {
     "mt_opd": mt_opd,
     "mt_seqkd": mt_seqkd,
     "mad_opd": mad_opd,
+    "opad": opad,
+    "sage_opd": sage_opd,
+    "tcod": tcod,
+    "entropy_opd": entropy_opd,
 }
 
 

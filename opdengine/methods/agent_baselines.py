@@ -1,0 +1,71 @@
+"""What SAGE-OPD is compared with beside plain OPD over all turns (arXiv 2606.19659, appendix A).
+
+TCOD trains on the first turns of every trajectory, more of them as training goes on (equation 25).
+Entropy-aware OPD gives more weight to tokens on which the teacher is uncertain (equation 26).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from opdengine.config import ConfigError, TcodConfig, TrainConfig
+from opdengine.methods.opd import PlainContexts, opd
+from opdengine.recipe import Annotations, Batch, Note, Recipe, Weighed, distill
+from opdengine.rollout.episodes import turns_of
+from opdengine.teachers import Teacher
+from opdengine.types import Rollout, TokenSignal
+
+
+class FirstTurns:
+    """Turn weight 1 on the first k = k_start + n * eta turns, n the version that sampled them, else 0."""
+
+    def __init__(self, config: TcodConfig) -> None:
+        self.config = config
+        self.contexts = PlainContexts()
+
+    async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
+        found = await self.contexts.annotate(rollouts, teachers)
+        notes, kept, count = [], 0, 0
+        for rollout, note in zip(rollouts, found.notes, strict=True):
+            limit = int(self.config.k_start + rollout.policy_version * self.config.eta)
+            weight = np.zeros(len(rollout.turns), dtype=np.float32)
+            turns = [index for index, _, _ in turns_of(rollout)]
+            weight[turns[:limit]] = 1.0
+            kept, count = kept + min(limit, len(turns)), count + len(turns)
+            notes.append(Note(note.contexts, note.mix, weight, note.drop))
+        return Annotations(notes, {"tcod/turns_kept": kept / max(count, 1)})
+
+
+class Uncertain:
+    """kl_weight 1 + alpha where the entropy of a teacher (mean over teachers, nats) exceeds tau, else 1."""
+
+    def __init__(self, alpha: float, tau: float) -> None:
+        self.alpha = alpha
+        self.tau = tau
+
+    def __call__(self, batch: Batch) -> Weighed:
+        signals, share = [], []
+        for stats, rollout in zip(batch.stats, batch.rollouts, strict=True):
+            count = len(rollout.targets)
+            entropy = np.zeros(count) if stats.teacher_entropy is None else stats.teacher_entropy.mean(axis=1)
+            share.append(entropy > self.tau)
+            signals.append(TokenSignal((1 + self.alpha * share[-1]).astype(np.float32)))
+        mean = float(np.concatenate(share).mean()) if share else 0.0
+        return Weighed(signals, {"entropy_aware/weighted": mean})
+
+
+def tcod(config: TrainConfig) -> Recipe:
+    """Turn-curriculum OPD, front to back."""
+    if not config.environment.name:
+        raise ConfigError("method 'tcod' needs the turns of an agent; set environment.name")
+    plain = opd(config)
+    return Recipe("tcod", FirstTurns(config.tcod), plain.weighers)
+
+
+def entropy_opd(config: TrainConfig) -> Recipe:
+    """Entropy-aware OPD."""
+    plain = opd(config)
+    weigher = Uncertain(config.entropy_opd.alpha, config.entropy_opd.tau)
+    return Recipe("entropy_opd", plain.annotator, (distill, weigher), measures=("teacher_entropy",))

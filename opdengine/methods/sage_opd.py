@@ -1,0 +1,142 @@
+"""SAGE-OPD: selective turn intervention for agents (arXiv 2606.19659).
+
+Every turn of the student gets a weight s_t = i_t * c_t. The intervention i_t is 1 where the environment
+itself reports a failure (section 3.3), else what the teacher says of the turn: SKIP 0, WEAK alpha,
+STRONG 1 (equation 7). The confidence c_t is the mean over the turn's tokens of the teacher's largest
+probability (equations 8 to 10), read off the distributions that the loss uses anyway. Z = N / sum_t s_t
+|a_t| over the whole batch keeps the mean weight of a token at 1 (equations 11 and 12).
+
+The paper's ablations are settings: ``sage.use_judge``, ``sage.use_confidence``, ``sage.normalization``; the
+controls that it lacks are ``sage.intervention: random | inverted``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from opdengine.config import ConfigError, SageConfig, TrainConfig
+from opdengine.judge import FAILED, Judge, Verdict, turn_metrics
+from opdengine.methods.opd import PlainContexts, need_teachers
+from opdengine.recipe import Annotations, Annotator, Batch, Note, Recipe, Stats, Weighed, plain_signal, route
+from opdengine.rollout.episodes import turns_of
+from opdengine.teachers import Teacher
+from opdengine.types import Rollout, TokenSignal
+
+
+class Intervention:
+    """Turn weights i_t for every rollout, over the contexts of another annotator."""
+
+    def __init__(self, config: SageConfig, contexts: Annotator, seed: int) -> None:
+        self.config = config
+        self.contexts = contexts
+        self.seed = seed
+        self.judge = Judge(config)
+
+    async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
+        found = await self.contexts.annotate(rollouts, teachers)
+        turns = [(i, t) for i, r in enumerate(rollouts) if not found.notes[i].drop for t in turns_of(r)]
+        verdicts: list[Verdict | None] = [
+            FAILED if self.config.use_failures and turn.info.get("failure") else None for _, (_, turn, _) in turns
+        ]
+        if self.config.use_judge:
+            asked = [place for place, verdict in enumerate(verdicts) if verdict is None]
+            queries = [(rollouts[i], *turn) for i, turn in (turns[place] for place in asked)]
+            judges = [route(teachers, rollout.prompt.key)[0] for rollout, *_ in queries]
+            for place, verdict in zip(asked, await self.judge.ask(queries, judges), strict=True):
+                verdicts[place] = verdict
+        final = self._control([v or Verdict("strong", 1.0) for v in verdicts], rollouts)
+        weights = [np.zeros(len(r.turns), dtype=np.float32) for r in rollouts]
+        for (i, (index, _, _)), verdict in zip(turns, final, strict=True):
+            weights[i][index] = verdict.weight
+        notes = [
+            note if note.drop else Note(note.contexts, note.mix, weight)
+            for note, weight in zip(found.notes, weights, strict=True)
+        ]
+        places = [sum(t.role == "assistant" for t in rollouts[i].turns[:index]) for i, (index, _, _) in turns]
+        return Annotations(notes, {**found.metrics, **turn_metrics(final, places)}, found.records)
+
+    def _control(self, verdicts: list[Verdict], rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """The same verdicts on other turns: shuffled, or the heaviest where the lightest were."""
+        if self.config.intervention == "judge" or not verdicts:
+            return verdicts
+        version = max(r.policy_version for r in rollouts)
+        order = np.random.default_rng([self.seed, version]).permutation(len(verdicts))
+        if self.config.intervention == "random":
+            return [verdicts[i] for i in order]
+        ranked = sorted(order, key=lambda i: verdicts[i].weight)  # ties in random order
+        result = list(verdicts)
+        for receiver, giver in zip(ranked, reversed(ranked), strict=True):
+            result[receiver] = verdicts[giver]
+        return result
+
+
+class Selective:
+    """kl_weight = Z s_t on every token of turn t."""
+
+    def __init__(self, config: SageConfig) -> None:
+        self.config = config
+
+    def __call__(self, batch: Batch) -> Weighed:
+        signals = [plain_signal(r, n) for r, n in zip(batch.rollouts, batch.notes, strict=True)]
+        if self.config.use_confidence:
+            signals = [
+                TokenSignal(signal.kl_weight * confidence(rollout, note, stats), signal.mix)
+                for signal, rollout, note, stats in zip(signals, batch.rollouts, batch.notes, batch.stats, strict=True)
+            ]
+        scopes = [list(range(len(signals)))]
+        if self.config.normalization_scope == "trajectory":
+            scopes = [[i] for i in range(len(signals))]
+        factors = np.ones(len(signals))
+        for scope in scopes:
+            factors[scope] = self.factor([signals[i].kl_weight for i in scope])
+        scaled = [
+            TokenSignal((factor * s.kl_weight).astype(np.float32), s.mix)
+            for factor, s in zip(factors, signals, strict=True)
+        ]
+        return Weighed(scaled, {"sage/z": float(factors.mean()) if len(factors) else 0.0})
+
+    def factor(self, weights: Sequence[np.ndarray]) -> float:
+        """Z over some rollouts: 1 where nothing is normalised, 0 where no token has weight."""
+        if self.config.normalization == "none":
+            return 1.0
+        total = sum(float(w.sum(dtype=np.float64)) for w in weights)
+        if total == 0:
+            return 0.0
+        all_tokens = self.config.normalization == "all_tokens"
+        count = sum(len(w) if all_tokens else int((w > 0).sum()) for w in weights)
+        return min(count / max(total, self.config.eps), self.config.z_max or np.inf)
+
+
+def confidence(rollout: Rollout, note: Note, stats: Stats) -> np.ndarray:
+    """float32 [T]: c_t of each token's turn, the mean over its tokens of the teachers' largest probability."""
+    if stats.teacher_top1 is None:  # no turn has weight: no teacher was asked
+        return np.zeros(len(rollout.targets), dtype=np.float32)
+    top1 = stats.teacher_top1.astype(np.float64)
+    mix = np.full(top1.shape[1], 1 / top1.shape[1]) if note.mix is None else note.mix / note.mix.sum()
+    turns, per_token = rollout.target_turns, top1 @ mix
+    counts = np.maximum(np.bincount(turns), 1)
+    means: np.ndarray = np.bincount(turns, weights=per_token) / counts
+    return means[turns].astype(np.float32)
+
+
+def sage_opd(config: TrainConfig) -> Recipe:
+    """Selective turn intervention with one teacher per prompt."""
+    need_teachers(config, 1)
+    if not config.environment.name:
+        raise ConfigError("method 'sage_opd' weighs the turns of an agent; set environment.name")
+    if config.loss_normalization != "token":
+        raise ConfigError(
+            f"loss_normalization={config.loss_normalization!r} is not possible with method 'sage_opd', whose Z "
+            "is a token mean; use 'token'"
+        )
+    sage = config.sage
+    measures = ("teacher_top1",) if sage.use_confidence else ()
+    return Recipe(
+        "sage_opd",
+        Intervention(sage, PlainContexts(), config.seed),
+        (Selective(sage),),
+        measures=measures,
+        top1_temperature=sage.confidence_temperature,
+    )
