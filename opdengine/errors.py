@@ -1,10 +1,14 @@
-"""Errors that end a run which can go on later: nothing is wrong with what was learned so far."""
+"""Errors of the whole package; each message names the remedy."""
 
 from __future__ import annotations
 
 
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key, the value and the remedy."""
+
+
 class ServiceError(RuntimeError):
-    """A process or server that the run depends on failed; the message names the remedy."""
+    """A process or server that the run depends on failed; what was learned so far is whole."""
 
 
 class VLLMMissingError(ImportError):
