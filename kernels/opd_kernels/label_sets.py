@@ -76,14 +76,15 @@ class LabelSets:
             return labels, torch.ones_like(labels, dtype=torch.bool)
         return self.shards.localise(labels)
 
-    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(log-probs [N, L], entropy [N], log-mass of the tail [N], log sum exp [N]); the tail is
-        NaN when it is not asked for. One all-gather per chunk with ``shards``."""
+    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(log-probs [N, L], entropy [N], log-mass of the tail [N], log sum exp [N], largest
+        probability [N]); the tail is NaN when it is not asked for. One all-gather per chunk with
+        ``shards``."""
         rows, width = self.labels.shape
         workspace, like, tile_rows = self._workspace(rows, Wants())
         ops = TorchRowOps(tile_rows, self.head.vocab, like)
         logprob = workspace.z.new_empty(rows, width)
-        entropy, tail, lse = workspace.z.new_full((3, rows), math.nan)
+        entropy, tail, lse, top1_prob = workspace.z.new_full((4, rows), math.nan)
         for start, stop in spans(rows, workspace.plan.chunk_rows):
             z = workspace.z[: stop - start]
             ops.write_logits(self.head, self.head.hidden[start:stop], z, workspace.tile)
@@ -94,6 +95,7 @@ class LabelSets:
             parts = parts.unpack(gathered)
             merged = Merged.of(parts)
             lse[start:stop], entropy[start:stop] = merged.lse, merged.entropy(parts)
+            top1_prob[start:stop] = merged.top1_prob()
             if parts.label is not None:
                 tail[start:stop] = torch.logsumexp(parts.label + merged.log_mass, 0)
             known = torch.stack(gathered, 2) + merged.log_mass[:, :, None]
@@ -101,7 +103,7 @@ class LabelSets:
                 logprob[start:stop] = known[0]
             else:
                 logprob[start:stop] = known.gather(0, self.shards.owner(self.labels[start:stop])[None])[0]
-        return logprob, entropy, tail, lse
+        return logprob, entropy, tail, lse, top1_prob
 
     def _sweep(self, ops: TorchRowOps, z: Tensor, labels: Tensor) -> tuple[Partials, Tensor]:
         """This shard's partials, the log-mass of its tail as ``label``, and its log-probs [c, L] of
@@ -233,18 +235,20 @@ GradientWriter = Callable[[Tensor, Tensor, Tensor | None, _Rows, Upstream, Tenso
 class SingleLabel(LabelSets):
     """One label per row [N, 1], no tail, no shards: the row operations of ``impl``."""
 
-    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         rows = self.labels.shape[0]
         workspace, like, tile_rows = self._workspace(rows, Wants())
         ops = make_row_ops(self.impl, tile_rows, self.head.vocab, like)
-        out = workspace.z.new_empty(3, rows)
+        out = workspace.z.new_empty(4, rows)
         for start, stop in spans(rows, workspace.plan.chunk_rows):
             z = workspace.z[: stop - start]
             ops.write_logits(self.head, self.head.hidden[start:stop], z, workspace.tile)
             student = ops.student_rows(self.head, z, self.labels[start:stop, 0], True, joint=False)
-            for target, values in zip(out, (student.logprob, student.entropy, student.lse), strict=True):
+            found = (student.logprob, student.entropy, student.lse, student.log_sum)
+            for target, values in zip(out, found, strict=True):
                 target[start:stop] = values
-        return out[0][:, None], out[1], torch.full_like(out[1], math.nan), out[2]
+        logprob, entropy, lse, log_sum = out
+        return logprob[:, None], entropy, torch.full_like(entropy, math.nan), lse, log_sum.neg_().exp_()
 
     def _writer(self, tile_rows: int, like: Tensor) -> GradientWriter:
         head = self.head

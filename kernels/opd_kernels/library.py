@@ -99,7 +99,7 @@ def run_divergence_backward(given: Arguments) -> list[Tensor]:
 
 
 def run_logprob(given: Arguments) -> list[Tensor]:
-    """[log-probs [N, L], entropy, log-mass of the tail, log sum exp]."""
+    """[log-probs [N, L], entropy, log-mass of the tail, log sum exp, largest probability]."""
     with no_autocast(given["hidden"].device):
         # Outputs of a custom op must not share storage.
         return [x.clone() for x in logprob_call_of(given).forward()]
@@ -108,7 +108,7 @@ def run_logprob(given: Arguments) -> list[Tensor]:
 def fake_logprob(given: Arguments) -> list[Tensor]:
     hidden, labels, dtype = given["hidden"], given["labels"], compute_dtype(given)
     rows, width = hidden.shape[0], labels.shape[1] if labels.dim() == 2 else 1
-    return [hidden.new_empty(rows, width, dtype=dtype), *(hidden.new_empty(rows, dtype=dtype) for _ in range(3))]
+    return [hidden.new_empty(rows, width, dtype=dtype), *(hidden.new_empty(rows, dtype=dtype) for _ in range(4))]
 
 
 def run_logprob_backward(given: Arguments) -> list[Tensor]:
@@ -184,7 +184,7 @@ def divergence_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple:
 def logprob_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.wants, ctx.dtypes = inputs[-1], [None if x is None else x.dtype for x in inputs[:3]]
-    ctx.arguments = Saved([*output[1:], *inputs])
+    ctx.arguments = Saved([*output[1:4], *inputs])
     ctx.save_for_backward(*ctx.arguments.tensors)
 
 
@@ -224,7 +224,7 @@ def logprob(
     given["group_name"], given["wants"] = name_of(options["group"]), [wants.hidden, wants.weight, wants.bias]
     out = linear_logprob_op(*[given[name] for name in names_of(LOGPROB)])
     values = out[0] if labels.dim() == 2 else out[0][:, 0]
-    return LogprobOutput(values, out[1], out[2] if options["tail"] else None)
+    return LogprobOutput(values, out[1], out[4].detach(), out[2] if options["tail"] else None)
 
 
 def flat(student: StudentArguments, teachers: Sequence[TeacherHead], options: dict[str, Any]) -> Arguments:

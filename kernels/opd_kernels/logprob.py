@@ -141,7 +141,8 @@ def linear_logprob(
             ``bias``, as in ``linear_divergence``; labels are global ids.
 
     Returns:
-        ``LogprobOutput`` with ``logprob`` of the shape of ``labels``, ``entropy`` [N] and ``tail``
+        ``LogprobOutput`` with ``logprob`` of the shape of ``labels``, ``entropy`` [N], ``top1_prob``
+        [N] (the largest probability of a row, detached: no gradient flows through it) and ``tail``
         [N] or None, float32 (float64 for float64 inputs). A tail of no column is -inf.
 
     Raises:
@@ -167,8 +168,8 @@ def linear_logprob(
         from .reference import reference_logprob
 
         return reference_logprob(call.head, labels, tail)
-    logprob, entropy, mass = _LinearLogprob.apply(hidden, weight, bias, call, wants)
-    return LogprobOutput(logprob if labels.dim() == 2 else logprob[:, 0], entropy, mass if tail else None)
+    logprob, entropy, mass, top1_prob = _LinearLogprob.apply(hidden, weight, bias, call, wants)
+    return LogprobOutput(logprob if labels.dim() == 2 else logprob[:, 0], entropy, top1_prob, mass if tail else None)
 
 
 def prepare_logprob(
@@ -204,19 +205,21 @@ def prepare_logprob(
 
 
 class _LinearLogprob(torch.autograd.Function):
-    """(log-probs [N, L], entropy [N], log-mass of the tail [N]) of ``call``."""
+    """(log-probs [N, L], entropy [N], log-mass of the tail [N], largest probability [N]) of ``call``;
+    the last is not differentiable."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LabelSets, wants: Wants
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with no_autocast(hidden.device):
-            logprob, entropy, tail, lse = call.forward()
+            logprob, entropy, tail, lse, top1_prob = call.forward()
         ctx.call, ctx.wants = call, wants
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(hidden, weight, bias, entropy, tail, lse)
+        ctx.mark_non_differentiable(top1_prob)
         ctx.set_materialize_grads(False)
-        return logprob, entropy, tail
+        return logprob, entropy, tail, top1_prob
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -226,6 +229,6 @@ class _LinearLogprob(torch.autograd.Function):
         hidden, weight, bias, entropy, tail, lse = ctx.saved_tensors
         call: LabelSets = replace(ctx.call, head=ctx.call.head.with_tensors(hidden, weight, bias))
         with no_autocast(hidden.device):
-            gradients = Upstream.of(*upstream, like=call.labels, dtype=entropy.dtype)
+            gradients = Upstream.of(*upstream[:3], like=call.labels, dtype=entropy.dtype)
             outcome = call.backward(entropy, tail, lse, gradients, ctx.wants)
         return *cast_gradients(ctx, outcome), None, None

@@ -55,7 +55,8 @@ def reference_divergence(problem: Problem) -> DivergenceOutput:
 
 
 def reference_logprob(head: Head, labels: Tensor, tail: bool = False) -> LogprobOutput:
-    """log p(label), entropy and the log-mass of all other columns, differentiable by autograd."""
+    """log p(label), entropy and the log-mass of all other columns, differentiable by autograd, and
+    the largest probability, detached."""
     every = torch.arange(labels.shape[0], device=labels.device)
     dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
     logp = log_probs(head, every, dtype)
@@ -63,7 +64,8 @@ def reference_logprob(head: Head, labels: Tensor, tail: bool = False) -> Logprob
     logprob, entropy = logp.gather(1, columns), -(logp.exp() * logp).sum(1)
     others = torch.ones_like(logp, dtype=torch.bool).scatter_(1, columns, False)
     mass = torch.where(others, logp, -math.inf).logsumexp(1) if tail else None
-    return LogprobOutput(logprob if labels.dim() == 2 else logprob[:, 0], entropy, mass)
+    top1_prob = logp.detach().amax(1).exp()
+    return LogprobOutput(logprob if labels.dim() == 2 else logprob[:, 0], entropy, top1_prob, mass)
 
 
 def log_probs(head: Head, rows: Tensor, dtype: torch.dtype) -> Tensor:

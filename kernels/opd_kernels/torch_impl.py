@@ -24,19 +24,23 @@ from .types import STATS_ONLY, Head, Rule
 
 @dataclass
 class StudentRows:
-    """Per-row results of the student, [c] in the compute dtype. The last three only with
-    ``full``."""
+    """Per-row results of the student, [c] in the compute dtype; all but ``lse`` only with ``full``.
+
+    ``log_sum`` is log sum exp(logit - largest logit), minus the log of the largest probability.
+    """
 
     lse: Tensor
     entropy: Tensor | None = None
     top1: Tensor | None = None
     logprob: Tensor | None = None
+    log_sum: Tensor | None = None
 
     def part(self, start: int, stop: int) -> StudentRows:
         def cut(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[start:stop]
 
-        return StudentRows(self.lse[start:stop], cut(self.entropy), cut(self.top1), cut(self.logprob))
+        others = (self.entropy, self.top1, self.logprob, self.log_sum)
+        return StudentRows(self.lse[start:stop], *map(cut, others))
 
 
 @dataclass
@@ -77,19 +81,21 @@ class TorchRowOps:
         write_logits(head, hidden, out, tile)
 
     def student_rows(self, head: Head, z: Tensor, labels: Tensor | None, full: bool, joint: bool) -> StudentRows:
-        """Normalise ``z`` [c, V]; ``labels`` [c] int64; ``full`` adds entropy, arg max and label
-        log-prob.
+        """Normalise ``z`` [c, V]; ``labels`` [c] int64; ``full`` adds the other fields of
+        ``StudentRows``.
 
         With ``joint``, ``teacher_rows`` or ``mixture_rows`` follows for every row, and the results
         may be empty until then.
         """
         out = StudentRows(z.new_empty(z.shape[0]))
         if full:
-            out.entropy, out.top1 = z.new_empty(z.shape[0]), torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
+            out.entropy, out.log_sum = z.new_empty(2, z.shape[0])
+            out.top1 = torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
         for rows, s1, s2, _ in self.tiles(z.shape[0]):
             x = z[rows]
-            out.lse[rows] = _normalise(x, s1)[0]
+            out.lse[rows], log_sum = _normalise(x, s1)
             if full:
+                out.log_sum[rows] = log_sum  # type: ignore[index]
                 torch.exp(x, out=s1)
                 out.entropy[rows] = dot(s1, x, s2).neg_()  # type: ignore[index]
                 out.top1[rows] = x.argmax(1)  # type: ignore[index]

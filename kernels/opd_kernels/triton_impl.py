@@ -55,6 +55,7 @@ class TritonRows(StudentRows):
             entropy=table[int(layout.ENTROPY)] if full else None,
             top1=table[int(layout.ARGMAX)] if full else None,
             logprob=table[int(layout.LOGPROB)] if full and labels else None,
+            log_sum=table[int(layout.LOG)] if full else None,
             table=table,
             pending=pending,
         )

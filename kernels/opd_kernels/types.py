@@ -117,16 +117,18 @@ class DivergenceOutput:
 
 @dataclass(frozen=True)
 class LogprobOutput:
-    """Result of ``linear_logprob``, differentiable, in nats.
+    """Result of ``linear_logprob``, in nats; differentiable but for ``top1_prob``.
 
     Attributes:
         logprob: [N] or [N, L] log p(label).
         entropy: [N].
+        top1_prob: [N] detached largest probability of the row, at the temperature of the call.
         tail: [N] log of the probability outside a row's labels; None unless asked for.
     """
 
     logprob: Tensor
     entropy: Tensor
+    top1_prob: Tensor
     tail: Tensor | None = None
 
 

@@ -137,6 +137,9 @@ class Merged:
         log_sum = shifted.exp().sum(0).log()
         return cls(shifted - log_sum, top + log_sum, log_sum)
 
+    def top1_prob(self) -> Tensor:
+        return (-self.log_sum).exp()
+
     def entropy(self, parts: Partials) -> Tensor:
         assert parts.entropy is not None
         return (self.log_mass.exp() * (parts.entropy - self.log_mass)).sum(0)
@@ -294,7 +297,7 @@ class _ShardedPass:
         if self.one_sweep and self.kind in out:
             out["value"] = out[self.kind]
         if parts.argmax is not None:
-            out["entropy"], out["top1_prob"] = q.entropy(parts), (-q.log_sum).exp()
+            out["entropy"], out["top1_prob"] = q.entropy(parts), q.top1_prob()
             out["agreement"] = (arg_max(parts) == arg_max(everyone[0])).to(q.lse.dtype)
         if labels is not None:
             out["logprob"] = q.label(parts, self.shards.owner(labels))

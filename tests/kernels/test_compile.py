@@ -98,8 +98,10 @@ def test_logprob(make_case, several):
 
     def call(hidden, weight):
         out = linear_logprob(hidden * 1.5, weight, labels, tail=several, temperature=0.8)
+        assert not out.top1_prob.requires_grad
         tail = out.tail if several else out.entropy
-        return out.logprob.sum() + (out.entropy * tail).sum(), out.logprob, out.entropy, tail
+        loss = out.logprob.sum() + (out.entropy * tail * out.top1_prob).sum()
+        return loss, out.logprob, out.entropy, tail, out.top1_prob
 
     assert_same(call, case.student)
 

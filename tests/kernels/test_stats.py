@@ -113,6 +113,38 @@ def test_linear_logprob_equals_reference(make_case, options, use):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 2.5])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("form", ["single", "several", "tail"])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_top1_prob_by_hand(make_case, temperature, softcap, form, impl):
+    """The largest probability of a float64 softmax; columns beyond ``vocab_size`` are larger and do not count."""
+    case = make_case()
+    weight = case.weight.detach().clone()
+    weight[30:] = 50.0 * case.hidden.detach()[0].sign()
+    bias = torch.linspace(-1, 1, 37, dtype=torch.float64)
+    bias[2] = -torch.inf
+    logits = 1.3 * (case.hidden.detach() @ weight[:30].t() + bias[:30])
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    labels = case.labels % 27 + 3
+    out = linear_logprob(
+        case.hidden,
+        weight.requires_grad_(),
+        labels if form == "single" else torch.stack((labels, labels.flip(0)), 1),
+        bias=bias,
+        softcap=softcap,
+        logit_scale=1.3,
+        temperature=temperature,
+        vocab_size=30,
+        tail=form == "tail",
+        impl=impl,
+        workspace_bytes=SMALL,
+    )
+    torch.testing.assert_close(out.top1_prob, torch.softmax(logits / temperature, 1).amax(1))
+    assert out.logprob.requires_grad
+    assert not out.top1_prob.requires_grad
+
+
 def test_linear_logprob_gradcheck(make_case):
     case = make_case(rows=4, vocab=7, width=3)
 
@@ -130,6 +162,8 @@ def test_linear_logprob_in_half_precision(make_case):
     got = linear_logprob(*case.student, case.labels)
     want = linear_logprob(*exact.student, case.labels, impl="reference")
     torch.testing.assert_close(got.logprob.double(), want.logprob, rtol=1e-5, atol=1e-5)
+    assert got.top1_prob.dtype == torch.float32
+    torch.testing.assert_close(got.top1_prob.double(), want.top1_prob, rtol=1e-5, atol=0)
     mine = torch.autograd.grad(got.logprob.sum(), case.student)
     theirs = torch.autograd.grad(want.logprob.sum(), exact.student)
     for a, b in zip(mine, theirs, strict=True):

@@ -248,7 +248,9 @@ def test_logprob(entropy, softcap):
         up = torch.linspace(-1.0, 1.5, case.hidden.shape[0], dtype=out.logprob.dtype, device=DEVICE)
         up[2] = 0.0
         loss = (up * out.logprob).sum() + ((0.3 * up * out.entropy).sum() if entropy else 0.0)
-        return [out.logprob.detach(), out.entropy.detach(), *torch.autograd.grad(loss, case.inputs())]
+        assert not out.top1_prob.requires_grad
+        gradients = torch.autograd.grad(loss, case.inputs())
+        return [out.logprob.detach(), out.entropy.detach(), out.top1_prob, *gradients]
 
     assert_close(call(case, "triton"), call(case.double(), "reference"))
 

@@ -227,7 +227,8 @@ def check_logprob(splits):
                     grads = torch.autograd.grad(total, leaves)
                 assert calls["all_reduce"] == (1 if group else 0), "dX alone"
                 assert not group or calls["all_gather"] > 2, "a header, and one for each of several chunks"
-                outputs.append([x.detach() for x in values])
+                assert not out.top1_prob.requires_grad
+                outputs.append([*(x.detach() for x in values), out.top1_prob])
                 gradients.append(list(grads) if group else world.local(grads))
             same(*outputs, f"linear_logprob {split}", rtol=1e-11, atol=1e-12)
             same(*gradients, f"gradient of linear_logprob {split}", rtol=1e-11, atol=1e-12)
