@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from opdengine.chat import plain_message
 from opdengine.types import Prompt
+
+if TYPE_CHECKING:
+    from opdengine.recipe import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +198,62 @@ class PromptStream:
 
     def _permutation(self) -> np.ndarray:
         return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.prompts))
+
+
+class ScheduledStream:
+    """Batches from several streams in the shares that a schedule asks for, each stream in its own order.
+
+    Args:
+        prompts: what to draw from.
+        seed: of the orders.
+        schedule: names the streams and their shares at each step.
+
+    Raises:
+        DataError: a stream has no prompt.
+    """
+
+    def __init__(self, prompts: PromptSet, seed: int, schedule: Schedule) -> None:
+        parts: dict[str, list[Prompt]] = {name: [] for name in schedule.streams}
+        for prompt in prompts.prompts:
+            parts[schedule.stream_of(prompt)].append(prompt)
+        if empty := [name for name, part in parts.items() if not part]:
+            raise DataError(
+                f"no prompt belongs to the stream {empty[0]!r} (data_source is one of {list(prompts.keys)}); add such "
+                "prompts, or name other keys in the method's settings"
+            )
+        self.schedule = schedule
+        self.step = 0
+        self.streams = {name: PromptStream(PromptSet(tuple(part), {}), seed) for name, part in parts.items()}
+
+    def next(self, count: int) -> list[Prompt]:
+        """The ``count`` prompts of the next step, stream by stream; counts are rounded by largest remainder."""
+        shares = self.schedule.shares(self.step)
+        wanted = {name: count * shares.get(name, 0.0) for name in self.streams}
+        counts = {name: math.floor(x + 1e-9) for name, x in wanted.items()}
+        by_remainder = sorted(wanted, key=lambda name: counts[name] - wanted[name])
+        for name in by_remainder[: count - sum(counts.values())]:
+            counts[name] += 1
+        self.step += 1
+        return [prompt for name, stream in self.streams.items() for prompt in stream.next(counts[name])]
+
+    def state_dict(self) -> dict[str, Any]:
+        streams = {name: stream.state_dict() for name, stream in self.streams.items()}
+        return {"step": self.step, "streams": streams}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where a run stopped.
+
+        Raises:
+            DataError: the streams, their data or the seed are not those of that run.
+        """
+        if sorted(state.get("streams", ())) != sorted(self.streams):
+            raise DataError(
+                f"the checkpoint was written with the data streams {sorted(state.get('streams', ()))}, now there are "
+                f"{sorted(self.streams)}; resume with the same method, or start a new run"
+            )
+        for name, stream in self.streams.items():
+            stream.load_state_dict(state["streams"][name])
+        self.step = state["step"]
 
 
 def _check(row: Any, default_id: str) -> tuple[str | None, Prompt | None]:

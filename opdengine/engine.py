@@ -149,6 +149,12 @@ class Engine:
             stats = await self.beside(self.measure, judged)
         items, found = self.weigh(judged, stats, dropped, prepared.number)
         tally = Tally()
+        if not any(np.any(item.kl_weight) for item in items):
+            for item, known in zip(judged, stats, strict=True):
+                tally.add_measured(item.teachers, item.rollout, known)
+        if self.recipe.inspector is not None:
+            with clock("inspect"):
+                metrics |= await self.recipe.inspector(self, judged, stats, items, prepared.number)
         with clock("update"):
             metrics |= found | await self.beside(self.update, items, tally)
         metrics |= self.summarise(prepared.rollouts, items, tally, dropped)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opdengine.checkpoint import list_checkpoints, save_checkpoint
-from opdengine.data import PromptStream
+from opdengine.data import PromptStream, ScheduledStream
 from opdengine.engine import Engine, Prepared, StepResult
 from opdengine.errors import ServiceError
 from opdengine.metrics import MetricsWriter, write_jsonl
@@ -28,7 +28,7 @@ RESUMABLE = (ServiceError, TeacherError, ProbeError, FloatingPointError)
 
 
 async def prepared(
-    engine: Engine, stream: PromptStream, start: int, stop: int, ahead: int
+    engine: Engine, stream: PromptStream | ScheduledStream, start: int, stop: int, ahead: int
 ) -> AsyncGenerator[tuple[int, Prepared, dict[str, Any]], None]:
     """Batches ``start + 1`` to ``stop`` in order, with up to ``ahead`` more in preparation.
 
@@ -70,7 +70,7 @@ class Loop:
     """
 
     engine: Engine
-    stream: PromptStream
+    stream: PromptStream | ScheduledStream
     folder: Path
     writer: MetricsWriter
     measure: Callable[[int], dict[str, float]]

@@ -16,6 +16,7 @@ import torch
 
 from opd_kernels import LogprobOutput, TeacherHead, TokenStats, linear_divergence, linear_logprob, topk_divergence
 from opdengine.backbone import Head
+from opdengine.recipe import Stats
 from opdengine.types import Hidden, Rollout, TeacherTargets, TokenSignal, TopK
 
 
@@ -177,9 +178,9 @@ class Objective:
             # index_select copies; the common case of one group needs none.
             part = hidden if len(rows) == len(hidden) else hidden.index_select(0, rows)
             chosen = [items[i] for i in members]
-            if teachers:
+            if teachers and any(np.any(item.kl_weight) for item in chosen):
                 loss = loss + self._divergence(part, head, chosen, divergence, tally)
-            if any(item.advantage is not None for item in chosen):
+            if any(item.advantage is not None and np.any(item.advantage) for item in chosen):
                 loss = loss + self._advantage(part, head, chosen, tally)
         return loss
 
@@ -306,13 +307,19 @@ class Objective:
         return loss
 
     def _advantage(self, hidden: torch.Tensor, head: Head, items: Sequence[Item], tally: Tally | None) -> torch.Tensor:
-        logprob = self._logprob(hidden, head, _labels(items, hidden.device)).logprob
-        weights = [
-            item.advantage if item.advantage is not None else np.zeros(len(item.rollout.targets)) for item in items
-        ]
+        """Sum of -advantage * log p(target); only tokens that have an advantage go through the head."""
+        device = hidden.device
+        weights = _tensor(
+            [i.advantage if i.advantage is not None else np.zeros(len(i.rollout.targets)) for i in items], device
+        )
+        labels = _labels(items, device)
+        if not bool((weights != 0).all()):
+            rows = weights.nonzero().squeeze(1)
+            hidden, labels, weights = hidden.index_select(0, rows), labels[rows], weights[rows]
+        logprob = self._logprob(hidden, head, labels).logprob
         if tally is not None:
-            tally.add_logprob(items, logprob.detach())
-        return -(_tensor(weights, hidden.device) * logprob).sum()
+            tally.add_logprob(logprob.detach())
+        return -(weights * logprob).sum()
 
     def _logprob(self, hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> LogprobOutput:
         return linear_logprob(
@@ -392,9 +399,21 @@ class Tally:
         rest = tail * (math.log(max(vocab - logprobs.shape[1], 1)) - tail.log())
         self._extend(f"teacher_entropy/{name}", rest - (known * logprobs.double()).sum(1))
 
-    def add_logprob(self, items: Sequence[Item], logprob: torch.Tensor) -> None:
-        """Note the log-probs of the targets."""
+    def add_logprob(self, logprob: torch.Tensor) -> None:
+        """Note the log-probs of targets that have an advantage."""
         self._extend("target_logprob", logprob)
+
+    def add_measured(self, names: Sequence[str], rollout: Rollout, stats: Stats) -> None:
+        """Note what was measured before the update, for steps in which no divergence tells it."""
+        if stats.student_logprob is None:
+            return
+        if rollout.logprobs is not None:
+            self._extend("logprob_difference", stats.student_logprob - rollout.logprobs)
+        for k, name in enumerate(names):
+            if stats.teacher_logprob is not None:  # the mean gap is a sample of -KL
+                self._extend(f"teacher_kl/{name}", stats.student_logprob - stats.teacher_logprob[:, k])
+            if stats.teacher_entropy is not None:
+                self._extend(f"teacher_entropy/{name}", stats.teacher_entropy[:, k])
 
     def _difference(self, items: Sequence[Item], logprob: torch.Tensor | None) -> None:
         """Trainer minus sampler log-prob of the sampled tokens, where the sampler's are known."""

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from opdengine.teachers import Teacher
 from opdengine.types import Prompt, Rollout, TeacherContext, TokenSignal
+
+if TYPE_CHECKING:
+    from opdengine.engine import Engine
+    from opdengine.objective import Item
+    from opdengine.scoring import Judged
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,28 @@ class Schedule(Protocol):
         ...
 
 
+class Inspector(Protocol):
+    """Measures something beside the update; changes nothing."""
+
+    def watch(self, prompts: Sequence[Prompt]) -> None:
+        """All training prompts, told once before the first step."""
+        ...
+
+    async def __call__(
+        self, engine: Engine, judged: Sequence[Judged], stats: Sequence[Stats], items: Sequence[Item], step: int
+    ) -> Mapping[str, float]:
+        """Metrics of a step, asked for between weighing and update.
+
+        Args:
+            engine: with the weights of before the update.
+            judged: rollouts of the step.
+            stats: one each.
+            items: what of them is trained on.
+            step: number of the batch.
+        """
+        ...
+
+
 class DemonstrationSource(Protocol):
     """Lets teachers write the training sequences."""
 
@@ -157,6 +184,7 @@ class Recipe:
         needs_reward: whether rollouts are graded by the verifier before they are annotated (an
             episode's reward is its environment's).
         schedule: which data streams a step draws from; None draws from all data as one.
+        inspector: measures beside the updates.
     """
 
     name: str
@@ -169,6 +197,7 @@ class Recipe:
     split: Callable[[Sequence[Rollout], int], list[Rollout]] | None = None
     needs_reward: bool = False
     schedule: Schedule | None = None
+    inspector: Inspector | None = None
 
 
 def combine(per_weigher: Sequence[Weighed]) -> Weighed:

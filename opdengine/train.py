@@ -18,7 +18,7 @@ from opdengine.build import build_engine
 from opdengine.chat import encode_chat, load_tokenizer
 from opdengine.checkpoint import restore_optimizer
 from opdengine.config import ConfigError, TrainConfig
-from opdengine.data import PromptSet, PromptStream, drop_long, load_prompts
+from opdengine.data import PromptSet, PromptStream, ScheduledStream, drop_long, load_prompts
 from opdengine.environments.setup import held_out_tasks, load_tasks
 from opdengine.evaluate import evaluate, evaluate_episodes, require_answers
 from opdengine.loop import Loop
@@ -66,7 +66,11 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     )
     if not config.environment.name:
         prompts = fit_prompts(config, tokenizer, prompts, held_out)
-    stream = PromptStream(prompts, config.seed)
+    stream: PromptStream | ScheduledStream = PromptStream(prompts, config.seed)
+    if recipe.schedule is not None:
+        stream = ScheduledStream(prompts, config.seed, recipe.schedule)
+    if recipe.inspector is not None:
+        recipe.inspector.watch(prompts.prompts)
     saved = folder.state
     if saved:
         stream.load_state_dict(saved["stream"])
