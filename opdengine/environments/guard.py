@@ -1,4 +1,4 @@
-"""Starts one environment worker and leaves nothing of it behind, however it or its owner ends.
+"""Starts one worker process and leaves nothing of it behind, however it or its owner ends.
 
 A program of the standard library alone, run by path: ``python -P guard.py '{"channel": FD, ...}'``. It forks
 the worker and waits until the worker ends, the owner closes the channel or the owner is gone (killed
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import importlib
 import json
 import os
 import select
@@ -29,7 +30,8 @@ def main(config: dict[str, Any]) -> int:
 
     Args:
         config: ``channel`` (file descriptor of the socket to the owner), ``owner`` (its process id),
-            ``folder`` (removed at the end), ``path`` (the owner's ``sys.path``).
+            ``folder`` (removed at the end), ``path`` (the owner's ``sys.path``), ``module`` (its ``serve`` is
+            called in the worker with the channel).
 
     Returns:
         The worker's exit code; 128 plus the signal that ended it.
@@ -74,9 +76,7 @@ def _become_worker(config: dict[str, Any], guard: int) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.path[:] = config["path"]
-    from opdengine.environments.worker import serve
-
-    serve(config["channel"])
+    importlib.import_module(config["module"]).serve(config["channel"])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

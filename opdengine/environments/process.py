@@ -1,4 +1,4 @@
-"""The owner's side of one environment worker: its process, its folder and the lines to and from it."""
+"""The owner's side of one worker: its process, its folder and the lines to and from it."""
 
 from __future__ import annotations
 
@@ -31,15 +31,22 @@ class WorkerProcess:
 
     Args:
         line_limit: most bytes of one answer.
+        module: its ``serve(channel)`` is what the worker runs.
     """
 
-    def __init__(self, line_limit: int) -> None:
+    def __init__(self, line_limit: int, module: str = "opdengine.environments.worker") -> None:
         self._limit = line_limit
         self._outgoing = bytearray()
         self._incoming = bytearray()
         self.folder = tempfile.mkdtemp(prefix="opdengine-env-")
         self.socket, theirs = socket.socketpair()
-        config = {"channel": theirs.fileno(), "owner": os.getpid(), "folder": self.folder, "path": sys.path}
+        config = {
+            "channel": theirs.fileno(),
+            "owner": os.getpid(),
+            "folder": self.folder,
+            "path": sys.path,
+            "module": module,
+        }
         self._log = open(os.path.join(self.folder, "output.log"), "a+b")  # noqa: SIM115 - closed by end()
         with theirs:
             # A session of its own: an interrupt from the keyboard is the owner's to handle.

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from opdengine.types import Message
+from opdengine.verifiers.score import Score, VerifierSettings
 
-Verifier = Callable[[str, Any, Sequence[Message]], float]
-"""``verify(text, answer, messages) -> score``; called with the prompt's messages."""
+Verifier = Callable[[str, Any, Sequence[Message]], float | Score]
+"""``verify(text, answer, messages) -> score in [0, 1]``; called with the prompt's messages."""
 
 
 def exact_match(text: str, answer: Any, messages: Sequence[Message]) -> float:
@@ -34,8 +35,12 @@ def numeric(text: str, answer: Any, messages: Sequence[Message]) -> float:
 VERIFIERS: dict[str, Verifier] = {"exact_match": exact_match, "numeric": numeric}
 
 
-def load_verifier(spec: str) -> Verifier:
+def load_verifier(spec: str, settings: VerifierSettings | None = None) -> Verifier:
     """A verifier by name, as ``package.module:function`` or as ``path/to/file.py:function``.
+
+    Args:
+        spec: the name.
+        settings: for built-in verifiers that have limits.
 
     Raises:
         ValueError: nothing callable is found there.

@@ -1,0 +1,106 @@
+"""Grades a batch of completions: each prompt's verifier, time limits, failures counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+
+from opdengine.config import TrainConfig, by_key
+from opdengine.types import Prompt
+from opdengine.verifiers import VERIFIERS, Verifier, load_verifier
+from opdengine.verifiers.pool import Task, WorkerPool
+from opdengine.verifiers.score import FAILURES, Score, VerifierSettings, as_score
+
+
+class Grader:
+    """Verifiers by routing key, run in worker processes.
+
+    A verifier that raises, crashes or exceeds its time costs that completion the grade (0, with the reason in
+    :attr:`Score.failure`) and never ends the run. Verifiers by name run in worker processes, except the
+    cheap ``exact_match`` and ``numeric``, which run here, as do callables (without time limit).
+
+    Args:
+        verifier: a name as for :func:`load_verifier`, a callable, or a mapping from routing key (and
+            "default") to these.
+        settings: time limit, number of processes, sandbox.
+
+    Raises:
+        ValueError: a verifier cannot be loaded, or needs what this machine does not have.
+    """
+
+    def __init__(
+        self,
+        verifier: str | Verifier | Mapping[str, str | Verifier],
+        settings: VerifierSettings | None = None,
+    ) -> None:
+        settings = settings or VerifierSettings()
+        self._verifier = verifier
+        self._here: dict[str | Verifier, Verifier] = {}
+        for each in verifier.values() if isinstance(verifier, Mapping) else [verifier]:
+            loaded = load_verifier(each, settings) if isinstance(each, str) else each
+            if each in VERIFIERS or not isinstance(each, str):
+                self._here[each] = loaded
+        self._pool = WorkerPool(settings)
+        self._failed: Counter[str] = Counter()
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> Grader:
+        """The grader of a run."""
+        return cls(
+            config.verifier,
+            VerifierSettings(config.verifier_timeout, config.verifier_workers, config.verifier_allow_unsandboxed),
+        )
+
+    def check(self, prompts: Iterable[Prompt]) -> None:
+        """Every prompt needs a verifier.
+
+        Raises:
+            ConfigError: names the routing key that has none.
+        """
+        for key in sorted({prompt.key for prompt in prompts}):
+            by_key(self._verifier, key, "verifier")
+
+    def grade(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> list[Score]:
+        """One score per completion; may be called from any thread.
+
+        Args:
+            texts: completions.
+            prompts: the prompt of each, with its answer.
+        """
+        scores: dict[int, Score] = {}
+        tasks: dict[int, Task] = {}
+        for i, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+            verifier = by_key(self._verifier, prompt.key, "verifier")
+            if verifier in self._here:
+                scores[i] = _call(self._here[verifier], text, prompt)
+            else:
+                tasks[i] = Task(verifier, text, prompt.answer, prompt.messages)
+        scores.update(zip(tasks, self._pool.grade(list(tasks.values())), strict=True))
+        self._failed.update(score.failure for score in scores.values() if score.failure)
+        return [scores[i] for i in range(len(texts))]
+
+    def counts(self) -> dict[str, float]:
+        """Verifiers that failed since this was last asked, by reason, as metrics."""
+        counts = {f"verifier/failed/{reason}": float(self._failed[reason]) for reason in FAILURES}
+        self._failed.clear()
+        return counts
+
+    def close(self) -> None:
+        """End the worker processes; safe to call twice."""
+        self._pool.close()
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _call(verifier: Verifier, text: str, prompt: Prompt) -> Score:
+    try:
+        return as_score(verifier(text, prompt.answer, prompt.messages))
+    except Exception as error:
+        return Score(0.0, "error", f"{type(error).__name__}: {error}")
