@@ -32,7 +32,7 @@ def make_config(models: dict[str, str], train_data: str, output_dir: Path, **cha
     data: dict[str, Any] = {
         "model": models["student"],
         "teachers": [{"model": models["big"], "weight": 3.0}, {"model": models["small"], "weight": 1.0}],
-        "train_data": [train_data],
+        "train_data": [train_data] if train_data else [],
         "output_dir": str(output_dir),
         "method": "mt_opd",
         "per_device_train_batch_size": 4,

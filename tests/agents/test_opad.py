@@ -1,0 +1,92 @@
+"""OPAD: which steps become training states, the debates on them, and a whole run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from agent_helpers import make_rollout
+from engine_helpers import make_config
+
+from opdengine.config import ConfigError, OpadConfig
+from opdengine.methods import build_recipe
+from opdengine.methods.opad import Steps, steps_of, surprise
+from opdengine.train import train
+
+
+def test_every_turn_becomes_a_state_with_its_true_prefix() -> None:
+    rollout = make_rollout((2, 3, 1), texts=("open box", "take coin", "go den"))
+    steps = steps_of(rollout)
+    assert [len(s.targets) for s in steps] == [2, 3, 1]
+    assert np.array_equal(np.concatenate([s.targets for s in steps]), rollout.targets)
+    assert [m["content"] for m in steps[2].prompt.messages] == [
+        "win the game",
+        "open box",
+        "see 0",
+        "take coin",
+        "see 1",
+    ]
+    assert steps[1].text == "take coin"
+    assert len({s.id for s in steps}) == len({s.prompt.id for s in steps}) == 3
+    assert all(s.trajectory == rollout.id and s.group == rollout.group for s in steps)
+
+
+def test_sampled_steps() -> None:
+    rollouts = [make_rollout((2,) * 8, name=str(i), seed=i) for i in range(40)]
+    assert len(Steps(OpadConfig(), 0)(rollouts, 0)) == 320
+    uniform = Steps(OpadConfig("uniform", 2), 0)
+    first, again, later = uniform(rollouts, 0), uniform(rollouts, 0), uniform(rollouts, 1)
+    assert len(first) == 80 and [s.id for s in first] == [s.id for s in again] != [s.id for s in later]
+    by_surprise = Steps(OpadConfig("surprise", 2), 0)(rollouts, 0)
+    mean_all = np.mean([surprise(s) for s in Steps(OpadConfig(), 0)(rollouts, 0)])
+    assert np.mean([surprise(s) for s in by_surprise]) > mean_all
+
+
+def test_settings(models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"needs an environment"):
+        build_recipe(make_config(models, prompt_file, tmp_path, method="opad"))
+    with pytest.raises(ConfigError, match=r"opad\.sampling='some'"):
+        make_config(models, prompt_file, tmp_path, opad={"sampling": "some"})
+
+
+@pytest.mark.parametrize("method", ["opad", "sage_opd", "tcod", "entropy_opd", "opd"])
+def test_a_run_in_an_environment(models: dict[str, str], tmp_path: Path, method: str) -> None:
+    """Rollouts, annotation, update and evaluation, from the configuration alone."""
+    teachers = [{"model": models["big"]}, {"model": models["small"]}]
+    config = make_config(
+        models,
+        "",
+        tmp_path / "run",
+        method=method,
+        teachers=teachers if method == "opad" else teachers[:1],
+        divergence="jsd",
+        max_steps=2,
+        save_steps=1,
+        per_device_train_batch_size=2,
+        log_completions=True,
+        opad={"sampling": "uniform", "steps_per_trajectory": 1},
+        sage={"judge_max_tokens": 3, "judge_prompt": "{llm_text}", "use_failures": False},
+        environment={
+            "name": "house",
+            "num_environments": 2,
+            "max_turns": 2,
+            "max_trajectory_tokens": 400,
+            "eval_splits": ["valid_unseen"],
+            "eval_max_tasks": 2,
+            "options": {"count": 6, "instructions": False},
+        },
+    )
+    result = train(config, progress=False)
+    metrics = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["step"] == 0 and "eval/valid_unseen/success" in metrics[0]
+    assert metrics[-1]["episodes/turns"] == 2 and metrics[-1]["loss"] > 0
+    assert (result.output_dir / "evaluations" / "step_2.jsonl").read_text().count("\n") == 2
+    if method == "opad":
+        assert metrics[-1]["debate/generated"] > 0 and metrics[-1]["completions/kept"] == 2
+    if method == "sage_opd":
+        assert metrics[-1]["sage/unparsed"] == 1
+        assert metrics[-1]["sage/z"] > 1
+    if method == "tcod":
+        assert metrics[-2]["tcod/turns_kept"] == 0.5 and metrics[-1]["tcod/turns_kept"] == 1.0

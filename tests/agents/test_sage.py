@@ -1,0 +1,301 @@
+"""SAGE-OPD: the worked numbers of the method, the judge, and what skipped turns cost."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from agent_helpers import context, make_rollout
+from engine_helpers import ScriptedTeacher, make_config, make_engine
+from torch.utils.flop_counter import FlopCounterMode
+
+from opdengine.config import ConfigError, SageConfig, TrainConfig
+from opdengine.judge import Judge, turn_metrics
+from opdengine.methods import build_recipe
+from opdengine.methods.opd import PlainContexts
+from opdengine.methods.sage_opd import Intervention, Selective
+from opdengine.objective import Tally, normalisers
+from opdengine.recipe import Batch, Note, Stats
+from opdengine.types import Rollout
+
+LENGTHS, KL, TOP1 = (4, 6, 10), (0.5, 0.2, 0.3), (0.9, 0.8, 0.6)
+LABELS = (0.0, 0.5, 1.0)
+
+
+def batch_of(rollouts: Sequence[Rollout], weights: Sequence[Sequence[float]], top1: Sequence[Sequence[float]]) -> Batch:
+    """Turn weights and teacher confidences of every trajectory, given per turn of the student."""
+    notes, stats = [], []
+    for rollout, of_turns, confidences in zip(rollouts, weights, top1, strict=True):
+        per_turn = np.zeros(len(rollout.turns), dtype=np.float32)
+        per_turn[1::2] = of_turns
+        notes.append(Note((context(rollout),), np.ones(1, dtype=np.float32), per_turn))
+        known = np.zeros(len(rollout.turns))
+        known[1::2] = confidences
+        stats.append(Stats(teacher_top1=known[rollout.target_turns][:, None].astype(np.float32)))
+    return Batch(rollouts, notes, stats)
+
+
+def loss_of(batch: Batch, config: SageConfig, kl: Sequence[Sequence[float]]) -> float:
+    """The loss that the signals give when every token of a turn has the same divergence."""
+    signals = Selective(config)(batch).signals
+    scales = normalisers(batch.rollouts, "token")
+    total = 0.0
+    for rollout, signal, scale, of_turns in zip(batch.rollouts, signals, scales, kl, strict=True):
+        per_turn = np.zeros(len(rollout.turns))
+        per_turn[1::2] = of_turns
+        total += scale * float((signal.kl_weight * per_turn[rollout.target_turns]).sum())
+    return total
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights", "expected"),
+    [
+        ({}, LABELS, 0.2714286),
+        ({"normalization": "active_tokens"}, LABELS, 0.2171429),
+        ({"normalization": "none"}, LABELS, 0.114),
+        ({"use_confidence": False, "normalization": "none"}, LABELS, 0.18),
+        ({"use_confidence": False, "normalization": "none"}, (1, 1, 1), 0.31),
+        ({"use_confidence": False}, LABELS, (0.5 * 6 * 0.2 + 10 * 0.3) / 13),  # the arm the paper lacks
+    ],
+)
+def test_the_worked_example(changes: dict[str, Any], weights: Sequence[float], expected: float) -> None:
+    batch = batch_of([make_rollout(LENGTHS)], [weights], [TOP1])
+    assert loss_of(batch, SageConfig(**changes), [KL]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_weights_of_the_worked_example() -> None:
+    batch = batch_of([make_rollout(LENGTHS)], [LABELS], [TOP1])
+    weighed = Selective(SageConfig())(batch)
+    assert weighed.metrics["sage/z"] == pytest.approx(2.380952, rel=1e-6)
+    weight = weighed.signals[0].kl_weight
+    np.testing.assert_allclose(weight, np.repeat([0, 0.952381, 1.428571], LENGTHS), rtol=1e-6)
+    assert weight.sum() == pytest.approx(20, rel=1e-6)
+
+
+def test_all_strong_with_equal_confidence_is_plain_opd() -> None:
+    batch = batch_of([make_rollout(LENGTHS)], [(1, 1, 1)], [(0.7, 0.7, 0.7)])
+    assert loss_of(batch, SageConfig(), [KL]) == pytest.approx(0.31, rel=1e-6)
+
+
+def test_the_scale_of_the_confidences_does_not_matter() -> None:
+    rollouts = [make_rollout(LENGTHS, name="a"), make_rollout((3, 5), name="b", seed=1)]
+    weights, kl = [LABELS, (1, 0.5)], [KL, (0.1, 0.9)]
+    full = loss_of(batch_of(rollouts, weights, [TOP1, (0.5, 0.3)]), SageConfig(), kl)
+    half = loss_of(batch_of(rollouts, weights, [np.array(TOP1) / 2, (0.25, 0.15)]), SageConfig(), kl)
+    assert full == pytest.approx(half, rel=1e-6)
+
+
+def test_z_is_of_the_batch_or_of_each_trajectory() -> None:
+    rollouts = [make_rollout((4,), name="weak"), make_rollout((4,), name="strong", seed=1)]
+    batch = batch_of(rollouts, [(0.5,), (1.0,)], [(1,), (1,)])
+    whole = [s.kl_weight[0] for s in Selective(SageConfig())(batch).signals]
+    np.testing.assert_allclose(whole, [2 / 3, 4 / 3], rtol=1e-6)
+    each = [s.kl_weight[0] for s in Selective(SageConfig(normalization_scope="trajectory"))(batch).signals]
+    np.testing.assert_allclose(each, [1, 1], rtol=1e-6)
+
+
+def test_z_can_be_bounded() -> None:
+    batch = batch_of([make_rollout((1, 99))], [(1, 0)], [(1, 1)])
+    assert Selective(SageConfig())(batch).metrics["sage/z"] == pytest.approx(100)
+    assert Selective(SageConfig(z_max=5.0))(batch).metrics["sage/z"] == pytest.approx(5)
+
+
+@pytest.mark.parametrize(
+    ("reply", "label", "weight"),
+    [
+        ("skip.", "skip", 0.0),
+        ("Strong", "strong", 1.0),
+        ("weak", "weak", 0.5),
+        ("SKIP or WEAK", "unparsed", 1.0),
+        ("", "unparsed", 1.0),
+        ("<think>SKIP? no</think>\nWEAK", "weak", 0.5),
+        ("<think>never ends, SKIP", "unparsed", 1.0),
+        ("STRONGLY", "unparsed", 1.0),
+    ],
+)
+def test_what_the_judge_says(reply: str, label: str, weight: float) -> None:
+    teacher = ScriptedTeacher("t", [reply])
+    rollout = make_rollout((2,))
+    annotator = Intervention(SageConfig(), PlainContexts(), 0)
+    found = asyncio.run(annotator.annotate([rollout], [teacher]))
+    assert found.notes[0].turn_weight is not None
+    assert found.notes[0].turn_weight[1] == pytest.approx(weight)
+    assert found.metrics[f"sage/{label}"] == 1
+
+
+def test_failures_are_not_put_to_the_judge() -> None:
+    rollout = make_rollout((2, 2, 2), failures=("", "execution", ""))
+    teacher = ScriptedTeacher("t", lambda call, request: "SKIP")
+    found = asyncio.run(Intervention(SageConfig(), PlainContexts(), 0).annotate([rollout], [teacher]))
+    assert [len(call) for call in teacher.calls] == [2]
+    assert found.notes[0].turn_weight is not None
+    np.testing.assert_array_equal(found.notes[0].turn_weight[1::2], [0, 1, 0])
+    assert found.metrics["sage/det_fail"] == pytest.approx(1 / 3)
+
+
+def test_what_the_judge_is_shown() -> None:
+    rollout = make_rollout((2, 2), texts=("open box", "take coin"))
+
+    def shown(**changes: Any) -> list[str]:
+        teacher = ScriptedTeacher("t", lambda call, request: "SKIP")
+        asyncio.run(Intervention(SageConfig(**changes), PlainContexts(), 0).annotate([rollout], [teacher]))
+        return [teacher.asked(0, place) for place in (0, 1)]
+
+    first, second = shown()
+    assert "win" in first and "a room" in first and "look, go" in first and "open box" in first
+    assert "see 0" not in first and "take coin" not in first  # neither the outcome nor the future
+    assert "see 0" in second and "do 0, wait" in second and "take coin" in second
+    assert "open box" not in second  # no history
+    assert "agent: open box" in shown(judge_history=True)[1]
+    assert "What happened: see 0" in shown(judge_next_observation=True)[0]
+    assert shown(judge_prompt="{llm_text}?")[0] == "<user>open box?<assistant>"
+    assert "look, go" not in shown(admissible_count=1)[0]
+
+
+def test_a_question_beyond_the_judges_window_falls_back_and_is_counted() -> None:
+    config = SageConfig(judge_max_tokens=8)
+    teacher = ScriptedTeacher("t", lambda call, request: "SKIP", window=100)
+    verdicts = asyncio.run(Judge(config).ask([(make_rollout((2,)), 1, make_rollout((2,)).turns[1], ())], [teacher]))
+    assert teacher.calls == [] and verdicts[0].label == "judge_window" and verdicts[0].weight == 1.0
+    assert turn_metrics(verdicts, [0])["sage/judge_window"] == 1
+
+
+def test_controls_keep_the_labels_and_move_them() -> None:
+    rollouts = [make_rollout((1,) * 6, name=str(i), seed=i) for i in range(5)]
+
+    def weights(intervention: str) -> np.ndarray:
+        places = iter(range(100))
+        teacher = ScriptedTeacher("t", lambda call, request: ("SKIP", "WEAK", "STRONG")[next(places) % 3])
+        found = asyncio.run(
+            Intervention(SageConfig(intervention=intervention), PlainContexts(), 0).annotate(rollouts, [teacher])
+        )
+        return np.concatenate([n.turn_weight[1::2] for n in found.notes if n.turn_weight is not None])
+
+    judged, random, inverted = weights("judge"), weights("random"), weights("inverted")
+    for control in (random, inverted):
+        np.testing.assert_array_equal(np.sort(control), np.sort(judged))
+    assert not np.array_equal(random, judged)
+    np.testing.assert_array_equal(inverted, 1 - judged)
+
+
+@pytest.fixture
+def agent_config(models: dict[str, str], tmp_path: Path) -> TrainConfig:
+    return make_config(
+        models,
+        "",
+        tmp_path,
+        method="sage_opd",
+        environment={"name": "house", "num_environments": 1},
+        teachers=[{"model": models["big"], "name": "big"}],
+    )
+
+
+def test_settings(agent_config: TrainConfig, models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"set environment\.name"):
+        build_recipe(make_config(models, prompt_file, tmp_path, method="sage_opd"))
+    with pytest.raises(ConfigError, match=r"sage.confidence_temperature.*use_confidence"):
+        make_config(models, prompt_file, tmp_path, sage={"confidence_temperature": 0})
+    assert build_recipe(agent_config).measures == ("teacher_top1",)
+
+
+def step_on(config: TrainConfig, rollouts: Sequence[Rollout], verdicts: str) -> tuple[Any, dict[str, float], int]:
+    """One update on given trajectories whose judge always says the same: engine, metrics, FLOPs."""
+    engine = make_engine(config)
+    try:
+        engine.recipe.annotator.judge.ask = fixed(verdicts)  # type: ignore[attr-defined]
+
+        async def run() -> dict[str, float]:
+            dropped = Counter[str]()
+            notes, _ = await engine.annotate(rollouts)
+            judged = await engine.judge(rollouts, notes, dropped)
+            items, metrics = engine.weigh(judged, engine.measure(judged), dropped)
+            assert len(items) == len(rollouts) and not dropped
+            return metrics | engine.update(items, Tally())
+
+        engine.probed = True
+        engine.config.__dict__["max_logprob_difference"] = 1e9  # these tokens were not sampled
+        with FlopCounterMode(display=False) as counter:
+            metrics = asyncio.run(run())
+        return engine, metrics, counter.get_total_flops()
+    finally:
+        assert engine.episodes is not None
+        engine.episodes.close()
+
+
+def fixed(labels: str) -> Any:
+    """A judge that gives the same labels to every trajectory, turn by turn."""
+    from opdengine.judge import Verdict
+
+    weight = {"K": ("skip", 0.0), "W": ("weak", 0.5), "S": ("strong", 1.0)}
+
+    async def ask(queries: Sequence[Any], judges: Sequence[Any]) -> list[Verdict]:
+        places = [sum(t.role == "assistant" for t in rollout.turns[:index]) for rollout, index, *_ in queries]
+        return [Verdict(*weight[labels[place]]) for place in places]
+
+    return ask
+
+
+def test_an_all_skip_batch_moves_nothing_and_runs_no_model(agent_config: TrainConfig) -> None:
+    rollouts = [make_rollout(LENGTHS, name=str(i), seed=i) for i in range(2)]
+    before = [p.detach().clone() for p in make_engine_parameters(agent_config)]
+    engine, metrics, flops = step_on(agent_config, rollouts, "KKK")
+    assert metrics["skipped_steps"] == 1 and engine.version == 0
+    for old, new in zip(before, engine.student.model.parameters(), strict=True):
+        assert torch.equal(old, new)
+    assert flops < 1e6  # the probes at load are not counted; nothing else is run
+
+
+def make_engine_parameters(config: TrainConfig) -> list[torch.nn.Parameter]:
+    engine = make_engine(config)
+    assert engine.episodes is not None
+    engine.episodes.close()
+    return list(engine.student.model.parameters())
+
+
+def test_skipped_turns_cost_nothing_in_the_loss(agent_config: TrainConfig) -> None:
+    """The heads run over the tokens of turns with weight only: FLOPs by count."""
+    rollouts = [make_rollout((30, 30), name=str(i), seed=i) for i in range(2)]
+    _, _, both = step_on(agent_config, rollouts, "SS")
+    engine, metrics, one = step_on(agent_config, rollouts, "KS")
+    assert math.isfinite(metrics["loss"]) and metrics["loss"] > 0
+    student, teacher = engine.student.head.weight, engine.teachers[0].head.weight
+    rows = 2 * 30  # the skipped turns of both trajectories
+    vocab = engine.vocab_size
+    # Three products of the student, and two of the teacher: its statistics and its side of the loss.
+    saved = 2 * rows * vocab * (3 * student.shape[1] + 2 * teacher.shape[1])
+    assert both - one == pytest.approx(saved, rel=0.1)
+
+
+def test_the_gradient_is_the_one_of_the_weighted_loss(agent_config: TrainConfig) -> None:
+    """Against plain torch: full distributions, the weights of the specification."""
+    rollouts = [make_rollout(LENGTHS, name="a"), make_rollout((3, 5), name="b", seed=1)]
+    engine, metrics, _ = step_on(agent_config, rollouts, "KWS")
+    reference = make_engine(agent_config)
+    assert reference.episodes is not None
+    reference.episodes.close()
+    teacher = engine.teachers[0]
+    total, mass, count = torch.zeros((), dtype=torch.float64), 0.0, 0
+    for rollout in rollouts:
+        ids = torch.from_numpy(rollout.token_ids)[None]
+        prefix = torch.tensor(teacher.encode(rollout.prompt.messages, ()))
+        theirs_ids = torch.cat([prefix, ids[0, len(rollout.turns[0].token_ids) :]])[None]
+        shift = len(prefix) - len(rollout.turns[0].token_ids)
+        vocab = engine.vocab_size
+        ours = reference.student.model(ids).logits[0, :, :vocab].double().log_softmax(-1)
+        theirs = teacher.backbone.model(theirs_ids).logits[0, :, :vocab].double().log_softmax(-1).detach()
+        for place, (index, weight) in enumerate(zip((1, 3, 5), LABELS, strict=True)):
+            if place >= (len(rollout.turns)) // 2:
+                break
+            where = rollout.target_positions[rollout.target_turns == index] - 1
+            p, q = ours[where], theirs[where + shift]
+            s = weight * float(q.exp().amax(-1).mean())
+            total = total + s * (p.exp() * (p - q)).sum()
+            mass, count = mass + s * len(where), count + len(where)
+    assert metrics["loss"] == pytest.approx(float(total.detach()) / mass, rel=2e-4)
