@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from opdengine.recipe import Recipe
 from opdengine.rollout import Sampler
 from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.server import ServedTeacher
+
+if TYPE_CHECKING:
+    from opdengine.verifiers.grader import Grader
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +94,15 @@ def build_engine(config: TrainConfig, recipe: Recipe, tokenizer: Any, checkpoint
         scheduler=build_scheduler(config, optimizer),
         vocab_size=vocab_size,
         episodes=open_episodes(config, tokenizer, student.window) if config.environment.name else None,
+        grader=build_grader(config) if recipe.needs_reward and not config.environment.name else None,
     )
+
+
+def build_grader(config: TrainConfig) -> Grader:
+    """The verifiers of the run, for methods that grade rollouts."""
+    from opdengine.verifiers.grader import Grader
+
+    return Grader.from_config(config)
 
 
 def build_optimizer(config: TrainConfig, model: Any) -> torch.optim.AdamW:

@@ -130,6 +130,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         engine.sampler.close()
         if engine.episodes is not None:
             engine.episodes.close()
+        if engine.grader is not None:
+            engine.grader.close()
     return TrainResult(folder.path, final, loop.metrics)
 
 
@@ -148,6 +150,12 @@ def check_routing(config: TrainConfig, recipe: Recipe, prompts: PromptSet) -> No
                 f"prompt, but data_source {key!r} is answered by {routed or 'none'}; set the "
                 "teachers' 'key'"
             )
+    ungraded = [p.id for p in prompts.prompts if p.answer is None] if recipe.needs_reward else []
+    if ungraded and not config.environment.name:
+        raise ConfigError(
+            f"method {config.method!r} grades rollouts, but {len(ungraded)} training prompts have no 'answer' (e.g. "
+            f"{ungraded[:3]}); add the column or choose a method without outcomes"
+        )
     named = {key for t in config.teachers for key in t.key}
     if isinstance(config.divergence, dict):
         named |= set(config.divergence) - {"default"}

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.methods.agent_baselines import entropy_opd, tcod
+from opdengine.methods.camopd import camopd
 from opdengine.methods.mad_opd import mad_opd
 from opdengine.methods.mt_seqkd import mt_seqkd
 from opdengine.methods.opad import opad
 from opdengine.methods.opd import mt_opd, opd
 from opdengine.methods.sage_opd import sage_opd
+from opdengine.methods.uni_opd import uni_opd
 from opdengine.recipe import Recipe
 
 METHODS: dict[str, Callable[[TrainConfig], Recipe]] = {
@@ -22,6 +24,8 @@ METHODS: dict[str, Callable[[TrainConfig], Recipe]] = {
     "sage_opd": sage_opd,
     "tcod": tcod,
     "entropy_opd": entropy_opd,
+    "uni_opd": uni_opd,
+    "camopd": camopd,
 }
 
 

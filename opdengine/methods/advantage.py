@@ -1,0 +1,152 @@
+"""The sampled-token reverse KL as a policy gradient, shared by Uni-OPD and CaMOPD.
+
+For a token y sampled from the student p, the gap ``log q(y) - log p(y)`` is an unbiased sample of
+-KL(p || q), and the mean over p of ``-gap * d log p(y)`` is the gradient of KL(p || q): the gap,
+detached, is the token's advantage (arXiv 2605.03677, equations 1 and 2; arXiv 2605.27115, equations
+1 and 2). It needs no more of a teacher than the log-prob of the sampled token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from opdengine.config import ConfigError, TrainConfig
+from opdengine.importance import banded, clipped, truncated
+from opdengine.recipe import Batch, Note, Stats, Weighed, Weigher, distill
+from opdengine.types import TokenSignal
+
+MEASURES = ("student_logprob", "teacher_logprob", "teacher_entropy")
+"""What :class:`PolicyGradient` reads; the entropy shows a dead teacher."""
+
+BOUNDS = {"none": (0.0, 0.0), "truncated": (0.0, 2.0), "band": (0.5, 2.0), "clip": (0.2, 0.28)}
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """Turns gaps into the signals of a step. As a weigher it is the plain method.
+
+    Its ``kl_weight`` is what a token's loss is multiplied with (0 where masked), so that it scales a
+    divergence of another weigher of the recipe, and its own advantage adds to it.
+
+    Args:
+        use_gap: the gap is part of the advantage; off where the exact divergence takes its place.
+        importance, low, high, max_gap: see :class:`opdengine.method_settings.AdvantageConfig`.
+    """
+
+    use_gap: bool = True
+    importance: str = "none"
+    low: float = 0.0
+    high: float = 0.0
+    max_gap: float = math.inf
+
+    def __call__(self, batch: Batch) -> Weighed:
+        count = len(batch.rollouts)
+        return self.signals(batch, gaps(batch), np.ones(count), np.zeros(count), [""] * count)
+
+    def signals(
+        self,
+        batch: Batch,
+        gap: Sequence[np.ndarray],
+        scale: np.ndarray,
+        shift: np.ndarray,
+        reasons: Sequence[str],
+    ) -> Weighed:
+        """One signal per rollout: advantage ``w * (scale * gap + shift)`` and its metrics.
+
+        Args:
+            batch: the step.
+            gap: what :func:`gaps` returns.
+            scale: [N] multiplies the loss of a rollout.
+            shift: [N] added to the advantage of each of its tokens.
+            reasons: why a rollout is left out; empty to keep it.
+        """
+        signals, shown = [], []
+        masked = weighted = unknown = 0
+        for i, (rollout, note, stats) in enumerate(zip(batch.rollouts, batch.notes, batch.stats, strict=True)):
+            open_ = np.abs(gap[i]) < self.max_gap
+            advantage = np.where(open_, (scale[i] * gap[i] if self.use_gap else 0.0) + shift[i], 0.0)
+            weight = np.ones(len(advantage))
+            if self.importance != "none" and stats.student_logprob is not None:
+                if rollout.logprobs is None:
+                    unknown += 1
+                else:
+                    weight = self._importance(stats.student_logprob - rollout.logprobs, advantage)
+            if note.turn_weight is not None:
+                advantage = advantage * np.asarray(note.turn_weight)[rollout.target_turns]
+            signals.append(
+                TokenSignal(
+                    kl_weight=(scale[i] * open_).astype(np.float32),
+                    advantage=(weight * advantage).astype(np.float32),
+                    keep=not reasons[i],
+                    reason=reasons[i],
+                )
+            )
+            if not reasons[i] and stats.student_logprob is not None:
+                masked += int((~open_).sum())
+                weighted += int((open_ & (weight == 0)).sum())
+                shown.append(gap[i])
+        metrics = {"advantage/gap_masked": float(masked), "advantage/importance_masked": float(weighted)}
+        if unknown:
+            metrics["advantage/without_sampler_logprobs"] = float(unknown)
+        if shown:
+            every = np.concatenate(shown)
+            metrics |= {"gap/mean": float(every.mean()), "gap/p95": float(np.quantile(np.abs(every), 0.95))}
+        return Weighed(signals, metrics)
+
+    def _importance(self, difference: np.ndarray, advantage: np.ndarray) -> np.ndarray:
+        if self.importance == "clip":
+            return clipped(difference, advantage, self.low, self.high)
+        return (
+            banded(difference, self.low, self.high) if self.importance == "band" else truncated(difference, self.high)
+        )
+
+
+def gaps(batch: Batch) -> list[np.ndarray]:
+    """float64 [T] of every rollout: ``sum_k w_k (log q_k(y) - log p(y))``; 0 where no teacher judged it."""
+    return [_gap(n, s, len(r.targets)) for r, n, s in zip(batch.rollouts, batch.notes, batch.stats, strict=True)]
+
+
+def _gap(note: Note, stats: Stats, count: int) -> np.ndarray:
+    if stats.student_logprob is None or stats.teacher_logprob is None:
+        return np.zeros(count)
+    each = stats.teacher_logprob.astype(np.float64) - stats.student_logprob.astype(np.float64)[:, None]
+    mix = np.full(each.shape[1], 1 / each.shape[1]) if note.mix is None else note.mix.astype(np.float64)
+    return each @ mix
+
+
+def no_divergence(batch: Batch) -> Weighed:
+    """The weigher that switches the divergence off."""
+    return Weighed([TokenSignal(kl_weight=np.zeros(len(r.targets), dtype=np.float32)) for r in batch.rollouts])
+
+
+def resolve(config: TrainConfig, importance: str, max_gap: float) -> tuple[Weigher, PolicyGradient]:
+    """The base weigher (a divergence or none) and the policy gradient on top of it.
+
+    Args:
+        config: of the run.
+        importance, max_gap: of the method's paper, where ``advantage`` leaves them open.
+
+    Raises:
+        ConfigError: settings that the sampled form cannot have.
+    """
+    section = config.advantage
+    kind, bounds = section.importance or importance, (section.low, section.high)
+    low, high = (own if own is not None else usual for own, usual in zip(bounds, BOUNDS[kind], strict=True))
+    if (kind == "band" and low > high) or (kind == "truncated" and high <= 0):
+        raise ConfigError(f"advantage.low={low}, advantage.high={high} leaves no token any weight; raise high")
+    gradient = PolicyGradient(
+        section.kl_mode == "sampled", kind, low, high, max_gap if section.max_gap is None else section.max_gap
+    )
+    if section.kl_mode == "full_vocab":
+        return distill, gradient
+    for name, only in (("divergence", "reverse_kl"), ("divergence_temperature", 1.0)):
+        if getattr(config, name) != only:
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} is not possible with advantage.kl_mode=sampled, which is the "
+                "reverse KL at temperature 1; set advantage.kl_mode to full_vocab"
+            )
+    return no_divergence, gradient

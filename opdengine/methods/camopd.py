@@ -1,0 +1,181 @@
+"""CaMOPD: counteraction-aware multi-teacher on-policy distillation (arXiv 2605.27115).
+
+A student that was specialised on a domain recovers its general skills from the model it came from (the
+general teacher) and keeps the domain from a frozen copy of itself (the domain teacher). The two teachers'
+gradients oppose each other, hence:
+
+- *Alternating schedule* (equation 5): ``n_general`` steps on general prompts, then one on the domain's.
+- *Gap scores* (equations 6 and 7): mean |gap| of a rollout in the general branch, mean positive gap in the domain.
+- *Mass-target selection* (equation 8): the largest scores that hold ``rho`` of the sum. Only these
+  rollouts are run forward and backward in the update.
+- *Loss* (equation 9): mean over the selected of ``1/T sum_t w_t r_b gap_t log p(y_t)``, with
+  ``loss_normalization: sequence``, w the importance band.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from opdengine.coherence import Coherence
+from opdengine.config import ConfigError, TrainConfig
+from opdengine.method_settings import CaMOPDConfig
+from opdengine.methods.advantage import MEASURES, PolicyGradient, gaps, resolve
+from opdengine.methods.opd import need_teachers, plain_note
+from opdengine.recipe import Annotations, Batch, Recipe, Weighed, route
+from opdengine.teachers import Teacher
+from opdengine.types import Prompt, Rollout
+
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The schedule, and who judges which branch.
+
+    Args:
+        config: domain keys and schedule.
+    """
+
+    config: CaMOPDConfig
+    streams: tuple[str, ...] = ("general", "domain")
+
+    def stream_of(self, prompt: Prompt) -> str:
+        """The branch of a prompt."""
+        return "domain" if prompt.key in self.config.domain else "general"
+
+    def shares(self, step: int) -> Mapping[str, float]:
+        """Equation 5, or the mixture of the two branches."""
+        n = self.config.n_general
+        if self.config.schedule == "mixed":
+            return {"general": n / (n + 1), "domain": 1 / (n + 1)}
+        general = float(step % (n + 1) < n)
+        return {"general": general, "domain": 1 - general}
+
+    async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
+        """Every rollout under the plain prompt of its branch's teacher."""
+        special = {t.name for t in teachers if set(t.keys) & set(self.config.domain)}
+        notes = []
+        for rollout in rollouts:
+            domain = self.stream_of(rollout.prompt) == "domain"
+            mine = [t for t in route(teachers, rollout.prompt.key) if (t.name in special) == domain]
+            notes.append(plain_note(rollout, mine))
+        return Annotations(notes)
+
+
+def gap_score(gap: np.ndarray, kind: str) -> float:
+    """Mean over tokens of |gap|, max(gap, 0), gap or gap squared (equations 6 and 7)."""
+    values = {"abs": np.abs(gap), "pos": np.maximum(gap, 0), "signed": gap, "sq": gap * gap}[kind]
+    return float(values.mean())
+
+
+def mass_prefix(scores: np.ndarray, rho: float) -> np.ndarray:
+    """bool [N]: the fewest largest scores whose sum reaches ``rho`` of the total (equation 8).
+
+    Ties go to the earlier one. Negative scores count as 0; where no score is positive all are kept.
+    """
+    positive = np.maximum(np.asarray(scores, dtype=np.float64), 0.0)
+    if positive.sum() <= 1e-12:
+        return np.ones(len(positive), dtype=bool)
+    order = np.argsort(-positive, kind="stable")
+    share = np.cumsum(positive[order]) / positive.sum()
+    count = int(np.argmax(share >= rho - TOLERANCE)) + 1
+    chosen = np.zeros(len(positive), dtype=bool)
+    chosen[order[:count]] = True
+    return chosen
+
+
+def select(scores: np.ndarray, rho: float, how: str, seed: Sequence[int]) -> np.ndarray:
+    """bool [N]: see ``selection`` in :class:`opdengine.method_settings.CaMOPDConfig`."""
+    chosen = np.ones(len(scores), dtype=bool)
+    if how == "none" or not len(scores):
+        return chosen
+    if how == "topk_frac":
+        chosen[np.argsort(-scores, kind="stable")[int(np.ceil(rho * len(scores))) :]] = False
+        return chosen
+    chosen = mass_prefix(scores, rho)
+    return np.random.default_rng(seed).permutation(chosen) if how == "random" else chosen
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Scores, selection and loss weights of each branch.
+
+    Args:
+        gradient: makes signals of the gaps.
+        config: of the method.
+        branches: tells the branch of a prompt.
+        seed: of the random selection.
+    """
+
+    gradient: PolicyGradient
+    config: CaMOPDConfig
+    branches: Branches
+    seed: int
+
+    def __call__(self, batch: Batch) -> Weighed:
+        c, gap, count = self.config, gaps(batch), len(batch.rollouts)
+        scale, reasons = np.ones(count), [""] * count
+        metrics: dict[str, float] = {}
+        streams = [self.branches.stream_of(r.prompt) for r in batch.rollouts]
+        kinds = (("general", c.score_g, c.rho_g, c.r_g), ("domain", c.score_d, c.rho_d, c.r_d))
+        for number, (branch, kind, rho, r) in enumerate(kinds):
+            members = [i for i in range(count) if streams[i] == branch]
+            scores = {i: gap_score(gap[i], kind) for i in members}
+            for i in members:
+                if not np.isfinite(scores[i]):
+                    reasons[i] = "gap_not_finite"
+                    gap[i] = np.zeros_like(gap[i])
+                elif len(gap[i]) < c.min_tokens:
+                    reasons[i] = "min_tokens"
+            able = [i for i in members if not reasons[i]]
+            if not able:
+                continue
+            mine = np.array([scores[i] for i in able])
+            chosen = select(mine, rho, c.selection, [self.seed, batch.step, number])
+            for i, stays in zip(able, chosen, strict=True):
+                scale[i], reasons[i] = r, "" if stays else "selection"
+            metrics |= branch_metrics(branch, [gap[i] for i in able], mine, chosen)
+        weighed = self.gradient.signals(batch, gap, scale, np.zeros(count), reasons)
+        return Weighed(weighed.signals, {**weighed.metrics, **metrics})
+
+
+def branch_metrics(branch: str, gap: Sequence[np.ndarray], scores: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
+    """Gap statistics (the signed mean is about -KL), the selected share, and whether long rollouts score less."""
+    every, lengths = np.concatenate(gap), np.array([len(g) for g in gap], dtype=np.float64)
+    values = {
+        "gap_abs": np.abs(every).mean(),
+        "gap_positive": np.maximum(every, 0).mean(),
+        "gap_signed": every.mean(),
+        "selected": chosen.sum(),
+        "selected_share": chosen.mean(),
+    }
+    if scores.std() > 0 and lengths.std() > 0:
+        values["score_length_correlation"] = np.corrcoef(scores, lengths)[0, 1]
+    return {f"camopd/{branch}/{name}": float(value) for name, value in values.items()}
+
+
+def camopd(config: TrainConfig) -> Recipe:
+    """Alternating branches, selected rollouts, sampled reverse KL."""
+    need_teachers(config, 2)
+    c = config.camopd
+    special = [t.name for t in config.teachers if set(t.key) & set(c.domain)]
+    torn = [t.name for t in config.teachers if t.name in special and set(t.key) - set(c.domain)]
+    if not c.domain or not special or len(special) == len(config.teachers) or torn:
+        raise ConfigError(
+            f"camopd.domain={c.domain} does not part the teachers {[(t.name, t.key) for t in config.teachers]}; name "
+            "the routing keys of the domain there, give the domain's teacher only these as 'key' and the "
+            "general teacher none or others"
+        )
+    base, gradient = resolve(config, importance="band", max_gap=float("inf"))
+    branches = Branches(c)
+    return Recipe(
+        "camopd",
+        branches,
+        (base, Selected(gradient, c, branches, config.seed)),
+        measures=MEASURES,
+        schedule=branches,
+        inspector=Coherence(c, branches, (base, gradient), config.seed) if c.diagnose_steps else None,
+    )

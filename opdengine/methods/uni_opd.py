@@ -1,0 +1,115 @@
+"""Uni-OPD: outcome-guided on-policy distillation (arXiv 2605.03677).
+
+Every sampled token has the advantage log q(y) - log p(y) (equations 1 and 2). A verifier grades the
+rollouts, and its outcomes enter in two places:
+
+- *Balancing.* Each prompt keeps as many correct as incorrect rollouts. What is dropped is not shown to
+  any teacher.
+- *Margin calibration.* The return of a rollout is its mean gap (section 2.4). Where the correct rollouts
+  of a prompt do not lie ``margin_delta`` above the incorrect ones, all their tokens get a constant that
+  makes it so (equations 9 to 11), or the rollouts in the way are left out (the greedy mask).
+
+Prompts go to teachers by routing key; several teachers for one key are mixed by weight (equation 4).
+Difficulty-aware balancing of the data comes before training: ``opdengine balance``.
+
+Left out rollouts do not count in the loss denominators, and returns are those of kept rollouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from opdengine.config import TrainConfig
+from opdengine.method_settings import UniOPDConfig
+from opdengine.methods import outcome
+from opdengine.methods.advantage import MEASURES, PolicyGradient, gaps, resolve
+from opdengine.methods.opd import need_teachers, plain_note
+from opdengine.recipe import Annotations, Batch, Note, Recipe, Weighed, route
+from opdengine.teachers import Teacher
+from opdengine.types import Rollout
+
+
+@dataclass(frozen=True)
+class BalancedContexts:
+    """Leaves out rollouts by their outcomes; the rest is judged under the plain prompt.
+
+    Args:
+        config: scope and ratio of the balance.
+        seed: of the choice.
+    """
+
+    config: UniOPDConfig
+    seed: int
+
+    async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
+        correct = [is_correct(r, self.config) for r in rollouts]
+        stays = outcome.choose(rollouts, correct, self.config, self.seed)
+        notes = [
+            plain_note(rollout, route(teachers, rollout.prompt.key)) if kept else Note(drop="balance")
+            for rollout, kept in zip(rollouts, stays, strict=True)
+        ]
+        right = [label for label, kept in zip(correct, stays, strict=True) if kept]
+        metrics = {
+            "balance/correct_before": float(np.mean(correct)) if correct else 0.0,
+            "balance/correct_after": float(np.mean(right)) if right else 0.0,
+        }
+        return Annotations(notes, metrics)
+
+
+def is_correct(rollout: Rollout, config: UniOPDConfig) -> bool:
+    """Whether the verifier's reward makes it a correct rollout; without a reward it is not."""
+    return rollout.reward is not None and rollout.reward >= config.correct_from
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Gaps plus the outcome's term.
+
+    Args:
+        gradient: makes signals of them.
+        config: of the margin.
+    """
+
+    gradient: PolicyGradient
+    config: UniOPDConfig
+
+    def __call__(self, batch: Batch) -> Weighed:
+        gap, c, count = gaps(batch), self.config, len(batch.rollouts)
+        shift, gone = np.zeros(count), np.zeros(count, dtype=bool)
+        # Episodes with a weight of 0 on every turn were not judged: they have no return.
+        valid = [i for i, (r, s) in enumerate(zip(batch.rollouts, batch.stats, strict=True))
+                 if s.student_logprob is not None and r.reward is not None]  # fmt: skip
+        returns = np.array([gap[i].mean() for i in valid])
+        correct = np.array([is_correct(batch.rollouts[i], c) for i in valid], dtype=bool)
+        rollouts, moved = [batch.rollouts[i] for i in valid], []
+        for members in outcome.sets(rollouts, c.margin_scope).values():
+            mine, labels, places = returns[members], correct[members], np.array(valid)[members]
+            if c.margin == "mask":
+                gone[places] = outcome.narrowing(mine, labels, c.margin_delta, c.margin_statistic)
+            elif c.margin == "shift":
+                shift[places] = outcome.shifts(mine, labels, c.margin_delta, c.margin_statistic, c.margin_direction)
+            elif c.margin == "fixed" and labels.any() and not labels.all():
+                shift[places] = c.margin_delta * outcome.sides(labels, c.margin_direction)
+            if labels.any() and not labels.all():
+                moved.append(np.ptp(shift[places]))
+        weighed = self.gradient.signals(batch, gap, np.ones(count), shift, ["margin" if g else "" for g in gone])
+        metrics = outcome.consistency(returns, correct, list(outcome.sets(rollouts, "group").values()))
+        if moved and c.margin in ("shift", "fixed"):
+            metrics["margin/shift"] = float(np.mean(moved))
+        return Weighed(weighed.signals, {**weighed.metrics, **metrics})
+
+
+def uni_opd(config: TrainConfig) -> Recipe:
+    """Routed teachers, balanced outcomes, calibrated margins."""
+    need_teachers(config, 1)
+    base, gradient = resolve(config, importance="clip", max_gap=10.0)
+    return Recipe(
+        "uni_opd",
+        BalancedContexts(config.uni_opd, config.seed),
+        (base, Calibrated(gradient, config.uni_opd)),
+        measures=MEASURES,
+        needs_reward=True,
+    )
