@@ -27,6 +27,8 @@ ITEMS = ("coin", "ring", "book", "lamp", "rope", "cup")
 TYPES = ("find", "bring", "open")
 SPLITS = ("train", "valid_seen", "valid_unseen")
 NOTHING = "Nothing happens."
+PATIENCE = 2000
+"""Draws without a new task after which there are taken to be no more."""
 VERBS = {"go": "room", "open": "container", "take": "thing", "put": "thing", "unlock": "safe"}
 HELP = {
     "go": "Walk to a neighbouring room.",
@@ -100,15 +102,18 @@ class House:
             raise ValueError(f"house: unknown split {split!r}; use one of {SPLITS}")
         wanted = Options(**options)
         tasks: dict[str, Task] = {}
-        for number in range(200 * wanted.count):
-            task = _draw(
-                Random(f"{wanted.world_seed}/{split}/{number}"), wanted, wanted.types[len(tasks) % len(wanted.types)]
-            )
-            if _split(task) == split and wanted.turns[0] <= _expert_turns(task) <= wanted.turns[1]:
-                tasks[task["id"]] = task
+        last = 0
+        for number in itertools.count():
+            kind = wanted.types[len(tasks) % len(wanted.types)]
+            task = _draw(Random(f"{wanted.world_seed}/{split}/{number}"), wanted, kind)
+            fits = _split(task) == split and wanted.turns[0] <= _expert_turns(task) <= wanted.turns[1]
+            if fits and task["id"] not in tasks:
+                tasks[task["id"]], last = task, number
             if len(tasks) == wanted.count:
-                return list(tasks.values())
-        raise ValueError(f"house: found only {len(tasks)} of count={wanted.count} tasks; widen rooms or turns")
+                break
+            if number - last > PATIENCE:
+                raise ValueError(f"house: found {len(tasks)} of count={wanted.count} tasks; widen rooms or turns")
+        return list(tasks.values())
 
     def reset(self, *, seed: int, task: Task) -> Observation:
         """Begin; the task says everything, so the seed changes nothing."""
@@ -134,9 +139,7 @@ class House:
     def step(self, message: Message) -> Step:
         """Execute the message's action; what cannot be done is answered with "Nothing happens."."""
         action = FORMATS[self.options.format](message)
-        text, failure = self._text(action), action.failure
-        if not failure and text not in self.admissible():
-            failure = "invalid_action" if text.split(" ")[0] in VERBS else "unparseable"
+        text, failure = self._read(action)
         observation = NOTHING if failure else self._execute(*text.split(" "))
         self._taken += 1
         truncated = not self._success and 0 < self.options.max_turns <= self._taken
@@ -176,10 +179,18 @@ class House:
         thought = "Thought: I go on.\nAction: " if self.options.format == "react" else ""
         return {"role": "assistant", "content": f"{thought}{verb} {noun}"}
 
-    @staticmethod
-    def _text(action: Action) -> str:
-        nouns = [str(noun) for noun in action.arguments.values()]
-        return " ".join([action.name, *nouns]).strip().rstrip(".").lower()
+    def _read(self, action: Action) -> tuple[str, str]:
+        """The action's text, and why it cannot be executed."""
+        text, failure = action.name, action.failure
+        if self.options.format == "tools" and not failure:
+            noun = action.arguments.get(VERBS.get(text, ""))
+            if len(action.arguments) != 1 or not isinstance(noun, str):
+                return text, "tool_error"
+            text = f"{text} {noun}"
+        text = text.lower().removesuffix(".")
+        if not failure and text not in self.admissible():
+            failure = "invalid_action" if text.split(" ")[0] in VERBS else "unparseable"
+        return text, failure
 
     def _room(self) -> str:
         """What is seen on entering, e.g. "den: box, coin. To hall, new shed."."""
