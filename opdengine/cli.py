@@ -79,11 +79,12 @@ def _eval(config: TrainConfig) -> int:
     from opdengine.data import load_prompts
     from opdengine.evaluate import evaluate, require_answers
     from opdengine.rollout.transformers import TransformersSampler
-    from opdengine.verifiers import load_verifier
+    from opdengine.verifiers.grader import Grader
 
-    verifier = load_verifier(config.verifier)
+    grader = Grader.from_config(config)
     paths = config.eval_data or config.train_data
     prompts = require_answers(load_prompts(paths, skip_bad_rows=config.skip_bad_rows).prompts)
+    grader.check(prompts)
     tokenizer = load_tokenizer(
         config.model, trust_remote_code=config.trust_remote_code, chat_template=config.chat_template
     )
@@ -95,13 +96,14 @@ def _eval(config: TrainConfig) -> int:
         device=default_device(),
     )
     sampler = TransformersSampler(model, tokenizer, max_batch_tokens=4 * config.max_tokens_per_batch)
-    result = evaluate(
-        sampler,
-        prompts[: config.eval_max_prompts],
-        lambda p: encode_chat(tokenizer, p.messages, p.tools, config.chat_template_kwargs),
-        verifier,
-        config.max_completion_length,
-    )
+    with grader:
+        result = evaluate(
+            sampler,
+            prompts[: config.eval_max_prompts],
+            lambda p: encode_chat(tokenizer, p.messages, p.tools, config.chat_template_kwargs),
+            grader,
+            config.max_completion_length,
+        )
     sys.stdout.write(json.dumps(result.metrics(), indent=1) + "\n")
     return 0
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,9 @@ from opdengine.rollout import Sampler
 from opdengine.rollout.episodes import Episodes, Job, episode_metrics
 from opdengine.types import Prompt, Request, SamplingParams
 from opdengine.verifiers import Verifier
+from opdengine.verifiers.grader import Grader
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Evaluation:
         texts: what was written.
         mean_length: in tokens.
         clipped_ratio: share that ran into the length limit.
+        failed: number of verifiers that failed (and count as score 0), by reason.
     """
 
     scores: np.ndarray
@@ -32,6 +38,7 @@ class Evaluation:
     texts: tuple[str, ...]
     mean_length: float
     clipped_ratio: float
+    failed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
@@ -49,6 +56,7 @@ class Evaluation:
             "eval/accuracy": self.accuracy,
             "eval/mean_length": self.mean_length,
             "eval/clipped_ratio": self.clipped_ratio,
+            **{f"eval/verifier_failed/{reason}": float(n) for reason, n in self.failed.items()},
         }
         keyed = self.by_key()
         if len(keyed) > 1:
@@ -137,7 +145,7 @@ def evaluate(
     sampler: Sampler,
     prompts: Sequence[Prompt],
     encode: Callable[[Prompt], list[int]],
-    verifier: Verifier,
+    verifier: Verifier | Grader,
     max_tokens: int,
 ) -> Evaluation:
     """Greedy decoding, one answer per prompt, graded by the verifier.
@@ -146,17 +154,23 @@ def evaluate(
         sampler: the policy.
         prompts: with answers.
         encode: prompt -> token ids.
-        verifier: grades text against answer.
+        verifier: grades text against answer; a plain function is called in this process.
         max_tokens: most new tokens.
     """
     requests = [Request(p.id, tuple(encode(p))) for p in prompts]
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     answers = [completions[0] for completions in sampler.generate(requests, params)]
-    scores = [verifier(a.text, p.answer, p.messages) for a, p in zip(answers, prompts, strict=True)]
+    grader = verifier if isinstance(verifier, Grader) else Grader(verifier)
+    scores = grader.grade([a.text for a in answers], prompts)
+    failed = Counter(score.failure for score in scores if score.failure)
+    if failed:
+        example = next(score for score in scores if score.failure)
+        logger.warning("%d verifiers failed: %s, e.g. %s", failed.total(), dict(failed), example.detail)
     return Evaluation(
-        scores=np.array(scores, dtype=np.float64),
+        scores=np.array([score.value for score in scores], dtype=np.float64),
         keys=tuple(p.key for p in prompts),
         texts=tuple(a.text for a in answers),
         mean_length=float(np.mean([len(a.token_ids) for a in answers])),
         clipped_ratio=float(np.mean([a.stop_reason == "length" for a in answers])),
+        failed=failed,
     )

@@ -28,7 +28,7 @@ from opdengine.progress import Progress
 from opdengine.recipe import Recipe
 from opdengine.run_folder import RunFolder
 from opdengine.types import Prompt
-from opdengine.verifiers import load_verifier
+from opdengine.verifiers.grader import Grader
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         ConfigError, DataError, CheckpointError: before any model is loaded, where possible.
     """
     recipe = build_recipe(config)
-    verifier = load_verifier(config.verifier)
+    grader = Grader.from_config(config)
     for path in [config.model, *(t.model for t in config.teachers if t.base_url is None)]:
         check_model_path(path)
     folder = RunFolder(config)
@@ -59,6 +59,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     else:
         prompts = load_prompts(config.train_data, skip_bad_rows=config.skip_bad_rows)
     check_routing(config, recipe, prompts)
+    grader.check(held_out)
     tokenizer = load_tokenizer(
         config.model,
         trust_remote_code=config.trust_remote_code,
@@ -98,7 +99,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
                 config.seed,
             )
         elif held_out:
-            result = evaluate(engine.sampler, held_out, engine.encode, verifier, config.max_completion_length)
+            result = evaluate(engine.sampler, held_out, engine.encode, grader, config.max_completion_length)
             metrics = result.metrics()
             rows = [
                 {"prompt_id": p.id, "score": s, "text": t}
@@ -127,6 +128,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         tokenizer.save_pretrained(final)
     finally:
         writer.close()
+        grader.close()
         engine.sampler.close()
         if engine.episodes is not None:
             engine.episodes.close()

@@ -25,15 +25,17 @@ from opdengine.cli import main
 from opdengine.metrics import read_metrics
 
 KILLER = '''
-"""Grades like "numeric"; kills its process during the evaluation that the environment names."""
-import os, signal
+"""Grades like "numeric"; kills the training process at the call that the environment names."""
+import os, pathlib, signal, time
 calls = 0
 
 def grade(text, answer, messages):
     global calls
     calls += 1
     if calls == int(os.environ.get("KILL_AT_CALL", "-1")):
-        os.kill(os.getpid(), signal.SIGKILL)
+        guard = pathlib.Path(f"/proc/{os.getppid()}/stat").read_text()
+        os.kill(int(guard.rpartition(")")[2].split()[1]), signal.SIGKILL)
+        time.sleep(60)
     return float(answer in text)
 '''
 
@@ -51,6 +53,7 @@ def world(models: dict[str, str], prompt_file: str, tmp_path_factory: pytest.Tem
         "eval_max_prompts": 3,
         "eval_steps": 2,
         "verifier": f"{root / 'grade.py'}:grade",
+        "verifier_workers": 1,
         "output_dir": str(root / "whole"),
         "method": "mad_opd",
         "divergence": {"agentic": "jsd", "code": "reverse_kl"},

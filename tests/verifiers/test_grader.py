@@ -1,0 +1,230 @@
+"""Verifiers that hang, crash, raise or talk nonsense cost their own completion the grade and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opdengine.config import ConfigError
+from opdengine.types import Prompt
+from opdengine.verifiers.grader import Grader
+from opdengine.verifiers.score import Score, VerifierSettings
+
+VERIFIER = """
+import ctypes, os, pathlib, signal, sys, threading, time
+
+def verify(text, answer, messages):
+    if text == "sleep":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(1000)
+    if text == "compute":
+        sum(range(10**12))  # in C: no other thread of this process runs
+    if text == "segfault":
+        ctypes.string_at(0)
+    if text == "exit":
+        os._exit(0)
+    if text == "raise":
+        raise KeyError("no such thing")
+    if text == "leave":
+        sys.exit(0)
+    if text == "print":
+        print("noise " * 10**5)
+        os.write(1, b"[1.0]\\n")
+    if text == "daemon":
+        if os.fork() == 0:
+            os.setsid()
+            pathlib.Path(answer).write_text(str(os.getpid()))
+            time.sleep(1000)
+        while not (pathlib.Path(answer).exists() and pathlib.Path(answer).read_text()):
+            time.sleep(0.01)
+        return 1.0
+    if text == "alarm":
+        signal.signal(signal.SIGALRM, lambda *_: None)  # raises outside of the main thread
+        return threading.current_thread() is threading.main_thread()
+    if text.startswith("return "):
+        return eval(text[7:])
+    return float(text == answer)
+"""
+
+
+def prompt(answer: Any = "yes", key: str = "") -> Prompt:
+    return Prompt("p", ({"role": "user", "content": "?"},), key=key, answer=answer)
+
+
+def grade(grader: Grader, texts: Sequence[str], answer: Any = "yes") -> list[Score]:
+    return grader.grade(texts, [prompt(answer)] * len(texts))
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def gone(pid: int) -> bool:
+    deadline = time.monotonic() + 30
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not alive(pid)
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> str:
+    (tmp_path / "mine.py").write_text(VERIFIER)
+    return f"{tmp_path / 'mine.py'}:verify"
+
+
+@pytest.fixture
+def grader(spec: str) -> Iterator[Grader]:
+    with Grader(spec, VerifierSettings(timeout=1.0, workers=2)) as grader:
+        yield grader
+
+
+def test_every_kind_of_trouble_is_named_counted_and_contained(grader: Grader) -> None:
+    texts = ["yes", "sleep", "compute", "segfault", "exit", "raise", "leave", "print", "alarm", "no", "yes"]
+    scores = grade(grader, texts)
+    assert [(s.value, s.failure) for s in scores] == [
+        (1, ""),
+        (0, "timeout"),
+        (0, "timeout"),
+        (0, "crash"),
+        (0, "crash"),
+        (0, "error"),
+        (0, "error"),
+        (0, ""),
+        (1, ""),
+        (0, ""),
+        (1, ""),
+    ]
+    assert "Segmentation fault" in scores[3].detail and "no such thing" in scores[5].detail
+    failed = {"timeout": 2.0, "crash": 2.0, "error": 2.0, "sandbox": 0.0}
+    assert grader.counts() == {f"verifier/failed/{reason}": n for reason, n in failed.items()}
+    assert set(grader.counts().values()) == {0.0}, "counts start anew when they were read"
+
+
+@pytest.mark.parametrize("value", ["2.0", "-0.5", "float('nan')", "None", "'good'", "[1]"])
+def test_nonsense_is_no_grade(grader: Grader, value: str) -> None:
+    (score,) = grade(grader, [f"return {value}"])
+    assert score.value == 0 and score.failure == "error" and "the verifier returned" in score.detail
+
+
+def test_scores_keep_the_order_over_many_workers(spec: str) -> None:
+    with Grader(spec, VerifierSettings(workers=3)) as grader:
+        scores = grade(grader, [f"return {i} / 300" for i in range(300)])
+    assert [s.value for s in scores] == [i / 300 for i in range(300)]
+
+
+def test_large_completions_and_answers_arrive_whole(spec: str) -> None:
+    text = "ä" * 1_000_000
+    with Grader(spec) as grader:
+        assert [s.value for s in grade(grader, [text, text[1:]], answer=text)] == [1, 0]
+
+
+def test_close_ends_what_a_verifier_started(spec: str, tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    with Grader(spec) as grader:
+        assert grade(grader, ["daemon"], answer=str(note))[0].value == 1
+        daemon = int(note.read_text())
+        assert alive(daemon)
+    assert gone(daemon)
+    grader.close()
+
+
+def test_nothing_outlives_a_killed_parent(spec: str, tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    code = textwrap.dedent(f"""
+        import os, threading, time
+        from opdengine.types import Prompt
+        from opdengine.verifiers.grader import Grader
+        grader = Grader({spec!r})
+        prompt = Prompt("p", (), answer={str(note)!r})
+        # From a thread that ends: the workers belong to the process, not to it.
+        thread = threading.Thread(target=grader.grade, args=(["daemon"], [prompt]))
+        thread.start()
+        thread.join()
+        print(grader.grade(["no"], [prompt])[0].failure or "graded", flush=True)
+        grader.grade(["compute"], [prompt])
+    """)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == "graded\n"
+        family = [int(note.read_text()), *_descendants(parent.pid)]
+        assert len(family) >= 3, "daemon, guard and worker"
+        parent.send_signal(signal.SIGKILL)
+    assert all(gone(pid) for pid in family)
+
+
+def _descendants(pid: int) -> list[int]:
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(entry.parent.name)] = int(entry.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found[1:]
+
+
+def test_concurrent_calls_do_not_mix(spec: str) -> None:
+    results: dict[int, list[float]] = {}
+    with Grader(spec) as grader:
+
+        def run(i: int) -> None:
+            results[i] = [s.value for s in grade(grader, [f"return {i} / 10"] * 20)]
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert results == {i: [i / 10] * 20 for i in range(4)}
+
+
+def test_an_interrupt_ends_the_workers_and_the_grader_still_works(spec: str) -> None:
+    with Grader(spec, VerifierSettings(timeout=1000)) as grader:
+        before = set(_descendants(os.getpid()))
+        timer = threading.Timer(1.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            grade(grader, ["sleep"])
+        assert all(gone(pid) for pid in set(_descendants(os.getpid())) - before)
+        assert grade(grader, ["yes"])[0].value == 1
+
+
+def test_every_prompt_has_the_verifier_of_its_data_source(spec: str) -> None:
+    mapping = {"a": "exact_match", "b": "numeric", "default": spec}
+    with Grader(mapping) as grader:
+        texts = ["4.0", "4.0", "return 0.25", "four"]
+        prompts = [prompt("4", "a"), prompt("4", "b"), prompt("4", "c"), prompt("four", "a")]
+        assert [s.value for s in grader.grade(texts, prompts)] == [0, 1, 0.25, 1]
+    with pytest.raises(ConfigError, match=r"verifier has no entry for data_source 'c' and no 'default'"):
+        Grader({"a": "exact_match"}).check([prompt(key="a"), prompt(key="c")])
+
+
+def test_a_verifier_in_this_process_may_raise() -> None:
+    def picky(text: str, answer: Any, messages: Any) -> float:
+        return 1 / len(text)
+
+    scores = Grader(picky).grade(["", "ab"], [prompt(), prompt()])
+    assert [(s.value, s.failure) for s in scores] == [(0, "error"), (0.5, "")]
+    (score,) = Grader("numeric").grade(["4"], [prompt("no number")])
+    assert score.failure == "error" and "no number" in score.detail
+
+
+def test_what_cannot_be_loaded_is_refused_at_once() -> None:
+    for spec, message in (("grade", "unknown verifier 'grade'"), ("nowhere.py:f", "no Python file")):
+        with pytest.raises(ValueError, match=message):
+            Grader({"default": spec})
