@@ -1,8 +1,7 @@
 """The sampled-token reverse KL as a policy gradient, shared by Uni-OPD and CaMOPD.
 
-For a token y sampled from the student p, the gap ``log q(y) - log p(y)`` is an unbiased sample of
--KL(p || q), and the mean over p of ``-gap * d log p(y)`` is the gradient of KL(p || q): the gap,
-detached, is the token's advantage (arXiv 2605.03677, equations 1 and 2; arXiv 2605.27115, equations
+For a token y sampled from the student p, the mean of ``-(log q(y) - log p(y)) * d log p(y)`` is the gradient
+of KL(p || q): that gap, detached, is the token's advantage (arXiv 2605.03677 and 2605.27115, equations
 1 and 2). It needs no more of a teacher than the log-prob of the sampled token.
 """
 
@@ -23,6 +22,7 @@ MEASURES = ("student_logprob", "teacher_logprob", "teacher_entropy")
 """What :class:`PolicyGradient` reads; the entropy shows a dead teacher."""
 
 BOUNDS = {"none": (0.0, 0.0), "truncated": (0.0, 2.0), "band": (0.5, 2.0), "clip": (0.2, 0.28)}
+"""Usual ``low`` and ``high`` of each kind of importance weight."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ class PolicyGradient:
         """One signal per rollout: advantage ``w * (scale * gap + shift)`` and its metrics.
 
         Args:
-            batch: the step.
-            gap: what :func:`gaps` returns.
+            batch, gap: the step and its :func:`gaps`.
             scale: [N] multiplies the loss of a rollout.
             shift: [N] added to the advantage of each of its tokens.
             reasons: why a rollout is left out; empty to keep it.
@@ -90,8 +89,7 @@ class PolicyGradient:
                 weighted += int((open_ & (weight == 0)).sum())
                 shown.append(gap[i])
         metrics = {"advantage/gap_masked": float(masked), "advantage/importance_masked": float(weighted)}
-        if unknown:
-            metrics["advantage/without_sampler_logprobs"] = float(unknown)
+        metrics |= {"advantage/without_sampler_logprobs": float(unknown)} if unknown else {}
         if shown:
             every = np.concatenate(shown)
             metrics |= {"gap/mean": float(every.mean()), "gap/p95": float(np.quantile(np.abs(every), 0.95))}
@@ -120,7 +118,7 @@ def _gap(note: Note, stats: Stats, count: int) -> np.ndarray:
 
 def no_divergence(batch: Batch) -> Weighed:
     """The weigher that switches the divergence off."""
-    return Weighed([TokenSignal(kl_weight=np.zeros(len(r.targets), dtype=np.float32)) for r in batch.rollouts])
+    return Weighed([TokenSignal(np.zeros(len(r.targets), dtype=np.float32)) for r in batch.rollouts])
 
 
 def resolve(config: TrainConfig, importance: str, max_gap: float) -> tuple[Weigher, PolicyGradient]:
