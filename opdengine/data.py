@@ -71,7 +71,7 @@ def load_prompts(paths: Sequence[str], *, skip_bad_rows: bool = False) -> Prompt
     reasons: Counter[str] = Counter()
     seen: dict[str, str] = {}
     for path, stem in zip(paths, _stems(paths), strict=True):
-        for number, row in _rows(path):
+        for number, row in read_rows(path):
             place = f"{path}, row {number}"
             problem, prompt = _check(row, f"{stem}:{number}")
             if prompt is not None and prompt.id in seen:
@@ -142,7 +142,7 @@ def drop_long(
     return PromptSet(tuple(kept), dropped)
 
 
-class _Undecodable(str):
+class Undecodable(str):
     """Stands in for a row that could not be read; says why."""
 
 
@@ -258,7 +258,7 @@ class ScheduledStream:
 
 def _check(row: Any, default_id: str) -> tuple[str | None, Prompt | None]:
     """A prompt, or what is wrong with the row."""
-    if isinstance(row, _Undecodable):
+    if isinstance(row, Undecodable):
         return str(row), None
     if not isinstance(row, Mapping):
         return "not a JSON object", None
@@ -316,8 +316,12 @@ def _stems(paths: Sequence[str]) -> list[str]:
     return [stem if stems.count(stem) == 1 else f"{stem}#{i}" for i, stem in enumerate(stems)]
 
 
-def _rows(path: str) -> Iterator[tuple[int, Any]]:
-    """(row number from 1, row) of a file; what cannot be decoded comes as :class:`_Undecodable`."""
+def read_rows(path: str) -> Iterator[tuple[int, Any]]:
+    """(row number from 1, row) of a file; what cannot be decoded comes as :class:`Undecodable`.
+
+    Raises:
+        DataError: the file does not exist or cannot be read.
+    """
     file = Path(path).expanduser()
     if file.suffix in (".jsonl", ".ndjson") and file.is_file():
         yield from _jsonl(file)
@@ -363,6 +367,6 @@ def _jsonl(file: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line.decode("utf-8"))
             except UnicodeDecodeError:
-                yield number, _Undecodable("not UTF-8")
+                yield number, Undecodable("not UTF-8")
             except json.JSONDecodeError as error:
-                yield number, _Undecodable(f"not JSON ({error.msg} at column {error.colno})")
+                yield number, Undecodable(f"not JSON ({error.msg} at column {error.colno})")

@@ -20,6 +20,9 @@ ENVIRONMENTS = {
 }
 """The built-in environments; each module is imported when it is asked for."""
 
+POOL_OPTIONS = ("network",)
+"""Options that are for :class:`opdengine.environments.pool.EnvironmentPool` and not for an environment's class."""
+
 METHODS = ("tasks", "reset", "step", "close")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from opdengine.data import DataError, PromptSet
-from opdengine.environments.registry import load_environment
+from opdengine.environments.registry import POOL_OPTIONS, load_environment
 from opdengine.types import Prompt
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ def load_tasks(config: EnvironmentConfig, split: str) -> PromptSet:
         DataError: the split has no tasks, they cannot be read, or an id is missing or occurs twice.
     """
     try:
-        tasks = load_environment(config.name).tasks(split, **config.options)
+        options = {name: value for name, value in config.options.items() if name not in POOL_OPTIONS}
+        tasks = load_environment(config.name).tasks(split, **options)
     except (ValueError, TypeError, OSError) as error:
         raise DataError(f"environment {config.name!r}: no tasks of split {split!r}: {error}") from error
     if not tasks:

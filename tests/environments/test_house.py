@@ -191,3 +191,11 @@ def test_it_plays_in_a_pool_as_it_plays_here():
             answers = pool.step(messages)
             assert answers == {slot: worlds[slot].step(messages[slot]) for slot in playing}
             playing = {slot for slot in playing if not answers[slot].done}
+
+
+def test_the_pools_own_options_do_not_reach_the_tasks():
+    from opdengine.config import EnvironmentConfig
+    from opdengine.environments.setup import load_tasks
+
+    prompts = load_tasks(EnvironmentConfig(name="house", options={"count": 3, "network": True}), "train")
+    assert [p.extra["task"] for p in prompts.prompts] == House.tasks("train", count=3)
