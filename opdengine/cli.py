@@ -1,4 +1,4 @@
-"""``opdengine train | eval | debate | vllm-serve | doctor``."""
+"""``opdengine train | eval | debate | plan | vllm-serve | doctor``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from opdengine.checkpoint import CheckpointError
 from opdengine.config import TrainConfig
@@ -29,12 +30,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("train", "train a student: opdengine train --config run.yaml [--key value ...]"),
         ("debate", "print one debate: opdengine debate --config run.yaml --prompt TEXT"),
         ("eval", "grade a model: opdengine eval --config run.yaml [--model FOLDER]"),
+        ("plan", "count memory and seconds of a step: opdengine plan --config run.yaml --gpus 8"),
     ):
         command = commands.add_parser(name, help=help_text)
         command.add_argument("--config", help="YAML file of settings")
         if name == "debate":
             command.add_argument("--prompt", required=True, help="what to debate")
             command.add_argument("--data_source", default="", help="routing key of the prompt")
+        if name == "plan":
+            command.add_argument("--gpus", type=int, default=1, help="how many")
+            command.add_argument("--gpu", default="h200", help="h200, h100, a100 or l40s")
+            command.add_argument("--network", type=float, default=50.0, help="GB/s of one GPU to another node")
+            command.add_argument("--mean_prompt", type=float, help="mean tokens of a prompt; default: the limit")
+            command.add_argument("--mean_completion", type=float, help="mean tokens of a completion")
+            command.add_argument("--mean_turn", type=float, help="mean tokens of a teacher's debate turn")
     commands.add_parser("doctor", help="show what is installed, what is missing and how to get it")
     commands.add_parser("vllm-serve", help=SERVE, add_help=False)
     options, rest = parser.parse_known_args(arguments)
@@ -49,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, rest)
         if options.command == "train":
             return _train(config)
+        if options.command == "plan":
+            return _plan(config, options)
         if options.command == "debate":
             return _debate(config, options.prompt, options.data_source)
         return _eval(config)
@@ -134,6 +145,21 @@ def _debate(config: TrainConfig, text: str, key: str) -> int:
     weights = debate.weights(config.debate.tau)
     for name, weight in zip(debate.teachers, weights, strict=True):
         sys.stdout.write(f"weight of {name}: {weight:.3f}\n")
+    return 0
+
+
+def _plan(config: TrainConfig, options: argparse.Namespace) -> int:
+    from opdengine.plan import GPUS, Lengths, plan
+
+    if options.gpu not in GPUS:
+        raise ValueError(f"--gpu {options.gpu} is unknown; choose one of {sorted(GPUS)}")
+    machine = replace(GPUS[options.gpu], gpus=options.gpus, network=options.network * 1e9)
+    lengths = Lengths(
+        options.mean_prompt or config.max_prompt_length,
+        options.mean_completion or config.max_completion_length,
+        options.mean_turn or config.debate.max_tokens,
+    )
+    sys.stdout.write(f"{plan(config, machine, lengths)}\n")
     return 0
 
 

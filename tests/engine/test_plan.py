@@ -1,0 +1,138 @@
+"""The cost model against what small runs really do: parameters, FLOPs of every phase, bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+from engine_helpers import make_config, make_engine, make_items
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+
+from opdengine.cli import main
+from opdengine.data import load_prompts
+from opdengine.objective import Tally
+from opdengine.plan import Lengths, Machine, loss_flops, memory_of, plan
+from opdengine.shapes import QWEN3, shape_of
+
+Models = dict[str, str]
+
+DENSE = Qwen3Config(
+    vocab_size=2000, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=32, tie_word_embeddings=False,
+)  # fmt: skip
+MIXTURE = Qwen3MoeConfig(
+    vocab_size=2000, hidden_size=64, intermediate_size=160, moe_intermediate_size=48, num_experts=8,
+    num_experts_per_tok=2, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+    tie_word_embeddings=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [DENSE, MIXTURE], ids=["dense", "mixture"])
+def test_parameters_and_flops_of_a_model(config: Qwen3Config, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() >= 2)
+    assert shape.parameters == matrices
+    length = 40
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.base_model(torch.arange(length)[None])
+    if config is DENSE:  # the counter does not know the grouped products of a mixture
+        # Eager attention computes the upper triangle too: every token attends to the whole length.
+        assert counter.get_total_flops() == pytest.approx(shape.body_flops(length, length), rel=0.01)
+
+
+def test_flops_of_the_update(models: Models, prompt_file: str, tmp_path: Path) -> None:
+    """Forward and backward of the student and the fused loss of two teachers, counted while they run.
+
+    Attention is eager: the counter knows its products, which reach over the whole row.
+    """
+    config = make_config(models, prompt_file, tmp_path, max_completion_length=24, attn_implementation="eager")
+    engine = make_engine(config)
+    items = make_items(engine, load_prompts([prompt_file]).prompts[:4])
+    engine.probed = True
+    engine._differences = lambda tally, items: torch.zeros(1).numpy()  # type: ignore[assignment,method-assign,return-value]
+    with FlopCounterMode(display=False) as counter:
+        engine.update(items, Tally())
+    student = shape_of(models["student"])
+    teachers = [shape_of(models["big"]), shape_of(models["small"])]
+    tokens = sum(len(i.rollout.token_ids) for i in items)
+    targets = sum(len(i.rollout.targets) for i in items)
+    width = max(len(i.rollout.token_ids) for i in items)
+    body = 3 * student.body_flops(tokens, width)
+    expected = body + loss_flops(student, teachers, targets)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.12)
+
+
+def test_known_shapes_have_the_advertised_sizes() -> None:
+    sizes = {"Qwen3-0.6B": 0.6, "Qwen3-1.7B": 1.7, "Qwen3-4B": 4.0, "Qwen3-8B": 8.2, "Qwen3-14B": 14.8,
+             "Qwen3-32B": 32.8, "Qwen3-30B-A3B": 30.5}  # fmt: skip
+    for name, billions in sizes.items():
+        assert QWEN3[name].parameters / 1e9 == pytest.approx(billions, rel=0.02), name
+    a3b = QWEN3["Qwen3-30B-A3B"]
+    assert (a3b.active_parameters + 2 * a3b.head_parameters) / 1e9 == pytest.approx(3.3, rel=0.03)
+
+
+def test_bytes_of_the_student_are_those_of_a_trained_one(models: Models, prompt_file: str, tmp_path: Path) -> None:
+    config = make_config(models, prompt_file, tmp_path)
+    engine = make_engine(config)
+
+    async def step() -> None:
+        await engine.step(load_prompts([prompt_file]).prompts[:4])
+
+    asyncio.run(step())
+    model = engine.student.model
+    size = sum(2 * p.numel() * p.element_size() for p in model.parameters())  # weights and gradients
+    size += sum(v.numel() * v.element_size() for s in engine.optimizer.state.values() for v in s.values() if v.dim())
+    counted = memory_of(config, shape_of(models["student"]), [], Machine(), 100)
+    assert counted["student: weights, gradients, AdamW"] == pytest.approx(size, rel=0.01)
+
+
+def test_a_plan_scales_as_it_should() -> None:
+    from opdengine.config import TeacherConfig, TrainConfig
+
+    def make(gpus: int, **changes: object) -> object:
+        config = TrainConfig(
+            model="Qwen/Qwen3-14B",
+            output_dir="o",
+            train_data=["d"],
+            teachers=[TeacherConfig("Qwen/Qwen3-32B"), TeacherConfig("Qwen/Qwen3-30B-A3B")],
+            gradient_checkpointing=True,
+            bf16=True,
+            **changes,  # type: ignore[arg-type]
+        )
+        return plan(config, Machine(gpus=gpus), Lengths(500, 2000, 800))
+
+    one, eight, far = make(1), make(8), make(64)
+    key = "student: weights, gradients, AdamW"
+    assert one.memory[key] == 8 * eight.memory[key]  # type: ignore[attr-defined]
+    assert not one.fits and one.memory["teachers"] > 120e9  # type: ignore[attr-defined]
+    for phase in ("debate", "score"):  # data parallel: more prompts, the same time
+        assert eight.phases[phase].seconds == pytest.approx(one.phases[phase].seconds)  # type: ignore[attr-defined]
+    assert far.phases["sync"].seconds > eight.phases["sync"].seconds  # type: ignore[attr-defined]
+    assert "debate" not in make(1, method="mt_opd").phases  # type: ignore[attr-defined]
+    assert eight.bottleneck in str(eight) and "does NOT fit" in str(one)  # type: ignore[attr-defined]
+
+
+def test_decoding_is_bound_by_memory_for_few_sequences_and_by_products_for_many() -> None:
+    from opdengine.plan import _decode
+
+    shape, machine = QWEN3["Qwen3-4B"], Machine()
+    single = _decode(shape, machine, 1, 10, 1000)
+    assert single.seconds == pytest.approx(1000 * 2 * 4.02e9 / (machine.bandwidth * 0.6), rel=0.05)
+    many = _decode(shape, machine, 4096, 10, 100)
+    assert many.seconds < 4096 * single.seconds / 10 / 20
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    config = "examples/configs/mad_opd_code_qwen3_14b_8b_to_4b.yaml"
+    assert main(["plan", "--config", config, "--gpus", "8", "--mean_completion", "4000"]) == 0
+    text = capsys.readouterr().out
+    assert "8 x h200" in text and "bottleneck: debate" in text
+    assert main(["plan", "--config", config, "--gpu", "tpu"]) == 2
+    assert main(["plan", "--config", config, "--gpus", "0"]) == 2
+    assert main(["plan", "--config", config, "--model", "some/where/else"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
