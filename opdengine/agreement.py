@@ -36,18 +36,37 @@ def processed_differences(
     """
     known = [(r, r.logprobs) for r in rollouts if r.logprobs is not None and len(r.targets)]
     chosen = sorted(known, key=lambda pair: len(pair[0].token_ids))[:ROLLOUTS]
+    ids, positions = zip(*(_start(r) for r, _ in chosen), strict=True) if chosen else ((), ())
+    states = student.score(ids, positions)
     differences = [
-        processed_logprobs(student, rollout, params, vocab_size) - logprobs[:TOKENS] for rollout, logprobs in chosen
+        _processed(student, *start, params, vocab_size) - logprobs[:TOKENS]
+        for (_, logprobs), *start in zip(chosen, ids, positions, states, strict=True)
     ]
     return np.concatenate(differences) if differences else np.zeros(0, dtype=np.float32)
 
 
-@torch.no_grad()
 def processed_logprobs(student: Backbone, rollout: Rollout, params: SamplingParams, vocab_size: int) -> np.ndarray:
     """float32 [min(T, TOKENS)]: log-probs of a rollout's first targets after penalty, temperature, top-k, top-p."""
+    ids, positions = _start(rollout)
+    (states,) = student.score([ids], [positions])
+    return _processed(student, ids, positions, states, params, vocab_size)
+
+
+def _start(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids up to the last target that is compared, and the positions of those targets."""
     positions = rollout.target_positions[:TOKENS]
-    ids = rollout.token_ids[: positions[-1] + 1]
-    (hidden,) = student.score([ids], [positions])
+    return rollout.token_ids[: positions[-1] + 1], positions
+
+
+@torch.no_grad()
+def _processed(
+    student: Backbone,
+    ids: np.ndarray,
+    positions: np.ndarray,
+    hidden: torch.Tensor,
+    params: SamplingParams,
+    vocab_size: int,
+) -> np.ndarray:
     logits = student.head.logits(hidden.to(student.head.weight.dtype))[:, :vocab_size].float()
     sequence = torch.from_numpy(ids).to(logits.device)
     if params.repetition_penalty != 1.0:

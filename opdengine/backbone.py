@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from opdengine.distributed import Sharded
+from opdengine.lora import base_of, merge_adapter, read_adapted
 from opdengine.packing import Packed, pack
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ def load_model(
 ) -> Any:
     """Load any causal LM that ``AutoModelForCausalLM`` knows, from a folder or a hub name.
 
+    A folder that holds a LoRA adapter stands for its base with the adapter merged in.
+
     Raises:
         ValueError: the folder does not exist or holds no model, or the attention implementation is
             not installed.
@@ -62,6 +68,16 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     check_model_path(path)
+    if base := read_adapted(path):
+        plain = load_model(
+            base,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            device=device,
+        )
+        return merge_adapter(plain, Path(path))
     if attn_implementation == "auto":
         on_gpu = torch.device(device).type == "cuda"
         has_flash = on_gpu and importlib.util.find_spec("flash_attn") is not None
@@ -89,7 +105,7 @@ def read_window(path: str, *, trust_remote_code: bool = False) -> int | None:
     """Longest sequence of a model, in tokens, from its configuration alone; None if unbounded."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(read_adapted(path) or path, trust_remote_code=trust_remote_code)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -98,7 +114,7 @@ def check_model_path(path: str) -> None:
     folder = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise ValueError(
                 f"model folder {path!r} has no config.json; save a model there with "
                 "model.save_pretrained(...) or name another folder"
@@ -114,27 +130,33 @@ class Backbone:
     """A loaded causal LM whose final hidden states and head are used separately.
 
     Args:
-        model: what :func:`load_model` returns.
+        model: what :func:`load_model` returns, with an adapter or without.
         name: appears in errors.
         max_tokens: token budget of one forward pass without gradient.
+        sharded: splits the model's parameters over ranks; its passes are then collective.
 
     Raises:
         ValueError: the head cannot be reproduced from weight, bias, scale and soft cap.
     """
 
-    def __init__(self, model: Any, name: str = "model", max_tokens: int = 16384) -> None:
+    def __init__(
+        self, model: Any, name: str = "model", max_tokens: int = 16384, sharded: Sharded | None = None
+    ) -> None:
         self.model = model
+        self.sharded = sharded
+        self._whole = False
         self.name = name
         self.max_tokens = max_tokens
-        self.trunk = model.base_model
-        if self.trunk is model or model.get_output_embeddings() is None:
+        inner = base_of(model)
+        self.trunk = inner.base_model
+        if self.trunk is inner or model.get_output_embeddings() is None:
             raise ValueError(
-                f"{name}: {type(model).__name__} has no separate backbone and output embedding; "
+                f"{name}: {type(inner).__name__} has no separate backbone and output embedding; "
                 "only decoder language models with an LM head can be used"
             )
         self._scale, self._softcap = _head_constants(model.config.get_text_config())
-        self._prove_head()
-        self.layout = self._choose_layout()
+        self.within(self._prove_head)
+        self.layout = self.within(self._choose_layout)
 
     @property
     def device(self) -> torch.device:
@@ -146,11 +168,46 @@ class Backbone:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
+    def has_dropout(self) -> bool:
+        """Whether its log-probs in training are not those of the model that is sampled."""
+        return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.model.modules())
+
+    @property
     def head(self) -> Head:
         """The current head; its weight is the live parameter."""
         layer = self.model.get_output_embeddings()
         bias = getattr(layer, "bias", None)
         return Head(layer.weight, bias, self._scale, self._softcap)
+
+    def within(self, function: Callable[[], T]) -> T:
+        """Call what uses the weights. Where ranks split them, the head is whole meanwhile."""
+        if self.sharded is None or self._whole:
+            return function()
+        self._whole = True
+        try:
+            result = self.sharded(function)
+        finally:
+            self._whole = False
+        if not (isinstance(result, torch.Tensor) and result.requires_grad):
+            self.sharded.release()
+        return result
+
+    def in_step(self, batches: Iterable[Packed]) -> Iterator[Packed | None]:
+        """The batches; where ranks split the model, then None until every rank has had as many.
+
+        For each None :meth:`idle` takes part in the others' pass.
+        """
+        batches = list(batches)
+        most = len(batches) if self.sharded is None else self.sharded.ranks.max(len(batches))
+        yield from batches
+        for _ in range(most - len(batches)):
+            yield None
+
+    def idle(self) -> torch.Tensor:
+        """A pass over one token whose result, and whose gradient of every parameter, is 0."""
+        batch = pack([np.zeros(2, dtype=np.int64)], max_tokens=2, layout="padded")[0]
+        hidden = self.hidden(batch, [np.array([1])])
+        return 0.0 * self.head.logits(hidden.to(self.head.weight.dtype)).float().sum()
 
     def forward(self, batch: Packed) -> torch.Tensor:
         """Final hidden states [B * L, d] of a packed batch, after the last norm."""
@@ -169,8 +226,14 @@ class Backbone:
     @torch.no_grad()
     def score(self, sequences: Sequence[np.ndarray], target_positions: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Hidden states [T_i, d] predicting the targets of every sequence, without gradient."""
+        return self.within(lambda: self._score(sequences, target_positions))
+
+    def _score(self, sequences: Sequence[np.ndarray], target_positions: Sequence[np.ndarray]) -> list[torch.Tensor]:
         result: list[torch.Tensor | None] = [None] * len(sequences)
-        for batch in pack(sequences, max_tokens=self.max_tokens, layout=self.layout):
+        for batch in self.in_step(pack(sequences, max_tokens=self.max_tokens, layout=self.layout)):
+            if batch is None:
+                self.idle()
+                continue
             positions = [target_positions[i] for i in batch.members]
             hidden = self.hidden(batch, positions)
             for i, rows in zip(batch.members, hidden.split([len(p) for p in positions]), strict=True):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,14 +18,17 @@ from opdengine.agreement import processed_differences
 from opdengine.backbone import Backbone
 from opdengine.chat import encode_chat
 from opdengine.config import TrainConfig
-from opdengine.objective import Item, Objective, Tally, fold, make_item, normalisers
-from opdengine.packing import pack
+from opdengine.distributed import Ranks
+from opdengine.lora import policy
+from opdengine.objective import Item, Objective, Tally, make_item, normalisers
 from opdengine.recipe import Annotations, Batch, Note, Recipe, Stats, combine
+from opdengine.report import Clock, Prepared, StepResult, merge_ranks, summarise
 from opdengine.rollout import Sampler
 from opdengine.rollout.episodes import Episodes, Job, episode_metrics
 from opdengine.scoring import Judged, Measurer, judge
 from opdengine.teachers import Teacher
 from opdengine.types import Prompt, Request, Rollout, SamplingParams, Turn
+from opdengine.update import backward, clip_gradients, describe, gradient_norm
 
 if TYPE_CHECKING:
     from opdengine.verifiers.grader import Grader
@@ -35,48 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class Clock(dict[str, float]):
-    """Wall seconds by phase."""
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self[phase] = self.get(phase, 0.0) + time.perf_counter() - start
-
-
-@dataclass
-class Prepared:
-    """A batch that is ready for the update: what came of the rollouts and the debate.
-
-    Args:
-        rollouts: of the batch, each with the version of the policy that sampled it.
-        notes: one per rollout.
-        found: all that the annotator returned.
-        metrics: so far.
-        clock: seconds so far.
-        dropped: rollouts that were lost before the scores, by reason.
-        number: of the batch.
-    """
-
-    rollouts: Sequence[Rollout]
-    notes: Sequence[Note]
-    found: Annotations
-    metrics: dict[str, float]
-    clock: Clock
-    dropped: Counter[str] = field(default_factory=Counter)
-    number: int = 0
-
-
-@dataclass
-class StepResult:
-    """What one step did."""
-
-    metrics: dict[str, float]
-    rollouts: Sequence[Rollout] = ()
-    records: Sequence[Mapping[str, object]] = ()
 
 
 @dataclass
@@ -94,6 +53,7 @@ class Engine:
         vocab_size: ids of the tokenizer; heads may be wider.
         episodes: plays in an environment; None answers prompts in one turn.
         grader: rewards what is sampled, for recipes that need it.
+        ranks: the processes that share the prompts of every batch.
         version: optimiser steps taken.
     """
 
@@ -108,6 +68,7 @@ class Engine:
     vocab_size: int
     episodes: Episodes | None = None
     grader: Grader | None = None
+    ranks: Ranks = field(default_factory=Ranks)
     version: int = 0
     probed: bool = False
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -119,10 +80,10 @@ class Engine:
         return result
 
     async def prepare(self, prompts: Sequence[Prompt], batch: int | None = None) -> Prepared:
-        """Rollouts and debate of one batch; may run while an earlier batch is finished.
+        """Rollouts and debate of this rank's share of a batch; may run while an earlier batch is finished.
 
         Args:
-            prompts: of the batch.
+            prompts: of the batch, of all ranks.
             batch: its number, which seeds the sampling; default: the version.
         """
         clock, dropped = Clock(), Counter[str]()
@@ -141,28 +102,31 @@ class Engine:
     async def finish(self, prepared: Prepared) -> StepResult:
         """Scores and the update; :meth:`sync` must follow before the sampler is used again."""
         clock, metrics = prepared.clock, prepared.metrics
+        rollouts = self.ranks.join(prepared.rollouts)
+        found: dict[str, float] = {}  # what is the same on all ranks
         if self.recipe.demonstrations is None:
-            metrics |= probes.fresh(prepared.rollouts, self.version, self.config.max_staleness)
-        dropped = prepared.dropped
+            found |= probes.fresh(rollouts, self.version, self.config.max_staleness)
         with clock("score"):
-            judged = await self.judge(prepared.rollouts, prepared.notes, dropped)
+            judged = await self.ranks.agreed(self.judge(prepared.rollouts, prepared.notes, prepared.dropped))
             stats = await self.beside(self.measure, judged)
-        items, found = self.weigh(judged, stats, dropped, prepared.number)
-        tally = Tally()
-        if not any(np.any(item.kl_weight) for item in items):
+        items, weighed = self.weigh(judged, stats, prepared.dropped, prepared.number)
+        found |= weighed
+        tally, bad = Tally(), list[Mapping[str, object]]()
+        if not self.ranks.sum(sum(bool(np.any(item.kl_weight)) for item in items)):
             for item, known in zip(judged, stats, strict=True):
                 tally.add_measured(item.teachers, item.rollout, known)
         if self.recipe.inspector is not None:
             with clock("inspect"):
-                metrics |= await self.recipe.inspector(self, judged, stats, items, prepared.number)
+                found |= await self.recipe.inspector(self, judged, stats, items, prepared.number)
         with clock("update"):
-            metrics |= found | await self.beside(self.update, items, tally)
-        metrics |= self.summarise(prepared.rollouts, items, tally, dropped)
+            updated = await self.beside(self.update, items, tally, bad)
         for teacher in self.teachers:
             metrics |= teacher.counts()
-        metrics["perf/tokens_per_second"] = sum(len(r.targets) for r in prepared.rollouts) / sum(clock.values())
-        metrics |= {f"timing/{phase}": seconds for phase, seconds in clock.items()}
-        return StepResult(metrics, prepared.rollouts, prepared.found.records)
+        merged, records = merge_ranks(self.ranks, prepared, len(items))
+        merged |= found | updated | summarise(rollouts, tally)
+        seconds = sum(value for name, value in merged.items() if name.startswith("timing/"))
+        merged["perf/tokens_per_second"] = sum(len(r.targets) for r in rollouts) / seconds
+        return StepResult(merged, rollouts, records, bad)
 
     async def sync(self) -> dict[str, float]:
         """Give the sampler the student's weights, unless it has them."""
@@ -170,8 +134,7 @@ class Engine:
         with clock("sync"):
             async with self._turn:
                 if self.sampler.policy_version != self.version:
-                    weights = self.student.model.state_dict().items()
-                    await self.beside(self.sampler.load_policy, self.version, weights)
+                    await self.beside(self.sampler.load_policy, self.version, *policy(self.student.model))
         return {"timing/sync": clock["sync"]}
 
     # -------------------------------------------------------------------------------- phases
@@ -181,7 +144,11 @@ class Engine:
     ) -> tuple[list[Rollout], dict[str, float]]:
         """The sequences of this step: sampled from the student, or written by teachers."""
         if self.recipe.demonstrations is not None:
-            rollouts, metrics = await self.recipe.demonstrations(prompts, self.teachers, self.encode)
+            mine = self.ranks.share(len(prompts))
+            written, metrics = await self.recipe.demonstrations(
+                [prompts[place] for place in mine], self.teachers, self.encode
+            )
+            rollouts = [replace(r, id=str(place)) for place, r in zip(mine, written, strict=True)]
             return rollouts, dict(metrics)
         async with self._turn:  # in the order of the batches, and not between weights and version
             if self.episodes is not None:
@@ -189,12 +156,14 @@ class Engine:
             return await self.beside(self.sample, prompts, number), {}
 
     def sample(self, prompts: Sequence[Prompt], number: int) -> list[Rollout]:
-        """``num_generations`` rollouts of the sampler's policy for every prompt."""
-        encoded = [self.encode(p) for p in prompts]
-        # A prompt that comes again in a later step gets new samples, and a resumed run the same.
+        """``num_generations`` rollouts of the sampler's policy for every prompt of this rank."""
+        mine = self.ranks.share(len(prompts))
+        encoded = [self.encode(prompts[place]) for place in mine]
+        # A prompt that comes again in a later step gets new samples; a resumed run, or one on another
+        # number of ranks, gets the same.
         requests = [
-            Request(p.id, tuple(ids), seed=_seed(number, place))
-            for place, (p, ids) in enumerate(zip(prompts, encoded, strict=True))
+            Request(prompts[place].id, tuple(ids), seed=_seed(number, place))
+            for place, ids in zip(mine, encoded, strict=True)
         ]
         version = self.sampler.policy_version
         sampled = self.sampler.generate(requests, self.sampling_params())
@@ -202,7 +171,7 @@ class Engine:
         return [
             Rollout(
                 id=f"{place}.{i}",
-                prompt=prompt,
+                prompt=prompts[place],
                 turns=(
                     Turn("prompt", np.array(ids)),
                     Turn("assistant", completion.token_ids, completion.logprobs, True),
@@ -212,19 +181,19 @@ class Engine:
                 group=str(place),
                 text=completion.text,
             )
-            for place, (prompt, ids, completions) in enumerate(zip(prompts, encoded, sampled, strict=True))
+            for place, ids, completions in zip(mine, encoded, sampled, strict=True)
             for i, completion in enumerate(completions)
         ]
 
     def play(
         self, prompts: Sequence[Prompt], number: int, dropped: Counter[str]
     ) -> tuple[list[Rollout], dict[str, float]]:
-        """``num_generations`` episodes of the sampler's policy for every task."""
+        """``num_generations`` episodes of the sampler's policy for every task of this rank."""
         assert self.episodes is not None
         count = self.config.num_generations
         jobs = [
-            Job(f"{place}.{i}", prompt, _seed(number, place * count + i), group=str(place))
-            for place, prompt in enumerate(prompts)
+            Job(f"{place}.{i}", prompts[place], _seed(number, place * count + i), group=str(place))
+            for place in self.ranks.share(len(prompts))
             for i in range(count)
         ]
         rollouts, broken = self.episodes.play(self.sampler, jobs, self.sampling_params())
@@ -272,77 +241,64 @@ class Engine:
         self.student.model.eval()
         measurer = Measurer(self.student, heads, self.vocab_size, c.loss_impl, c.workspace_bytes)
         with self.autocast():
-            return measurer(judged, recipe.measures, recipe.top1_temperature)
+            return self.student.within(lambda: measurer(judged, recipe.measures, recipe.top1_temperature))
 
     def weigh(
         self, judged: Sequence[Judged], stats: Sequence[Stats], dropped: Counter[str], number: int = 0
     ) -> tuple[list[Item], dict[str, float]]:
-        """Normalised loss items of what the weighers keep, the rest counted by reason; metrics."""
-        batch = Batch([j.rollout for j in judged], [j.note for j in judged], stats, number)
-        weighed = combine([weigher(batch) for weigher in self.recipe.weighers])
-        kept = []
-        for item, signal in zip(judged, weighed.signals, strict=True):
-            if signal.keep:
-                kept.append((item, signal))
-            else:
+        """Normalised loss items of what the weighers keep, the rest counted by reason; metrics.
+
+        Weighers and normalisers see the rollouts of all ranks; items and counts are this rank's.
+        """
+        everyone = self.ranks.gather([(j.rollout, j.note.light(), s) for j, s in zip(judged, stats, strict=True)])
+        rollouts, notes, known = (
+            zip(*(row for rows in everyone for row in rows), strict=True) if any(everyone) else ((), (), ())
+        )
+        weighed = combine([weigher(Batch(rollouts, notes, known, number)) for weigher in self.recipe.weighers])
+        kept = [i for i, signal in enumerate(weighed.signals) if signal.keep]
+        scales = dict(zip(kept, normalisers([rollouts[i] for i in kept], self.config.loss_normalization), strict=True))
+        first = sum(len(rows) for rows in everyone[: self.ranks.rank])
+        items = []
+        for i, item in enumerate(judged, start=first):
+            signal = weighed.signals[i]
+            if not signal.keep:
                 dropped[signal.reason or "unknown"] += 1
-        scales = normalisers([item.rollout for item, _ in kept], self.config.loss_normalization)
-        items = [
-            make_item(
-                item.rollout, signal if item.targets else replace(signal, mix=None), item.teachers, item.targets, scale
-            )
-            for (item, signal), scale in zip(kept, scales, strict=True)
-        ]
+                continue
+            signal = signal if item.targets else replace(signal, mix=None)
+            items.append(make_item(item.rollout, signal, item.teachers, item.targets, scales[i]))
         return items, dict(weighed.metrics)
 
-    def update(self, items: Sequence[Item], tally: Tally) -> dict[str, float]:
+    def update(
+        self, items: Sequence[Item], tally: Tally, bad: list[Mapping[str, object]] | None = None
+    ) -> dict[str, float]:
         """Forward, backward and one optimiser step over all micro-batches.
 
-        Rollouts without any weight are not run; a step of which nothing is left moves no weight.
+        Rollouts without any weight are not run; a step of which nothing is left moves no weight, and
+        neither does one whose loss or gradient is not finite: what entered it is added to ``bad``.
         """
         items = [item for item in items if item.has_weight]
-        if not items:
+        if not self.ranks.sum(len(items)):
             return {"skipped_steps": 1.0, "policy_version": float(self.version)}
         objective = self.objective()
-        self.student.model.train()
-        loss_sum = 0.0
-        self.optimizer.zero_grad(set_to_none=True)
-        strands = fold(items)
-        sequences = [strand.token_ids for strand in strands]
-        for batch in pack(sequences, max_tokens=self.config.max_tokens_per_batch, layout=self.student.layout):
-            members = [item for i in batch.members for item in strands[i].items]
-            with self.autocast():
-                hidden = self.student.hidden(batch, [strands[i].target_positions for i in batch.members])
-            self._probe_once(hidden, members)
-            loss = objective(hidden, self.student.head, members, tally)
-            loss.backward()
-            loss_sum += loss.item()
-        metrics = self._probe(tally, items)  # before anything wrong can reach the weights
-        return metrics | self._optimizer_step(loss_sum)
 
-    def summarise(
-        self,
-        rollouts: Sequence[Rollout],
-        items: Sequence[Item],
-        tally: Tally,
-        dropped: Counter[str],
-    ) -> dict[str, float]:
-        """Metrics of the step."""
-        metrics = tally.means("teacher_kl/") | tally.means("student_entropy")
-        rewards = [r.reward for r in rollouts if r.reward is not None]
-        if rewards:
-            metrics["reward/mean"] = float(np.mean(rewards))
-        gap = tally.get("gap")
-        if len(gap):
-            metrics["gap/mean"] = float(gap.mean())
-            metrics["gap/p95"] = float(np.quantile(np.abs(gap), 0.95))
-        lengths = [len(r.targets) for r in rollouts]
-        clipped = [r.stop_reason == "length" for r in rollouts]
-        metrics["completions/mean_length"] = float(np.mean(lengths)) if lengths else 0.0
-        metrics["completions/clipped_ratio"] = float(np.mean(clipped)) if clipped else 0.0
-        metrics["completions/kept"] = float(len(items))
-        metrics |= {f"dropped/{reason}": float(count) for reason, count in dropped.items()}
-        return metrics
+        def loss_of(hidden: torch.Tensor, members: Sequence[Item]) -> torch.Tensor:
+            self._probe_once(hidden, members)
+            return objective(hidden, self.student.head, members, tally)
+
+        self.student.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        micro = backward(self.student, items, loss_of, self.config.max_tokens_per_batch, self.autocast)
+        loss = self.ranks.sum(sum(part.loss for part in micro))
+        tally.join(self.ranks)
+        norm = gradient_norm(self.student.model)
+        if not np.isfinite(loss) or not np.isfinite(norm):
+            logger.warning("version %d: loss %g, gradient norm %g: no update", self.version, loss, norm)
+            self.optimizer.zero_grad(set_to_none=True)
+            if bad is not None:
+                bad.extend(self.ranks.join(describe(micro)))
+            return {"bad_steps": 1.0, "policy_version": float(self.version)}
+        metrics = self._probe(tally, items)  # before anything wrong can reach the weights
+        return metrics | self._optimizer_step(loss, norm)
 
     # ------------------------------------------------------------------------------- helpers
 
@@ -409,23 +365,20 @@ class Engine:
         """Trainer minus sampler log-probs: of all targets where the loss has them, else of a few."""
         params = self.sampling_params()
         known = tally.get("logprob_difference")
-        if len(known) and probes.samples_the_model(params) and self.config.divergence_temperature == 1.0:
+        same = probes.samples_the_model(params) and not self.student.has_dropout
+        if len(known) and same and self.config.divergence_temperature == 1.0:
             return known
         self.student.model.eval()
+        rollouts = [item.rollout for item in items]
         with self.autocast():
-            rollouts = [item.rollout for item in items]
-            differences = processed_differences(self.student, rollouts, params, self.vocab_size)
-        self.student.model.train()
-        return differences
-
-    def _optimizer_step(self, loss: float) -> dict[str, float]:
-        parameters = [p for p in self.student.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm).item()
-        if not np.isfinite(loss) or not np.isfinite(norm):
-            raise FloatingPointError(
-                f"step {self.version}: loss {loss}, gradient norm {norm}; lower learning_rate or "
-                "check the data of this step in the rollouts folder"
+            differences = self.student.within(
+                lambda: processed_differences(self.student, rollouts, params, self.vocab_size)
             )
+        self.student.model.train()
+        return np.concatenate(self.ranks.gather(differences))
+
+    def _optimizer_step(self, loss: float, norm: float) -> dict[str, float]:
+        clip_gradients(self.student.model, self.config.max_grad_norm, norm)
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()

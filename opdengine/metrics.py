@@ -8,6 +8,45 @@ from pathlib import Path
 from typing import Any
 
 
+class Mean(float):
+    """A mean that knows of how many values, so that the means of several ranks can be merged.
+
+    A metric of one rank that is a plain float is a count.
+
+    Args:
+        value: the mean.
+        weight: number of values.
+    """
+
+    weight: float
+
+    def __new__(cls, value: float, weight: float = 1.0) -> Mean:
+        mean = super().__new__(cls, value)
+        mean.weight = float(weight)
+        return mean
+
+
+def mean(values: Sequence[float]) -> Mean:
+    """Mean of at least one value."""
+    return Mean(sum(values) / len(values), len(values))
+
+
+def merge(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of several ranks as one: counts are added, means weighted by their numbers of values."""
+    merged: dict[str, float] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        values = [part[name] for part in parts if name in part]
+        means = [value for value in values if isinstance(value, Mean)]
+        if not means:
+            merged[name] = sum(values)
+        elif len(values) == 1:
+            merged[name] = float(values[0])
+        else:
+            weight = sum(value.weight for value in means)
+            merged[name] = sum(value * value.weight for value in means) / weight
+    return merged
+
+
 class MetricsWriter:
     """Appends to ``metrics.jsonl`` and to TensorBoard where asked.
 

@@ -16,6 +16,7 @@ import torch
 
 from opd_kernels import LogprobOutput, TeacherHead, TokenStats, linear_divergence, linear_logprob, topk_divergence
 from opdengine.backbone import Head
+from opdengine.distributed import Ranks
 from opdengine.recipe import Stats
 from opdengine.types import Hidden, Rollout, TeacherTargets, TokenSignal, TopK
 
@@ -433,6 +434,14 @@ class Tally:
             values = values.detach().float().cpu().numpy()
         flat = values.ravel()
         self._values.setdefault(name, []).append(flat[~np.isnan(flat)])
+
+    def join(self, ranks: Ranks) -> None:
+        """Have the values of all ranks."""
+        parts = ranks.gather({name: self.get(name) for name in self._values})
+        self._values = {}
+        for part in parts:
+            for name, values in part.items():
+                self._extend(name, values)
 
     def get(self, name: str) -> np.ndarray:
         """All values of one statistic; empty when there are none."""

@@ -44,6 +44,12 @@ class Note:
         share = left / left.sum() if left.sum() > 0 else np.full_like(left, 1 / max(len(left), 1))
         return replace(self, contexts=contexts, mix=(whole * share).astype(np.float32))
 
+    def light(self) -> Note:
+        """The note with contexts that only name their teachers."""
+        nothing = np.zeros(0, dtype=np.int64)
+        contexts = tuple(replace(c, token_ids=nothing, target_positions=nothing) for c in self.contexts)
+        return replace(self, contexts=contexts)
+
     def is_silent(self, rollout: Rollout) -> bool:
         """Whether every trained turn of the rollout has weight 0."""
         if self.turn_weight is None:
@@ -79,7 +85,7 @@ class Batch:
 
     Args:
         rollouts: not dropped by their notes; all have targets.
-        notes: one each, without teachers that failed.
+        notes: one each, without teachers that failed; their contexts only name the teachers.
         stats: one each.
         step: number of the batch; seeds what a weigher chooses at random.
     """

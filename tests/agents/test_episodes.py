@@ -228,7 +228,7 @@ def test_steps_have_their_true_prefix_and_share_one_forward_pass(
             monkeypatch.setattr(
                 engine,
                 "_optimizer_step",
-                lambda loss: (
+                lambda loss, norm: (
                     grabbed.update(
                         {n: p.grad.clone() for n, p in engine.student.model.named_parameters() if p.grad is not None}
                     )

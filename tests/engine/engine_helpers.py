@@ -65,7 +65,7 @@ def make_items(engine: Engine, prompts: Sequence[Prompt]) -> list[Item]:
 
 def loss_and_gradient(engine: Engine, items: Sequence[Item]) -> tuple[float, dict[str, torch.Tensor]]:
     """Forward and backward of a step without its optimiser step."""
-    engine._optimizer_step = lambda loss: {"loss": loss}  # type: ignore[method-assign]
+    engine._optimizer_step = lambda loss, norm: {"loss": loss}  # type: ignore[method-assign]
     try:
         loss = engine.update(items, Tally())["loss"]
     finally:

@@ -130,7 +130,7 @@ def test_a_loss_that_does_not_fit_the_model_is_found(engine: Engine, divergence:
         self_distillation_is_zero(hidden, broken, divergence, 303, "auto")
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(engine: Engine, prompts: Sequence[Prompt]) -> None:
+def test_a_loss_that_is_not_finite_moves_nothing_and_is_written_down(engine: Engine, prompts: Sequence[Prompt]) -> None:
     before = engine.student.model.model.embed_tokens.weight.clone()
     engine.probed = True
     plain = engine.objective
@@ -140,7 +140,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(engine: Engine, promp
             return plain()(*args, **kwargs) * float("inf")
 
     engine.objective = lambda: Broken()
-    with pytest.raises(FloatingPointError, match="step 0: loss inf"):
-        asyncio.run(engine.step(prompts))
+    result = asyncio.run(engine.step(prompts))
+    assert result.metrics["bad_steps"] == 1 and "loss" not in result.metrics
+    assert [row["id"] for row in result.bad] == [r.id for r in result.rollouts]
+    assert {row["loss_of_micro_batch"] for row in result.bad} == {float("inf")}
+    assert all(len(row["kl_weight"]) == len(r.targets) for row, r in zip(result.bad, result.rollouts, strict=True))
+    assert all(p.grad is None for p in engine.student.model.parameters())
     assert torch.equal(engine.student.model.model.embed_tokens.weight, before)
     assert engine.version == 0

@@ -166,7 +166,7 @@ def test_statistics_of_a_served_teacher(
     teachers = [{"model": models["big"]}, {"model": models["small"]}][: 1 if method == "opd" else 2]
 
     def statistics(engine: Any) -> Tally:
-        engine._optimizer_step = lambda loss: {}
+        engine._optimizer_step = lambda loss, norm: {}
         tally = Tally()
         engine.update(make_items(engine, prompts), tally)
         return tally

@@ -1,0 +1,232 @@
+"""Several processes that train one student, started by ``torchrun``.
+
+Rollouts, debates and scores are data-parallel: every rank has its share of a step's prompts. What a
+method computes over a step, and every denominator, is computed from the gathered step, so it is the
+same on any number of ranks. The student's parameters, gradients and optimiser state are split over the
+ranks by FSDP2; gradients are summed, since the loss is normalised over the whole step already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+T = TypeVar("T")
+
+
+class PeerError(RuntimeError):
+    """Another rank failed, so this one ends, too.
+
+    Args:
+        message: which rank, and its error.
+        kind: class of that error.
+    """
+
+    def __init__(self, message: str, kind: type[BaseException]) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run. All methods but :meth:`share` are called by every rank, in the same order.
+
+    A single process needs no process group, and nothing here costs it anything.
+
+    Args:
+        rank: of this process.
+        world_size: number of processes.
+        local_rank: of this process on its machine.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes and reports."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Which of ``count`` things are this rank's: consecutive, at most one more than another's."""
+        return range(self.rank * count // self.world_size, (self.rank + 1) * count // self.world_size)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, by rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def join(self, values: Sequence[T]) -> list[T]:
+        """The sequences of all ranks, one after the other."""
+        return [value for part in self.gather(values) for value in part]
+
+    def sum(self, value: float) -> float:
+        """Sum over the ranks, the same to the last bit on all of them."""
+        return sum(self.gather(value))
+
+    def max(self, value: int) -> int:
+        """Largest of the ranks' values."""
+        return max(self.gather(value))
+
+    def settle(self, error: Exception | None = None) -> None:
+        """Go on only if no rank failed.
+
+        Args:
+            error: of this rank.
+
+        Raises:
+            Exception: this rank's error; where another one failed first, :class:`PeerError`.
+        """
+        if self.world_size == 1:
+            if error is not None:
+                raise error
+            return
+        reports = self.gather(None if error is None else (type(error), str(error)))
+        failed = [(rank, *report) for rank, report in enumerate(reports) if report is not None]
+        if not failed:
+            return
+        rank, kind, message = failed[0]
+        if rank == self.rank and error is not None:
+            raise error
+        # The first rank's error decides, so that all ranks do the same about it.
+        raise PeerError(f"rank {rank} failed ({kind.__name__}): {message}", kind) from error
+
+    @contextmanager
+    def agree(self) -> Iterator[None]:
+        """What is inside fails on every rank or on none; it must not wait for other ranks."""
+        try:
+            yield
+        except Exception as error:
+            self.settle(error)
+        else:
+            self.settle()
+
+    async def agreed(self, work: Awaitable[T]) -> T:
+        """Like :meth:`agree`; while this rank waits for the others, its event loop goes on."""
+        try:
+            result = await work
+        except Exception as error:
+            await self._beside(error)
+            raise
+        await self._beside(None)
+        return result
+
+    async def _beside(self, error: Exception | None) -> None:
+        if self.world_size == 1:
+            self.settle(error)
+        else:
+            await asyncio.to_thread(self.settle, error)
+
+
+@contextmanager
+def start(timeout: float = 7200.0) -> Iterator[Ranks]:
+    """The ranks that ``torchrun`` started; a single process without it.
+
+    Args:
+        timeout: seconds that one rank may wait for another.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield Ranks()
+        return
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    yield Ranks(rank, world_size, local_rank)
+    # After an error the others may be waiting for this rank: it just ends.
+    torch.distributed.destroy_process_group()
+
+
+class Sharded(nn.Module):
+    """A model whose parameters are split over the ranks (FSDP2).
+
+    Every transformer block is gathered while it computes. Final norm and head (with tied embeddings the
+    input embedding, too) belong to this module: they are gathered once for a forward and backward pass,
+    so a fused loss inside of it sees the head whole, and its gradient is reduced with the others'.
+
+    Args:
+        model: a causal LM; its parameters are split in place and moved to ``device``.
+        ranks: of the run.
+        device: of this rank.
+        bf16: gather parameters in bfloat16; gradients are reduced in float32 always.
+    """
+
+    def __init__(self, model: Any, ranks: Ranks, device: torch.device, bf16: bool = False) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+        super().__init__()
+        self.model = model
+        self.ranks = ranks
+        mesh = init_device_mesh(device.type, (ranks.world_size,))
+        policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+        for block in transformer_blocks(model):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if embedding.weight is not head.weight:
+            fully_shard(embedding, mesh=mesh, mp_policy=policy)
+        fully_shard(self, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        model.to(device)  # buffers of modules that are not split themselves
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                if device.type == "cpu":
+                    module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale
+                module.set_gradient_divide_factor(1.0)
+
+    def forward(self, function: Callable[[], T]) -> T:
+        """Call a function of the whole head and the model's blocks."""
+        return function()
+
+    def release(self) -> None:
+        """Split what a pass without backward has left gathered."""
+        self.reshard()  # type: ignore[operator]
+
+
+def transformer_blocks(model: Any) -> list[nn.Module]:
+    """The layers of the model's longest list of equal layers.
+
+    Raises:
+        ValueError: there is no such list.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of transformer blocks; train it on one process")
+    sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in lists]
+    return list(lists[sizes.index(max(sizes))])
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be split over the ranks, whole and detached; all ranks call this."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """``state_dict().items()`` with every tensor whole, one after the other; tied ones are the same tensor.
+
+    All ranks read all of it.
+    """
+    state = model.state_dict(keep_vars=True)
+    uses = Counter(id(value) for value in state.values())
+    shared: dict[int, torch.Tensor] = {}
+    for name, value in state.items():
+        tensor = shared[id(value)] if id(value) in shared else whole(value)
+        if uses[id(value)] > 1:
+            shared[id(value)] = tensor
+        yield name, tensor
