@@ -15,6 +15,7 @@ from opdengine.chat import load_tokenizer, require_same_tokenizer, vocabulary_si
 from opdengine.config import ConfigError, TeacherConfig, TrainConfig
 from opdengine.engine import Engine
 from opdengine.environments.setup import open_episodes
+from opdengine.lora import add_adapter, base_of, freeze_head, load_adapter, read_adapted, require_peft
 from opdengine.recipe import Recipe
 from opdengine.rollout import Sampler
 from opdengine.teachers.local import LocalTeacher
@@ -38,31 +39,15 @@ def build_engine(config: TrainConfig, recipe: Recipe, tokenizer: Any, checkpoint
     Raises:
         ValueError: a teacher does not share the tokenizer, or a head is narrower than it.
     """
+    if config.lora is not None:
+        require_peft()
     device = default_device()
     vocab_size = vocabulary_size(tokenizer)
     tokenizers = [teacher_tokenizer(config, teacher) for teacher in config.teachers]
     for teacher, its_tokenizer in zip(config.teachers, tokenizers, strict=True):
         require_same_tokenizer(tokenizer, its_tokenizer, teacher.name)
     served = serve_teachers(config, tokenizers, judges=recipe.demonstrations is None)
-    model = load_model(
-        config.model if checkpoint is None else str(checkpoint / "model"),
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-        device=device,
-    )
-    if model.dtype == torch.float16:
-        raise ConfigError(
-            f"dtype={config.dtype!r} gives the student float16 parameters, in which AdamW breaks down; set "
-            "dtype: float32 (and bf16: true on a GPU that has it)"
-        )
-    if model.dtype == torch.bfloat16:
-        logger.warning(
-            "the student's parameters are bfloat16: updates of less than about 1/256 of a weight are lost; "
-            "dtype: float32 with bf16: true keeps them"
-        )
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = load_student(config, device, checkpoint)
     student = Backbone(model, "student", config.max_tokens_per_batch)
     teachers = [
         served.get(teacher.name)
@@ -96,6 +81,39 @@ def build_engine(config: TrainConfig, recipe: Recipe, tokenizer: Any, checkpoint
         episodes=open_episodes(config, tokenizer, student.window) if config.environment.name else None,
         grader=build_grader(config) if recipe.needs_reward and not config.environment.name else None,
     )
+
+
+def load_student(config: TrainConfig, device: torch.device, checkpoint: Path | None = None) -> Any:
+    """The student as it is trained: its own weights, or an adapter on them.
+
+    Raises:
+        ConfigError: its parameters are float16, or an adapter does not fit.
+    """
+    saved = None if checkpoint is None else checkpoint / "model"
+    model = load_model(
+        config.model if saved is None or config.lora is not None else str(saved),
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        device=device,
+    )
+    if model.dtype == torch.float16:
+        raise ConfigError(
+            f"dtype={config.dtype!r} gives the student float16 parameters, in which AdamW breaks down; set "
+            "dtype: float32 (and bf16: true on a GPU that has it)"
+        )
+    if model.dtype == torch.bfloat16 and config.lora is None:
+        logger.warning(
+            "the student's parameters are bfloat16: updates of less than about 1/256 of a weight are lost; "
+            "dtype: float32 with bf16: true keeps them"
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.freeze_head:
+        freeze_head(model)
+    if config.lora is None:
+        return model
+    return add_adapter(model, config.lora) if saved is None else load_adapter(model, saved)
 
 
 def build_grader(config: TrainConfig) -> Grader:
@@ -150,7 +168,7 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any) -> Sampler:
         from opdengine.rollout.vllm import VLLMSampler
 
         return VLLMSampler(
-            config.model,
+            read_adapted(config.model) or config.model,
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
             seed=config.seed,
@@ -162,7 +180,7 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any) -> Sampler:
         )
     from opdengine.rollout.transformers import TransformersSampler
 
-    return TransformersSampler(model, tokenizer, max_batch_tokens=4 * config.max_tokens_per_batch)
+    return TransformersSampler(base_of(model), tokenizer, max_batch_tokens=4 * config.max_tokens_per_batch)
 
 
 def _longest(config: TrainConfig) -> int | None:

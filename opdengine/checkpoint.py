@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from opdengine.lora import save_model
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used; the message says why and what to do."""
@@ -32,7 +34,7 @@ def save_checkpoint(
     Args:
         folder: of the checkpoints.
         step: optimiser steps taken.
-        model, tokenizer: saved with ``save_pretrained`` under ``model/``.
+        model, tokenizer: saved under ``model/``, of an adapted model the adapter alone.
         optimizer: its state goes to ``optimizer.safetensors``.
         state: JSON-able rest (scheduler, data stream, versions).
         keep: number of checkpoints to keep; None keeps all.
@@ -42,7 +44,7 @@ def save_checkpoint(
     for left_by_a_killed_run in folder.glob(".step_*.partial"):
         shutil.rmtree(left_by_a_killed_run)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial / "model")
+    save_model(model, partial / "model")
     tokenizer.save_pretrained(partial / "model")
     save_file(_optimizer_tensors(optimizer), partial / "optimizer.safetensors")
     rng = {"cpu": torch.get_rng_state()}

@@ -20,7 +20,7 @@ NEEDED = {
     "safetensors": "pip install 'opdengine[train]'",
 }
 OPTIONAL = {
-    "peft": ("LoRA students", "pip install peft"),
+    "peft": ("LoRA students (lora:)", "pip install 'opdengine[train]'"),
     "flash-attn": ("faster attention on packed batches, GPU only", "pip install 'opdengine[flash-attn]'"),
     "matplotlib": ("the demo's figure", "pip install 'opdengine[demo]'"),
 }

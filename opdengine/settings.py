@@ -75,12 +75,12 @@ def to_mapping(config: Any) -> dict[str, Any]:
 def _coerce(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if (value is None or value == "null") and type(None) in options:
+        if (value is None or value == "null") and type(None) in typing.get_args(hint):
             return None
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        if len(options) == 1:
+            return _coerce(options[0], value, where)  # its own message says more
         for option in options:
-            if option is type(None):
-                continue
             try:
                 return _coerce(option, value, where)
             except ConfigError:

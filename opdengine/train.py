@@ -22,6 +22,7 @@ from opdengine.data import PromptSet, PromptStream, ScheduledStream, drop_long, 
 from opdengine.environments.setup import held_out_tasks, load_tasks
 from opdengine.evaluate import evaluate, evaluate_episodes, require_answers
 from opdengine.loop import Loop
+from opdengine.lora import save_merged, save_model
 from opdengine.methods import build_recipe
 from opdengine.metrics import MetricsWriter, write_jsonl
 from opdengine.progress import Progress
@@ -124,8 +125,11 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         with Progress(config, start, enabled=progress) as bar:
             asyncio.run(loop.run(bar))
         final = folder.path / "final"
-        engine.student.model.save_pretrained(final)
+        save_model(engine.student.model, final)
         tokenizer.save_pretrained(final)
+        if config.lora is not None and config.lora.merge_final:
+            save_merged(engine.student.model, folder.path / "merged")
+            tokenizer.save_pretrained(folder.path / "merged")
     finally:
         writer.close()
         grader.close()

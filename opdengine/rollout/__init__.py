@@ -10,6 +10,8 @@ from opdengine.types import Completion, Request, SamplingParams
 if TYPE_CHECKING:
     import torch
 
+    from opdengine.lora import LowRank
+
 
 class Sampler(Protocol):
     """Samples from one policy whose weights the trainer can replace."""
@@ -27,8 +29,17 @@ class Sampler(Protocol):
         """
         ...
 
-    def load_policy(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Make the sampler hold exactly ``weights`` (``state_dict`` names) and stamp ``version``."""
+    def load_policy(
+        self, version: int, weights: Iterable[tuple[str, torch.Tensor]], low_rank: LowRank | None = None
+    ) -> None:
+        """Make the sampler hold exactly these weights and stamp ``version``.
+
+        Args:
+            version: optimiser steps taken.
+            weights: the whole model by its ``state_dict`` names. With ``low_rank`` they are a base that
+                never changes: a sampler may read them at the first call only.
+            low_rank: what is added to them; see :data:`opdengine.lora.LowRank`.
+        """
         ...
 
     def sleep(self) -> None:

@@ -1,4 +1,7 @@
-"""A whole policy in one file, from the trainer's process to the engine's.
+"""A whole policy in files, from the trainer's process to the engine's.
+
+Full training writes one file for each version. With an adapter the base is written once, and a version is
+a small file of low-rank factors; the engine adds their product to the base in float32.
 
 The engine is never touched before the file is complete and known to be the whole model: vLLM cannot
 recover from an update that fails half-way.
@@ -7,18 +10,36 @@ recover from an update that fails half-way.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opdengine.lora import LowRank
+
+LEFT, RIGHT = "::left", "::right"
 
 
 @dataclass(frozen=True)
 class StoredPolicy:
-    """One version of the weights on disk: ``names`` maps each weight to its key in the file."""
+    """One version of the weights on disk.
+
+    Args:
+        version: optimiser steps taken.
+        path: file of the weights.
+        names: maps each weight to its key in that file.
+        low_rank: file of what is added to them, or None.
+    """
 
     version: int
     path: str
     names: Mapping[str, str]
+    low_rank: str | None = None
+
+    @property
+    def files(self) -> set[str]:
+        """Everything on disk."""
+        return {self.path} if self.low_rank is None else {self.path, self.low_rank}
 
 
 def collect_policy(
@@ -64,7 +85,7 @@ def _check_weight(
     name: str,
     shape: tuple[int, ...],
     shapes: Mapping[str, tuple[int, ...]],
-    seen: Mapping[str, str],
+    seen: Container[str],
 ) -> None:
     if name not in shapes:
         near = difflib.get_close_matches(name, shapes, n=1, cutoff=0)
@@ -82,18 +103,41 @@ def _check_weight(
         raise ValueError(f"weight {name!r} was given twice")
 
 
-def write_policy(version: int, tensors: Mapping[str, Any], names: Mapping[str, str], path: str) -> StoredPolicy:
-    """Write the result of :func:`collect_policy` to ``path`` (safetensors)."""
+def check_low_rank(low_rank: LowRank, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless every product can be added to a weight of the model."""
+    for name, (left, right) in low_rank.items():
+        _check_weight(name, (*left.shape[:-1], right.shape[-1]), shapes, ())
+
+
+def write_policy(tensors: Mapping[str, Any], path: str) -> None:
+    """Write tensors by key to ``path`` (safetensors)."""
     from safetensors.torch import save_file
 
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-    return StoredPolicy(version, path, dict(names))
 
 
-def read_policy(path: str, names: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    """Every name of a stored policy with its tensor, in the order of ``names``."""
+def pack_low_rank(low_rank: LowRank) -> dict[str, Any]:
+    """The factors by the keys that :func:`read_policy` looks for, on the host."""
+    pairs = {name: {LEFT: left, RIGHT: right} for name, (left, right) in low_rank.items()}
+    return {name + side: tensor.cpu() for name, pair in pairs.items() for side, tensor in pair.items()}
+
+
+def read_policy(
+    path: str, names: Mapping[str, str], low_rank: str | None = None, device: Any = "cpu"
+) -> Iterator[tuple[str, Any]]:
+    """Every name of a stored policy with its tensor, in the order of ``names``.
+
+    Args:
+        path, names, low_rank: of the :class:`StoredPolicy`.
+        device: where sums are formed, in float32.
+    """
     from safetensors import safe_open
+    from safetensors.torch import load_file
 
+    factors = {} if low_rank is None else load_file(low_rank, device=str(device))
     with safe_open(path, "pt") as file:
         for name, key in names.items():
-            yield name, file.get_tensor(key)
+            tensor = file.get_tensor(key)
+            if name + LEFT in factors:
+                tensor = tensor.to(device).float() + factors[name + LEFT] @ factors[name + RIGHT]
+            yield name, tensor

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from opdengine.chat import stop_token_ids, vocabulary_size
+from opdengine.lora import LowRank
 from opdengine.types import Completion, Request, SamplingParams
 
 
@@ -55,12 +56,15 @@ class TransformersSampler:
             self.model.train(training)
         return results
 
-    def load_policy(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Stamp the version; copy the weights unless they are the model's own."""
+    def load_policy(
+        self, version: int, weights: Iterable[tuple[str, torch.Tensor]], low_rank: LowRank | None = None
+    ) -> None:
+        """Stamp the version; copy the weights unless they are the model's own, as an adapter always is."""
         own = self.model.state_dict()
+        places = {tensor.data_ptr() for tensor in own.values()}
         with torch.no_grad():
             for name, value in weights:
-                if own[name].data_ptr() != value.data_ptr():
+                if value.data_ptr() not in places:
                     own[name].copy_(value)
         self.policy_version = version
 

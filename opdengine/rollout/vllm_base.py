@@ -10,13 +10,14 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from opdengine.rollout.engine_process import EngineError
-from opdengine.rollout.policy_file import StoredPolicy, collect_policy, write_policy
+from opdengine.rollout.policy_file import StoredPolicy, check_low_rank, collect_policy, pack_low_rank, write_policy
 from opdengine.rollout.transformers import check_room, stream_key
 from opdengine.rollout.vllm_extension import EngineInfo
 from opdengine.types import Completion, Request, SamplingParams
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     import torch
+
+    from opdengine.lora import LowRank
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0
 
@@ -88,34 +91,34 @@ class VLLMBase(ABC):
         completions = [_completion(sample) for sample in samples]
         return [completions[i : i + params.n] for i in range(0, len(completions), params.n)]
 
-    def load_policy(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Make the engine hold exactly ``weights`` and stamp ``version``; resets the prefix cache.
+    def load_policy(
+        self, version: int, weights: Iterable[tuple[str, torch.Tensor]], low_rank: LowRank | None = None
+    ) -> None:
+        """Make the engine hold exactly these weights and stamp ``version``; resets the prefix cache.
 
         When this raises, the sampler still stands for the previous policy.
 
         Args:
             version: optimiser steps taken by the weights.
-            weights: the whole model, ``state_dict().items()``; a tied head may be left out.
+            weights: the whole model, ``state_dict().items()``; a tied head may be left out. With
+                ``low_rank`` only read at the first call: the base must not change.
+            low_rank: what is added to them; see :data:`opdengine.lora.LowRank`.
 
         Raises:
             ValueError: a name or shape is not the model's; nothing was sent.
             EngineError: the engine could not load them.
         """
-        tensors, names = collect_policy(weights, self.info.shapes, self.info.tied)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         with self._lock:
-            path = self._new_file(version, size)
+            policy, last = self._store(version, weights, low_rank), self._policy
             try:
-                policy = write_policy(version, tensors, names, path)
                 self._load(policy)
             except BaseException:
                 # Whether the new weights arrived is unknown: start again from the last known.
                 self._distrust()
-                Path(path).unlink(missing_ok=True)
+                _remove(policy, last)
                 raise
-            previous, self._policy, self.policy_version = self._policy, policy, version
-        if previous is not None:
-            Path(previous.path).unlink(missing_ok=True)
+            self._policy, self.policy_version = policy, version
+            _remove(last, policy)
 
     @abstractmethod
     def close(self) -> None:
@@ -141,6 +144,30 @@ class VLLMBase(ABC):
     def _distrust(self) -> None:
         """The engine's weights are unknown: give it the last policy before it samples again."""
 
+    def _store(
+        self, version: int, weights: Iterable[tuple[str, torch.Tensor]], low_rank: LowRank | None
+    ) -> StoredPolicy:
+        """Check and write what :meth:`load_policy` was given; a base that is already there is not written again."""
+        if low_rank is None:
+            return self._store_whole(version, weights)
+        check_low_rank(low_rank, self.info.shapes)
+        last = self._policy
+        base = self._store_whole(version, weights) if last is None or last.low_rank is None else last
+        return replace(base, version=version, low_rank=self._write(version, pack_low_rank(low_rank)))
+
+    def _store_whole(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> StoredPolicy:
+        tensors, names = collect_policy(weights, self.info.shapes, self.info.tied)
+        return StoredPolicy(version, self._write(version, tensors), names)
+
+    def _write(self, version: int, tensors: Mapping[str, Any]) -> str:
+        path = self._new_file(version, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+        try:
+            write_policy(tensors, path)
+        except BaseException:
+            Path(path).unlink(missing_ok=True)
+            raise
+        return path
+
     def _prompt_ids(self, request: Request, max_tokens: int) -> np.ndarray:
         check_room(request, max_tokens, self.info.window)
         ids = np.asarray(request.token_ids)
@@ -163,6 +190,12 @@ class VLLMBase(ABC):
             f"no room for a policy of {size / 2**30:.2f} GiB beside the last one in any of "
             f"{self._folders}; free some, or set TMPDIR to a larger disk"
         )
+
+
+def _remove(policy: StoredPolicy | None, keep: StoredPolicy | None) -> None:
+    """Delete the files of one policy that another does not share."""
+    for path in (policy.files if policy else set()) - (keep.files if keep else set()):
+        Path(path).unlink(missing_ok=True)
 
 
 def private_folders(base: str | None = None) -> list[str]:

@@ -151,13 +151,13 @@ class VLLMServerSampler(VLLMBase):
         return stamps, ids, np.where(logprobs <= NOT_A_LOGPROB, np.nan, logprobs), reason
 
     def _load(self, policy: StoredPolicy) -> None:
-        self._push(policy.path, policy.names, policy.version)
+        self._push(policy.version, policy.path, dict(policy.names), policy.low_rank)
 
-    def _push(self, path: str | None, names: Mapping[str, str], version: int) -> None:
+    def _push(self, version: int, *stored: Any) -> None:
         """Weights, then prefix cache, then the stamp: an answer with the stamp used the weights."""
         self._stamp = ""
         stamp = f"{self._name}-{version}"
-        update = {"method": "load_policy_file", "args": [path, dict(names)]}
+        update = {"method": "load_policy_file", "args": list(stored)}
         self._ask("/collective_rpc", [update], self.response_timeout)
         (answer,) = self._ask("/reset_prefix_cache", [{}], self.check_timeout)
         if not (isinstance(answer, Mapping) and answer.get("success")):
@@ -175,7 +175,7 @@ class VLLMServerSampler(VLLMBase):
         if self._policy is not None:
             self._load(self._policy)
         else:
-            self._push(None, {}, self.policy_version)
+            self._push(self.policy_version)
 
     def _describe(self) -> EngineInfo:
         (answer,) = self._ask("/collective_rpc", [{"method": "describe_engine"}], self.response_timeout)
@@ -204,9 +204,9 @@ class VLLMServerSampler(VLLMBase):
         def probe() -> np.ndarray:
             return self._sample([ids], [[0]], {**sampling, "stop": []})[1][0][1]
 
-        self._push(None, {}, self.policy_version)  # whatever an earlier run has left there is gone
+        self._push(self.policy_version)  # whatever an earlier run has left there is gone
         before = probe()
-        self._push(None, {}, self.policy_version)
+        self._push(self.policy_version)
         after = probe()
         bound = PROBE_BOUND.get(self.info.dtype, 0.1)
         if before.shape != after.shape or not float(np.abs(after - before).max()) <= bound:

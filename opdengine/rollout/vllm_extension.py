@@ -58,7 +58,9 @@ class PolicyLoader:
             "logprobs_mode": str(config.logprobs_mode),
         }
 
-    def load_policy_file(self: Any, path: str | None, names: Mapping[str, str]) -> None:
+    def load_policy_file(
+        self: Any, path: str | None = None, names: Mapping[str, str] | None = None, low_rank: str | None = None
+    ) -> None:
         """Load a stored policy, or the model's own checkpoint when path is None."""
         if path is None:
             from vllm.model_executor.model_loader import get_model_loader
@@ -67,7 +69,7 @@ class PolicyLoader:
             model_config = self.vllm_config.model_config
             weights = loader.get_all_weights(model_config, self.model_runner.get_model())
         else:
-            weights = read_policy(path, names)
+            weights = read_policy(path, names or {}, low_rank, self.device)
         self.reload_weights(weights_iterator=weights)
 
 

@@ -140,18 +140,18 @@ class Engine:
         """Replace the weights and forget everything computed with the old ones."""
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
-        self._load_file(policy.path, policy.names)
+        self._load_file(policy.path, dict(policy.names), policy.low_rank)
         self.version = policy.version
 
-    def _load_file(self, path: str | None, names: Mapping[str, str]) -> None:
-        self.llm.collective_rpc("load_policy_file", args=(path, dict(names)))
+    def _load_file(self, *stored: Any) -> None:
+        self.llm.collective_rpc("load_policy_file", args=stored)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM refused to reset its prefix cache after a weight update")
 
     def dry_sync(self) -> None:
         """Reload the checkpoint as an update would be and see that no log-prob changes."""
         before = self._probe()
-        self._load_file(None, {})
+        self._load_file()
         gap = float(np.abs(self._probe() - before).max())
         bound = 1e-3 if str(self.model_config.dtype) == "torch.float32" else 0.1
         if not gap <= bound:

@@ -55,8 +55,10 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/collective_rpc" and body["method"] == "describe_engine":
             answer = {"results": [DESCRIPTION]}
         elif self.path == "/collective_rpc":
-            if (path := body["args"][0]) is not None:
-                assert keys_of(path) == set(body["args"][1].values())
+            if body["args"]:
+                path, names, low_rank = body["args"]
+                assert keys_of(path) == set(names.values())
+                STATE["low_rank"] = [] if low_rank is None else sorted(keys_of(low_rank))
             STATE["loaded"] += 1
         elif self.path == "/reset_prefix_cache":
             answer = {"success": True}

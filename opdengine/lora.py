@@ -1,0 +1,199 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on a frozen student, with ``peft``.
+
+Only the adapter is trained, saved and sent to the sampler: a weight W of the base becomes
+``W + left @ right``, with ``left = scaling * B`` [out, r] and ``right = A`` [r, in].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opdengine.config import ConfigError, LoRAConfig
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "default"
+BASE_FILE = "base_model.json"
+SAMPLES = 256
+
+LowRank = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""Name of a weight -> (left [..., a, r], right [..., r, b]), float32: their product is added to the weight."""
+
+
+def add_adapter(model: Any, config: LoRAConfig) -> Any:
+    """Freeze a model and give it a new adapter, which changes nothing yet.
+
+    Args:
+        model: a loaded causal LM; its linear layers are replaced in place.
+        config: of the adapter.
+
+    Returns:
+        The ``PeftModel`` around it. Adapters of models below float32 are float32.
+
+    Raises:
+        ConfigError: the target modules do not exist, or are the input or output embedding.
+    """
+    require_peft()
+    from peft import LoraConfig, get_peft_model
+
+    targets = config.target_modules
+    try:
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=config.r,
+                lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+                lora_dropout=config.lora_dropout,
+                use_rslora=config.use_rslora,
+                target_modules=targets if isinstance(targets, str) else list(targets),
+            ),
+        )
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules={targets!r} is not possible: {error}") from error
+    _refuse_embeddings(base_of(adapted), targets)
+    return adapted
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """Like :func:`add_adapter`, with the adapter that :func:`save_model` wrote.
+
+    Raises:
+        ConfigError: the adapter belongs to another base model.
+    """
+    require_peft()
+    from peft import PeftModel
+
+    if trained_on := _other_base(model, folder):
+        raise ConfigError(
+            f"the adapter in {str(folder)!r} was trained on other weights ({trained_on!r}) than those of "
+            f"{model.name_or_path!r} now; it is only valid on its own base: put that model back, or start a new run"
+        )
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=True, torch_device=str(model.device))
+
+
+def merge_adapter(model: Any, folder: Path) -> Any:
+    """A plain model from a base and an adapter's folder."""
+    require_peft()
+    from peft import PeftModel
+
+    if trained_on := _other_base(model, folder):
+        logger.warning("the adapter in %s was trained on other weights or another dtype (%s)", folder, trained_on)
+    return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device)).merge_and_unload()
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether the model came from :func:`add_adapter` or :func:`load_adapter`."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model itself, with the adapter's layers inside where there is one."""
+    return model.get_base_model() if is_adapted(model) else model
+
+
+def freeze_head(model: Any) -> None:
+    """Train no weight of the output embedding; where it is tied, the input embedding is the same matrix."""
+    model.get_output_embeddings().requires_grad_(False)
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Save a model, or its adapter alone with a note on the base that it belongs to."""
+    if not is_adapted(model):
+        model.save_pretrained(folder)
+        return
+    base = base_of(model)
+    name = str(base.name_or_path)
+    config = model.peft_config[ADAPTER]
+    config.base_model_name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
+    note = {"name": config.base_model_name_or_path, "fingerprint": fingerprint(model)}
+    (folder / BASE_FILE).write_text(json.dumps(note, indent=1), "utf-8")
+
+
+def save_merged(model: Any, folder: Path) -> None:
+    """Save an adapted model as a plain one; its adapter is gone afterwards."""
+    model.merge_and_unload().save_pretrained(folder)
+
+
+def read_adapted(folder: str) -> str | None:
+    """The base model of a folder that holds an adapter; None for any other path."""
+    file = Path(folder).expanduser() / "adapter_config.json"
+    return str(json.loads(file.read_text("utf-8"))["base_model_name_or_path"]) if file.is_file() else None
+
+
+def policy(model: Any) -> tuple[Iterable[tuple[str, torch.Tensor]], LowRank | None]:
+    """What a sampler needs: the whole model by its ``state_dict`` names, and what an adapter adds.
+
+    Returns:
+        All weights (of the base, which never change, where there is an adapter; nothing is read before
+        it is asked for), and the adapter's factors or None.
+    """
+    if not is_adapted(model):
+        return model.state_dict().items(), None
+    return _base_weights(model), {name: factors for name, factors in _factors(model)}
+
+
+def fingerprint(model: Any) -> str:
+    """Identifies the weights of a base, with or without adapter, by 256 values of each."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_base_weights(model)):
+        flat = tensor.detach().reshape(-1)
+        chosen = torch.arange(SAMPLES, device=flat.device) * flat.numel() // SAMPLES
+        values = flat[chosen] if flat.numel() else flat
+        digest.update(f"{name}:{tuple(tensor.shape)}".encode())
+        digest.update(values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _other_base(model: Any, folder: Path) -> str:
+    """The name of the base that the adapter was trained on, if its weights differ from the model's."""
+    file = folder / BASE_FILE
+    note = json.loads(file.read_text("utf-8")) if file.is_file() else None
+    return "" if note is None or note["fingerprint"] == fingerprint(model) else str(note["name"])
+
+
+def require_peft() -> None:
+    """Raise ConfigError unless peft is installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError('lora needs the package peft: pip install "opdengine[train]"')
+
+
+def _refuse_embeddings(model: Any, targets: object) -> None:
+    """The loss reads the head's weight itself, and a tied input embedding is the same matrix."""
+    for layer in (model.get_output_embeddings(), model.get_input_embeddings()):
+        if hasattr(layer, "base_layer"):
+            raise ConfigError(
+                f"lora.target_modules={targets!r} takes in an embedding; leave the input and output embeddings "
+                "('embed_tokens', 'lm_head') out: the loss needs the head as one matrix"
+            )
+
+
+def _base_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in base_of(model).state_dict().items():
+        if ".lora_" not in name:
+            yield name.replace(".base_layer", ""), tensor
+
+
+def _factors(model: Any) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+    for name, layer in base_of(model).named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        if getattr(layer, "num_experts", 1) > 1:  # the weights of all experts are one tensor
+            left, right, _ = layer.get_delta_factors(ADAPTER)
+        else:
+            left, right = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
+        if layer.fan_in_fan_out:  # such layers store their weight as [in, out]
+            left, right = right.T, left.T
+        left = left.detach().float() * layer.scaling[ADAPTER]
+        weight = getattr(layer, "parameter_name", "weight")
+        yield f"{name.replace('.base_layer', '')}.{weight}", (left, right.detach().float())

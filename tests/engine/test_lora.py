@@ -1,0 +1,266 @@
+"""Adapters and frozen heads: gradients against the chain rule, what is stored, what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import loss_and_gradient, make_config, make_engine, make_items
+from safetensors.torch import load_file
+from test_backbone import make_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opdengine.backbone import Backbone, load_model
+from opdengine.checkpoint import list_checkpoints
+from opdengine.config import ConfigError, LoRAConfig
+from opdengine.data import load_prompts
+from opdengine.lora import add_adapter, base_of, load_adapter, merge_adapter, policy, save_model
+from opdengine.settings import from_mapping
+from opdengine.train import train
+from opdengine.types import Prompt, Request, SamplingParams
+
+Models = dict[str, str]
+LORA = {"r": 4, "lora_alpha": 12.0}
+IDS = torch.tensor([[5, 9, 11, 30, 31, 7, 8]])
+
+
+@pytest.fixture(scope="module")
+def prompts(prompt_file: str) -> Sequence[Prompt]:
+    return load_prompts([prompt_file]).prompts
+
+
+def disturb(model: Any) -> Any:
+    """A new adapter changes nothing, and half of its gradients are zero: move it away from there."""
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+# --- gradients -------------------------------------------------------------------------------
+
+
+def test_gradients_follow_from_those_of_the_whole_weights(
+    models: Models, prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path
+) -> None:
+    """W = W0 + s B A, hence dB = s dW A' and dA = s B' dW."""
+    engine = make_engine(make_config(models, prompt_file, tmp_path, lora=LORA))
+    student = disturb(engine.student.model)
+    items = make_items(engine, prompts[:4])
+    loss, gradients = loss_and_gradient(engine, items)
+    factors = {n: p.detach().clone() for n, p in student.named_parameters() if "lora_" in n}
+    assert gradients.keys() == factors.keys()
+
+    whole = make_engine(make_config(models, prompt_file, tmp_path))
+    base, low_rank = policy(student)
+    assert low_rank is not None
+    merged = {n: w + low_rank[n][0] @ low_rank[n][1] if n in low_rank else w for n, w in base}
+    whole.student.model.load_state_dict(merged)
+    expected_loss, expected = loss_and_gradient(whole, items)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    scale = LORA["lora_alpha"] / LORA["r"]
+    assert len(low_rank) == 14  # seven linear layers in each of two blocks
+    for name in low_rank:
+        stem = "base_model.model." + name.removesuffix(".weight")
+        a, b = f"{stem}.lora_A.default.weight", f"{stem}.lora_B.default.weight"
+        bound = {"rtol": 1e-3, "atol": 1e-4 * expected[name].abs().max().item()}
+        torch.testing.assert_close(gradients[b], scale * expected[name] @ factors[a].T, **bound)
+        torch.testing.assert_close(gradients[a], scale * factors[b].T @ expected[name], **bound)
+
+
+def test_a_step_moves_the_adapter_alone_and_the_sampler_sees_it(
+    models: Models, prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path
+) -> None:
+    engine = make_engine(make_config(models, prompt_file, tmp_path, lora=LORA, learning_rate=0.05))
+    before = {n: p.detach().clone() for n, p in engine.student.model.named_parameters()}
+    for _ in range(2):
+        asyncio.run(engine.step(prompts[:4]))
+    moved = {n for n, p in engine.student.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if "lora_" in n}
+    request = Request("r", tuple(IDS[0].tolist()), 3)
+    ((completion,),) = engine.sampler.generate([request], SamplingParams(max_tokens=8, top_k=5))
+    ids = np.concatenate([IDS[0].numpy(), completion.token_ids])
+    gaps = []
+    for model in (base_of(engine.student.model), AutoModelForCausalLM.from_pretrained(models["student"])):
+        with torch.no_grad():
+            rows = model.eval()(input_ids=torch.from_numpy(ids)[None]).logits[0, IDS.shape[1] - 1 : -1, :300]
+        threshold = rows.topk(5).values[:, -1:]
+        logprobs = rows.masked_fill(rows < threshold, -torch.inf).log_softmax(-1)
+        chosen = logprobs.gather(1, torch.from_numpy(completion.token_ids)[:, None])[:, 0]
+        gaps.append((chosen - torch.from_numpy(completion.logprobs)).abs().max().item())
+    assert gaps[0] < 1e-4 < 0.01 < gaps[1]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_frozen_head_stays_and_costs_no_gradient(
+    models: Models, prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path, tied: bool
+) -> None:
+    settings = {"model": models["student" if tied else "big"], "teachers": [{"model": models["small"]}]}
+    frozen = make_engine(make_config(models, prompt_file, tmp_path, method="opd", freeze_head=True, **settings))
+    free = make_engine(make_config(models, prompt_file, tmp_path, method="opd", **settings))
+    items = make_items(free, prompts[:4])
+
+    def update(engine: Any) -> tuple[int, dict[str, torch.Tensor]]:
+        with FlopCounterMode(display=False) as counter:
+            _, gradients = loss_and_gradient(engine, items)
+        return counter.get_total_flops(), gradients
+
+    flops, gradients = update(frozen)
+    more, all_gradients = update(free)
+    weight = frozen.student.head.weight
+    rows = sum(len(item.rollout.targets) for item in items)
+    vocabulary = frozen.vocab_size
+    assert more - flops == 2 * rows * vocabulary * weight.shape[1]
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert all_gradients.keys() - gradients.keys() == {head}
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, all_gradients[name])
+    before = weight.detach().clone()
+    asyncio.run(frozen.step(prompts[:4]))
+    assert torch.equal(frozen.student.head.weight, before)
+
+
+# --- what an adapter is to the rest ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2", "cohere", "qwen3_moe", "phi"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_is_sent_is_the_merged_model(family: str, rslora: bool) -> None:
+    """gpt2 stores its linear weights transposed."""
+    plain = make_model(family, True)
+    names = set(plain.state_dict())
+    student = disturb(add_adapter(plain, LoRAConfig(r=3, lora_alpha=5, use_rslora=rslora)))
+    Backbone(student)  # proves that the head and the packed input are the model's own
+    base, low_rank = policy(student)
+    weights = dict(base)
+    assert low_rank and weights.keys() == names
+    expected = logits(student)
+    merged = {n: w + low_rank[n][0] @ low_rank[n][1] if n in low_rank else w for n, w in weights.items()}
+    other = make_model(family, True)
+    other.load_state_dict(merged)
+    torch.testing.assert_close(logits(other), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    assert (logits(make_model(family, True)) - expected).abs().max() > 0.01 * expected.abs().max()
+
+
+def test_a_bfloat16_base_has_a_float32_adapter(models: Models) -> None:
+    student = add_adapter(load_model(models["student"], dtype="bfloat16"), from_mapping(LoRAConfig, LORA))
+    trained = {p.dtype for p in student.parameters() if p.requires_grad}
+    assert trained == {torch.float32}
+    _, low_rank = policy(student)
+    assert low_rank and {t.dtype for pair in low_rank.values() for t in pair} == {torch.float32}
+
+
+def test_dropout_does_not_hide_the_sampler(
+    models: Models, prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path
+) -> None:
+    """The trainer's log-probs under dropout are others than the sampler's; agreement is measured without it."""
+    engine = make_engine(make_config(models, prompt_file, tmp_path, lora={**LORA, "lora_dropout": 0.5}))
+    disturb(engine.student.model)
+    metrics = asyncio.run(engine.step(prompts[:4])).metrics
+    assert metrics["sampling/logprob_difference"] < 1e-4
+    assert engine.student.has_dropout
+    assert not make_engine(make_config(models, prompt_file, tmp_path, lora=LORA)).student.has_dropout
+
+
+# --- folders ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "gpt2"])
+def test_a_saved_adapter_is_small_and_comes_back(family: str, tmp_path: Path) -> None:
+    base, tmp_path = str(tmp_path / "base"), tmp_path / "adapter"
+    make_model(family, True).save_pretrained(base)
+    student = disturb(add_adapter(load_model(base), from_mapping(LoRAConfig, LORA)))
+    save_model(student, tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "adapter_model.safetensors", "adapter_config.json", "base_model.json",
+    }  # fmt: skip
+    expected = logits(student)
+    again = load_adapter(load_model(base), tmp_path)
+    assert torch.equal(logits(again), expected)
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, p in student.named_parameters() if p.requires_grad
+    }
+    merged = load_model(str(tmp_path))  # the way of teachers and of "opdengine eval"
+    assert type(merged) is type(base_of(student))
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_is_refused_on_another_base(
+    models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_model(add_adapter(load_model(models["student"]), from_mapping(LoRAConfig, LORA)), tmp_path)
+    other = load_model(models["student"])
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.add_(0.01)
+    with pytest.raises(ConfigError, match=r"trained on other weights .*put that model back, or start a new run"):
+        load_adapter(other, tmp_path)
+    merge_adapter(other, tmp_path)
+    assert "trained on other weights" in caplog.text
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_resumed_run_ends_with_the_same_adapter(
+    models: Models, prompt_file: str, tmp_path: Path, dropout: float
+) -> None:
+    lora = {**LORA, "lora_dropout": dropout, "merge_final": True}
+    settings = {"lora": lora, "save_steps": 1, "method": "opd", "teachers": [{"model": models["big"]}]}
+    for name in ("whole", "halted"):
+        train(make_config(models, prompt_file, tmp_path / name, **settings), progress=False)
+    halted = tmp_path / "halted"
+    for folder in (*list_checkpoints(halted / "checkpoints")[1:], halted / "final", halted / "merged"):
+        shutil.rmtree(folder)
+    train(make_config(models, prompt_file, halted, **settings, resume_from_checkpoint="latest"), progress=False)
+    one, other = (load_file(tmp_path / n / "final" / "adapter_model.safetensors") for n in ("whole", "halted"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert any(value.abs().max() > 0 for name, value in one.items() if "lora_B" in name)
+    merged = AutoModelForCausalLM.from_pretrained(halted / "merged")
+    torch.testing.assert_close(logits(merged), logits(load_model(str(halted / "final"))), rtol=1e-5, atol=1e-5)
+    assert len(AutoTokenizer.from_pretrained(halted / "final")) == len(AutoTokenizer.from_pretrained(halted / "merged"))
+    assert not list((halted / "checkpoints" / "step_2" / "model").glob("model*.safetensors"))
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "takes in an embedding.*the loss needs the head as one matrix"),
+        ({"target_modules": ["embed_tokens"]}, "takes in an embedding"),
+        ({"target_modules": ["nothing"]}, r"target_modules=\['nothing'\] is not possible.*not found"),
+        ({"r": 0}, r"lora\.r=0 is not possible"),
+        ({"lora_dropout": 1.0}, r"lora\.lora_dropout=1\.0 is not possible"),
+        ({"lora_alpha": 0.0}, r"lora\.lora_alpha=0\.0 is not possible"),
+        ({"target_modules": []}, r"lora\.target_modules=\[\] is not possible"),
+        ({"alpha": 3}, r"unknown setting 'lora\.alpha'; did you mean 'lora\.lora_alpha'"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    models: Models, prompt_file: str, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_engine(make_config(models, prompt_file, tmp_path, lora={**LORA, **change}))
+
+
+def test_missing_peft_names_the_remedy(
+    models: Models, prompt_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
+    with pytest.raises(ConfigError, match=r'pip install "opdengine\[train\]"'):
+        make_engine(make_config(models, prompt_file, tmp_path, lora=LORA))
