@@ -32,7 +32,30 @@ def numeric(text: str, answer: Any, messages: Sequence[Message]) -> float:
     return float(abs(float(numbers[-1].replace(",", "")) - target) <= 1e-6 * max(1.0, abs(target)))
 
 
-VERIFIERS: dict[str, Verifier] = {"exact_match": exact_match, "numeric": numeric}
+def choice(text: str, answer: Any, messages: Sequence[Message]) -> float:
+    r"""1 when the letter that the text chooses is the answer ("C").
+
+    Looked for after the last ``</think>``: the last ``\boxed{C}``, else the last "answer is C" or "answer: (C)",
+    else a text that is or begins with "C", "(C)", "C." and the like.
+    """
+    text = text.rpartition("</think>")[2].strip()
+    for pattern in (
+        r"\\boxed\{(?:\\text\w*\{)?\s*\(?([A-Z])\b",
+        r"(?i:answer|choice|option)\W{0,5}(?:(?i:is|would be)\W{0,5})?([A-Z])(?![\w'])",
+        r"^\W{0,3}([A-Z])(?:[.:)*]|$)",
+    ):
+        if found := re.findall(pattern, text):
+            return float(found[-1] == str(answer).strip())
+    return 0.0
+
+
+VERIFIERS: dict[str, Verifier] = {"exact_match": exact_match, "numeric": numeric, "choice": choice}
+"""Cheap ones, called where they are needed."""
+
+FACTORIES = {
+    "math": "opdengine.verifiers.math_answer:MathVerifier",
+}
+"""Verifiers with requirements or limits, made with the :class:`VerifierSettings`."""
 
 
 def load_verifier(spec: str, settings: VerifierSettings | None = None) -> Verifier:
@@ -47,10 +70,13 @@ def load_verifier(spec: str, settings: VerifierSettings | None = None) -> Verifi
     """
     if spec in VERIFIERS:
         return VERIFIERS[spec]
+    if spec in FACTORIES:
+        source, _, factory = FACTORIES[spec].partition(":")
+        return getattr(importlib.import_module(source), factory)(settings or VerifierSettings())  # type: ignore[no-any-return]
     place, _, name = spec.rpartition(":")
     if not place:
         raise ValueError(
-            f"unknown verifier {spec!r}; use one of {sorted(VERIFIERS)}, 'module:function' or "
+            f"unknown verifier {spec!r}; use one of {sorted([*VERIFIERS, *FACTORIES])}, 'module:function' or "
             "'path/to/file.py:function'"
         )
     try:
