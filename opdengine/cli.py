@@ -9,12 +9,18 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+from opdengine.chat import encode_chat
 from opdengine.checkpoint import CheckpointError
 from opdengine.config import TrainConfig
 from opdengine.errors import ServiceError, VLLMMissingError
 from opdengine.settings import load_config
 from opdengine.types import Prompt
+
+if TYPE_CHECKING:
+    from opdengine.rollout.transformers import TransformersSampler
+    from opdengine.verifiers.grader import Grader
 
 SERVE = "run a vLLM server for vllm_mode: server; more arguments go to `vllm serve`"
 
@@ -85,17 +91,53 @@ def _train(config: TrainConfig) -> int:
 
 
 def _eval(config: TrainConfig) -> int:
-    from opdengine.backbone import default_device, load_model
-    from opdengine.chat import encode_chat, load_tokenizer
+    from opdengine.environments.setup import held_out_tasks, open_episodes
+    from opdengine.evaluate import evaluate, evaluate_episodes
+    from opdengine.types import SamplingParams
+
+    tasks = held_out_tasks(config.environment)
+    if config.environment.name and not tasks:
+        raise ValueError("nothing to evaluate on: name the tasks with environment.eval_splits")
+    if not tasks:
+        grader, prompts = _graded_prompts(config)
+    sampler, tokenizer = _load_student(config)
+    if tasks:
+        params = SamplingParams(config.max_completion_length, stop=tuple(config.environment.stop))
+        episodes = open_episodes(config, tokenizer, sampler.window)
+        try:
+            metrics, _ = evaluate_episodes(
+                episodes, sampler, tasks, config.environment.eval_temperatures, params, config.seed
+            )
+        finally:
+            episodes.close()
+    else:
+
+        def encode(prompt: Prompt) -> list[int]:
+            return encode_chat(tokenizer, prompt.messages, prompt.tools, config.chat_template_kwargs)
+
+        with grader:
+            metrics = evaluate(sampler, prompts, encode, grader, config.max_completion_length).metrics()
+    sys.stdout.write(json.dumps(metrics, indent=1) + "\n")
+    return 0
+
+
+def _graded_prompts(config: TrainConfig) -> tuple[Grader, Sequence[Prompt]]:
     from opdengine.data import load_prompts
-    from opdengine.evaluate import evaluate, require_answers
-    from opdengine.rollout.transformers import TransformersSampler
+    from opdengine.evaluate import require_answers
     from opdengine.verifiers.grader import Grader
 
     grader = Grader.from_config(config)
     paths = config.eval_data or config.train_data
     prompts = require_answers(load_prompts(paths, skip_bad_rows=config.skip_bad_rows).prompts)
     grader.check(prompts)
+    return grader, prompts[: config.eval_max_prompts]
+
+
+def _load_student(config: TrainConfig) -> tuple[TransformersSampler, Any]:
+    from opdengine.backbone import default_device, load_model
+    from opdengine.chat import load_tokenizer
+    from opdengine.rollout.transformers import TransformersSampler
+
     tokenizer = load_tokenizer(
         config.model, trust_remote_code=config.trust_remote_code, chat_template=config.chat_template
     )
@@ -106,17 +148,7 @@ def _eval(config: TrainConfig) -> int:
         trust_remote_code=config.trust_remote_code,
         device=default_device(),
     )
-    sampler = TransformersSampler(model, tokenizer, max_batch_tokens=4 * config.max_tokens_per_batch)
-    with grader:
-        result = evaluate(
-            sampler,
-            prompts[: config.eval_max_prompts],
-            lambda p: encode_chat(tokenizer, p.messages, p.tools, config.chat_template_kwargs),
-            grader,
-            config.max_completion_length,
-        )
-    sys.stdout.write(json.dumps(result.metrics(), indent=1) + "\n")
-    return 0
+    return TransformersSampler(model, tokenizer, max_batch_tokens=4 * config.max_tokens_per_batch), tokenizer
 
 
 def _debate(config: TrainConfig, text: str, key: str) -> int:

@@ -10,6 +10,7 @@ import pytest
 from agent_helpers import make_rollout
 from engine_helpers import make_config
 
+from opdengine.cli import main
 from opdengine.config import ConfigError, OpadConfig
 from opdengine.methods import build_recipe
 from opdengine.methods.opad import Steps, steps_of, surprise
@@ -90,3 +91,16 @@ def test_a_run_in_an_environment(models: dict[str, str], tmp_path: Path, method:
         assert metrics[-1]["sage/z"] > 1
     if method == "tcod":
         assert metrics[-2]["tcod/turns_kept"] == 0.5 and metrics[-1]["tcod/turns_kept"] == 1.0
+
+
+def test_the_eval_command_plays_episodes(models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "eval", "--model", models["student"], "--output_dir", "unused", "--max_completion_length", "4",
+        "--environment.name", "house", "--environment.max_turns", "2", "--environment.num_environments", "2",
+        "--environment.eval_max_tasks", "3", "--environment.options.count", "4",
+    ]  # fmt: skip
+    assert main(arguments) == 2
+    assert "environment.eval_splits" in capsys.readouterr().err
+    assert main([*arguments, "--environment.eval_splits", "[valid_seen]", "--max_prompt_length", "64"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["eval/valid_seen/turns"] == 2 and metrics["eval/valid_seen/success_high"] < 1
