@@ -274,7 +274,7 @@ def _check(row: Any, default_id: str) -> tuple[str | None, Prompt | None]:
             return "a message without 'role'", None
     try:
         messages = tuple(plain_message(_without_none(message)) for message in content)
-        tools = _tools(row.get("tools"))
+        tools = parse_tools(row.get("tools"))
     except ValueError as error:
         return str(error), None
     last = messages[-1]
@@ -297,7 +297,12 @@ def _without_none(message: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in message.items() if v is not None}
 
 
-def _tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
+def parse_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
+    """Tool schemas from a list, its JSON text, or nothing.
+
+    Raises:
+        ValueError: it is none of these.
+    """
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
