@@ -1,4 +1,8 @@
-"""The output folder of a run: an existing run is resumed or refused, never overwritten."""
+"""The output folder of a run: an existing run is resumed or refused, never overwritten.
+
+A run that ended before its first step was finished has trained nothing: the next one takes its place and
+finds its cached debates.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import yaml
 
 from opdengine.checkpoint import find_checkpoint, list_checkpoints, read_state
 from opdengine.config import ConfigError, TrainConfig
+from opdengine.metrics import read_metrics
 from opdengine.settings import from_mapping, to_mapping
 
 MAY_CHANGE = {
@@ -26,6 +31,9 @@ TEACHER_MAY_CHANGE = {"base_url", "api_key_env", "timeout", "max_retries", "max_
 
 OWN = ("config.yaml", "metrics.jsonl", "checkpoints", "final")
 """What shows that a folder holds a run."""
+
+TRAINED = ("checkpoints/*", "checkpoints/.*.partial", "rollouts/*", "final", "merged")
+"""What shows that a run has finished a step, besides its metrics."""
 
 
 class RunFolder:
@@ -47,7 +55,7 @@ class RunFolder:
             raise ConfigError(f"output_dir={config.output_dir!r} is a file; name a folder")
         occupied = any((self.path / name).exists() for name in OWN)
         if config.resume_from_checkpoint is None:
-            if occupied:
+            if occupied and self._has_trained():
                 raise ConfigError(f"output_dir={config.output_dir!r} already holds a run; {self._way_out()}")
             return
         self.checkpoint = find_checkpoint(self.path, config.resume_from_checkpoint)
@@ -65,6 +73,9 @@ class RunFolder:
     def claim(self) -> None:
         """Make the folder this run's; called once everything that can be refused has been checked."""
         self.path.mkdir(parents=True, exist_ok=True)
+        if self.config.resume_from_checkpoint is None:  # what a run that trained nothing has left
+            for name in ("config.yaml", "metrics.jsonl"):
+                (self.path / name).unlink(missing_ok=True)
         if not (self.path / "config.yaml").exists():
             text = yaml.safe_dump(to_mapping(self.config), sort_keys=False, allow_unicode=True)
             (self.path / "config.yaml").write_text(text, "utf-8")
@@ -72,7 +83,15 @@ class RunFolder:
     def _way_out(self) -> str:
         if list_checkpoints(self.path / "checkpoints"):
             return "continue it with --resume_from_checkpoint latest, or choose another folder"
-        return "it has no checkpoint to continue from: choose another folder or remove this one"
+        return (
+            "it has finished steps, but no checkpoint to continue from: choose another folder or remove this one "
+            "(save_steps writes checkpoints)"
+        )
+
+    def _has_trained(self) -> bool:
+        metrics = self.path / "metrics.jsonl"
+        steps = [line["step"] for line in read_metrics(metrics)] if metrics.is_file() else []
+        return max(steps, default=0) > 0 or any(any(self.path.glob(pattern)) for pattern in TRAINED)
 
     @property
     def state(self) -> dict[str, Any]:

@@ -22,6 +22,8 @@ import opd_kernels
 import opdengine
 from opdengine.checkpoint import list_checkpoints
 from opdengine.cli import main
+from opdengine.engine import Engine
+from opdengine.errors import ServiceError
 from opdengine.metrics import read_metrics
 
 KILLER = '''
@@ -180,12 +182,35 @@ def test_an_existing_run_is_refused(world: dict[str, Any], refuse: Train) -> Non
 
 
 def test_a_run_without_a_checkpoint_is_not_told_to_resume(world: dict[str, Any], refuse: Train, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "loss": 0.5}\n')
     message = refuse("--output_dir", str(tmp_path))
     assert "already holds a run" in message and "--resume_from_checkpoint" not in message
+    assert "finished steps, but no checkpoint" in message and "save_steps" in message
     assert "no checkpoint" in refuse("--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest")
     assert "not a checkpoint" in refuse("--output_dir", str(tmp_path / "x"), "--resume_from_checkpoint", "nowhere")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_run_that_ended_in_its_first_step_leaves_its_folder_to_the_next(
+    world: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["train", "--config", str(world["root"] / "run.yaml"), "--output_dir", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "finish", broken)
+        assert main([*arguments, "--learning_rate", "1"]) == 2
+    assert "the first step fails" in capsys.readouterr().err
+    stored = {file: file.stat().st_mtime_ns for file in (tmp_path / "debate_cache").rglob("*.json")}
+    assert stored
+    assert main([*arguments, "--max_steps", "1"]) == 0  # with the setting mended
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["learning_rate"] == world["settings"]["learning_rate"]
+    assert {file: file.stat().st_mtime_ns for file in stored} == stored
+    assert main(arguments) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+async def broken(*arguments: Any) -> None:
+    raise ServiceError("the first step fails")
 
 
 def test_a_file_as_output_folder_is_refused(refuse: Train, tmp_path: Path) -> None:
