@@ -1,4 +1,4 @@
-"""``opdengine train | eval | debate | plan | vllm-serve | doctor``."""
+"""``opdengine train | balance | eval | debate | plan | vllm-serve | doctor``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opdengine.chat import encode_chat
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from opdengine.rollout.transformers import TransformersSampler
     from opdengine.verifiers.grader import Grader
 
+BALANCE = "even out the difficulty of the data: opdengine balance --config run.yaml --output balanced.jsonl"
 SERVE = "run a vLLM server for vllm_mode: server; more arguments go to `vllm serve`"
 
 
@@ -50,6 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--mean_prompt", type=float, help="mean tokens of a prompt; default: the limit")
             command.add_argument("--mean_completion", type=float, help="mean tokens of a completion")
             command.add_argument("--mean_turn", type=float, help="mean tokens of a teacher's debate turn")
+    command = commands.add_parser("balance", allow_abbrev=False, help=BALANCE)
+    command.add_argument("--config", help="YAML file of settings")
+    command.add_argument("--output", type=Path, required=True, help="the balanced data file (.jsonl)")
+    command.add_argument("--rollouts", type=int, default=8, help="of every prompt (default 8)")
+    command.add_argument("--cap", type=float, default=4.0, help="a prompt occurs at most this often (default 4)")
+    command.add_argument("--target", default="largest", help="raise scarce counts to the largest or median one")
+    command.add_argument("--chunk", type=int, default=64, help="prompts between two saves (default 64)")
     commands.add_parser("doctor", help="show what is installed, what is missing and how to get it")
     commands.add_parser("vllm-serve", help=SERVE, add_help=False)
     options, rest = parser.parse_known_args(arguments)
@@ -64,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, rest)
         if options.command == "train":
             return _train(config)
+        if options.command == "balance":
+            return _balance(config, options)
         if options.command == "plan":
             return _plan(config, options)
         if options.command == "debate":
@@ -149,6 +160,19 @@ def _load_student(config: TrainConfig) -> tuple[TransformersSampler, Any]:
         device=default_device(),
     )
     return TransformersSampler(model, tokenizer, max_batch_tokens=4 * config.max_tokens_per_batch), tokenizer
+
+
+def _balance(config: TrainConfig, options: argparse.Namespace) -> int:
+    from opdengine.balance import BalanceSettings, balance
+
+    names = ("output", "rollouts", "cap", "target", "chunk")
+    settings = BalanceSettings(**{name: getattr(options, name) for name in names})
+    report = balance(config, settings, lambda done: logging.info("%d prompts counted", done))
+    for key, found in report["keys"].items():
+        sys.stdout.write(f"{key or 'all prompts'}: shape {found['shape']}, {found['before']} -> {found['after']}\n")
+    counts = f"{report['prompts_before']} -> {report['prompts_after']} prompts"
+    sys.stdout.write(f"{counts}: {settings.output}, {settings.beside('.png')}\n")
+    return 0
 
 
 def _debate(config: TrainConfig, text: str, key: str) -> int:

@@ -1,0 +1,207 @@
+"""Difficulty-aware balancing: shapes and copies by hand, and the command with a killed process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opdengine.balance import (
+    BalanceSettings,
+    chosen,
+    histogram,
+    pass_counts,
+    repetitions,
+    rows,
+    shape,
+    write,
+)
+from opdengine.data import DataError, load_prompts
+from opdengine.errors import ConfigError
+from opdengine.types import Prompt
+
+
+@pytest.mark.parametrize(
+    ("bins", "kind", "repeated"),
+    [
+        ([9, 1, 2, 1, 8], "u", [1, 2, 3]),
+        ([9, 4, 2, 1, 3], "hard", [1, 2, 3, 4]),
+        ([3, 1, 2, 4, 9], "easy", [0, 1, 2, 3]),
+        ([1, 5, 9, 5, 1], "other", []),
+        ([4, 4, 4, 4, 4], "other", []),
+    ],
+)
+def test_shapes(bins: list[int], kind: str, repeated: list[int]) -> None:
+    assert shape(bins) == kind
+    assert list(chosen(kind, 4)) == repeated
+
+
+def counts_of(bins: Sequence[int]) -> dict[str, int]:
+    return {f"p{count}.{i}": count for count, size in enumerate(bins) for i in range(size)}
+
+
+def settings(folder: Path, **changes: Any) -> BalanceSettings:
+    return BalanceSettings(folder / "out.jsonl", **{"rollouts": 4, **changes})
+
+
+@pytest.mark.parametrize(
+    ("bins", "cap", "target", "after"),
+    [
+        ([10, 3, 5, 0, 10], 9, "largest", [10, 10, 10, 0, 10]),  # flat where there is any prompt
+        ([10, 3, 5, 0, 10], 2, "largest", [10, 6, 10, 0, 10]),  # at most twice each
+        ([10, 3, 5, 1, 4], 9, "largest", [10, 10, 10, 9, 10]),  # the easy end is raised, too
+        ([20, 3, 8, 4, 2], 9, "median", [20, 4, 8, 4, 4]),
+        ([2, 3, 5, 3, 2], 9, "largest", [2, 3, 5, 3, 2]),
+    ],
+)
+def test_scarce_counts_are_raised_and_nothing_is_removed(
+    tmp_path: Path, bins: list[int], cap: float, target: str, after: list[int]
+) -> None:
+    counts = counts_of(bins)
+    times = repetitions(counts, settings(tmp_path, cap=cap, target=target), seed=0)
+    assert times.keys() == counts.keys() and min(times.values()) >= 1 and max(times.values()) <= cap
+    assert histogram([c for id, c in counts.items() for _ in range(times[id])], 4) == after
+    for count in range(5):  # no prompt of a count occurs much more often than another
+        same = [times[id] for id, c in counts.items() if c == count]
+        assert not same or max(same) - min(same) <= 1
+
+
+def test_who_occurs_once_more_depends_on_the_seed(tmp_path: Path) -> None:
+    counts = counts_of([30, 20, 0, 0, 0])
+    one, again, other = (repetitions(counts, settings(tmp_path), seed) for seed in (0, 0, 1))
+    assert one == again != other
+    assert sum(one.values()) == sum(other.values()) == 60
+
+
+def prompts(bins: Sequence[int], key: str = "") -> list[Prompt]:
+    return [
+        Prompt(f"{key}{id}", ({"role": "user", "content": id},), key=key, answer=str(c), extra={"level": c})
+        for id, c in counts_of(bins).items()
+    ]
+
+
+def test_the_new_file_holds_every_row_and_copies_with_ids_of_their_own(tmp_path: Path) -> None:
+    data = prompts([6, 1, 0, 0, 5])
+    data.append(Prompt("p1.0#2", ({"role": "user", "content": "an id in use"},), answer="4"))
+    counts = {p.id: int(p.answer) for p in data}
+    report = write(data, counts, settings(tmp_path), seed=0)
+    loaded = load_prompts([str(tmp_path / "out.jsonl")]).prompts
+    assert [p.id for p in loaded if p.messages[0]["content"] == "p1.0"] == ["p1.0", "p1.0#3", "p1.0#4", "p1.0#5"]
+    assert {p.id for p in data} <= {p.id for p in loaded}
+    copies = [p for p in loaded if p.id.startswith("p1.0#") and p.id != "p1.0#2"]
+    assert all(p.answer == "1" and p.extra == {"level": 1} for p in copies)
+    assert report["prompts_before"] == 13 and report["prompts_after"] == len(loaded) == 16
+
+
+def test_each_routing_key_is_balanced_alone(tmp_path: Path) -> None:
+    data = prompts([6, 2, 0, 0, 0], "math") + prompts([1, 2, 4, 1, 1], "code")
+    report = write(data, {p.id: int(p.answer) for p in data}, settings(tmp_path), seed=0)["keys"]
+    assert report["math"] == {"shape": "hard", "before": [6, 2, 0, 0, 0], "after": [6, 6, 0, 0, 0]}
+    assert report["code"]["before"] == report["code"]["after"] and report["code"]["shape"] == "other"
+
+
+def test_tools_survive(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    (row,) = rows([Prompt("a", ({"role": "user", "content": "x"},), tools=(tool,))], {"a": 1})
+    assert row["tools"] == [tool] and "answer" not in row and "data_source" not in row
+
+
+# -------------------------------------------------------------------------------- counting
+
+
+class Student:
+    """Answers right as often as the prompt's answer says; may die after some chunks."""
+
+    def __init__(self, lives: int = 99) -> None:
+        self.lives = lives
+        self.asked: list[str] = []
+
+    def sample(self, prompts: Sequence[Prompt]) -> list[list[str]]:
+        if not self.lives:
+            raise KeyboardInterrupt
+        self.lives -= 1
+        self.asked += [p.id for p in prompts]
+        return [["right" if i < int(p.answer) else "wrong" for i in range(4)] for p in prompts]
+
+    @staticmethod
+    def grade(texts: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
+        assert len(texts) == len(prompts)
+        return [float(t == "right") for t in texts]
+
+
+def test_counting_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    data, file = prompts([3, 2, 4, 1, 2]), tmp_path / "counts.jsonl"
+    expected = {p.id: int(p.answer) for p in data}
+    first = Student(lives=2)
+    with pytest.raises(KeyboardInterrupt):
+        pass_counts(data, first.sample, first.grade, file, {"seed": 1}, chunk=3)
+    with file.open("a") as out:
+        out.write('{"id": "p4.1", "corr')  # the process died within a line
+    second = Student()
+    assert pass_counts(data, second.sample, second.grade, file, {"seed": 1}, chunk=3) == expected
+    assert first.asked + second.asked == [p.id for p in data]
+    third = Student(lives=0)
+    assert pass_counts(data, third.sample, third.grade, file, {"seed": 1}, chunk=3) == expected
+    with pytest.raises(DataError, match="counts for other settings"):
+        pass_counts(data, third.sample, third.grade, file, {"seed": 2}, chunk=3)
+
+
+def command(models: dict[str, str], data: str, folder: Path, *more: str) -> subprocess.Popen[str]:
+    settings = {"model": models["student"], "train_data": data, "output_dir": str(folder / "run"),
+                "verifier": "numeric", "max_completion_length": "12"}  # fmt: skip
+    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", "opdengine", "balance", "--output", str(folder / "out.jsonl"), *more, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_command_killed_and_repeated_gives_the_same(models: dict[str, str], tmp_path: Path) -> None:
+    """A random model is right now and then if the answer is a digit that it happens to write."""
+    data = tmp_path / "data.jsonl"
+    rows = [{"id": f"p{i}", "prompt": f"{i} + {i}?", "answer": str(i % 3)} for i in range(24)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outputs = []
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "killed":
+            child = command(models, str(data), folder, "--chunk", "1", "--rollouts", "4")
+            assert child.stderr is not None
+            for line in child.stderr:
+                if "3 prompts counted" in line:
+                    child.kill()
+            child.wait()
+            kept = (folder / "out.counts.jsonl").read_text().count("\n")
+            assert 3 <= kept < 25 and not (folder / "out.jsonl").exists()
+        child = command(models, str(data), folder, "--chunk", "8", "--rollouts", "4")
+        out, err = child.communicate()
+        assert child.returncode == 0, err
+        assert "24 -> " in out
+        report = json.loads((folder / "out.report.json").read_text())
+        assert sum(report["keys"][""]["before"]) == 24
+        assert (folder / "out.png").stat().st_size > 1000
+        outputs.append(((folder / "out.jsonl").read_text(), report, sorted((folder / "out.counts.jsonl").open())))
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollouts": 1}, "--rollouts 1 is not possible"),
+        ({"cap": 0.5}, "--cap 0.5 is not possible"),
+        ({"target": "most"}, "choose largest or median"),
+    ],
+)
+def test_impossible_settings_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings(tmp_path, **changes)
+    assert np.isfinite(settings(tmp_path).cap)
