@@ -1,12 +1,19 @@
-"""A teacher in this process: its backbone scores, its head goes into the fused loss."""
+"""A teacher in this process: its backbone scores, its head goes into the fused loss.
+
+It works in a thread of its device, so that calls to servers go on meanwhile. Each device has one thread:
+local teachers take turns, in the order in which they were asked.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +24,8 @@ from opdengine.rollout.transformers import TransformersSampler
 from opdengine.teachers.offload import Offload
 from opdengine.teachers.prefix import PrefixScorer
 from opdengine.types import Completion, Hidden, Message, Request, SamplingParams, TeacherContext
+
+T = TypeVar("T")
 
 
 class LocalTeacher:
@@ -82,13 +91,20 @@ class LocalTeacher:
         return encode_chat(self.tokenizer, messages, tools, self.config.chat_template_kwargs)
 
     async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
-        with self._resident():
-            return [completions[0] for completions in self._writer.generate(requests, params)]
+        return [completions[0] for completions in await self._run(self._writer.generate, requests, params)]
 
     async def score(self, contexts: Sequence[TeacherContext]) -> list[Hidden]:
-        with self._resident():
-            states = self._scorer.score([c.token_ids for c in contexts], [c.target_positions for c in contexts])
-        return [Hidden(rows) for rows in states]
+        ids, positions = [c.token_ids for c in contexts], [c.target_positions for c in contexts]
+        return [Hidden(rows) for rows in await self._run(self._scorer.score, ids, positions)]
+
+    async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call in the thread of the device, with the weights there."""
+
+        def work() -> T:
+            with self._resident():
+                return function(*arguments)
+
+        return await asyncio.get_running_loop().run_in_executor(_thread(self.backbone.device), work)
 
     def _resident(self) -> AbstractContextManager[None]:
         return nullcontext() if self._place is None else self._place.resident()
@@ -96,6 +112,13 @@ class LocalTeacher:
     def counts(self) -> dict[str, float]:
         """Nothing: calls in this process either work or raise."""
         return {}
+
+
+@cache
+def _thread(device: torch.device) -> ThreadPoolExecutor:
+    """The one worker of a device."""
+    set_device = torch.cuda.set_device if device.type == "cuda" else lambda _: None
+    return ThreadPoolExecutor(1, f"teachers on {device}", initializer=set_device, initargs=(device,))
 
 
 def model_fingerprint(path: str, model: Any, blocks: int = 256) -> str:

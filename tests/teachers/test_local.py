@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from teacher_helpers import context
+from teacher_helpers import Server, context, served
 
 from opdengine.config import TeacherConfig
 from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.offload import Offload
-from opdengine.types import Request, SamplingParams
+from opdengine.types import Failure, Request, SamplingParams
 
 IDS = [40, 41, 42, 43, 44, 45]
 
@@ -78,6 +79,64 @@ def test_offload_on_the_cpu_moves_nothing(models: dict[str, str]) -> None:
     teacher = LocalTeacher(TeacherConfig(models["big"], name="t", offload=True))
     assert teacher._place is not None and teacher._place._host == []
     run(teacher)
+
+
+@pytest.mark.parametrize("call", ["score", "generate"])
+def test_served_calls_go_on_while_a_local_teacher_works(
+    models: dict[str, str], bigrams: Server, tokenizer: Any, call: str
+) -> None:
+    """The local forward pass ends only once the server was asked, and it is begun first."""
+    local, remote = LocalTeacher(TeacherConfig(models["big"], name="t")), served(bigrams, tokenizer)
+    bigrams.control()
+
+    def wait(*arguments: Any) -> None:
+        until = time.monotonic() + 20
+        while not bigrams.seen[call] and time.monotonic() < until:
+            time.sleep(0.01)
+        met.append(bool(bigrams.seen[call]))
+
+    met: list[bool] = []
+    local.backbone.trunk.register_forward_pre_hook(wait)
+    arguments: tuple[Any, ...] = ([context(IDS, 3)],)
+    if call == "generate":
+        arguments = ([Request("r", tuple(IDS), 1)], SamplingParams(max_tokens=2))
+
+    async def both() -> list[Any]:
+        return await asyncio.gather(getattr(local, call)(*arguments), getattr(remote, call)(*arguments))
+
+    (mine,), (theirs,) = asyncio.run(both())
+    assert met and all(met)
+    assert not isinstance(theirs, Failure)
+    plain = LocalTeacher(TeacherConfig(models["big"], name="t"))
+    (alone,) = asyncio.run(getattr(plain, call)(*arguments))
+    if call == "score":
+        torch.testing.assert_close(mine.states, alone.states, rtol=0, atol=0)
+    else:
+        assert mine.token_ids.tolist() == alone.token_ids.tolist()
+
+
+def test_local_teachers_take_turns_in_the_order_of_the_calls(models: dict[str, str]) -> None:
+    log: list[str] = []
+
+    def teacher(name: str) -> LocalTeacher:
+        made = LocalTeacher(TeacherConfig(models[name], name=name))
+
+        def enter(*arguments: Any) -> None:
+            log.append(f"{name} begins")
+            time.sleep(0.05)
+
+        made.backbone.trunk.register_forward_pre_hook(enter)
+        made.backbone.trunk.register_forward_hook(lambda *arguments: log.append(f"{name} ends"))
+        return made
+
+    teachers = [teacher(name) for name in ("small", "big", "student")]
+    log.clear()
+
+    async def all_at_once() -> None:
+        await asyncio.gather(*(t.score([context(IDS, 3)]) for t in teachers))
+
+    asyncio.run(all_at_once())
+    assert log == [f"{name} {what}" for name in ("small", "big", "student") for what in ("begins", "ends")]
 
 
 def test_hidden_states_keep_the_dtype_of_the_teacher(models: dict[str, str]) -> None:
