@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 from opdengine.environments.protocol import Environment
+from opdengine.plugins import load_object
 
 ENVIRONMENTS = {
     "house": "opdengine.environments.house:House",
     "search": "opdengine.environments.search:Search",
     "recorded": "opdengine.environments.recorded:Recorded",
+    "trl": "opdengine.environments.trl:TRLEnvironment",
     "alfworld": "opdengine.environments.alfworld:ALFWorld",
     "textworld": "opdengine.environments.textworld:TextWorld",
     "scienceworld": "opdengine.environments.scienceworld:ScienceWorld",
@@ -33,14 +29,13 @@ def load_environment(name: str) -> type[Environment]:
         ValueError: there is no such environment, or it lacks a method of the protocol.
         ImportError: a built-in one needs a package that is missing; names the pip command.
     """
-    place, _, attribute = ENVIRONMENTS.get(name, name).rpartition(":")
-    if not place:
+    if ":" not in ENVIRONMENTS.get(name, name):
         raise ValueError(
             f"unknown environment {name!r}; use one of {sorted(ENVIRONMENTS)}, 'module:Class' or "
             "'path/to/file.py:Class'"
         )
     try:
-        found = getattr(_load_file(place) if place.endswith(".py") else importlib.import_module(place), attribute)
+        found = load_object(ENVIRONMENTS.get(name, name))
     except (ImportError, AttributeError, OSError, SyntaxError) as error:
         if name in ENVIRONMENTS:
             raise
@@ -52,14 +47,3 @@ def load_environment(name: str) -> type[Environment]:
             + (f"; {', '.join(missing)} missing" if missing else "")
         )
     return found
-
-
-def _load_file(path: str) -> ModuleType:
-    name = f"opdengine_user_{Path(path).stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not Path(path).is_file():
-        raise OSError(f"there is no Python file {path!r}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module

@@ -146,11 +146,9 @@ def test_replay_answers_with_the_record_whatever_was_said(path):
     assert third.info["success"] is False and third.info["score"] == pytest.approx(1 / 3)
 
 
-def test_tool_outputs_carry_the_templates_markup(path):
-    from conftest import make_tokenizer
-
+def test_tool_outputs_carry_the_templates_markup(path, tokenizer):
     task = Recorded.tasks("train", files={"train": path})[0]
-    world, tokenizer = Recorded(), make_tokenizer()
+    world = Recorded()
     start = world.reset(seed=0, task=task)
     step = world.step(world.expert())
     played = tokenizer.decode(encode_chat(tokenizer, start.messages)) + '[weather(city="Rome")]'
