@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import re
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from opdengine.plugins import load_object
 from opdengine.types import Message
 from opdengine.verifiers.score import Score, VerifierSettings
 
@@ -71,30 +68,16 @@ def load_verifier(spec: str, settings: VerifierSettings | None = None) -> Verifi
     if spec in VERIFIERS:
         return VERIFIERS[spec]
     if spec in FACTORIES:
-        source, _, factory = FACTORIES[spec].partition(":")
-        return getattr(importlib.import_module(source), factory)(settings or VerifierSettings())  # type: ignore[no-any-return]
-    place, _, name = spec.rpartition(":")
-    if not place:
+        return load_object(FACTORIES[spec])(settings or VerifierSettings())  # type: ignore[no-any-return]
+    if ":" not in spec:
         raise ValueError(
             f"unknown verifier {spec!r}; use one of {sorted([*VERIFIERS, *FACTORIES])}, 'module:function' or "
             "'path/to/file.py:function'"
         )
     try:
-        module = _load_file(place) if place.endswith(".py") else importlib.import_module(place)
-        verifier = getattr(module, name)
+        verifier = load_object(spec)
     except (ImportError, AttributeError, OSError) as error:
         raise ValueError(f"verifier {spec!r} cannot be loaded: {error}") from error
     if not callable(verifier):
         raise ValueError(f"verifier {spec!r} is not callable")
     return verifier  # type: ignore[no-any-return]
-
-
-def _load_file(path: str) -> Any:
-    name = f"opdengine_user_{Path(path).stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not Path(path).is_file():
-        raise OSError(f"there is no Python file {path!r}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
