@@ -240,6 +240,8 @@ class TrainConfig:
         output_dir: where the run is written; an existing run is resumed or refused.
         teachers: the teachers.
         method: one of :data:`opdengine.methods.METHODS`.
+        contexts: under what the teachers of "sage_opd" and "uni_opd" judge: the "plain" prompt, or the
+            transcript and weights of a "debate" as in MAD-OPD.
         divergence: one of "reverse_kl", "forward_kl", "jsd", "skew_kl", or a mapping from routing key (and
             "default") to one: the task-adaptive divergence of MAD-OPD, remark 1.
         jsd_beta: weight of the teacher in the middle distribution of the JSD.
@@ -308,7 +310,10 @@ class TrainConfig:
         log_completions: write rollouts and debates of each step as JSONL.
         report_to: besides metrics.jsonl: "tensorboard".
         run_name: shown by trackers.
-        resume_from_checkpoint: "latest" or a checkpoint folder.
+        resume_from_checkpoint: "latest" (from the beginning where there is none yet) or a checkpoint folder.
+        ddp_timeout: seconds that one process may wait for another (``torchrun``), rollouts and debates included.
+        max_bad_steps: a step whose loss or gradient is not finite moves no weight and is written to
+            ``bad_steps/``; more than so many in a row end the run.
         max_logprob_difference: stop when sampler and trainer disagree by more (mean absolute
             difference of a step, nats).
     """
@@ -318,6 +323,7 @@ class TrainConfig:
     train_data: list[str] = field(default_factory=list)
     teachers: list[TeacherConfig] = field(default_factory=list)
     method: str = "mad_opd"
+    contexts: str = "plain"
     divergence: str | dict[str, str] = "reverse_kl"
     jsd_beta: float = 0.5
     skew_alpha: float = 0.1
@@ -394,6 +400,8 @@ class TrainConfig:
     report_to: list[str] = field(default_factory=list)
     run_name: str = ""
     resume_from_checkpoint: str | None = None
+    ddp_timeout: float = 7200.0
+    max_bad_steps: int = 3
     max_logprob_difference: float = 0.5
 
     @property
@@ -456,6 +464,12 @@ def _check_values(config: TrainConfig) -> None:
     need(0 < config.jsd_beta < 1, "jsd_beta", "it lies between 0 and 1; the ends are KLs by name")
     need(0 < config.skew_alpha < 1, "skew_alpha", "it lies between 0 and 1; the ends are KLs by name")
     one_of("teacher_reduction", ("sum", "mixture"))
+    one_of("contexts", ("plain", "debate"))
+    need(
+        config.contexts == "plain" or config.method in ("sage_opd", "uni_opd"),
+        "contexts",
+        "only 'sage_opd' and 'uni_opd' can take over a debate; 'mad_opd' and 'opad' always debate",
+    )
     need(config.divergence_temperature > 0, "divergence_temperature", "it must be positive")
     one_of("loss_normalization", ("token", "sequence"))
     one_of("on_teacher_failure", ("stop", "drop"))
@@ -522,6 +536,8 @@ def _check_values(config: TrainConfig) -> None:
     need(0 <= config.adam_beta2 < 1, "adam_beta2", "it lies in [0, 1)")
     need(config.adam_epsilon > 0, "adam_epsilon", "it must be positive")
     need(config.seed >= 0, "seed", "it must not be negative")
+    need(config.ddp_timeout > 0, "ddp_timeout", "it is a number of seconds")
+    need(config.max_bad_steps >= 0, "max_bad_steps", "it must not be negative; 0 ends the run at the first one")
     need(config.max_logprob_difference > 0, "max_logprob_difference", "it must be positive")
     choices = (
         ("opad.sampling", config.opad.sampling, ("all", "uniform", "surprise")),

@@ -19,8 +19,8 @@ import numpy as np
 from opdengine.config import ConfigError, DebateConfig, TrainConfig, by_key
 from opdengine.debate import Debate, Debater
 from opdengine.debate_prompts import DebatePrompts, debate_prompts
-from opdengine.methods.opd import need_teachers
-from opdengine.recipe import Annotations, Note, Recipe, distill, route
+from opdengine.methods.opd import PlainContexts, need_teachers
+from opdengine.recipe import Annotations, Annotator, Note, Recipe, distill, route
 from opdengine.teachers import Teacher
 from opdengine.types import Rollout, SamplingParams, TeacherContext
 
@@ -119,6 +119,26 @@ def debate_metrics(debates: Sequence[Debate], tau: float) -> dict[str, float]:
     return metrics
 
 
+def contexts_of(config: TrainConfig) -> Annotator:
+    """Under what a method lets its teachers judge: the plain prompt, or a debate (``contexts: debate``)."""
+    if config.contexts == "plain":
+        return PlainContexts()
+    need_teachers(config, 2)
+    return debate_contexts(config)
+
+
+def debate_contexts(config: TrainConfig) -> DebateContexts:
+    """The debate of the configuration; a bad prompt family is an error now, not at the first debate."""
+    debate = config.debate
+    annotator = DebateContexts(debate, Path(debate.cache_dir or Path(config.output_dir) / "debate_cache"))
+    if not isinstance(debate.prompts, Mapping) or "first" in debate.prompts:
+        annotator.prompts_for("")
+    else:
+        for key in debate.prompts:
+            annotator.prompts_for(key)
+    return annotator
+
+
 def mad_opd(config: TrainConfig) -> Recipe:
     """Debate among K >= 2 teachers, transcript in the teachers' contexts, confidence weights."""
     need_teachers(config, 2)
@@ -128,11 +148,4 @@ def mad_opd(config: TrainConfig) -> Recipe:
             "debate.use_transcript and debate.use_confidence are both off, so the debate would be "
             "generated and not used; turn one on or use method 'mt_opd'"
         )
-    cache = Path(debate.cache_dir or Path(config.output_dir) / "debate_cache")
-    annotator = DebateContexts(debate, cache)
-    if not isinstance(debate.prompts, Mapping) or "first" in debate.prompts:
-        annotator.prompts_for("")  # a bad family is an error now, not at the first debate
-    else:
-        for key in debate.prompts:
-            annotator.prompts_for(key)
-    return Recipe("mad_opd", annotator, (distill,), teachers_per_prompt=2)
+    return Recipe("mad_opd", debate_contexts(config), (distill,), teachers_per_prompt=2)

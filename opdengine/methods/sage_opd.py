@@ -18,7 +18,8 @@ import numpy as np
 
 from opdengine.config import ConfigError, SageConfig, TrainConfig
 from opdengine.judge import FAILED, Judge, Verdict, turn_metrics
-from opdengine.methods.opd import PlainContexts, need_teachers
+from opdengine.methods.mad_opd import contexts_of
+from opdengine.methods.opd import need_teachers
 from opdengine.recipe import Annotations, Annotator, Batch, Note, Recipe, Stats, Weighed, plain_signal, route
 from opdengine.rollout.episodes import turns_of
 from opdengine.teachers import Teacher
@@ -122,7 +123,7 @@ def confidence(rollout: Rollout, note: Note, stats: Stats) -> np.ndarray:
 
 
 def sage_opd(config: TrainConfig) -> Recipe:
-    """Selective turn intervention with one teacher per prompt."""
+    """Selective turn intervention; with several teachers for a prompt the first of them is the judge."""
     need_teachers(config, 1)
     if not config.environment.name:
         raise ConfigError("method 'sage_opd' weighs the turns of an agent; set environment.name")
@@ -135,7 +136,7 @@ def sage_opd(config: TrainConfig) -> Recipe:
     measures = ("teacher_top1",) if sage.use_confidence else ()
     return Recipe(
         "sage_opd",
-        Intervention(sage, PlainContexts(), config.seed),
+        Intervention(sage, contexts_of(config), config.seed),
         (Selective(sage),),
         measures=measures,
         top1_temperature=sage.confidence_temperature,

@@ -26,37 +26,39 @@ from opdengine.config import TrainConfig
 from opdengine.method_settings import UniOPDConfig
 from opdengine.methods import outcome
 from opdengine.methods.advantage import MEASURES, PolicyGradient, gaps, resolve
-from opdengine.methods.opd import need_teachers, plain_note
-from opdengine.recipe import Annotations, Batch, Note, Recipe, Weighed, route
+from opdengine.methods.mad_opd import contexts_of
+from opdengine.methods.opd import need_teachers
+from opdengine.recipe import Annotations, Annotator, Batch, Note, Recipe, Weighed
 from opdengine.teachers import Teacher
 from opdengine.types import Rollout
 
 
 @dataclass(frozen=True)
 class BalancedContexts:
-    """Leaves out rollouts by their outcomes; the rest is judged under the plain prompt.
+    """Leaves out rollouts by their outcomes; the rest is judged as another annotator says.
 
     Args:
         config: scope and ratio of the balance.
+        contexts: annotates what is kept.
         seed: of the choice.
     """
 
     config: UniOPDConfig
+    contexts: Annotator
     seed: int
 
     async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
         correct = [is_correct(r, self.config) for r in rollouts]
         stays = outcome.choose(rollouts, correct, self.config, self.seed)
-        notes = [
-            plain_note(rollout, route(teachers, rollout.prompt.key)) if kept else Note(drop="balance")
-            for rollout, kept in zip(rollouts, stays, strict=True)
-        ]
+        found = await self.contexts.annotate([r for r, kept in zip(rollouts, stays, strict=True) if kept], teachers)
+        judged = iter(found.notes)
+        notes = [next(judged) if kept else Note(drop="balance") for kept in stays]
         right = [label for label, kept in zip(correct, stays, strict=True) if kept]
         metrics = {
             "balance/correct_before": float(np.mean(correct)) if correct else 0.0,
             "balance/correct_after": float(np.mean(right)) if right else 0.0,
         }
-        return Annotations(notes, metrics)
+        return Annotations(notes, {**found.metrics, **metrics}, found.records)
 
 
 def is_correct(rollout: Rollout, config: UniOPDConfig) -> bool:
@@ -108,7 +110,7 @@ def uni_opd(config: TrainConfig) -> Recipe:
     base, gradient = resolve(config, importance="clip", max_gap=10.0)
     return Recipe(
         "uni_opd",
-        BalancedContexts(config.uni_opd, config.seed),
+        BalancedContexts(config.uni_opd, contexts_of(config), config.seed),
         (base, Calibrated(gradient, config.uni_opd)),
         measures=MEASURES,
         needs_reward=True,

@@ -1,0 +1,60 @@
+"""Methods that take over a debate: the weights of one paper under the contexts of another."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from agent_helpers import make_rollout
+from engine_helpers import PROMPTS, ScriptedTeacher, make_config
+
+from opdengine.config import ConfigError
+from opdengine.methods import build_recipe
+from opdengine.train import train
+
+
+def test_a_gatekept_agent_under_a_debate(models: dict[str, str], tmp_path: Path) -> None:
+    """SAGE's turn weights, MAD's transcript and confidences."""
+    config = make_config(
+        models, "", tmp_path, method="sage_opd", contexts="debate", environment={"name": "house"},
+        sage={"use_failures": False}, debate={"rounds": 1},
+    )  # fmt: skip
+    teachers = [
+        ScriptedTeacher("a", ["open it <<CONFIDENCE=100>>", "SKIP"]),
+        ScriptedTeacher("b", ["no <<CONFIDENCE=0>>"]),
+    ]
+    found = asyncio.run(build_recipe(config).annotator.annotate([make_rollout((2,))], teachers))
+    (note,) = found.notes
+    assert note.mix is not None and note.turn_weight is not None
+    np.testing.assert_allclose(note.mix, [np.e / (1 + np.e), 1 / (1 + np.e)], rtol=1e-6)
+    assert note.turn_weight[1] == 0 and found.metrics["sage/skip"] == 1 and found.metrics["debate/generated"] == 1
+    read = "".join(map(chr, note.contexts[1].token_ids[: note.contexts[1].target_positions[0]]))
+    assert "open it" in read and "no" in read
+
+
+def test_calibrated_margins_under_a_debate(models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
+    config = make_config(
+        models, prompt_file, tmp_path / "run", method="uni_opd", contexts="debate", num_generations=2, max_steps=1,
+        debate={"rounds": 1, "max_tokens": 5, "prompts": PROMPTS},
+    )  # fmt: skip
+    result = train(config, progress=False)
+    metrics: list[dict[str, Any]] = [
+        json.loads(x) for x in (result.output_dir / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert metrics[-1]["debate/generated"] == 4 and metrics[-1]["balance/correct_before"] == 0
+    assert "teacher_weight/big" in metrics[-1] and "margin/shift" not in metrics[-1]
+
+
+def test_settings(models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"contexts='debate'.*only 'sage_opd' and 'uni_opd'"):
+        make_config(models, prompt_file, tmp_path, method="mt_opd", contexts="debate")
+    with pytest.raises(ConfigError, match="at least 2 teacher"):
+        build_recipe(
+            make_config(
+                models, prompt_file, tmp_path, method="uni_opd", contexts="debate", teachers=[{"model": models["big"]}]
+            )
+        )
