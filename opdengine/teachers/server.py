@@ -1,7 +1,8 @@
 """A teacher behind an OpenAI-compatible server: it writes text and judges by top-k log-probs.
 
 Token ids go in and are verified to have arrived; nothing is ever re-tokenised on the way to a
-judgement. Scoring needs ``prompt_logprobs`` (vLLM). The exact path is a local teacher.
+judgement. Scoring needs ``prompt_logprobs`` (vLLM) or completions with ``echo`` and ``logprobs``. The exact
+path is a local teacher.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from opdengine.chat import PROBES, encode_chat
 from opdengine.config import ConfigError, TeacherConfig
 from opdengine.probes import ProbeError
 from opdengine.rollout.transformers import stream_key
+from opdengine.teachers.echo import Echo
 from opdengine.teachers.endpoint import Answer, BadAnswer, Endpoint
 from opdengine.teachers.top_k import read_top_k
 from opdengine.types import Completion, Failure, Message, Request, SamplingParams, TeacherContext, TopK
@@ -45,6 +47,7 @@ class ServedTeacher:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.window: int | None = None
+        self._echo: Echo | None = None
         self.endpoint = Endpoint(
             name=config.name,
             base_url=config.base_url.rstrip("/"),
@@ -99,14 +102,17 @@ class ServedTeacher:
 
     async def score(self, contexts: Sequence[TeacherContext]) -> list[TopK | Failure]:
         """The ``score_top_k`` likeliest tokens at the targets of every context, in order."""
-        k = self.config.score_top_k
         return await self.endpoint.post_all(
             "/completions",
             [self._scoring(c.token_ids.tolist()) for c in contexts],
-            lambda i, answer: read_top_k(
-                _choice(answer), contexts[i].token_ids, contexts[i].target_positions, k, self.vocab_size
-            ),
+            lambda i, answer: self._read(answer, contexts[i].token_ids, contexts[i].target_positions),
         )
+
+    def _read(self, answer: Answer, token_ids: np.ndarray, target_positions: np.ndarray) -> TopK:
+        choice = _choice(answer)
+        if self._echo is not None:
+            choice = self._echo.translate(choice, token_ids.tolist())
+        return read_top_k(choice, token_ids, target_positions, self.config.score_top_k, self.vocab_size)
 
     def counts(self) -> dict[str, float]:
         """Failures by reason and retries since the last call, as metrics."""
@@ -136,22 +142,44 @@ class ServedTeacher:
         if window is None:
             logger.info("teacher %s: the server does not tell its context length", self.name)
         await self._probe_tokenizer()
-        ids = self.tokenizer.encode(PROBES[0], add_special_tokens=False)
-        body = self._scoring(ids) | {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-        if not judges:
-            del body["prompt_logprobs"]
-        answer = await self._ask("post", "/completions", body)
+        # Special tokens are part of every chat.
+        ids = [*self.tokenizer.encode(PROBES[0], add_special_tokens=False), self.tokenizer.eos_token_id]
+        # Whether it knows the fields that writing will need shows itself here, too.
+        body = self._scoring(ids) | {"top_k": 1, "top_p": 1.0, "repetition_penalty": 1.0}
         if judges:
-            try:
-                positions = np.arange(1, len(ids))
-                read_top_k(_choice(answer), np.array(ids), positions, self.config.score_top_k, self.vocab_size)
-            except BadAnswer as error:
-                raise ProbeError(
-                    f"teacher {self.name!r}: {self.endpoint.base_url} does not answer with usable prompt "
-                    f"log-probs ({error.reason}: {error}); a served teacher judges by them: use a vLLM "
-                    "server, or a local teacher"
-                ) from error
+            await self._probe_scores(ids, body)
+        else:
+            del body["prompt_logprobs"]
+            await self._ask("post", "/completions", body)
         self.endpoint.counts.clear()
+
+    async def _probe_scores(self, ids: list[int], body: Answer) -> None:
+        """Find the way in which the server tells the log-probs of a prompt."""
+        answer = await self.endpoint.request("post", "/completions", body)
+        try:
+            if not isinstance(answer, Failure):
+                self._read(answer, np.array(ids), np.arange(1, len(ids)))
+                return
+            refusal = self._refusal(answer)
+        except BadAnswer as error:
+            refusal = (
+                f"teacher {self.name!r}: {self.endpoint.base_url} does not answer with usable prompt log-probs "
+                f"({error.reason}: {error}), nor with those of an echoed prompt; a served teacher judges by them: use "
+                "a vLLM server, or a local teacher"
+            )
+        self._echo = await self._probe_echo(ids)
+        if self._echo is None:
+            raise ProbeError(refusal)
+        logger.info("teacher %s: the server has no prompt_logprobs; it judges by echoed prompts", self.name)
+
+    async def _probe_echo(self, ids: list[int]) -> Echo | None:
+        body = self._scoring(ids) | Echo.fields(self.config.score_top_k)
+        del body["prompt_logprobs"]
+        answer = await self.endpoint.request("post", "/completions", body)
+        try:
+            return None if isinstance(answer, Failure) else Echo.found_in(_choice(answer), ids, self.tokenizer)
+        except BadAnswer:
+            return None
 
     async def _probe_tokenizer(self) -> None:
         """The server's own tokenizer against the folder's, where it has one to ask."""
@@ -174,20 +202,24 @@ class ServedTeacher:
     async def _ask(self, method: str, path: str, body: Answer | None = None) -> Answer:
         answer = await self.endpoint.request(method, path, body)
         if isinstance(answer, Failure):
-            hint = ""
-            if body and "logprobs" in answer.detail:
-                hint = f"; start the server with --max-logprobs {self.config.score_top_k}, or lower score_top_k"
-            raise ProbeError(f"{answer}{hint}")
+            raise ProbeError(self._refusal(answer))
         return answer
 
+    def _refusal(self, failure: Failure) -> str:
+        hint = ""
+        if "logprobs" in failure.detail:
+            hint = f"; start the server with --max-logprobs {self.config.score_top_k}, or lower score_top_k"
+        return f"{failure}{hint}"
+
     def _scoring(self, token_ids: list[int]) -> dict[str, Any]:
+        k = self.config.score_top_k
         return {
             "model": self.config.model,
             "prompt": token_ids,
             "max_tokens": 1,
             "temperature": 0,
-            "prompt_logprobs": self.config.score_top_k,
             "return_token_ids": True,
+            **({"prompt_logprobs": k} if self._echo is None else Echo.fields(k)),
         }
 
     def _completion(self, request: Request, params: SamplingParams, answer: Answer) -> Completion:

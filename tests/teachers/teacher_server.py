@@ -25,6 +25,8 @@ DEFAULTS: dict[str, Any] = {
     "names": ["tiny"],
     "tokenize": True,
     "pause": 0.0,
+    "prompt_logprobs": "known",  # or "ignored", "refused"
+    "echo": "",  # how completions with "echo" name tokens: "text", "token", "id"; "" does not know them
 }
 
 
@@ -131,6 +133,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def complete(self, body: dict[str, Any]) -> None:
         state, k = self.state, body.get("prompt_logprobs")
+        if k is not None and state.settings["prompt_logprobs"] == "refused":
+            return self.answer({"error": {"message": "unknown field prompt_logprobs"}}, 400)
+        if state.settings["prompt_logprobs"] == "ignored":
+            k = None
+        if state.settings["echo"] and body.get("echo"):
+            k = body["logprobs"]
         fault = state.fault("score" if k is not None else "generate")
         kind = fault["kind"] if fault else ""
         if kind.isdigit():
@@ -168,6 +176,8 @@ class Handler(BaseHTTPRequestHandler):
             choice["prompt_token_ids"] = ids
         if k is not None:
             table = state.logprobs(ids)
+            if state.settings["echo"] and body.get("echo"):
+                return {**choice, "logprobs": self.legacy(ids, table, k)}
             choice["prompt_logprobs"] = [None] + [
                 {
                     str(i): {"logprob": float(table[p - 1, i]), "decoded_token": "?"}
@@ -190,6 +200,25 @@ class Handler(BaseHTTPRequestHandler):
         if body.get("return_token_ids"):
             choice["token_ids"] = written
         return choice
+
+    def legacy(self, ids: list[int], table: np.ndarray, k: int) -> dict[str, Any]:
+        """The log-probs of OpenAI's completions: by text, with the one generated token at the end."""
+        tokenizer, way = self.state.tokenizer, self.state.settings["echo"]
+
+        def name(token: int) -> str:
+            if way == "id":
+                return f"token_id:{token}"
+            if token >= len(tokenizer):  # a column of padding
+                return f"<unused {token}>"
+            return str(tokenizer.decode([token]) if way == "text" else tokenizer.convert_ids_to_tokens(token))
+
+        written = [*ids, int(np.argmax(table[-1]))]
+        likeliest = [{name(i): float(row[i]) for i in np.argsort(-row)[:k].tolist()} for row in table]
+        return {
+            "tokens": [name(i) for i in written],
+            "token_logprobs": [None] + [float(row[i]) for row, i in zip(table, written[1:], strict=True)],
+            "top_logprobs": [None, *likeliest],
+        }
 
 
 if __name__ == "__main__":

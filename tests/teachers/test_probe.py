@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from engine_helpers import make_config, make_engine
-from teacher_helpers import Server, served
+from teacher_helpers import Server, context, served
 from transformers import AutoModelForCausalLM
 
 from opdengine.build import teacher_tokenizer
@@ -19,6 +21,7 @@ from opdengine.config import ConfigError, TeacherConfig
 from opdengine.probes import ProbeError
 from opdengine.run_folder import RunFolder
 from opdengine.train import train
+from opdengine.types import Failure
 
 
 def probe(teacher: Any, judges: bool = True) -> None:
@@ -60,6 +63,46 @@ def test_no_prompt_logprobs(bigrams: Server, tokenizer: Any) -> None:
     message = refused(served(bigrams, tokenizer))
     assert "usable prompt log-probs (no_logprobs" in message and "vLLM" in message
     probe(served(bigrams, tokenizer), judges=False)  # a teacher that only writes needs none
+
+
+@pytest.mark.parametrize("way", ["text", "token", "id"])
+@pytest.mark.parametrize("known", ["ignored", "refused"])
+def test_a_server_that_echoes_prompts_judges_as_well(
+    real_server: Server, tokenizer: Any, models: dict[str, str], way: str, known: str
+) -> None:
+    """Against the model itself. Half of the bytes are no text of their own: those stay in the tail."""
+    real_server.control(prompt_logprobs=known, echo=way)
+    teacher = served(real_server, tokenizer, k=40)
+    probe(teacher)
+    ids = [*tokenizer.encode("naïve façade 3 × 4", add_special_tokens=False), tokenizer.eos_token_id, 40]
+    asked = context(ids, len(ids) - 1)
+    (found,) = asyncio.run(teacher.score([asked]))
+    model = AutoModelForCausalLM.from_pretrained(models["big"])
+    with torch.no_grad():
+        rows = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    assert found.ids[:, 0].tolist() == ids[1:]
+    expected = rows.gather(1, torch.from_numpy(found.ids))
+    np.testing.assert_allclose(found.logprobs, expected, atol=1e-5)
+    texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    shared = {i for i, text in enumerate(texts) if texts.count(text) > 1}
+    assert shared & set(ids)
+    assert bool(shared & set(found.ids[:, 1:].ravel().tolist())) == (way != "text")
+
+
+def test_an_echo_of_other_tokens_is_a_failure(real_server: Server, tokenizer: Any) -> None:
+    real_server.control(prompt_logprobs="ignored", echo="text")
+    teacher = served(real_server, tokenizer)
+    probe(teacher)
+    real_server.control(prompt_logprobs="ignored", echo="token")
+    (failure,) = asyncio.run(teacher.score([context([40, 41, tokenizer.encode(" ")[0], 42], 3)]))
+    assert isinstance(failure, Failure) and failure.reason == "wrong_ids"
+
+
+def test_neither_way_of_scoring(bigrams: Server, tokenizer: Any) -> None:
+    bigrams.control(prompt_logprobs="refused", say="x")
+    assert "unknown field prompt_logprobs" in refused(served(bigrams, tokenizer))
+    bigrams.control(prompt_logprobs="ignored", say="x")
+    assert "nor with those of an echoed prompt" in refused(served(bigrams, tokenizer))
 
 
 def test_the_server_caps_the_log_probs(bigrams: Server, tokenizer: Any) -> None:
