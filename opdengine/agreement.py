@@ -39,8 +39,8 @@ def processed_differences(
     ids, positions = zip(*(_start(r) for r, _ in chosen), strict=True) if chosen else ((), ())
     states = student.score(ids, positions)
     differences = [
-        _processed(student, *start, params, vocab_size) - logprobs[:TOKENS]
-        for (_, logprobs), *start in zip(chosen, ids, positions, states, strict=True)
+        _processed(student, tokens, places, hidden, params, vocab_size) - logprobs[:TOKENS]
+        for (_, logprobs), tokens, places, hidden in zip(chosen, ids, positions, states, strict=True)
     ]
     return np.concatenate(differences) if differences else np.zeros(0, dtype=np.float32)
 

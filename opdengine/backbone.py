@@ -78,10 +78,7 @@ def load_model(
             device=device,
         )
         return merge_adapter(plain, Path(path))
-    if attn_implementation == "auto":
-        on_gpu = torch.device(device).type == "cuda"
-        has_flash = on_gpu and importlib.util.find_spec("flash_attn") is not None
-        attn_implementation = "flash_attention_2" if has_flash else "sdpa"
+    attn_implementation = choose_attention(attn_implementation, device)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "revision": revision}
     model: Any
     try:
@@ -94,6 +91,14 @@ def load_model(
     except (OSError, ImportError) as error:
         raise ValueError(f"the model {path!r} cannot be loaded: {error}") from error
     return model.to(device)
+
+
+def choose_attention(wanted: str, device: str | torch.device) -> str:
+    """What "auto" stands for on a device: flash-attn on a GPU where it is installed, else SDPA."""
+    if wanted != "auto":
+        return wanted
+    has_flash = torch.device(device).type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if has_flash else "sdpa"
 
 
 def default_device() -> torch.device:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from opdengine.backbone import Backbone, default_device, load_model
+from opdengine.backbone import Backbone, choose_attention, default_device, load_model
 from opdengine.chat import load_tokenizer, require_same_tokenizer, vocabulary_size
 from opdengine.config import ConfigError, TeacherConfig, TrainConfig
+from opdengine.distributed import Ranks, Sharded
 from opdengine.engine import Engine
 from opdengine.environments.setup import open_episodes
 from opdengine.lora import add_adapter, base_of, freeze_head, load_adapter, read_adapted, require_peft
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def build_engine(config: TrainConfig, recipe: Recipe, tokenizer: Any, checkpoint: Path | None = None) -> Engine:
+def build_engine(
+    config: TrainConfig, recipe: Recipe, tokenizer: Any, checkpoint: Path | None = None, ranks: Ranks | None = None
+) -> Engine:
     """Load student, teachers and sampler.
 
     Args:
@@ -35,20 +39,24 @@ def build_engine(config: TrainConfig, recipe: Recipe, tokenizer: Any, checkpoint
         recipe: of its method.
         tokenizer: the student's.
         checkpoint: take the student's weights from here.
+        ranks: split the student's parameters.
 
     Raises:
         ValueError: a teacher does not share the tokenizer, or a head is narrower than it.
     """
     if config.lora is not None:
         require_peft()
+    ranks = ranks or Ranks()
+    check_ranks(config, ranks)
     device = default_device()
     vocab_size = vocabulary_size(tokenizer)
     tokenizers = [teacher_tokenizer(config, teacher) for teacher in config.teachers]
     for teacher, its_tokenizer in zip(config.teachers, tokenizers, strict=True):
         require_same_tokenizer(tokenizer, its_tokenizer, teacher.name)
     served = serve_teachers(config, tokenizers, judges=recipe.demonstrations is None)
-    model = load_student(config, device, checkpoint)
-    student = Backbone(model, "student", config.max_tokens_per_batch)
+    model = load_student(config, device, checkpoint, on_host=ranks.world_size > 1)
+    sharded = Sharded(model, ranks, device, config.bf16) if ranks.world_size > 1 else None
+    student = Backbone(model, "student", config.max_tokens_per_batch, sharded)
     teachers = [
         served.get(teacher.name)
         or LocalTeacher(
@@ -74,8 +82,9 @@ def build_engine(config: TrainConfig, recipe: Recipe, tokenizer: Any, checkpoint
         student=student,
         tokenizer=tokenizer,
         teachers=teachers,
-        sampler=build_sampler(config, model, tokenizer),
+        sampler=build_sampler(config, model, tokenizer, ranks),
         optimizer=optimizer,
+        ranks=ranks,
         scheduler=build_scheduler(config, optimizer),
         vocab_size=vocab_size,
         episodes=open_episodes(config, tokenizer, student.window) if config.environment.name else None,
@@ -83,8 +92,32 @@ def build_engine(config: TrainConfig, recipe: Recipe, tokenizer: Any, checkpoint
     )
 
 
-def load_student(config: TrainConfig, device: torch.device, checkpoint: Path | None = None) -> Any:
+def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise ConfigError for what several processes cannot do."""
+    if ranks.world_size == 1 or not config.use_vllm:
+        return
+    if config.vllm_mode == "server":
+        raise ConfigError(
+            f"vllm_mode='server' is not possible with {ranks.world_size} processes, which would replace each other's "
+            "weights on it; use 'colocate'"
+        )
+    if config.vllm_tensor_parallel_size != 1:
+        raise ConfigError(
+            f"vllm_tensor_parallel_size={config.vllm_tensor_parallel_size} is not possible with {ranks.world_size} "
+            "processes; every one has an engine on its own GPU: use 1"
+        )
+
+
+def load_student(
+    config: TrainConfig, device: torch.device, checkpoint: Path | None = None, on_host: bool = False
+) -> Any:
     """The student as it is trained: its own weights, or an adapter on them.
+
+    Args:
+        config: of the run.
+        device: where it will compute.
+        checkpoint: take the weights from here.
+        on_host: leave it on the CPU, to be split.
 
     Raises:
         ConfigError: its parameters are float16, or an adapter does not fit.
@@ -93,9 +126,9 @@ def load_student(config: TrainConfig, device: torch.device, checkpoint: Path | N
     model = load_model(
         config.model if saved is None or config.lora is not None else str(saved),
         dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
+        attn_implementation=choose_attention(config.attn_implementation, device),
         trust_remote_code=config.trust_remote_code,
-        device=device,
+        device="cpu" if on_host else device,
     )
     if model.dtype == torch.float16:
         raise ConfigError(
@@ -150,8 +183,9 @@ def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> to
     )
 
 
-def build_sampler(config: TrainConfig, model: Any, tokenizer: Any) -> Sampler:
-    """The student's sampler: vLLM where asked, else the trainer's own model."""
+def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks | None = None) -> Sampler:
+    """The student's sampler: vLLM where asked, else the trainer's own model, or a copy where that is split."""
+    ranks = ranks or Ranks()
     # Under autocast the trainer's own forward pass is bfloat16 as well.
     dtype = "bfloat16" if config.bf16 else str(model.dtype).removeprefix("torch.")
     if config.use_vllm and config.vllm_mode == "server":
@@ -177,10 +211,30 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any) -> Sampler:
             tensor_parallel_size=config.vllm_tensor_parallel_size,
             enable_sleep_mode=config.vllm_enable_sleep_mode,
             response_timeout=config.vllm_response_timeout,
+            devices=_own_gpu(ranks),
         )
     from opdengine.rollout.transformers import TransformersSampler
 
+    if ranks.world_size > 1:
+        copy = load_model(
+            config.model,
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+            device=default_device(),
+        )
+        return TransformersSampler(
+            copy.requires_grad_(False), tokenizer, max_batch_tokens=4 * config.max_tokens_per_batch
+        )
     return TransformersSampler(base_of(model), tokenizer, max_batch_tokens=4 * config.max_tokens_per_batch)
+
+
+def _own_gpu(ranks: Ranks) -> str | None:
+    """CUDA_VISIBLE_DEVICES of an engine beside this rank; None: the rank's own."""
+    if ranks.world_size == 1 or not torch.cuda.is_available():
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[ranks.local_rank] if visible else str(ranks.local_rank)
 
 
 def _longest(config: TrainConfig) -> int | None:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from opdengine.chat import encode_chat
 from opdengine.checkpoint import CheckpointError
 from opdengine.config import TrainConfig
-from opdengine.errors import ServiceError, VLLMMissingError
+from opdengine.distributed import PeerError
+from opdengine.errors import ServiceError, VLLMMissingError, WriteError
 from opdengine.settings import load_config
 from opdengine.types import Prompt
 
@@ -88,8 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ServiceError,
         TeacherError,
         VLLMMissingError,
+        WriteError,
+        PeerError,
     ) as error:
-        sys.stderr.write(f"opdengine: {error}\n")
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        sys.stderr.write(f"opdengine{rank}: {error}\n")
         return 2
 
 
@@ -97,7 +102,8 @@ def _train(config: TrainConfig) -> int:
     from opdengine.train import train
 
     result = train(config)
-    sys.stdout.write(f"finished: {result.final_model}\n")
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(f"finished: {result.final_model}\n")
     return 0
 
 

@@ -46,7 +46,8 @@ class PromptSet:
         """Changes when any prompt changes."""
         digest = hashlib.sha256()
         for p in self.prompts:
-            digest.update(json.dumps([p.id, p.messages, p.tools, p.key], default=str).encode())
+            row = [p.id, p.messages, p.tools, p.key, p.answer, p.extra]
+            digest.update(json.dumps(row, default=str, sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
     @property

@@ -10,12 +10,12 @@ import asyncio
 import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -252,6 +252,6 @@ class Debater:
         if file is None:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.tmp")
+        partial = file.with_suffix(f".{uuid4().hex}.tmp")
         partial.write_text(json.dumps(asdict(talk), ensure_ascii=False), "utf-8")
         partial.replace(file)

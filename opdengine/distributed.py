@@ -182,7 +182,6 @@ class Sharded(nn.Module):
         if embedding.weight is not head.weight:
             fully_shard(embedding, mesh=mesh, mp_policy=policy)
         fully_shard(self, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        model.to(device)  # buffers of modules that are not split themselves
         for module in self.modules():
             if isinstance(module, FSDPModule):
                 if device.type == "cpu":
@@ -217,16 +216,31 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def whole_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """``state_dict().items()`` with every tensor whole, one after the other; tied ones are the same tensor.
+def split_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a whole tensor, split as the parameter is, on its device."""
+    tensor = tensor.to(parameter.device)
+    if not hasattr(parameter, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-    All ranks read all of it.
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def whole_weights(model: Any, host: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """``state_dict().items()`` with every tensor whole, one after the other; all ranks read all of it.
+
+    Args:
+        model: possibly split over the ranks.
+        host: bring the tensors to the CPU. Tied ones stay one tensor.
     """
     state = model.state_dict(keep_vars=True)
     uses = Counter(id(value) for value in state.values())
     shared: dict[int, torch.Tensor] = {}
     for name, value in state.items():
-        tensor = shared[id(value)] if id(value) in shared else whole(value)
+        tensor = shared.get(id(value))
+        if tensor is None:
+            tensor = whole(value).cpu() if host else whole(value)
         if uses[id(value)] > 1:
             shared[id(value)] = tensor
         yield name, tensor

@@ -13,3 +13,7 @@ class ServiceError(RuntimeError):
 
 class VLLMMissingError(ImportError):
     """vLLM was asked for and is not installed."""
+
+
+class WriteError(RuntimeError):
+    """The run's files cannot be written: the disk is full, say. What was written before is whole."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from opdengine.distributed import Ranks
 from opdengine.rollout import Sampler
 from opdengine.rollout.episodes import Episodes, Job, episode_metrics
 from opdengine.types import Prompt, Request, SamplingParams
@@ -81,6 +82,7 @@ def evaluate_episodes(
     temperatures: Sequence[float],
     params: SamplingParams,
     seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """One episode per task, split and temperature.
 
@@ -91,21 +93,27 @@ def evaluate_episodes(
         temperatures: 0 is greedy; metrics of the others end in "@temperature".
         params: of a turn; its temperature and seed are replaced.
         seed: of the environments and of the sampling.
+        ranks: share the tasks; all get the whole result.
 
     Returns:
         Metrics ``eval/<split>/{success, success_low, success_high, score, turns,
         invalid_action_rate, repeated_action_rate, broken}`` (95 % Wilson interval; broken episodes are
         left out of all means) and one record per episode for the log.
     """
+    ranks = ranks or Ranks()
     metrics: dict[str, float] = {}
     records = []
     for split, prompts in splits.items():
         for temperature in temperatures:
-            jobs = [Job(f"{split}.{i}", p, seed=seed * 1_000_003 + i) for i, p in enumerate(prompts)]
+            mine = ranks.share(len(prompts))
+            jobs = [Job(f"{split}.{i}", prompts[i], seed=seed * 1_000_003 + i) for i in mine]
             sampling = replace(params, temperature=temperature, n=1, seed=seed)
             if temperature == 0:
                 sampling = replace(sampling, top_p=1.0, top_k=0)
-            rollouts, broken = episodes.play(sampler, jobs, sampling)
+            with ranks.agree():
+                rollouts, broken = episodes.play(sampler, jobs, sampling)
+            rollouts = ranks.join(rollouts)
+            broken = sum(ranks.gather(broken), Counter())
             values = {k.removeprefix("episodes/"): v for k, v in episode_metrics(rollouts).items()}
             successes = sum(bool(r.info["success"]) for r in rollouts)
             values["success_low"], values["success_high"] = wilson(successes, len(rollouts))
@@ -147,6 +155,7 @@ def evaluate(
     encode: Callable[[Prompt], list[int]],
     verifier: Verifier | Grader,
     max_tokens: int,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Greedy decoding, one answer per prompt, graded by the verifier.
 
@@ -156,12 +165,17 @@ def evaluate(
         encode: prompt -> token ids.
         verifier: grades text against answer; a plain function is called in this process.
         max_tokens: most new tokens.
+        ranks: share the prompts; all get the whole result.
     """
-    requests = [Request(p.id, tuple(encode(p))) for p in prompts]
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-    answers = [completions[0] for completions in sampler.generate(requests, params)]
-    grader = verifier if isinstance(verifier, Grader) else Grader(verifier)
-    scores = grader.grade([a.text for a in answers], prompts)
+    ranks = ranks or Ranks()
+    with ranks.agree():
+        mine = [prompts[i] for i in ranks.share(len(prompts))]
+        requests = [Request(p.id, tuple(encode(p))) for p in mine]
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        answers = [completions[0] for completions in sampler.generate(requests, params)]
+        grader = verifier if isinstance(verifier, Grader) else Grader(verifier)
+        scores = grader.grade([a.text for a in answers], mine)
+    answers, scores = ranks.join(answers), ranks.join(scores)
     failed = Counter(score.failure for score in scores if score.failure)
     if failed:
         example = next(score for score in scores if score.failure)

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from opdengine.checkpoint import list_checkpoints, save_checkpoint
 from opdengine.data import PromptStream, ScheduledStream
-from opdengine.engine import Engine, Prepared, StepResult
-from opdengine.errors import ServiceError
-from opdengine.metrics import MetricsWriter, write_jsonl
+from opdengine.distributed import PeerError
+from opdengine.engine import Engine
+from opdengine.errors import ServiceError, WriteError
+from opdengine.metrics import MetricsWriter, NoWriter, write_jsonl
 from opdengine.probes import ProbeError
 from opdengine.progress import Progress
+from opdengine.report import Prepared, StepResult
+from opdengine.run_folder import InputFiles
 from opdengine.teachers import TeacherError
 
 logger = logging.getLogger(__name__)
 
 RESUMABLE = (ServiceError, TeacherError, ProbeError, FloatingPointError)
 """What ends a step before anything wrong has reached the weights."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 async def prepared(
@@ -38,7 +44,7 @@ async def prepared(
     Yields:
         The batch's number, the batch, and the state of the stream after it was drawn.
     """
-    count = engine.config.prompts_per_step
+    count = engine.config.prompts_per_step * engine.ranks.world_size
     tasks: deque[tuple[asyncio.Task[Prepared], dict[str, Any]]] = deque()
     begun = start
     try:
@@ -48,7 +54,7 @@ async def prepared(
                 batch = stream.next(count)
                 tasks.append((asyncio.create_task(engine.prepare(batch, begun - 1)), stream.state_dict()))
             task, state = tasks.popleft()
-            yield number, await task, state
+            yield number, await engine.ranks.agreed(task), state
     finally:
         for task, _ in tasks:
             task.cancel()
@@ -56,7 +62,7 @@ async def prepared(
 
 @dataclass
 class Loop:
-    """Runs the steps, writes what they report, saves and evaluates.
+    """Runs the steps, writes what they report, saves and evaluates. Of several ranks the first one writes.
 
     Args:
         engine: of the run.
@@ -67,16 +73,19 @@ class Loop:
         step: steps finished so far.
         metrics: the last value of every metric.
         first: metrics to write at step 0.
+        inputs: the files that the prompts were read from.
     """
 
     engine: Engine
     stream: PromptStream | ScheduledStream
     folder: Path
-    writer: MetricsWriter
+    writer: MetricsWriter | NoWriter
     measure: Callable[[int], dict[str, float]]
     step: int
     metrics: dict[str, float]
     first: Mapping[str, float]
+    inputs: InputFiles = field(default_factory=InputFiles)
+    bad_steps: int = 0
 
     def __post_init__(self) -> None:
         self.position = self.stream.state_dict()
@@ -91,7 +100,8 @@ class Loop:
             await self.engine.sync()
             if self.step == 0 and (config.eval_data or config.environment.eval_splits or self.first):
                 self.metrics |= {**(await self._measure(0)), **self.first}
-                self.writer.write(0, self.metrics)
+                with self.engine.ranks.agree():
+                    self.writer.write(0, self.metrics)
             batches = prepared(self.engine, self.stream, self.step, config.max_steps, config.max_staleness)
             last = time.perf_counter()
             async with aclosing(batches):
@@ -105,8 +115,16 @@ class Loop:
                     last = now
                     await self._report(result)
                     bar.advance(number, self.metrics)
-        except RESUMABLE as error:
-            self._rescue(error)
+        except OSError as error:
+            if error.errno in FULL:
+                raise WriteError(
+                    f"step {self.step + 1}: a file could not be written ({error}); make room, then continue the run "
+                    "with --resume_from_checkpoint latest"
+                ) from error
+            raise
+        except Exception as error:
+            if issubclass(error.kind if isinstance(error, PeerError) else type(error), RESUMABLE):
+                self._rescue(error)
             raise
         finally:
             self.engine.sampler.close()  # ends what is still being sampled
@@ -117,12 +135,30 @@ class Loop:
         if _due(step, config.eval_steps) or step == config.max_steps:
             line |= await self._measure(step)
         self.metrics |= line
-        if _due(step, config.logging_steps) or len(line) > len(result.metrics):
-            self.writer.write(step, line)
-        if config.log_completions:
-            _log_completions(self.folder, step, result)
+        with self.engine.ranks.agree():
+            if _due(step, config.logging_steps) or len(line) > len(result.metrics):
+                self.writer.write(step, line)
+            if config.log_completions and self.engine.ranks.is_first:
+                _log_completions(self.folder, step, result)
         if _due(step, config.save_steps):
             self._save()
+        self._count_bad(result)
+
+    def _count_bad(self, result: StepResult) -> None:
+        """Keep what made a step's numbers go wrong; stop when it does not pass."""
+        if not result.bad:
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        with self.engine.ranks.agree():
+            if self.engine.ranks.is_first:
+                write_jsonl(self.folder / "bad_steps" / f"step_{self.step}.jsonl", result.bad)
+        if self.bad_steps > self.engine.config.max_bad_steps:
+            raise FloatingPointError(
+                f"loss or gradient was not finite in {self.bad_steps} steps in a row, up to step {self.step} "
+                f"(max_bad_steps={self.engine.config.max_bad_steps}); the weights are those before the first of them. "
+                f"Look at {self.folder / 'bad_steps'} and at the rollouts; a lower learning_rate may help in a new run"
+            )
 
     async def _measure(self, step: int) -> dict[str, float]:
         return await self.engine.beside(self.measure, step)
@@ -141,6 +177,7 @@ class Loop:
 
     def _save(self) -> Path:
         engine = self.engine
+        self.inputs.check()
         return save_checkpoint(
             self.folder / "checkpoints",
             step=self.step,
@@ -152,8 +189,10 @@ class Loop:
                 "scheduler": engine.scheduler.state_dict(),
                 "stream": self.position,
                 "metrics": self.metrics,
+                "prompts_per_step": engine.config.prompts_per_step * engine.ranks.world_size,
             },
             keep=engine.config.save_total_limit,
+            ranks=engine.ranks,
         )
 
 

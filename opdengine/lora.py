@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from opdengine.config import ConfigError, LoRAConfig
+from opdengine.distributed import Ranks, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -105,24 +106,37 @@ def freeze_head(model: Any) -> None:
     model.get_output_embeddings().requires_grad_(False)
 
 
-def save_model(model: Any, folder: Path) -> None:
-    """Save a model, or its adapter alone with a note on the base that it belongs to."""
-    if not is_adapted(model):
-        model.save_pretrained(folder)
-        return
+def save_model(model: Any, folder: Path, ranks: Ranks | None = None) -> None:
+    """Save a model, or its adapter alone with a note on the base that it belongs to.
+
+    All ranks call this; the first one writes.
+    """
+    ranks = ranks or Ranks()
+    adapted = is_adapted(model)
+    split = {"state_dict": _on_first(model, ranks, adapted)} if ranks.world_size > 1 else {}
+    identity = fingerprint(model) if adapted else ""
+    with ranks.agree():
+        if ranks.is_first and not adapted:
+            model.save_pretrained(folder, **split)
+        elif ranks.is_first:
+            _save_adapter(model, folder, identity, split)
+
+
+def _on_first(model: Any, ranks: Ranks, adapted: bool) -> dict[str, torch.Tensor]:
+    """Whole weights, of an adapted model the adapter's, on the first rank's host."""
+    weights = whole_weights(model, host=True)
+    return {name: w for name, w in weights if ranks.is_first and (not adapted or ".lora_" in name)}
+
+
+def _save_adapter(model: Any, folder: Path, identity: str, split: Mapping[str, Any]) -> None:
     base = base_of(model)
     name = str(base.name_or_path)
     config = model.peft_config[ADAPTER]
     config.base_model_name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder, save_embedding_layers=False, **split)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
-    note = {"name": config.base_model_name_or_path, "fingerprint": fingerprint(model)}
+    note = {"name": config.base_model_name_or_path, "fingerprint": identity}
     (folder / BASE_FILE).write_text(json.dumps(note, indent=1), "utf-8")
-
-
-def save_merged(model: Any, folder: Path) -> None:
-    """Save an adapted model as a plain one; its adapter is gone afterwards."""
-    model.merge_and_unload().save_pretrained(folder)
 
 
 def read_adapted(folder: str) -> str | None:
@@ -139,7 +153,7 @@ def policy(model: Any) -> tuple[Iterable[tuple[str, torch.Tensor]], LowRank | No
         it is asked for), and the adapter's factors or None.
     """
     if not is_adapted(model):
-        return model.state_dict().items(), None
+        return whole_weights(model), None
     return _base_weights(model), {name: factors for name, factors in _factors(model)}
 
 
@@ -179,7 +193,7 @@ def _refuse_embeddings(model: Any, targets: object) -> None:
 
 
 def _base_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in base_of(model).state_dict().items():
+    for name, tensor in whole_weights(base_of(model)):
         if ".lora_" not in name:
             yield name.replace(".base_layer", ""), tensor
 

@@ -86,6 +86,16 @@ class MetricsWriter:
             self._tensorboard.close()
 
 
+class NoWriter:
+    """Of the ranks that do not write."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Leave it to the first rank."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All lines of a metrics file; a last line cut off by a crash is left out."""
     lines = []

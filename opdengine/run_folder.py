@@ -6,6 +6,8 @@ finds its cached debates.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,19 @@ from opdengine.config import ConfigError, TrainConfig
 from opdengine.metrics import read_metrics
 from opdengine.settings import from_mapping, to_mapping
 
+logger = logging.getLogger(__name__)
+
 MAY_CHANGE = {
     "resume_from_checkpoint", "max_tokens_per_batch", "workspace_bytes", "loss_impl",
     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "log_completions",
     "report_to", "run_name", "output_dir", "eval_data", "eval_max_prompts",
     "attn_implementation", "on_teacher_failure", "vllm_server_base_url", "vllm_sync_dir",
     "vllm_response_timeout", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout", "max_bad_steps",
 }  # fmt: skip
-"""Settings that a resumed run may have differently: they do not change what is learned."""
+"""Settings that a resumed run may have differently: they do not change what is learned.
+
+The prompts of a step, over all processes, are compared instead of the batch size of one."""
 
 
 TEACHER_MAY_CHANGE = {"base_url", "api_key_env", "timeout", "max_retries", "max_concurrency", "offload", "tokenizer"}
@@ -41,13 +48,14 @@ class RunFolder:
 
     Args:
         config: of the run.
+        processes: that share the prompts of a step.
 
     Raises:
         ConfigError: the folder holds another run, or the run to resume had other settings.
-        CheckpointError: there is nothing to resume.
+        CheckpointError: the checkpoint to resume from is none.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, processes: int = 1) -> None:
         self.path = Path(config.output_dir)
         self.config = config
         self.checkpoint: Path | None = None
@@ -59,6 +67,9 @@ class RunFolder:
                 raise ConfigError(f"output_dir={config.output_dir!r} already holds a run; {self._way_out()}")
             return
         self.checkpoint = find_checkpoint(self.path, config.resume_from_checkpoint)
+        if self.checkpoint is None:
+            self._start_again(occupied)
+            return
         origin = self.checkpoint.resolve().parent.parent
         if occupied and origin != self.path.resolve():
             raise ConfigError(
@@ -69,6 +80,20 @@ class RunFolder:
             stored = yaml.safe_load((origin / "config.yaml").read_text("utf-8"))
             # Read like any configuration, so that a setting newer than the run has its default.
             _require_same(to_mapping(from_mapping(TrainConfig, stored)), to_mapping(config))
+        _require_batch(self.state.get("prompts_per_step"), config, processes)
+
+    def _start_again(self, occupied: bool) -> None:
+        """A run that was interrupted before its first checkpoint, or never begun, starts from the beginning."""
+        stored = self.path / "config.yaml"
+        if (self.path / "final").exists() or (occupied and not stored.is_file()):
+            raise ConfigError(
+                f"output_dir={self.config.output_dir!r} has no checkpoint to continue from, and what it holds is not "
+                "an interrupted run; choose another folder (save_steps writes checkpoints)"
+            )
+        if stored.is_file():
+            before = from_mapping(TrainConfig, yaml.safe_load(stored.read_text("utf-8")))
+            _require_same(to_mapping(before), to_mapping(self.config))
+        logger.info("no checkpoint in %s yet: starting from the beginning", self.path / "checkpoints")
 
     def claim(self) -> None:
         """Make the folder this run's; called once everything that can be refused has been checked."""
@@ -78,7 +103,9 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
         if not (self.path / "config.yaml").exists():
             text = yaml.safe_dump(to_mapping(self.config), sort_keys=False, allow_unicode=True)
-            (self.path / "config.yaml").write_text(text, "utf-8")
+            partial = self.path / "config.yaml.tmp"
+            partial.write_text(text, "utf-8")
+            partial.replace(self.path / "config.yaml")
 
     def _way_out(self) -> str:
         if list_checkpoints(self.path / "checkpoints"):
@@ -99,6 +126,40 @@ class RunFolder:
         return {} if self.checkpoint is None else read_state(self.checkpoint)
 
 
+class InputFiles:
+    """Notices when a file that a run was started from changes under it.
+
+    The run goes on with what it has read, but can be resumed only with that.
+
+    Args:
+        paths: files; what is none (a hub data set, say) is passed over.
+    """
+
+    def __init__(self, paths: Sequence[str] = ()) -> None:
+        self._seen = {path: _stamp(path) for path in paths}
+
+    def check(self) -> None:
+        """Warn about every file that has changed since the last time."""
+        for path, before in self._seen.items():
+            now = _stamp(path)
+            if now != before:
+                logger.warning(
+                    "%s has %s while the run was using it: the run goes on with what it read at its start, but it "
+                    "can be resumed only when the file is as it was",
+                    path,
+                    "changed" if now else "disappeared",
+                )
+                self._seen[path] = now
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        return None
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size
+
+
 def _require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     before, now = _lasting(before), _lasting(now)
     changed = [
@@ -111,6 +172,16 @@ def _require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
         raise ConfigError(
             f"the run to resume had other settings:\n{listing}\n"
             "Resume with the same settings, or start a new run in another output_dir."
+        )
+
+
+def _require_batch(before: int | None, config: TrainConfig, processes: int) -> None:
+    now = config.prompts_per_step * processes
+    if before is not None and before != now:
+        raise ConfigError(
+            f"the run to resume had {before} prompts in a step, this one has {now} (per_device_train_batch_size="
+            f"{config.per_device_train_batch_size} x gradient_accumulation_steps={config.gradient_accumulation_steps} "
+            f"x {processes} processes); change the first two so that their product with the processes is {before}"
         )
 
 

@@ -13,21 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdengine.backbone import check_model_path, read_window
+from opdengine.backbone import check_model_path, load_model, read_window
 from opdengine.build import build_engine
 from opdengine.chat import encode_chat, load_tokenizer
-from opdengine.checkpoint import restore_optimizer
+from opdengine.checkpoint import restore_optimizer, write_model
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.data import PromptSet, PromptStream, ScheduledStream, drop_long, load_prompts
+from opdengine.distributed import Ranks, start
 from opdengine.environments.setup import held_out_tasks, load_tasks
 from opdengine.evaluate import evaluate, evaluate_episodes, require_answers
 from opdengine.loop import Loop
-from opdengine.lora import save_merged, save_model
 from opdengine.methods import build_recipe
-from opdengine.metrics import MetricsWriter, write_jsonl
+from opdengine.metrics import MetricsWriter, NoWriter, write_jsonl
 from opdengine.progress import Progress
 from opdengine.recipe import Recipe
-from opdengine.run_folder import RunFolder
+from opdengine.run_folder import InputFiles, RunFolder
 from opdengine.types import Prompt
 from opdengine.verifiers.grader import Grader
 
@@ -46,14 +46,28 @@ class TrainResult:
 def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     """Train a student as configured; everything that can be checked is checked first.
 
+    Under ``torchrun`` every process calls this, and together they train one student.
+
     Raises:
         ConfigError, DataError, CheckpointError: before any model is loaded, where possible.
+        PeerError: another process failed.
     """
+    with start(config.ddp_timeout) as ranks:
+        if not ranks.is_first:
+            logging.getLogger("opdengine").setLevel(logging.WARNING)
+        return _train(config, ranks, progress and ranks.is_first)
+
+
+def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     recipe = build_recipe(config)
     grader = Grader.from_config(config)
     for path in [config.model, *(t.model for t in config.teachers if t.base_url is None)]:
         check_model_path(path)
-    folder = RunFolder(config)
+    folder = RunFolder(config, ranks.world_size)
+    if ranks.world_size > 1 and recipe.inspector is not None:
+        raise ConfigError(
+            f"method {config.method!r} is told to measure beside the updates; that needs a single process"
+        )
     held_out, episodes = _held_out(config), held_out_tasks(config.environment)
     if config.environment.name:
         prompts = load_tasks(config.environment, config.environment.train_split)
@@ -77,17 +91,23 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     if saved:
         stream.load_state_dict(saved["stream"])
     _seed_everything(config.seed)
-    engine = build_engine(config, recipe, tokenizer, folder.checkpoint)
-    start = saved.get("step", 0)
+    ranks.settle()  # everything that can be refused has been, on every rank
+    engine = build_engine(config, recipe, tokenizer, folder.checkpoint, ranks)
+    if ranks.rank:
+        _seed_everything(config.seed + ranks.rank)  # dropout differs between ranks, what is loaded does not
+    begin = saved.get("step", 0)
     if folder.checkpoint is not None:
         engine.version = saved["version"]
         engine.scheduler.load_state_dict(saved["scheduler"])
         # A scheduler sets the rate only when it steps, and does not when it is loaded.
         for group, rate in zip(engine.optimizer.param_groups, engine.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
-        restore_optimizer(folder.checkpoint, engine.optimizer)
-    folder.claim()
-    writer = MetricsWriter(folder.path, config.report_to, last_step=start)
+        restore_optimizer(folder.checkpoint, engine.student.model, engine.optimizer, ranks)
+    last_step = begin if saved else -1
+    with ranks.agree():
+        if ranks.is_first:
+            folder.claim()
+        writer = MetricsWriter(folder.path, config.report_to, last_step) if ranks.is_first else NoWriter()
 
     def measure(step: int) -> dict[str, float]:
         if engine.episodes is not None:
@@ -98,9 +118,10 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
                 config.environment.eval_temperatures,
                 engine.sampling_params(),
                 config.seed,
+                ranks,
             )
         elif held_out:
-            result = evaluate(engine.sampler, held_out, engine.encode, grader, config.max_completion_length)
+            result = evaluate(engine.sampler, held_out, engine.encode, grader, config.max_completion_length, ranks)
             metrics = result.metrics()
             rows = [
                 {"prompt_id": p.id, "score": s, "text": t}
@@ -108,7 +129,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
             ]
         else:
             return {}
-        write_jsonl(folder.path / "evaluations" / f"step_{step}.jsonl", rows)
+        with ranks.agree():
+            if ranks.is_first:
+                write_jsonl(folder.path / "evaluations" / f"step_{step}.jsonl", rows)
         return metrics
 
     loop = Loop(
@@ -117,19 +140,19 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         folder.path,
         writer,
         measure,
-        step=start,
+        step=begin,
         metrics=dict(saved.get("metrics", {})),
         first=_dropped(prompts),
+        inputs=InputFiles(config.train_data if ranks.is_first else ()),
     )
+    final = folder.path / "final"
     try:
-        with Progress(config, start, enabled=progress) as bar:
+        with Progress(config, begin, enabled=progress) as bar:
             asyncio.run(loop.run(bar))
-        final = folder.path / "final"
-        save_model(engine.student.model, final)
-        tokenizer.save_pretrained(final)
-        if config.lora is not None and config.lora.merge_final:
-            save_merged(engine.student.model, folder.path / "merged")
-            tokenizer.save_pretrained(folder.path / "merged")
+        write_model(final, engine.student.model, ranks, tokenizer.save_pretrained)
+        if config.lora is not None and config.lora.merge_final and ranks.is_first:
+            merged = load_model(str(final), dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+            write_model(folder.path / "merged", merged, Ranks(), tokenizer.save_pretrained)
     finally:
         writer.close()
         grader.close()

@@ -59,13 +59,17 @@ class TransformersSampler:
     def load_policy(
         self, version: int, weights: Iterable[tuple[str, torch.Tensor]], low_rank: LowRank | None = None
     ) -> None:
-        """Stamp the version; copy the weights unless they are the model's own, as an adapter always is."""
+        """Stamp the version; copy the weights unless they are the model's own (with its adapter inside)."""
         own = self.model.state_dict()
         places = {tensor.data_ptr() for tensor in own.values()}
         with torch.no_grad():
             for name, value in weights:
-                if value.data_ptr() not in places:
-                    own[name].copy_(value)
+                if value.data_ptr() in places:
+                    continue
+                if low_rank is not None and name in low_rank:
+                    left, right = low_rank[name]
+                    value = value.float() + left @ right
+                own[name].copy_(value)
         self.policy_version = version
 
     def sleep(self) -> None:

@@ -191,6 +191,16 @@ def test_a_run_without_a_checkpoint_is_not_told_to_resume(world: dict[str, Any],
     assert not (tmp_path / "x").exists()
 
 
+def test_what_is_started_again_is_the_same_run(world: dict[str, Any], refuse: Train, tmp_path: Path) -> None:
+    """Interrupted before its first checkpoint; with other settings it is another one."""
+    settings = yaml.safe_load((world["root"] / "whole" / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**settings, "output_dir": str(tmp_path)}))
+    again = ("--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest")
+    assert "max_steps: 3 then, 2 now" in refuse(*again, "--max_steps", "2")
+    (tmp_path / "final").mkdir()
+    assert "not an interrupted run" in refuse(*again)
+
+
 def test_a_run_that_ended_in_its_first_step_leaves_its_folder_to_the_next(
     world: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
