@@ -62,8 +62,8 @@ def load_model(
     A folder that holds a LoRA adapter stands for its base with the adapter merged in.
 
     Raises:
-        ValueError: the folder does not exist or holds no model, or the attention implementation is
-            not installed.
+        ValueError: the folder does not exist or holds no model in safetensors, or the attention
+            implementation is not installed.
     """
     from transformers import AutoModelForCausalLM
 
@@ -79,7 +79,8 @@ def load_model(
         )
         return merge_adapter(plain, Path(path))
     attn_implementation = choose_attention(attn_implementation, device)
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "revision": revision}
+    # Pickled weights (*.bin) can run code when they are read.
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "revision": revision, "use_safetensors": True}
     model: Any
     try:
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attn_implementation, **options)
@@ -89,7 +90,8 @@ def load_model(
         logger.warning("%s does not support %s attention: using eager", path, attn_implementation)
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
     except (OSError, ImportError) as error:
-        raise ValueError(f"the model {path!r} cannot be loaded: {error}") from error
+        remedy = "; only safetensors are read: save it with save_pretrained" if "safetensors" in str(error) else ""
+        raise ValueError(f"the model {path!r} cannot be loaded: {error}{remedy}") from error
     return model.to(device)
 
 

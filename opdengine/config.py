@@ -18,6 +18,7 @@ from opdengine.method_settings import AdvantageConfig, CaMOPDConfig, UniOPDConfi
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
+SECRETS = ("api_key", "apikey", "password", "secret", "access_token", "auth_token", "hf_token")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -558,6 +559,12 @@ def _check_values(config: TrainConfig) -> None:
         "sage.confidence_temperature",
         "at 0 every confidence is 1: set sage.use_confidence to false for that",
     )
+    secret = sorted(k for k, v in config.environment.options.items() if k.lower() in SECRETS and v)
+    if secret:
+        raise ConfigError(
+            f"environment.options.{secret[0]} looks like a secret, and settings are written to the run's folder; let "
+            "the environment read it from a variable of the shell"
+        )
     need(config.tcod.k_start >= 1, "tcod.k_start", "it must be at least 1")
     need(config.environment.step_timeout > 0, "environment.step_timeout", "it is a number of seconds")
     need(config.environment.reset_timeout > 0, "environment.reset_timeout", "it is a number of seconds")
