@@ -111,7 +111,7 @@ class Broken:
     """In place of an observation or a step: the infrastructure failed.
 
     Args:
-        reason: one word for the metrics: "timeout", "crash", "error", "observation_too_long".
+        reason: one word for the metrics: "start", "timeout", "crash", "error", "observation_too_long".
         detail: for people.
     """
 

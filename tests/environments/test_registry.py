@@ -1,0 +1,58 @@
+"""Environments by name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from opdengine.environments import ENVIRONMENTS, load_environment
+from opdengine.environments.house import House
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("name", ["house", "search", "recorded", "trl"])
+def test_built_in_names(name):
+    found = load_environment(name)
+    assert f"{found.__module__}:{found.__name__}" == ENVIRONMENTS[name]
+
+
+def test_users_classes():
+    assert load_environment("opdengine.environments.house:House") is House
+    assert load_environment(f"{HERE / 'troubled.py'}:Troubled").__name__ == "Troubled"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hose", r"unknown environment 'hose'; use one of \['alfworld', 'house'"),
+        ("no.such.module:House", "cannot be loaded: No module named"),
+        ("opdengine.environments.house:Hose", "cannot be loaded: .*'Hose'"),
+        ("nothing.py:House", "there is no Python file 'nothing.py'"),
+        ("opdengine.environments.house:TYPES", "not a class with the methods tasks, reset, step, close; tasks, reset"),
+        (f"{HERE / 'counter_game.py'}:CounterGame", "tasks, step, close missing"),
+    ],
+)
+def test_what_is_no_environment_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_environment(name)
+
+
+def test_a_file_that_does_not_compile_is_named(tmp_path):
+    (tmp_path / "bad.py").write_text("class Bad(:\n")
+    with pytest.raises(ValueError, match=r"bad\.py:Bad' cannot be loaded: invalid syntax"):
+        load_environment(f"{tmp_path / 'bad.py'}:Bad")
+
+
+def test_importing_the_package_imports_no_environment():
+    import subprocess
+
+    code = (
+        "import sys, opdengine.environments\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'textworld', 'alfworld')"
+        " or m.startswith('opdengine.environments.house')])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
