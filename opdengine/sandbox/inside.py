@@ -285,6 +285,7 @@ def main(config: dict[str, Any]) -> None:
     _prctl(PR_SET_DUMPABLE, 0)
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    os.environ.clear()
     modules = {name: _load(name, text) for name, text in config["modules"].items()}
     _say({"ready": os.getpid()})
     program: Program | None = None

@@ -35,7 +35,7 @@ def run(plain: types.ModuleType, request: dict[str, Any], questions: int, answer
         if request["mode"] == "functions":
             _functions(channel, request["code"])
         else:
-            _test(channel, request["code"], request["names"])
+            _test(channel, request["setup"], request["code"], request["names"])
     except BaseException as error:
         channel.say({"raised": _describe(error)})
     os._exit(0)
@@ -65,7 +65,7 @@ def _functions(channel: _Channel, code: str) -> None:
     """Define what the code defines, then answer ``{"call": [name, args, kwargs]}``."""
     module = _module("solution")
     exec(compile(code, "solution.py", "exec"), module.__dict__)
-    channel.say({"names": [name for name, value in vars(module).items() if callable(value)]})
+    channel.say({"ready": True})
     for request in channel.questions():
         name, args, kwargs = request["call"]
         try:
@@ -83,9 +83,10 @@ def _find(module: types.ModuleType, name: str) -> Callable[..., Any]:
     return getattr(module.Solution(), name)  # type: ignore[no-any-return]
 
 
-def _test(channel: _Channel, code: str, names: list[str]) -> None:
+def _test(channel: _Channel, setup: str, code: str, names: list[str]) -> None:
     """Run a test whose functions of these names live in another sandbox; every call is a question."""
     module = _module("test")
+    exec(compile(setup, "setup.py", "exec"), module.__dict__)
     for name in names:
         setattr(module, name, _Remote(channel, name))
     exec(compile(code, "test.py", "exec"), module.__dict__)

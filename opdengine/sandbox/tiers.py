@@ -91,7 +91,7 @@ class Tier:
             yield "--unshare-user"
         else:
             yield from ("--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
-        places = [*runtime.folders, *(place for _, place in runtime.files)]
+        places = [*runtime.folders, *DEVICES, *(place for _, place in runtime.files)]
         for parent in sorted({str(p) for place in places for p in Path(place).parents} - {"/"}):
             yield from ("--dir", parent)  # those made on the way are root's alone
         for folder in runtime.folders:
