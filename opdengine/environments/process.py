@@ -15,7 +15,7 @@ from typing import Any
 
 from opdengine.environments import guard
 
-END_SECONDS = 10.0
+END_SECONDS = 30.0
 CHUNK = 1 << 16
 
 

@@ -77,7 +77,6 @@ def test_slots_answer_together_and_workers_serve_many_episodes(pool):
 
 def test_every_fault_breaks_its_own_slot_only():
     faults = {
-        "hang": "timeout",
         "killed": "crash",
         "exit": "crash",
         "segfault": "crash",
@@ -88,7 +87,7 @@ def test_every_fault_breaks_its_own_slot_only():
         "no data": "error",
         "bad word": "error",
     }
-    with EnvironmentPool(TROUBLED, size=len(faults) + 1, step_timeout=3) as pool:
+    with EnvironmentPool(TROUBLED, size=len(faults) + 1, step_timeout=300) as pool:
         before = pool.reset(jobs(range(pool.size)))
         answers = pool.step({**{i: say(fault) for i, fault in enumerate(faults)}, len(faults): say("fine")})
         assert [answers[i].reason for i in range(len(faults))] == list(faults.values())
@@ -105,15 +104,26 @@ def test_every_fault_breaks_its_own_slot_only():
         assert after[0].info["episodes"] == 1
         counts = pool.counts()
         assert counts == {
-            "restarts": 10.0,
+            "restarts": 9.0,
             "start": 0.0,
-            "timeout": 1.0,
+            "timeout": 0.0,
             "crash": 3.0,
             "error": 4.0,
             "observation_too_long": 2.0,
             "isolated": float(pool.isolated),
         }
         assert pool.counts()["restarts"] == 0.0
+
+
+def test_a_hanging_step_is_given_up_and_its_worker_replaced():
+    with EnvironmentPool(TROUBLED, size=2, step_timeout=5) as pool:
+        before = pool.reset(jobs(range(2)))
+        answers = pool.step({0: say("hang")})
+        assert answers[0].reason == "timeout" and "5 s" in answers[0].detail
+        assert gone([before[0].info["pid"]], [before[0].info["folder"]])
+        assert pool.step({1: say("fine")})[1].messages[0]["content"] == "fine"
+        assert pool.reset(jobs([0]))[0].info["pid"] != before[0].info["pid"]
+        assert pool.counts()["timeout"] == 1.0
 
 
 def test_a_reset_that_raises_is_broken_and_the_slot_recovers(pool):
