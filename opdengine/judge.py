@@ -11,6 +11,7 @@ from typing import Any
 
 from opdengine.chat import text_of
 from opdengine.config import SageConfig
+from opdengine.metrics import Mean, mean
 from opdengine.teachers import Teacher
 from opdengine.types import Completion, Failure, Message, Request, Rollout, SamplingParams, Turn
 
@@ -124,14 +125,15 @@ def turn_metrics(verdicts: Sequence[Verdict], places: Sequence[int]) -> dict[str
         return {}
     shares = Counter(v.label for v in verdicts)
     labels = (*LABELS, "det_fail", *sorted(set(shares) - {*LABELS, "det_fail"}))
-    metrics = {f"sage/{label}": shares[label] / len(verdicts) for label in labels}
-    metrics["sage/intervention"] = sum(v.weight for v in verdicts) / len(verdicts)
+    count = len(verdicts)
+    metrics: dict[str, float] = {f"sage/{label}": Mean(shares[label] / count, count) for label in labels}
+    metrics["sage/intervention"] = mean([v.weight for v in verdicts])
     bins = [place // TURN_BIN for place in places]
     for number in sorted(set(bins)):
         members = [v.label for v, b in zip(verdicts, bins, strict=True) if b == number]
         name = f"turns_{number * TURN_BIN}-{number * TURN_BIN + TURN_BIN - 1}"
         for label in (*LABELS, "det_fail"):
-            metrics[f"sage/{label}/{name}"] = members.count(label) / len(members)
+            metrics[f"sage/{label}/{name}"] = mean([member == label for member in members])
     return metrics
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from opdengine.config import ConfigError, LoRAConfig
-from opdengine.distributed import Ranks, whole_weights
+from opdengine.distributed import Ranks, whole, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -206,8 +206,9 @@ def _factors(model: Any) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor
             left, right, _ = layer.get_delta_factors(ADAPTER)
         else:
             left, right = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
+        left, right = whole(left), whole(right)
         if layer.fan_in_fan_out:  # such layers store their weight as [in, out]
             left, right = right.T, left.T
-        left = left.detach().float() * layer.scaling[ADAPTER]
+        left = left.float() * layer.scaling[ADAPTER]
         weight = getattr(layer, "parameter_name", "weight")
-        yield f"{name.replace('.base_layer', '')}.{weight}", (left, right.detach().float())
+        yield f"{name.replace('.base_layer', '')}.{weight}", (left, right.float())

@@ -43,7 +43,7 @@ def merge(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
             merged[name] = float(values[0])
         else:
             weight = sum(value.weight for value in means)
-            merged[name] = sum(value * value.weight for value in means) / weight
+            merged[name] = sum(value * value.weight for value in means) / weight if weight else 0.0
     return merged
 
 

@@ -190,7 +190,8 @@ class Recipe:
         needs_reward: whether rollouts are graded by the verifier before they are annotated (an
             episode's reward is its environment's).
         schedule: which data streams a step draws from; None draws from all data as one.
-        inspector: measures beside the updates.
+        inspector: measures beside the updates; on a single process only.
+        single_process: why a step cannot be shared by several processes; empty: it can.
     """
 
     name: str
@@ -204,6 +205,7 @@ class Recipe:
     needs_reward: bool = False
     schedule: Schedule | None = None
     inspector: Inspector | None = None
+    single_process: str = ""
 
 
 def combine(per_weigher: Sequence[Weighed]) -> Weighed:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from opdengine.backbone import check_model_path, load_model, read_window
-from opdengine.build import build_engine
+from opdengine.build import build_engine, check_ranks
 from opdengine.chat import encode_chat, load_tokenizer
 from opdengine.checkpoint import restore_optimizer, write_model
 from opdengine.config import ConfigError, TrainConfig
@@ -64,15 +64,12 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     for path in [config.model, *(t.model for t in config.teachers if t.base_url is None)]:
         check_model_path(path)
     folder = RunFolder(config, ranks.world_size)
-    if ranks.world_size > 1 and recipe.inspector is not None:
-        raise ConfigError(
-            f"method {config.method!r} is told to measure beside the updates; that needs a single process"
-        )
     held_out, episodes = _held_out(config), held_out_tasks(config.environment)
     if config.environment.name:
         prompts = load_tasks(config.environment, config.environment.train_split)
     else:
         prompts = load_prompts(config.train_data, skip_bad_rows=config.skip_bad_rows)
+    check_ranks(config, recipe, ranks)
     check_routing(config, recipe, prompts)
     grader.check(held_out)
     tokenizer = load_tokenizer(

@@ -12,6 +12,7 @@ import numpy as np
 
 from opdengine.config import ConfigError, TcodConfig, TrainConfig
 from opdengine.methods.opd import PlainContexts, opd
+from opdengine.metrics import Mean
 from opdengine.recipe import Annotations, Batch, Note, Recipe, Weighed, distill
 from opdengine.rollout.episodes import turns_of
 from opdengine.teachers import Teacher
@@ -35,7 +36,7 @@ class FirstTurns:
             weight[turns[:limit]] = 1.0
             kept, count = kept + min(limit, len(turns)), count + len(turns)
             notes.append(Note(note.contexts, note.mix, weight, note.drop))
-        return Annotations(notes, {"tcod/turns_kept": kept / max(count, 1)})
+        return Annotations(notes, {"tcod/turns_kept": Mean(kept / max(count, 1), count)})
 
 
 class Uncertain:

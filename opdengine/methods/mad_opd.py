@@ -20,6 +20,7 @@ from opdengine.config import ConfigError, DebateConfig, TrainConfig, by_key
 from opdengine.debate import Debate, Debater
 from opdengine.debate_prompts import DebatePrompts, debate_prompts
 from opdengine.methods.opd import PlainContexts, need_teachers
+from opdengine.metrics import mean
 from opdengine.recipe import Annotations, Annotator, Note, Recipe, distill, route
 from opdengine.teachers import Teacher
 from opdengine.types import Rollout, SamplingParams, TeacherContext
@@ -111,11 +112,11 @@ def debate_metrics(debates: Sequence[Debate], tau: float) -> dict[str, float]:
     metrics["debate/parse_failures"] = float(problems["missing_confidence"])
     metrics["debate/failed"] = float(sum(bool(d.failed) for d in debates))
     if entropies:
-        metrics["debate/weight_entropy"] = float(np.mean(entropies))
+        metrics["debate/weight_entropy"] = mean(entropies)
     for name, values in confidences.items():
-        metrics[f"debate/confidence/{name}"] = float(np.mean(values))
+        metrics[f"debate/confidence/{name}"] = mean(values)
     for name, values in weights.items():
-        metrics[f"teacher_weight/{name}"] = float(np.mean(values))
+        metrics[f"teacher_weight/{name}"] = mean(values)
     return metrics
 
 

@@ -7,6 +7,7 @@ over steps; JSD with beta 0.5 is the paper's divergence for agents (remark 1).
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -32,9 +33,9 @@ class Steps:
         self.seed = seed
 
     def __call__(self, rollouts: Sequence[Rollout], number: int) -> list[Rollout]:
-        return [step for place, rollout in enumerate(rollouts) for step in self.choose(rollout, number, place)]
+        return [step for rollout in rollouts for step in self.choose(rollout, number)]
 
-    def choose(self, rollout: Rollout, number: int, place: int) -> list[Rollout]:
+    def choose(self, rollout: Rollout, number: int) -> list[Rollout]:
         """The steps of one trajectory that are trained on, in their order."""
         steps = steps_of(rollout)
         count = self.config.steps_per_trajectory
@@ -43,7 +44,7 @@ class Steps:
         weights = np.ones(len(steps))
         if self.config.sampling == "surprise":
             weights = np.array([max(surprise(step), 1e-6) for step in steps])
-        generator = np.random.default_rng([self.seed, number, place])
+        generator = np.random.default_rng([self.seed, number, zlib.crc32(rollout.id.encode())])
         chosen = generator.choice(len(steps), size=count, replace=False, p=weights / weights.sum())
         return [steps[i] for i in sorted(chosen)]
 

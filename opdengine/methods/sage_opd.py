@@ -140,4 +140,7 @@ def sage_opd(config: TrainConfig) -> Recipe:
         (Selective(sage),),
         measures=measures,
         top1_temperature=sage.confidence_temperature,
+        single_process=""
+        if sage.intervention == "judge"
+        else f"sage.intervention={sage.intervention!r} moves weights between the turns of a whole step; use 'judge'",
     )

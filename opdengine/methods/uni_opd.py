@@ -28,6 +28,7 @@ from opdengine.methods import outcome
 from opdengine.methods.advantage import MEASURES, PolicyGradient, gaps, resolve
 from opdengine.methods.mad_opd import contexts_of
 from opdengine.methods.opd import need_teachers
+from opdengine.metrics import mean
 from opdengine.recipe import Annotations, Annotator, Batch, Note, Recipe, Weighed
 from opdengine.teachers import Teacher
 from opdengine.types import Rollout
@@ -55,8 +56,9 @@ class BalancedContexts:
         notes = [next(judged) if kept else Note(drop="balance") for kept in stays]
         right = [label for label, kept in zip(correct, stays, strict=True) if kept]
         metrics = {
-            "balance/correct_before": float(np.mean(correct)) if correct else 0.0,
-            "balance/correct_after": float(np.mean(right)) if right else 0.0,
+            name: mean(labels)
+            for name, labels in (("balance/correct_before", correct), ("balance/correct_after", right))
+            if labels
         }
         return Annotations(notes, {**found.metrics, **metrics}, found.records)
 
@@ -114,4 +116,7 @@ def uni_opd(config: TrainConfig) -> Recipe:
         (base, Calibrated(gradient, config.uni_opd)),
         measures=MEASURES,
         needs_reward=True,
+        single_process="uni_opd.balance='global' chooses among a whole step before the teachers judge it; use 'group'"
+        if config.uni_opd.balance == "global"
+        else "",
     )

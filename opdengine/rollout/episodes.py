@@ -17,6 +17,7 @@ import numpy as np
 
 from opdengine.chat import append_answer, encode_answer, encode_chat
 from opdengine.environments.protocol import Broken, Observation, Step, Task
+from opdengine.metrics import Mean, mean
 from opdengine.types import Completion, Message, Prompt, Request, Rollout, SamplingParams, Turn
 
 if TYPE_CHECKING:
@@ -208,11 +209,11 @@ def episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     taken = max(sum(map(len, turns)), 1)
     repeated = sum(len(a) - len(set(a)) for a in actions)
     metrics = {
-        "episodes/success": float(np.mean([r.info["success"] for r in rollouts])),
-        "episodes/score": float(np.mean([r.info["score"] for r in rollouts])),
-        "episodes/turns": float(np.mean([len(t) for t in turns])),
-        "episodes/invalid_action_rate": sum(bool(i.get("failure")) for t in turns for i in t) / taken,
-        "episodes/repeated_action_rate": repeated / taken,
+        "episodes/success": mean([float(r.info["success"]) for r in rollouts]),
+        "episodes/score": mean([float(r.info["score"]) for r in rollouts]),
+        "episodes/turns": mean([len(t) for t in turns]),
+        "episodes/invalid_action_rate": Mean(sum(bool(i.get("failure")) for t in turns for i in t) / taken, taken),
+        "episodes/repeated_action_rate": Mean(repeated / taken, taken),
     }
     ends = Counter(r.stop_reason for r in rollouts)
     return metrics | {f"episodes/end/{reason}": float(count) for reason, count in sorted(ends.items())}

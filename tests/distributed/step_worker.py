@@ -1,0 +1,96 @@
+"""Steps of several recipes on however many ranks torchrun started; the first rank writes what happened.
+
+python -m torch.distributed.run --nproc-per-node 2 step_worker.py cases.json out.pt
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from opdengine.build import build_engine
+from opdengine.chat import load_tokenizer
+from opdengine.config import TrainConfig
+from opdengine.data import load_prompts
+from opdengine.distributed import Ranks, start, whole, whole_weights
+from opdengine.methods import build_recipe
+from opdengine.recipe import Batch, Recipe, Weighed
+from opdengine.settings import from_mapping
+from opdengine.types import Rollout
+
+
+def without_the_first(recipe: Recipe, count: int) -> Recipe:
+    """The recipe, but it drops the rollouts of the first prompts of every batch."""
+
+    def drop(batch: Batch) -> Weighed:
+        weighed = recipe.weighers[-1](batch)
+        kept = [int(r.group) >= count for r in batch.rollouts]
+        signals = [
+            signal if stays else replace(signal, keep=False, reason="dropped_by_test")
+            for signal, stays in zip(weighed.signals, kept, strict=True)
+        ]
+        return Weighed(signals, weighed.metrics)
+
+    return replace(recipe, weighers=(drop,))
+
+
+def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Two steps: gradients of the first, weights after both, metrics, and what was sampled and kept."""
+    config = from_mapping(TrainConfig, case["config"])
+    recipe = build_recipe(config)
+    if case.get("drop_first"):
+        recipe = without_the_first(recipe, case["drop_first"])
+    torch.manual_seed(0)
+    engine = build_engine(config, recipe, load_tokenizer(config.model), ranks=ranks)
+    shorten = engine.sampler.generate
+
+    def uneven(requests: Any, params: Any) -> Any:
+        """Lengths that differ a lot between prompts, fixed by the request's seed."""
+        return [
+            [replace(c, token_ids=c.token_ids[: r.seed % 7 + 1], logprobs=c.logprobs[: r.seed % 7 + 1]) for c in row]
+            for r, row in zip(requests, shorten(requests, params), strict=True)
+        ]
+
+    engine.sampler.generate = uneven
+    gradients: dict[str, torch.Tensor] = {}
+    take = engine._optimizer_step
+
+    def note(loss: float, norm: float) -> dict[str, float]:
+        if not gradients:
+            named = engine.student.model.named_parameters()
+            gradients.update({n: whole(p.grad).clone() for n, p in named if p.grad is not None})
+        return take(loss, norm)
+
+    engine._optimizer_step = note  # type: ignore[method-assign]
+    prompts = load_prompts(config.train_data).prompts
+    results = []
+    for step in range(2):
+        batch = [prompts[(step * case["prompts"] + i) % len(prompts)] for i in range(case["prompts"])]
+        results.append(asyncio.run(engine.step(batch)))
+    return {
+        "gradients": gradients,
+        "weights": {name: value.clone() for name, value in whole_weights(engine.student.model)},
+        "metrics": [r.metrics for r in results],
+        "rollouts": [[described(rollout) for rollout in r.rollouts] for r in results],
+    }
+
+
+def described(rollout: Rollout) -> tuple[str, str, tuple[int, ...]]:
+    return rollout.id, rollout.group, tuple(np.asarray(rollout.targets).tolist())
+
+
+def main(cases: str, out: str) -> None:
+    with start() as ranks:
+        found = {name: run(case, ranks) for name, case in json.load(open(cases)).items()}
+        if ranks.is_first:
+            torch.save(found, out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,118 @@
+"""Steps on 1, 2 and 4 processes (gloo, CPU, float32): the same samples, losses, gradients and weights.
+
+Tolerances: sums over ranks are in another order, so losses, metrics and gradients agree to 1e-4 of the largest entry, and
+weights after two AdamW steps (which divide by the size of the gradient, however small) to 2 % of a step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("step_worker.py")
+LEARNING_RATE = 1e-2
+WORLDS = (1, 2, 4)
+
+CASES: dict[str, dict[str, Any]] = {
+    # Five prompts on four ranks; some ranks have several micro-batches, others one.
+    "tied": {"prompts": 5, "config": {"max_tokens_per_batch": 60, "num_generations": 2}},
+    "checkpointing": {
+        "prompts": 4,
+        "config": {"gradient_checkpointing": True, "loss_normalization": "sequence", "max_grad_norm": 0.1},
+    },
+    "untied": {"prompts": 3, "student": "big", "config": {"divergence": {"code": "jsd", "agentic": "reverse_kl"}}},
+    "ranks_without_samples": {"prompts": 4, "drop_first": 2, "config": {}},
+    "nothing_left": {"prompts": 4, "drop_first": 4, "config": {}},
+    "selection": {
+        "prompts": 8,
+        "keys": [["agentic"], ["code"]],
+        "config": {"method": "camopd", "camopd": {"domain": ["agentic"]}},
+    },
+    "debate": {"prompts": 4, "config": {"method": "mad_opd", "debate": {"rounds": 1, "max_tokens": 4}}},
+    "written": {"prompts": 3, "config": {"method": "mt_seqkd"}},
+    "adapter": {"prompts": 3, "config": {"lora": {"r": 4}}},
+    "frozen_head": {"prompts": 3, "student": "big", "config": {"freeze_head": True}},
+}
+
+
+def launch(world: int, *arguments: str) -> None:
+    """``torchrun`` on this machine; one process runs without it."""
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    done = subprocess.run(
+        [sys.executable, *ranks, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+@pytest.fixture(scope="module")
+def found(models: dict[str, str], prompt_file: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """Results by number of processes, then by case."""
+    root = tmp_path_factory.mktemp("ranks")
+    results = {}
+    for world in WORLDS:
+        cases = {name: {**case, "config": settings(case, models, prompt_file, root / f"{name}-{world}")}
+                 for name, case in CASES.items()}  # fmt: skip
+        (root / f"{world}.json").write_text(json.dumps(cases))
+        launch(world, str(WORKER), str(root / f"{world}.json"), str(root / f"{world}.pt"))
+        results[world] = torch.load(root / f"{world}.pt", weights_only=False)
+    return results
+
+
+def settings(case: dict[str, Any], models: dict[str, str], prompt_file: str, folder: Path) -> dict[str, Any]:
+    keys = case.get("keys", ([], []))
+    teachers = [{"model": models[name], "key": key} for name, key in zip(("big", "small"), keys, strict=True)]
+    return {
+        "model": models[case.get("student", "student")],
+        "train_data": [prompt_file],
+        "output_dir": str(folder),
+        "teachers": teachers,
+        "method": "mt_opd",
+        "max_completion_length": 7,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "warmup_ratio": 0.0,
+        "max_steps": 2,
+        **case["config"],
+    }
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_does_not_depend_on_the_number_of_processes(found: dict[int, Any], case: str, world: int) -> None:
+    one, many = found[1][case], found[world][case]
+    assert many["rollouts"] == one["rollouts"]
+    assert len({len(targets) for _, _, targets in one["rollouts"][0]}) > 1 or case in ("debate", "written")
+    assert many["gradients"].keys() == one["gradients"].keys()
+    assert bool(one["gradients"]) == (case != "nothing_left")
+    largest = max((g.abs().max() for g in one["gradients"].values()), default=torch.zeros(()))
+    for name, gradient in one["gradients"].items():
+        torch.testing.assert_close(many["gradients"][name], gradient, rtol=1e-4, atol=1e-4 * largest.item(), msg=name)
+    assert many["weights"].keys() == one["weights"].keys()
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(many["weights"][name], weight, rtol=0, atol=0.02 * LEARNING_RATE, msg=name)
+    for ours, theirs in zip(many["metrics"], one["metrics"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            if not name.startswith(("timing/", "perf/", "sampling/")):
+                assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_the_cases_are_what_they_say(found: dict[int, Any]) -> None:
+    first = {name: found[1][name]["metrics"][0] for name in CASES}
+    assert first["ranks_without_samples"]["dropped/dropped_by_test"] == 2
+    assert first["nothing_left"]["skipped_steps"] == 1 and first["nothing_left"]["policy_version"] == 0
+    assert first["checkpointing"]["grad_norm"] > 0.1  # so that clipping acts
+    assert 0 < first["selection"]["dropped/selection"] < 8
+    assert first["debate"]["debate/generated"] == 4
+    assert set(found[1]["adapter"]["gradients"]) != set(found[1]["tied"]["gradients"])
+    assert "lm_head.weight" not in found[1]["frozen_head"]["gradients"]
+    assert "lm_head.weight" in found[1]["untied"]["gradients"]
