@@ -19,6 +19,7 @@ import json
 import os
 import resource
 import select
+import shutil
 import signal
 import sys
 import time
@@ -118,8 +119,13 @@ class Program:
         return line
 
     def close(self) -> None:
-        """Kill everything that runs in the sandbox and forget the program."""
+        """Kill everything that runs in the sandbox and remove what it wrote."""
         _kill_all(self._config)
+        for folder in (".", "/dev/shm") if os.getpid() == 1 else (".",):
+            for entry in os.scandir(folder):
+                shutil.rmtree(entry.path, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)
         self._close_input()
         for descriptor in (self._output, self._errors, self._ended):
             os.close(descriptor)
