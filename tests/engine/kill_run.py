@@ -1,0 +1,108 @@
+"""Train, kill, start again, until the run is done. By hand, with any configuration:
+
+python tests/engine/kill_run.py run.yaml killed.json --kills 20 --seed 1
+
+Every life of the run is a process of its own, forked from this one before anything was trained (which saves the imports),
+and ended by SIGKILL at a moment that a seed chooses: soon after some phase has begun for the n-th time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import opdengine.build
+import opdengine.train  # noqa: F401
+from opdengine import checkpoint, cli, debate, engine
+from opdengine.rollout.transformers import TransformersSampler
+
+PHASES = {
+    "rollout": (engine.Engine, "sample"),
+    "debate": (debate.Debater, "debate"),
+    "store of a debate": (debate.Debater, "_store"),
+    "update": (engine.Engine, "update"),
+    "weight sync": (TransformersSampler, "load_policy"),
+    "start of saving": (checkpoint, "write_model"),
+    "files of a checkpoint": (checkpoint, "save_file"),
+    "flush of a checkpoint": (checkpoint, "_flush"),
+    "rename of a checkpoint": (checkpoint, "_replace"),
+    "removal of a checkpoint": (checkpoint, "_remove"),
+}
+MOST_SECONDS = 0.03
+
+
+def announce(descriptor: int) -> None:
+    """Have every phase written to the pipe when it begins."""
+    for phase, (owner, name) in PHASES.items():
+        plain = getattr(owner, name)
+
+        def spoken(*args: Any, phase: str = phase, plain: Callable[..., Any] = plain, **kwargs: Any) -> Any:
+            os.write(descriptor, f"{phase}\n".encode())
+            return plain(*args, **kwargs)
+
+        setattr(owner, name, spoken)
+
+
+def live(config: str, log: Path, moment: tuple[str, int, float] | None) -> tuple[int, Counter[str]]:
+    """One life: returns how it ended (0: the run is done, -9: killed) and the phases that were seen."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        announce(writer)
+        code = 1
+        try:
+            code = cli.main(["train", "--config", config, "--resume_from_checkpoint", "latest"])
+        finally:
+            os._exit(code)
+    os.close(writer)
+    seen: Counter[str] = Counter()
+    with os.fdopen(reader) as lines:
+        for line in lines:
+            seen[line.strip()] += 1
+            if moment is not None and seen[moment[0]] == moment[1]:
+                time.sleep(moment[2])
+                os.kill(child, signal.SIGKILL)
+                break
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), seen
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="YAML file of a run")
+    parser.add_argument("report", help="JSON file to write")
+    parser.add_argument("--kills", type=int, required=True, help="0 leaves the run alone")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    lots, killed = random.Random(options.seed), []
+    log = Path(options.report).with_suffix(".log")
+    order: list[str] = []
+    while True:
+        moment = None
+        if len(killed) < options.kills:
+            order = order or lots.sample(list(PHASES), len(PHASES))  # every phase before any comes again
+            moment = (order.pop(), lots.randint(1, 2), lots.uniform(0, MOST_SECONDS))
+        code, _ = live(options.config, log, moment)
+        if code == -signal.SIGKILL and moment is not None:
+            killed.append({"phase": moment[0], "time": moment[1], "seconds": moment[2]})
+        else:
+            break
+    Path(options.report).write_text(json.dumps({"code": code, "killed": killed}, indent=1))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
