@@ -9,6 +9,7 @@ import asyncio
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ def described(rollout: Rollout) -> tuple[str, str, tuple[int, ...]]:
 
 def main(cases: str, out: str) -> None:
     with start() as ranks:
-        found = {name: run(case, ranks) for name, case in json.load(open(cases)).items()}
+        found = {name: run(case, ranks) for name, case in json.loads(Path(cases).read_text()).items()}
         if ranks.is_first:
             torch.save(found, out)
 

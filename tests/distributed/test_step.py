@@ -1,22 +1,20 @@
 """Steps on 1, 2 and 4 processes (gloo, CPU, float32): the same samples, losses, gradients and weights.
 
-Tolerances: sums over ranks are in another order, so losses, metrics and gradients agree to 1e-4 of the largest entry, and
-weights after two AdamW steps (which divide by the size of the gradient, however small) to 2 % of a step.
+Sums over ranks are in another order: losses, metrics and gradients agree to 1e-4 (of the largest entry), weights
+after two steps to 1e-3 of the learning rate. AdamW's epsilon is large, or it would turn the rounding of gradients
+near 0 into steps.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks_helpers import torchrun
 
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("step_worker.py")
 LEARNING_RATE = 1e-2
 WORLDS = (1, 2, 4)
@@ -43,16 +41,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def launch(world: int, *arguments: str) -> None:
-    """``torchrun`` on this machine; one process runs without it."""
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    done = subprocess.run(
-        [sys.executable, *ranks, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-
-
 @pytest.fixture(scope="module")
 def found(models: dict[str, str], prompt_file: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     """Results by number of processes, then by case."""
@@ -62,7 +50,8 @@ def found(models: dict[str, str], prompt_file: str, tmp_path_factory: pytest.Tem
         cases = {name: {**case, "config": settings(case, models, prompt_file, root / f"{name}-{world}")}
                  for name, case in CASES.items()}  # fmt: skip
         (root / f"{world}.json").write_text(json.dumps(cases))
-        launch(world, str(WORKER), str(root / f"{world}.json"), str(root / f"{world}.pt"))
+        done = torchrun(world, str(WORKER), str(root / f"{world}.json"), str(root / f"{world}.pt"))
+        assert done.returncode == 0, done.stderr[-5000:]
         results[world] = torch.load(root / f"{world}.pt", weights_only=False)
     return results
 
@@ -80,6 +69,7 @@ def settings(case: dict[str, Any], models: dict[str, str], prompt_file: str, fol
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "warmup_ratio": 0.0,
+        "adam_epsilon": 1e-2,
         "max_steps": 2,
         **case["config"],
     }
@@ -98,7 +88,7 @@ def test_a_step_does_not_depend_on_the_number_of_processes(found: dict[int, Any]
         torch.testing.assert_close(many["gradients"][name], gradient, rtol=1e-4, atol=1e-4 * largest.item(), msg=name)
     assert many["weights"].keys() == one["weights"].keys()
     for name, weight in one["weights"].items():
-        torch.testing.assert_close(many["weights"][name], weight, rtol=0, atol=0.02 * LEARNING_RATE, msg=name)
+        torch.testing.assert_close(many["weights"][name], weight, rtol=0, atol=1e-3 * LEARNING_RATE, msg=name)
     for ours, theirs in zip(many["metrics"], one["metrics"], strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():

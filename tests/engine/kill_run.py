@@ -2,8 +2,8 @@
 
 python tests/engine/kill_run.py run.yaml killed.json --kills 20 --seed 1
 
-Every life of the run is a process of its own, forked from this one before anything was trained (which saves the imports),
-and ended by SIGKILL at a moment that a seed chooses: soon after some phase has begun for the n-th time.
+Every life of the run is a process of its own, forked from this one before anything was trained (which saves the
+imports), and ended by SIGKILL at a moment that a seed chooses: soon after some phase has begun for the n-th time.
 """
 
 from __future__ import annotations

@@ -1,0 +1,117 @@
+"""Runs on two processes: resumed on as many or on one, and ended by one process that fails or is killed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ranks_helpers import torchrun
+from safetensors.torch import load_file
+
+from opdengine.checkpoint import list_checkpoints
+from opdengine.metrics import read_metrics
+
+WORKER = str(Path(__file__).with_name("train_worker.py"))
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def world(models: dict[str, str], prompt_file: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two processes in ``whole``, and its configuration."""
+    root = tmp_path_factory.mktemp("resume")
+    settings = {
+        "model": models["student"],
+        "teachers": [{"model": models["big"]}, {"model": models["small"]}],
+        "train_data": [prompt_file],
+        "eval_data": [prompt_file],
+        "eval_max_prompts": 3,
+        "method": "mt_opd",
+        "per_device_train_batch_size": 2,
+        "max_completion_length": 5,
+        "max_steps": STEPS,
+        "save_steps": 2,
+        "learning_rate": 3e-3,
+        "adam_epsilon": 1e-2,
+    }
+    (root / "run.yaml").write_text(yaml.safe_dump(settings))
+    done = train(root, 2, "whole")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return root
+
+
+def train(root: Path, processes: int, folder: str, *arguments: str, **environment: str) -> Any:
+    where = ("--config", str(root / "run.yaml"), "--output_dir", str(root / folder))
+    return torchrun(processes, WORKER, *where, *arguments, **environment)
+
+
+def half(root: Path, folder: str) -> None:
+    """The whole run as it was when its checkpoint of step 2 had been written."""
+    shutil.copytree(root / "whole", root / folder)
+    shutil.rmtree(root / folder / "final")
+    shutil.rmtree(root / folder / "checkpoints" / "step_4")
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "final" / "model.safetensors")
+
+
+def prompts(folder: Path) -> list[list[str]]:
+    """Prompts of every step, in order."""
+    files = [folder / "rollouts" / f"step_{step}.jsonl" for step in range(1, STEPS + 1)]
+    return [[json.loads(line)["prompt_id"] for line in file.read_text().splitlines()] for file in files]
+
+
+def test_the_first_process_writes_for_all(world: Path) -> None:
+    folder = world / "whole"
+    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == list(range(STEPS + 1))
+    assert all(len(step) == 4 for step in prompts(folder))
+    assert len((folder / "evaluations" / f"step_{STEPS}.jsonl").read_text().splitlines()) == 3
+    assert [p.name for p in list_checkpoints(folder / "checkpoints")] == ["step_2", "step_4"]
+
+
+def test_resumed_on_as_many_processes_the_weights_are_the_same_bits(world: Path) -> None:
+    half(world, "again")
+    assert train(world, 2, "again", "--resume_from_checkpoint", "latest").returncode == 0
+    one, other = final(world / "whole"), final(world / "again")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_resumed_on_one_process_the_data_go_on_in_the_same_order(world: Path) -> None:
+    half(world, "alone")
+    shutil.rmtree(world / "alone" / "rollouts")
+    (world / "alone" / "rollouts").mkdir()
+    for step in (1, 2):
+        shutil.copy(world / "whole" / "rollouts" / f"step_{step}.jsonl", world / "alone" / "rollouts")
+    refused = train(world, 1, "alone", "--resume_from_checkpoint", "latest")
+    assert refused.returncode == 2 and "had 4 prompts in a step, this one has 2" in refused.stderr
+    larger = ("--per_device_train_batch_size", "4")
+    assert train(world, 1, "alone", "--resume_from_checkpoint", "latest", *larger).returncode == 0
+    assert prompts(world / "alone") == prompts(world / "whole")
+    one, other = final(world / "whole"), final(world / "alone")
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-3 * 3e-3)
+
+
+def test_when_one_process_fails_all_stop_with_a_checkpoint(world: Path) -> None:
+    failed = train(world, 2, "failed", FAIL_AT="2")
+    assert failed.returncode != 0
+    assert "(rank 1): the service of one rank is gone" in failed.stderr
+    assert "(rank 0): rank 1 failed (ServiceError): the service of one rank is gone" in failed.stderr
+    assert [p.name for p in list_checkpoints(world / "failed" / "checkpoints")] == ["step_1"]
+    assert train(world, 2, "failed", "--resume_from_checkpoint", "latest").returncode == 0
+    one, other = final(world / "whole"), final(world / "failed")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_when_one_process_is_killed_the_others_do_not_wait_for_it(world: Path) -> None:
+    killed = train(world, 2, "killed", "--save_steps", "1", KILL_AT="3")
+    assert killed.returncode != 0
+    assert [p.name for p in list_checkpoints(world / "killed" / "checkpoints")] == ["step_1", "step_2"]
+    assert not (world / "killed" / "final").exists()

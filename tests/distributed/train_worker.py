@@ -1,0 +1,31 @@
+"""``opdengine train`` whose second rank may fail, as the environment says.
+
+FAIL_AT=2: a service of the second rank fails while it prepares the second batch. KILL_AT=2: the rank is killed there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from opdengine.cli import main
+from opdengine.engine import Engine
+from opdengine.errors import ServiceError
+
+prepare = Engine.prepare
+
+
+async def failing(self: Engine, prompts: Any, batch: int | None = None) -> Any:
+    if self.ranks.rank == 1 and batch == int(os.environ.get("FAIL_AT", "0")) - 1:
+        raise ServiceError("the service of one rank is gone")
+    if self.ranks.rank == 1 and batch == int(os.environ.get("KILL_AT", "0")) - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return await prepare(self, prompts, batch)
+
+
+Engine.prepare = failing  # type: ignore[method-assign]
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
