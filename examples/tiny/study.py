@@ -1,0 +1,364 @@
+"""Arms x seeds on the tiny world: ordinary runs of the engine, with intervals, paired differences and a figure.
+
+A study prepares its models and data once, then trains every arm with every seed, several at a time.
+The same seed gives every arm the same prompts in the same order, so differences are taken seed by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+HERE = Path(__file__).parent
+MODELS = HERE / "models"
+Problem = Callable[[random.Random], tuple[str, str, str]]
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+"""Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table.
+
+    Args:
+        name: in result files.
+        title: for people.
+        settings: on top of the shared ones; sections are merged, ``{folder}`` and ``{seed}`` are filled in.
+        demo: whether it is part of the short demo, or of ``--ablate`` only.
+    """
+
+    name: str
+    title: str
+    settings: Mapping[str, Any]
+    demo: bool = False
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared.
+
+    Args:
+        name: of the method; the first arm is the method itself.
+        arms: rows of the table.
+        skills: data sources that are evaluated, with what they stand for.
+        prepare: writes models and data into the folder, given the seeds and the split to evaluate on;
+            returns the models to grade beside the student, by title.
+        settings: (folder, seed) -> the settings that all arms share.
+        reported: metrics whose mean over the steps belongs into the results.
+    """
+
+    name: str
+    arms: Sequence[Arm]
+    skills: Mapping[str, str]
+    prepare: Callable[[Path, Sequence[int], str], dict[str, str]]
+    settings: Callable[[Path, int], dict[str, Any]]
+    reported: Sequence[str] = ()
+
+
+def specialise(base: str, problem: Problem, steps: int, learning_rate: float, out: Path) -> str:
+    """Fine-tune a bundled model on one skill for a few seconds; returns the folder.
+
+    Args:
+        base: name of the bundled model.
+        problem: source of randomness -> prompt, answer, skill; at the cost of what it could before.
+        steps, learning_rate: of supervised training, 64 problems a step.
+        out: where it goes.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tiny.lessons import Chat, encode, user_chat
+    from tiny.tokenizer import build_tokenizer
+    from tiny.training import BATCH, CORRUPT, supervise
+
+    torch.set_num_threads(1)
+    tokenizer, rng = build_tokenizer(), random.Random(f"specialise/{out.name}")
+    model = AutoModelForCausalLM.from_pretrained(MODELS / base, dtype=torch.float32)
+
+    def batch(step: int) -> list[Any]:
+        drawn = [problem(rng) for _ in range(BATCH)]
+        chats = [Chat(user_chat(prompt), answer, skill=skill) for prompt, answer, skill in drawn]
+        return encode(tokenizer, chats, rng, CORRUPT)
+
+    supervise(model, batch, steps, learning_rate, lambda text: None)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return str(out)
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with changes; sections are merged key by key."""
+    result = dict(base)
+    for key, value in changes.items():
+        section = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if section else value
+    return result
+
+
+def filled(value: Any, **names: Any) -> Any:
+    """Settings with ``{folder}`` and ``{seed}`` in texts replaced."""
+    if isinstance(value, Mapping):
+        return {key: filled(inner, **names) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [filled(inner, **names) for inner in value]
+    return value.format(**names) if isinstance(value, str) else value
+
+
+def run(arm: str, seed: int, settings: Mapping[str, Any], reported: Sequence[str]) -> dict[str, Any]:
+    """Train one arm in this process; returns its accuracies by step."""
+    import torch
+
+    from opdengine.config import TrainConfig
+    from opdengine.metrics import read_metrics
+    from opdengine.settings import from_mapping
+    from opdengine.train import train
+
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    result = train(from_mapping(TrainConfig, settings), progress=False)
+    lines = read_metrics(result.output_dir / "metrics.jsonl")
+    means = {}
+    for name in reported:
+        values = [line[name] for line in lines if name in line]
+        if values:
+            means[name] = float(np.mean(values))
+    return {
+        "arm": arm,
+        "seed": seed,
+        "seconds": time.perf_counter() - started,
+        "update_seconds": sum(line.get("timing/update", 0.0) for line in lines),
+        "curve": [
+            {"step": line["step"], **{k: v for k, v in line.items() if k.startswith("eval/accuracy")}}
+            for line in lines
+            if "eval/accuracy" in line
+        ],
+        "metrics": means,
+    }
+
+
+def grade(models: Mapping[str, str], test: Path, verifier: Any) -> dict[str, dict[str, float]]:
+    """Accuracy of each model by skill, greedy."""
+    from transformers.utils import logging
+
+    from opdengine.backbone import load_model
+    from opdengine.chat import encode_chat, load_tokenizer
+    from opdengine.data import load_prompts
+    from opdengine.evaluate import evaluate
+    from opdengine.rollout.transformers import TransformersSampler
+    from opdengine.verifiers.grader import Grader
+
+    logging.disable_progress_bar()
+    prompts, found = load_prompts([str(test)]).prompts, {}
+    with Grader(verifier) as grader:
+        for title, path in models.items():
+            tokenizer = load_tokenizer(path)
+            sampler = TransformersSampler(load_model(path, dtype="float32"), tokenizer)
+            graded = evaluate(sampler, prompts, lambda p, t=tokenizer: encode_chat(t, p.messages), grader, 14)
+            found[title] = graded.metrics()
+    return found
+
+
+def interval(values: np.ndarray) -> float:
+    """Half width of the 95 % interval of the mean of [n] values; NaN for one value."""
+    if len(values) < 2:
+        return float("nan")
+    return float(T95[min(len(values) - 2, len(T95) - 1)] * values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def columns(results: Mapping[str, Any]) -> dict[str, str]:
+    """Metric -> heading."""
+    return {"eval/accuracy": "mean", **{f"eval/accuracy/{s}": title for s, title in results["skills"].items()}}
+
+
+def final(results: Mapping[str, Any], arm: str, metric: str) -> np.ndarray:
+    """[seeds] accuracy of an arm at the end, percent, in the order of the seeds."""
+    mine = {r["seed"]: r["curve"][-1][metric] for r in results["runs"] if r["arm"] == arm}
+    return 100 * np.array([mine[seed] for seed in results["seeds"] if seed in mine])
+
+
+def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """Cells of the table: models, then arms with intervals and the paired difference to the method."""
+    shown, metrics = [], columns(results)
+    for title, graded in results["models"].items():
+        shown.append([title, *(f"{100 * graded[m]:.1f}" for m in metrics), "", ""])
+    method = results["arms"][0]["name"]
+    for arm in results["arms"]:
+        cells = [arm["title"]]
+        for metric in metrics:
+            values = final(results, arm["name"], metric)
+            half = interval(values)
+            cells.append(f"{values.mean():.1f}" + ("" if np.isnan(half) else f" ± {half:.1f}"))
+        difference = final(results, arm["name"], "eval/accuracy") - final(results, method, "eval/accuracy")
+        half = interval(difference)
+        paired = "" if arm["name"] == method else f"{difference.mean():+.1f}"
+        seconds = np.mean([r["seconds"] for r in results["runs"] if r["arm"] == arm["name"]])
+        shown.append([*cells, paired + ("" if not paired or np.isnan(half) else f" ± {half:.1f}"), f"{seconds:.0f}"])
+    return shown
+
+
+def headings(results: Mapping[str, Any]) -> list[str]:
+    """Of :func:`table_rows`."""
+    return ["", *columns(results).values(), f"mean less {results['arms'][0]['title']}", "seconds"]
+
+
+def draw(results: Mapping[str, Any], file: Path) -> None:
+    """Accuracy over steps, one panel per skill; bands are 95 % intervals over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = columns(results)
+    figure, axes = plt.subplots(1, len(metrics), figsize=(4.6 * len(metrics), 3.8), sharey=True)
+    for number, arm in enumerate(results["arms"]):
+        curves = [r["curve"] for r in results["runs"] if r["arm"] == arm["name"]]
+        steps = [point["step"] for point in curves[0]]
+        for axis, metric in zip(axes, metrics, strict=True):
+            values = np.array([[point[metric] for point in curve] for curve in curves])
+            mean = values.mean(axis=0)
+            (line,) = axis.plot(steps, mean, label=arm["title"], lw=1.3 if number else 2.6)
+            if len(curves) > 1:
+                half = np.array([interval(column) for column in values.T])
+                axis.fill_between(steps, mean - half, mean + half, alpha=0.12, color=line.get_color())
+    for axis, title in zip(axes, metrics.values(), strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("optimiser step")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("held-out accuracy")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=3, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.08 + 0.05 * ((len(labels) + 2) // 3), 1, 1))
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def main(study: Study, description: str, arguments: Sequence[str]) -> int:
+    """The demo, or all controls with ``--ablate``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ablate", action="store_true", help="all controls (default 5 seeds) in place of the demo")
+    parser.add_argument("--seeds", type=int, help="number of seeds (default 1)")
+    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in study.arms], help="only these")
+    parser.add_argument("--split", choices=("dev", "test"), default="test", help="held-out prompts to measure on")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs") / study.name)
+    parser.add_argument("--save_results", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    options, rest = parser.parse_known_args(arguments)
+    changes = _changes(rest)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    arms = [a for a in study.arms if a.name in options.arms] if options.arms else [
+        a for a in study.arms if a.demo or options.ablate
+    ]  # fmt: skip
+    seeds = list(range(options.seeds or (5 if options.ablate else 1)))
+    folder = options.output_dir / time.strftime("%Y%m%d-%H%M%S")
+    folder.mkdir(parents=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    console.print(f"[bold]{study.name}[/bold]: {len(arms)} arm(s) x {len(seeds)} seed(s), results in {folder}")
+    start = time.perf_counter()
+    models = study.prepare(folder, seeds, options.split)
+    jobs = {}
+    for seed in seeds:
+        for arm in arms:
+            place = {"seed": seed, "output_dir": str(folder / f"{arm.name}_{seed}")}
+            own = merged(filled(arm.settings, folder=str(folder), seed=seed), changes)
+            jobs[arm.name, seed] = merged({**study.settings(folder, seed), **place}, own)
+    runs = _run_all(study, jobs, options.jobs, console)
+    results = {
+        "method": study.name,
+        "arms": [{"name": arm.name, "title": arm.title, "settings": dict(arm.settings)} for arm in arms],
+        "skills": dict(study.skills),
+        "seeds": seeds,
+        "split": options.split,
+        "settings": {k: v for k, v in jobs[arms[0].name, 0].items() if not isinstance(v, str) or "/" not in v},
+        "models": grade(models, folder / "held_out.jsonl", jobs[arms[0].name, 0]["verifier"]),
+        "runs": sorted(runs, key=lambda r: ([a.name for a in arms].index(r["arm"]), r["seed"])),
+        "wall_seconds": time.perf_counter() - start,
+        "cores": os.cpu_count(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("opdengine", "torch", "transformers")},
+        },
+    }
+    for file in filter(None, (folder / "results.json", options.save_results)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(results, indent=1, default=str) + "\n")
+    draw(results, folder / "accuracy.png")
+    console.print(_table(results))
+    console.print(f"figure: {folder / 'accuracy.png'}   numbers: {folder / 'results.json'}")
+    return 0
+
+
+def _changes(arguments: Sequence[str]) -> dict[str, Any]:
+    """``--key value`` settings of the engine for all arms, such as ``--max_steps 20``."""
+    from opdengine.settings import _assign, _parse_overrides
+
+    data: dict[str, Any] = {}
+    for key, value in _parse_overrides(arguments):
+        _assign(data, key.split("."), value)
+    return data
+
+
+def _run_all(
+    study: Study, jobs: Mapping[tuple[str, int], Mapping[str, Any]], count: int, console: Console
+) -> list[dict[str, Any]]:
+    spawn = multiprocessing.get_context("spawn")
+    runs = []
+    with (
+        Progress(
+            TextColumn("{task.description:<40}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(), console=console,
+        ) as progress,
+        ProcessPoolExecutor(max(1, count), mp_context=spawn, initializer=_quiet) as pool,
+    ):  # fmt: skip
+        bar = progress.add_task("runs", total=len(jobs))
+        waiting = {
+            pool.submit(run, arm, seed, settings, study.reported): (arm, seed) for (arm, seed), settings in jobs.items()
+        }
+        for job in as_completed(waiting):
+            arm, seed = waiting[job]
+            runs.append(job.result())
+            progress.update(bar, advance=1, description=f"finished: {arm}, seed {seed}")
+    return runs
+
+
+def _quiet() -> None:
+    """Workers share the terminal: only warnings of the engine get through."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
+
+
+def _table(results: Mapping[str, Any]) -> Table:
+    seeds, steps = results["seeds"], results["settings"]["max_steps"]
+    spread = ", mean ± 95 % interval" if len(seeds) > 1 else ""
+    table = Table(
+        title=f"Accuracy on held-out prompts ({results['split']}) after {steps} steps, {len(seeds)} seed(s){spread}"
+    )
+    for place, heading in enumerate(headings(results)):
+        table.add_column(heading, justify="right" if place else "left", overflow="fold")
+    for number, cells in enumerate(table_rows(results)):
+        table.add_row(*cells, end_section=number == len(results["models"]) - 1)
+    return table

@@ -1,0 +1,121 @@
+"""The studies of Uni-OPD and CaMOPD: their worlds, their statistics, and a short run of every arm's settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opdengine.config import TrainConfig
+from opdengine.methods import build_recipe
+from opdengine.metrics import write_jsonl
+from opdengine.settings import from_mapping, load_config
+from tiny import camopd_study, study, task, uni_study
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+
+
+@pytest.mark.parametrize(("prompt", "answer", "said"), [("C(7+1)*0", "71+0*", "*+710"), ("C7-(1*0)", "710*-", "-7*10")])
+def test_the_dialect_puts_operators_first(prompt: str, answer: str, said: str) -> None:
+    assert camopd_study.dialect(prompt, answer) == ("D" + prompt[1:], said)
+
+
+def test_the_dialect_computes_the_same() -> None:
+    """Evaluated with operators first, each answer has the value of its expression."""
+
+    def value(symbols: list[str]) -> int:
+        symbol = symbols.pop(0)
+        if symbol.isdigit():
+            return int(symbol)
+        left, right = value(symbols), value(symbols)
+        return {"+": left + right, "-": left - right, "*": left * right}[symbol]
+
+    for row in camopd_study.rows("train", camopd_study.DOMAIN, 100):
+        assert value(list(row["answer"])) == eval(row["prompt"][1:])
+        assert row["prompt"][0] == "D" and row["data_source"] == camopd_study.DOMAIN
+
+
+def test_fine_tuning_problems_are_mostly_dialect_and_never_held_out() -> None:
+    rng = random.Random(0)
+    drawn = [camopd_study.problem(rng) for _ in range(2000)]
+    share = np.mean([prompt[0] == "C" for prompt, _, _ in drawn])
+    assert share == pytest.approx(camopd_study.REMEMBERED, abs=0.012)
+    assert {task.split_of("C" + prompt[1:]) for prompt, _, _ in drawn} == {"train"}
+
+
+def test_interval_is_students() -> None:
+    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert study.interval(values) == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
+    assert math.isnan(study.interval(values[:1]))
+
+
+def results() -> dict[str, Any]:
+    def run(arm: str, seed: int, a: float) -> dict[str, Any]:
+        point = {"eval/accuracy": a, "eval/accuracy/x": a, "eval/accuracy/y": a}
+        return {"arm": arm, "seed": seed, "seconds": 3.0, "curve": [{"step": 0, **point}, {"step": 4, **point}]}
+
+    runs = [run("m", s, 0.5 + 0.1 * s) for s in range(3)] + [run("b", s, 0.4 + 0.1 * s) for s in (2, 0, 1)]
+    return {
+        "arms": [{"name": "m", "title": "method"}, {"name": "b", "title": "baseline"}],
+        "skills": {"x": "first", "y": "second"},
+        "seeds": [0, 1, 2],
+        "models": {"teacher": {"eval/accuracy": 1.0, "eval/accuracy/x": 1.0, "eval/accuracy/y": 1.0}},
+        "runs": runs,
+    }
+
+
+def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
+    """The arms vary widely over seeds and their difference not at all."""
+    teacher, method, baseline = study.table_rows(results())
+    assert teacher[:2] == ["teacher", "100.0"]
+    assert method[1] == "60.0 ± 24.8" and baseline[4] == "-10.0 ± 0.0" and method[4] == ""
+    assert len(study.headings(results())) == len(method)
+    study.draw(results(), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("of", [uni_study, camopd_study])
+def test_every_arm_trains(of: Any, tmp_path: Path) -> None:
+    """All arms' settings make a recipe; the method and one control are trained for a step on the bundled models."""
+    for skill in ("compile", "convert"):
+        write_jsonl(tmp_path / f"{skill}_0.jsonl", task.prompts("train", skill, 8))
+    write_jsonl(tmp_path / "dialect_0.jsonl", camopd_study.rows("train", "dialect", 8))
+    every = [*task.prompts("train", "compile", 8), *task.prompts("train", "convert", 8)]
+    for name in ("raw", "balanced"):
+        write_jsonl(tmp_path / f"{name}_0.jsonl", every)
+    for name in ("specialised", "teacher_convert", "teacher_compile"):
+        (tmp_path / name).symlink_to(study.MODELS / "teacher_compile")
+    write_jsonl(tmp_path / "held_out.jsonl", every if of is uni_study else camopd_study.rows("test", "dialect", 4))
+    for number, arm in enumerate(of.STUDY.arms):
+        base = {**of.STUDY.settings(tmp_path, 0), "seed": 0, "output_dir": str(tmp_path / arm.name)}
+        settings = study.merged(base, study.filled(arm.settings, folder=str(tmp_path), seed=0))
+        settings = study.merged(settings, {"max_steps": 1, "eval_steps": 0, "per_device_train_batch_size": 2})
+        assert build_recipe(from_mapping(TrainConfig, settings)).name == of.STUDY.name
+        if number < 2:
+            found = study.run(arm.name, 0, json.loads(json.dumps(settings)), ["reward/mean", "camopd/general/selected"])
+            assert found["metrics"] and [point["step"] for point in found["curve"]] == [0, 1]
+
+
+def test_configurations_hold_the_papers_settings() -> None:
+    uni = [load_config(str(file)) for file in sorted(CONFIGS.glob("uni_opd_*.yaml"))]
+    assert len(uni) == 3
+    for config in uni:
+        recipe, section = build_recipe(config), config.uni_opd
+        assert (recipe.name, config.num_generations, config.prompts_per_step) == ("uni_opd", 16, 64)
+        assert (section.margin_statistic, section.margin_scope, section.margin_delta) == ("mean", "group", 0.4)
+        assert (section.margin_direction, section.balance_ratio, config.learning_rate) == ("spread", 1.0, 1e-6)
+    recovery = [load_config(str(file)) for file in sorted(CONFIGS.glob("camopd_*.yaml"))]
+    assert len(recovery) == 2
+    for config in recovery:
+        recipe, section = build_recipe(config), config.camopd
+        assert recipe.schedule is not None and recipe.inspector is not None
+        assert (config.prompts_per_step, config.max_steps, config.learning_rate) == (512, 120, 2e-6)
+        assert (section.n_general, section.rho_g, section.rho_d, section.r_g, section.r_d) == (3, 0.8, 0.8, 2.0, 1.0)
+        assert config.model == next(t.model for t in config.teachers if t.key)  # the domain teacher is its start
+        assert dataclasses.astuple(config.advantage)[1:4] == ("band", 0.5, 2.0)
