@@ -14,11 +14,21 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from opdengine.errors import ConfigError
-from opdengine.method_settings import AdvantageConfig, CaMOPDConfig, UniOPDConfig
+from opdengine.sections import (
+    AdvantageConfig,
+    CaMOPDConfig,
+    DebateConfig,
+    EntropyConfig,
+    EnvironmentConfig,
+    LoRAConfig,
+    OpadConfig,
+    SageConfig,
+    TcodConfig,
+    UniOPDConfig,
+)
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
-SECRETS = ("api_key", "apikey", "password", "secret", "access_token", "auth_token", "hf_token")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -60,174 +70,6 @@ class TeacherConfig:
     timeout: float = 600.0
     max_retries: int = 5
     score_top_k: int = 64
-
-
-@dataclass(frozen=True)
-class DebateConfig:
-    """The debate of MAD-OPD (arXiv 2605.01347, section 4.1, equation 7).
-
-    Args:
-        rounds: R; round 1 is blind.
-        temperature, top_p, top_k, repetition_penalty: how teachers are sampled.
-        max_tokens: new tokens of one teacher in one round.
-        prompts: "generic", "tools", "code", a mapping of :class:`DebatePrompts` fields, or a
-            mapping from routing key (and "default") to one of these.
-        use_confidence: ask for confidences and weigh teachers by them; off: uniform weights.
-        use_transcript: teachers judge the student under the transcript; off: under the plain
-            prompt (only the confidences are used).
-        tau: temperature of the softmax over confidence / 100.
-        cache_dir: debates are stored here and never generated twice; default: a folder in
-            ``output_dir``. Share it between runs.
-        seed: seed of the debate; part of the cache key.
-    """
-
-    rounds: int = 2
-    temperature: float = 0.7
-    top_p: float = 0.8
-    top_k: int = 20
-    repetition_penalty: float = 1.0
-    max_tokens: int = 4096
-    prompts: str | dict[str, Any] = "generic"
-    use_confidence: bool = True
-    use_transcript: bool = True
-    tau: float = 1.0
-    cache_dir: str | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class EnvironmentConfig:
-    """An environment in which the student acts over many turns, in place of prompts to answer.
-
-    ``max_completion_length`` is then the limit of one turn.
-
-    Args:
-        name: "house" (the built-in world), "search", "recorded", "alfworld", "textworld", "scienceworld",
-            "module:Class" or "file.py:Class"; empty: no environment.
-        options: keywords of the environment's class.
-        train_split: tasks to train on.
-        eval_splits: tasks to evaluate on, such as ["valid_seen", "valid_unseen"].
-        eval_max_tasks: at most this many of each split.
-        eval_temperatures: evaluate once at each; 0 is greedy.
-        max_turns: most turns of the student in an episode.
-        max_trajectory_tokens: an episode ends before a turn that might not fit; default: the
-            student's window.
-        num_environments: episodes that run at a time, each in a process of its own.
-        reset_timeout, step_timeout: seconds after which an environment counts as hanging.
-        max_observation_chars: longer answers end the episode as broken.
-        stop: strings that end a turn.
-    """
-
-    name: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-    train_split: str = "train"
-    eval_splits: list[str] = field(default_factory=list)
-    eval_max_tasks: int | None = None
-    eval_temperatures: list[float] = field(default_factory=lambda: [0.0])
-    max_turns: int = 30
-    max_trajectory_tokens: int | None = None
-    num_environments: int = 16
-    reset_timeout: float = 120.0
-    step_timeout: float = 60.0
-    max_observation_chars: int = 100_000
-    stop: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """A low-rank adapter instead of the student's own weights (LoRA, arXiv 2106.09685), in peft's names.
-
-    Args:
-        r: rank.
-        lora_alpha: the adapter's output is scaled by ``lora_alpha / r``.
-        lora_dropout: on the adapter's input during the update; the sampler has none.
-        target_modules: "all-linear" (every linear layer but the head), names of layers such as
-            ["q_proj", "v_proj"], or a regular expression.
-        use_rslora: scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732).
-        merge_final: at the end also write the model with the adapter merged in, to ``merged/``.
-    """
-
-    r: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
-    use_rslora: bool = False
-    merge_final: bool = False
-
-
-@dataclass(frozen=True)
-class OpadConfig:
-    """Which steps of a trajectory become training states (OPAD; arXiv 2605.01347, section 4.4).
-
-    Args:
-        sampling: "all" steps, "uniform" or by "surprise": in proportion to the mean negative log-prob of
-            what the student did there.
-        steps_per_trajectory: how many; None is all.
-    """
-
-    sampling: str = "all"
-    steps_per_trajectory: int | None = None
-
-
-@dataclass(frozen=True)
-class SageConfig:
-    """SAGE-OPD (arXiv 2606.19659, sections 3.3 to 3.5).
-
-    Args:
-        alpha: weight of a turn judged WEAK (equation 7).
-        use_failures: weight 1 without asking where the environment reports a failure.
-        use_judge: ask the teacher about the other turns; off: all have weight 1.
-        use_confidence: multiply with the teacher's mean largest probability (equations 8 to 10).
-        normalization: what N of equation 11 counts: "all_tokens", "active_tokens" (of turns with
-            weight), or "none" for Z = 1.
-        normalization_scope: Z over the whole "batch" (all processes) or over each "trajectory".
-        eps: least denominator of Z.
-        z_max: bound of Z; None is unbounded.
-        judge_temperature, judge_max_tokens: how the teacher is sampled as a judge.
-        judge_fallback: weight where its reply holds no label.
-        judge_history: show it the turns before.
-        judge_next_observation: show it what happened then.
-        judge_prompt: a format string in place of our own, with any of ``{task_type} {task_goal}
-            {last_obs} {admissible} {admissible_count} {llm_text} {history} {next_obs}``.
-        admissible_count: most possible actions shown.
-        confidence_temperature: of the distributions whose largest probability is taken.
-        intervention: "judge"; "random" gives the same weights to other turns, "inverted" the largest to
-            those that got the smallest (controls).
-    """
-
-    alpha: float = 0.5
-    use_failures: bool = True
-    use_judge: bool = True
-    use_confidence: bool = True
-    normalization: str = "all_tokens"
-    normalization_scope: str = "batch"
-    eps: float = 1e-8
-    z_max: float | None = None
-    judge_temperature: float = 0.0
-    judge_max_tokens: int = 1028
-    judge_fallback: float = 1.0
-    judge_history: bool = False
-    judge_next_observation: bool = False
-    judge_prompt: str | None = None
-    admissible_count: int = 30
-    confidence_temperature: float = 1.0
-    intervention: str = "judge"
-
-
-@dataclass(frozen=True)
-class TcodConfig:
-    """Turn curriculum (TCOD; arXiv 2606.19659, equation 25): ``k_start + eta * updates`` first turns."""
-
-    k_start: int = 1
-    eta: float = 1.0
-
-
-@dataclass(frozen=True)
-class EntropyConfig:
-    """Entropy-aware OPD (arXiv 2606.19659, equation 26): weight 1 + ``alpha`` above entropy ``tau`` (nats)."""
-
-    alpha: float = 1.0
-    tau: float = 0.8
 
 
 @dataclass(frozen=True)
@@ -448,10 +290,7 @@ def _named(teachers: Sequence[TeacherConfig]) -> list[TeacherConfig]:
 def _check_values(config: TrainConfig) -> None:
     def need(ok: bool, key: str, remedy: str) -> None:
         if not ok:
-            value: Any = config
-            for part in key.split("."):
-                value = getattr(value, part)
-            raise ConfigError(f"{key}={value!r} is not possible; {remedy}")
+            raise ConfigError(f"{key}={getattr(config, key)!r} is not possible; {remedy}")
 
     def one_of(key: str, choices: Sequence[str]) -> None:
         need(getattr(config, key) in choices, key, f"choose one of {list(choices)}")
@@ -504,31 +343,17 @@ def _check_values(config: TrainConfig) -> None:
         "max_prompt_length",
         "verifier_workers",
         "logging_steps",
-        "debate.rounds",
-        "debate.max_tokens",
-        "environment.max_turns",
-        "environment.num_environments",
-        "environment.max_observation_chars",
     ):
-        section, _, name = key.rpartition(".")
-        owner = getattr(config, section) if section else config
-        need(getattr(owner, name) >= 1, key, "it must be at least 1")
-    for prefix, sampling in (("", config), ("debate.", config.debate)):
-        need(sampling.temperature >= 0, f"{prefix}temperature", "it must be 0 (greedy) or positive")
-        need(0 < sampling.top_p <= 1, f"{prefix}top_p", "it lies in (0, 1]; 1 keeps every token")
-        need(sampling.top_k >= 0, f"{prefix}top_k", "it must not be negative; 0 keeps every token")
-        need(sampling.repetition_penalty > 0, f"{prefix}repetition_penalty", "it must be positive; 1 is off")
-    need(config.debate.tau > 0, "debate.tau", "it must be positive; large values are uniform")
+        need(getattr(config, key) >= 1, key, "it must be at least 1")
+    need(config.temperature >= 0, "temperature", "it must be 0 (greedy) or positive")
+    need(0 < config.top_p <= 1, "top_p", "it lies in (0, 1]; 1 keeps every token")
+    need(config.top_k >= 0, "top_k", "it must not be negative; 0 keeps every token")
+    need(config.repetition_penalty > 0, "repetition_penalty", "it must be positive; 1 is off")
     need(
         config.num_generations == 1 or config.temperature > 0,
         "num_generations",
         "with temperature 0 all generations are equal: use 1",
     )
-    if config.lora is not None:
-        need(config.lora.r >= 1, "lora.r", "it must be at least 1")
-        need(config.lora.lora_alpha > 0, "lora.lora_alpha", "it must be positive")
-        need(0 <= config.lora.lora_dropout < 1, "lora.lora_dropout", "it lies in [0, 1); 0 is off")
-        need(bool(config.lora.target_modules), "lora.target_modules", "name at least one layer, or 'all-linear'")
     need(config.learning_rate >= 0, "learning_rate", "it must not be negative")
     need(0 <= config.warmup_ratio <= 1, "warmup_ratio", "it is a share between 0 and 1")
     need(config.max_grad_norm > 0, "max_grad_norm", "it must be positive")
@@ -540,48 +365,8 @@ def _check_values(config: TrainConfig) -> None:
     need(config.ddp_timeout > 0, "ddp_timeout", "it is a number of seconds")
     need(config.max_bad_steps >= 0, "max_bad_steps", "it must not be negative; 0 ends the run at the first one")
     need(config.max_logprob_difference > 0, "max_logprob_difference", "it must be positive")
-    choices = (
-        ("opad.sampling", config.opad.sampling, ("all", "uniform", "surprise")),
-        ("sage.normalization", config.sage.normalization, ("all_tokens", "active_tokens", "none")),
-        ("sage.normalization_scope", config.sage.normalization_scope, ("batch", "trajectory")),
-        ("sage.intervention", config.sage.intervention, ("judge", "random", "inverted")),
-    )
-    for key, value, possible in choices:
-        need(value in possible, key, f"choose one of {list(possible)}")
-    steps = config.opad.steps_per_trajectory
-    need(steps is None or steps >= 1, "opad.steps_per_trajectory", "it must be at least 1, or null for all")
-    need(0 <= config.sage.alpha <= 1, "sage.alpha", "it lies between SKIP's 0 and STRONG's 1")
-    need(0 <= config.sage.judge_fallback <= 1, "sage.judge_fallback", "it lies between 0 and 1")
-    need(config.sage.eps > 0, "sage.eps", "it must be positive")
-    need(config.sage.judge_max_tokens >= 1, "sage.judge_max_tokens", "it must be at least 1")
-    need(
-        config.sage.confidence_temperature > 0,
-        "sage.confidence_temperature",
-        "at 0 every confidence is 1: set sage.use_confidence to false for that",
-    )
-    secret = sorted(k for k, v in config.environment.options.items() if k.lower() in SECRETS and v)
-    if secret:
-        raise ConfigError(
-            f"environment.options.{secret[0]} looks like a secret, and settings are written to the run's folder; let "
-            "the environment read it from a variable of the shell"
-        )
-    need(config.tcod.k_start >= 1, "tcod.k_start", "it must be at least 1")
-    need(config.environment.step_timeout > 0, "environment.step_timeout", "it is a number of seconds")
-    need(config.environment.reset_timeout > 0, "environment.reset_timeout", "it is a number of seconds")
-    need(
-        all(t >= 0 for t in config.environment.eval_temperatures) and bool(config.environment.eval_temperatures),
-        "environment.eval_temperatures",
-        "give at least one; 0 is greedy",
-    )
-    for key in (
-        "save_total_limit",
-        "eval_max_prompts",
-        "workspace_bytes",
-        "environment.eval_max_tasks",
-        "environment.max_trajectory_tokens",
-    ):
-        section, _, name = key.rpartition(".")
-        value = getattr(getattr(config, section) if section else config, name)
+    for key in ("save_total_limit", "eval_max_prompts", "workspace_bytes"):
+        value = getattr(config, key)
         need(value is None or value >= 1, key, "it must be at least 1, or null for no limit")
     for key in ("eval_steps", "save_steps"):
         need(getattr(config, key) >= 0, key, "it must not be negative; 0 is never")

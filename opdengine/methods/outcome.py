@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from opdengine.method_settings import UniOPDConfig
+from opdengine.sections import UniOPDConfig
 from opdengine.types import Rollout
 
 LEAST_KEPT = 0.25

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from opdengine.config import TrainConfig
-from opdengine.method_settings import UniOPDConfig
 from opdengine.methods import outcome
 from opdengine.methods.advantage import MEASURES, PolicyGradient, gaps, resolve
 from opdengine.methods.mad_opd import contexts_of
 from opdengine.methods.opd import need_teachers
 from opdengine.metrics import mean
 from opdengine.recipe import Annotations, Annotator, Batch, Note, Recipe, Weighed
+from opdengine.sections import UniOPDConfig
 from opdengine.teachers import Teacher
 from opdengine.types import Rollout
 

@@ -84,7 +84,7 @@ def test_missing_settings_and_files(tmp_path: Path) -> None:
         load_config(None, [])
     with pytest.raises(ConfigError, match=r"train_data=\[\] is not possible; name at least one file"):
         load_config(None, ["--model", "m", "--output_dir", "o"])
-    with pytest.raises(ConfigError, match="train_data=.*the tasks come from the environment"):
+    with pytest.raises(ConfigError, match=r"train_data=.*the tasks come from the environment"):
         load_config(None, [*BASE, "--environment.name", "house"])
     with pytest.raises(ConfigError, match=r"missing setting 'teachers.0.model'"):
         load_config(None, [*BASE, "--teachers.0.name", "t"])
