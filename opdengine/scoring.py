@@ -12,9 +12,10 @@ import torch
 
 from opd_kernels import linear_logprob
 from opdengine.backbone import Backbone, Head
+from opdengine.probes import ProbeError
 from opdengine.recipe import Note, Stats
 from opdengine.teachers import Teacher
-from opdengine.types import Failure, Rollout, TeacherContext, TeacherTargets, TopK
+from opdengine.types import Failure, Hidden, Rollout, TeacherContext, TeacherTargets, TopK
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,12 @@ async def judge(
 ) -> list[Judged]:
     """Ask every teacher about its contexts; rollouts that cannot be trained on are counted in ``dropped``.
 
-    A teacher that failed on a rollout is left out of it; where all failed the rollout is dropped. A
-    rollout of which no turn has weight stays without being shown to any teacher.
+    A teacher that failed on a rollout, or whose states are not finite there, is left out of it; where all
+    failed the rollout is dropped. A rollout of which no turn has weight stays without being shown to any
+    teacher.
+
+    Raises:
+        ProbeError: nothing that a teacher says is finite.
     """
     usable = []
     for rollout, note in zip(rollouts, notes, strict=True):
@@ -72,6 +77,16 @@ async def judge(
         for teacher, judgements in zip(busy, answers, strict=True)
         for context, targets in zip(queues[teacher.name], judgements, strict=True)
     }
+    for teacher in busy:
+        broken = [c.rollout_id for c in queues[teacher.name] if not _finite(found[c.rollout_id, teacher.name])]
+        if len(broken) == len(queues[teacher.name]) > 1:
+            raise ProbeError(
+                f"teacher {teacher.name!r} is broken: its hidden states are NaN or inf on all {len(broken)} contexts; "
+                "check its weights, and its dtype (float16 overflows where bfloat16 does not)"
+            )
+        for rollout_id in broken:
+            found[rollout_id, teacher.name] = Failure(teacher.name, "not_finite")
+            dropped[f"teacher_not_finite/{teacher.name}"] += 1
     judged = []
     for rollout, note in usable:
         if note.is_silent(rollout):
@@ -84,6 +99,10 @@ async def judge(
         else:
             judged.append(Judged(rollout, note.only(list(good)), tuple(good.values())))
     return judged
+
+
+def _finite(answer: TeacherTargets | Failure) -> bool:
+    return not isinstance(answer, Hidden) or bool(torch.isfinite(answer.states).all())
 
 
 @dataclass(frozen=True)

@@ -93,10 +93,10 @@ def test_a_run_killed_four_times_ends_with_the_same_weights(
 def test_a_run_killed_25_times_ends_with_the_same_weights(
     models: dict[str, str], prompt_file: str, tmp_path: Path
 ) -> None:
-    settings = settings_of(models, prompt_file, steps=30)
+    settings = settings_of(models, prompt_file, steps=36)
     assert run(tmp_path, "whole", settings, kills=0) == []
     killed = Counter(kill["phase"] for kill in run(tmp_path, "killed", settings, kills=25, seed=1))
     print(dict(killed))
     assert killed.total() == 25
     assert {"rollout", "debate", "weight sync", "start of saving", "files of a checkpoint"} <= killed.keys()
-    assert_same_run(tmp_path / "whole", tmp_path / "killed", 30)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", 36)
