@@ -175,7 +175,7 @@ def gemms(problem: Problem, kind: str, chunk: int | None = None) -> Step:
                     product(states[first:last], head, z[: last - first])
             part, states = dz[: stop - start], hidden[start:stop]
             if half:
-                torch.mm(part, weight, out=dx[start:stop])
+                dx[start:stop] = torch.mm(part, weight, out_dtype=torch.float32)
                 if start:
                     torch.addmm(dw, part.t(), states, out_dtype=torch.float32, out=dw)
                 else:

@@ -40,12 +40,14 @@ class ChunkPlan:
             up-cast).
         gradient_rows: rows of dZ gathered in the weight's dtype before the gradient GEMMs (0: dZ
             stays in place).
+        block_bytes: what a compacted backward may use for one block of columns.
     """
 
     chunk_rows: int
     tile_rows: int
     weight_rows: int
     gradient_rows: int
+    block_bytes: int = 0
 
 
 def plan_chunks(
@@ -61,6 +63,7 @@ def plan_chunks(
     device: torch.device,
     workspace_bytes: int,
     fixed_bytes: int = 0,
+    block_bytes: int = 0,
 ) -> ChunkPlan:
     """Largest chunks whose temporaries fit ``workspace_bytes``.
 
@@ -75,7 +78,9 @@ def plan_chunks(
         dtype: compute dtype.
         device: where the work runs.
         workspace_bytes: the budget.
-        fixed_bytes: part of it that is used elsewhere.
+        fixed_bytes: part of it that a compacted backward needs; 0 without one.
+        block_bytes: most that it may use for a block of columns, an eighth of the budget if that is
+            less.
 
     Raises:
         ValueError: one row does not fit; states the bytes that are needed.
@@ -84,19 +89,20 @@ def plan_chunks(
     widest = max(hidden_sizes)
     logits_row = buffers * vocab * item + 4 * widest * item + ROW_OVERHEAD_BYTES
     scratch_row = scratch_tiles * vocab * item
-    # The dense product of dZ is narrow; a compacted one accumulates in ``dtype``, twice where rows
-    # are grouped.
-    gradient_row = 2 * vocab + (2 + (2 * item if fixed_bytes else 0)) * widest if half_gradient else 0
+    # Besides dZ: hidden states and results in half precision, the product in ``dtype``, of which a
+    # compacted one has two where rows are grouped.
+    gradient_row = 2 * vocab + (4 + (2 if fixed_bytes else 1) * item) * widest if half_gradient else 0
     weight_row = widest * item if upcast else 0
 
     minimum = logits_row + scratch_row + gradient_row + weight_row + fixed_bytes
-    if workspace_bytes < minimum:
+    blocks = min(block_bytes, workspace_bytes // 8)
+    if workspace_bytes - blocks < minimum:
         raise ValueError(
             f"workspace_bytes={workspace_bytes} cannot hold one row of {vocab} logits: "
-            f"pass workspace_bytes >= {minimum}"
+            f"pass workspace_bytes >= {minimum + min(block_bytes, minimum // 7 + 1)}"
         )
 
-    budget = workspace_bytes - fixed_bytes
+    budget = workspace_bytes - blocks - fixed_bytes
     if device.type == "cpu" and budget >= 4 * PRODUCT_BLOCK_BYTES:
         budget -= PRODUCT_BLOCK_BYTES
     tile_rows = max(1, min(rows, TILE_ELEMENTS.get(device.type, 1 << 19) // vocab, budget // 8 // max(1, scratch_row)))
@@ -111,9 +117,9 @@ def plan_chunks(
     chunk_rows = balanced(rows, max(1, min(most, budget // (logits_row + 4 * gradient_row))))
     gradient_rows = 0
     if half_gradient:
-        chunks = max(1, min(8, (budget - chunk_rows * logits_row) // (chunk_rows * gradient_row)))
-        gradient_rows = chunks * chunk_rows
-    return ChunkPlan(chunk_rows, tile_rows, weight_rows, gradient_rows)
+        fitting = (budget - chunk_rows * logits_row) // (chunk_rows * gradient_row)
+        gradient_rows = chunk_rows * max(1, min(8, fitting, -(-rows // chunk_rows)))
+    return ChunkPlan(chunk_rows, tile_rows, weight_rows, gradient_rows, blocks)
 
 
 def balanced(rows: int, largest: int) -> int:

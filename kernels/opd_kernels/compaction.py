@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunking import spans
+from .chunking import ChunkPlan, spans
 from .heads import HeadGradient, accumulate
 from .selection import RowPlan
 
@@ -39,17 +39,20 @@ DENSE_ABOVE = 0.6
 """Share of the dense work from which compaction does not pay for its gathers."""
 SPLIT_BELOW = 0.8
 """Two groups of rows must save this much over one: each reads its rows of the weight."""
-BLOCK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+ALIGNMENT = 16
+"""Elements to whose multiple rows of a gathered block are padded in half precision, where GEMMs lose
+most of their speed on rows that are not aligned."""
 
 
-def scratch_bytes(vocab: int, workspace_bytes: int, itemsize: int, device: str) -> int:
-    """Bytes a compactor needs besides its tile of rows: what it knows about columns, and the blocks
-    of its GEMMs."""
-    return vocab * (LEVELS * (itemsize + 1) + 24) + block_bytes(workspace_bytes, device)
+def scratch_bytes(vocab: int, itemsize: int) -> int:
+    """Bytes a compactor needs besides its tile of rows and the blocks of its GEMMs: what it knows
+    about columns."""
+    return vocab * (LEVELS * (itemsize + 1) + 24)
 
 
-def block_bytes(workspace_bytes: int, device: str) -> int:
-    return min(BLOCK_BYTES.get(device, 16 << 20), workspace_bytes // 8)
+def block_bytes(device: torch.device) -> int:
+    """Most bytes that pay for a block of columns."""
+    return 256 << 20 if device.type == "cuda" else 16 << 20
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,10 @@ class Compactor:
         dropped: [N] share of each row's mass that was dropped; NaN where no gradient was computed.
     """
 
-    def __init__(
-        self, tolerance: float, rows: RowPlan, total_rows: int, tile_rows: int, workspace_bytes: int, like: Tensor
-    ) -> None:
-        """``total_rows`` is N, ``tile_rows`` the rows of a sweep, ``like`` of the compute dtype."""
-        self.tolerance, self.rows, self.tile_rows = tolerance, rows, tile_rows
-        self.block_bytes = block_bytes(workspace_bytes, like.device.type)
+    def __init__(self, tolerance: float, rows: RowPlan, total_rows: int, plan: ChunkPlan, like: Tensor) -> None:
+        """``total_rows`` is N, ``like`` of the compute dtype."""
+        self.tolerance, self.rows = tolerance, rows
+        self.tile_rows, self.block_bytes = plan.tile_rows, plan.block_bytes
         self.dropped = like.new_full((total_rows,), float("nan"))
         self.scratch: Tensor | None = None
 
@@ -123,11 +124,11 @@ class Compactor:
             return None, torch.zeros_like(mass)
         share = dropped / mass.clamp(min=torch.finfo(mass.dtype).tiny)[:, None]
         if not split:
-            return [Part(None, columns_of(below[last]))], share[:, last]
+            return [Part(None, columns_of(below[last], kept[last]))], share[:, last]
         easy = passes[:, first]
         parts = [
-            Part(torch.nonzero(easy)[:, 0], columns_of(below[first])),
-            Part(torch.nonzero(~easy)[:, 0], columns_of(below[last])),
+            Part(torch.nonzero(easy)[:, 0], columns_of(below[first], kept[first])),
+            Part(torch.nonzero(~easy)[:, 0], columns_of(below[last], kept[last])),
         ]
         return parts, torch.where(easy, share[:, first], share[:, last])
 
@@ -181,7 +182,8 @@ class Compactor:
         rows = hidden_gradient
         if rows is not None and part.rows is not None:
             rows = rows.new_zeros(count, rows.shape[1])
-        for start, stop in spans(columns, max(1, self.block_bytes // column_bytes)):
+        step = max(1, self.block_bytes // column_bytes)
+        for start, stop in spans(columns, step - step % ALIGNMENT or step):
             add_block(gradient, part, dz, hidden, rows, start, stop)
         if hidden_gradient is not None and part.rows is not None and rows is not None:
             hidden_gradient.index_copy_(0, part.rows, rows)
@@ -197,9 +199,9 @@ def add_block(
         block, head = dz[:, start:stop], weight[start:stop]
     else:
         index = part.columns[start:stop]
-        block, head = dz.index_select(1, index), weight.index_select(0, index)
+        block, head = pick(dz, 1, index), weight.index_select(0, index)
     if part.rows is not None:
-        block = block.index_select(0, part.rows)
+        block = pick(block, 0, part.rows)
     if rows is not None:
         accumulate(block, head.to(dz.dtype), rows)
     del head
@@ -207,6 +209,15 @@ def add_block(
         gradient.add_weight_rows(block, hidden, index, start, stop)
 
 
-def columns_of(below: Tensor) -> Tensor | None:
-    """Columns that are not ``below`` [V], ascending; None for all."""
-    return torch.nonzero(~below)[:, 0] if bool(below.any()) else None
+def pick(matrix: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Rows (``dim`` 0) or columns ``index``."""
+    if matrix.itemsize > 2:
+        return matrix.index_select(dim, index)
+    rows, columns = (index.numel(), matrix.shape[1]) if dim == 0 else (matrix.shape[0], index.numel())
+    out = matrix.new_empty(rows, -(-columns // ALIGNMENT) * ALIGNMENT)[:, :columns]
+    return torch.index_select(matrix, dim, index, out=out)
+
+
+def columns_of(below: Tensor, kept: int) -> Tensor | None:
+    """The ``kept`` columns that are not ``below`` [V], ascending; None for all."""
+    return None if kept == below.numel() else torch.nonzero(~below)[:, 0]

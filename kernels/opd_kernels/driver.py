@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .chunking import ChunkPlan, plan_chunks, spans
-from .compaction import Compactor, scratch_bytes
+from .compaction import Compactor, block_bytes, scratch_bytes
 from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast
 from .row_ops import make_row_ops, row_layout
 from .selection import RowPlan
@@ -118,14 +118,7 @@ class _Pass:
         self.finite = torch.ones(rows.count, len(problem.teachers), dtype=torch.bool, device=like.device)
         self.compactor = None
         if problem.backward_tolerance and wants:
-            self.compactor = Compactor(
-                problem.backward_tolerance,
-                rows,
-                problem.rows,
-                self.workspace.plan.tile_rows,
-                problem.workspace_bytes,
-                like,
-            )
+            self.compactor = Compactor(problem.backward_tolerance, rows, problem.rows, self.workspace.plan, like)
             outcome.dropped = self.compactor.dropped
         self.sink = GradientSink(self.workspace, gradient, problem.student, rows, self.compactor)
 
@@ -331,10 +324,10 @@ def make_workspace(
     upcasts.append(wants.hidden and needs_upcast(student.weight, like.dtype, gradient=True))
     widths = tuple(head.weight.shape[1] for head in heads)
     columns, scratch_tiles = row_layout(problem.impl, student.vocab)
-    fixed = 0
+    fixed = blocks = 0
     if problem.backward_tolerance and wants:
         scratch_tiles += 1
-        fixed = scratch_bytes(student.vocab, problem.workspace_bytes, like.itemsize, like.device.type)
+        fixed, blocks = scratch_bytes(student.vocab, like.itemsize), block_bytes(like.device)
     plan = plan_chunks(
         rows=rows,
         vocab=columns,
@@ -347,6 +340,7 @@ def make_workspace(
         device=like.device,
         workspace_bytes=problem.workspace_bytes,
         fixed_bytes=fixed,
+        block_bytes=blocks,
     )
     return Workspace(plan, student.vocab, like, buffers, max(widths), columns)
 

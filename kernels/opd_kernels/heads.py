@@ -160,10 +160,13 @@ class HeadGradient:
     def _add_hidden(self, dz: Tensor, start: int, stop: int, tile: Tensor | None) -> None:
         assert self.hidden is not None
         weight = self.head.weight[: self.head.vocab]
-        if self.index is None and weight.dtype == dz.dtype == self.hidden.dtype:
+        if self.index is None and weight.dtype == self.hidden.dtype == dz.dtype == self.dtype:
             cpu_gemm.hidden_gradient(dz, weight, self.hidden[start:stop])
             return
-        if weight.dtype == dz.dtype:
+        if dz.dtype != self.dtype:
+            # A bfloat16 result would let the library round its partial sums over the vocabulary too.
+            rows = torch.mm(dz, weight, out_dtype=self.dtype)
+        elif weight.dtype == dz.dtype:
             rows = dz.new_empty(dz.shape[0], weight.shape[1])
             cpu_gemm.hidden_gradient(dz, weight, rows)
         else:

@@ -65,6 +65,8 @@ def define(
         lambda *values: run(dict(zip(names, values, strict=True))),
         mutates_args=(),
         schema=f"({arguments}) -> Tensor[]",
+        # Checks and row selection read data on the host.
+        tags=torch.Tag.cudagraph_unsafe,
     )
     op.register_fake(lambda *values: fake(dict(zip(names, values, strict=True))))
     return op

@@ -69,14 +69,6 @@ class ShardGradient(HeadGradient):
         if wants.hidden:
             self.hidden = head.hidden.new_zeros(head.hidden.shape, dtype=compute_dtype)
 
-    def _add_hidden(self, dz: Tensor, start: int, stop: int, tile: Tensor | None) -> None:
-        weight = self.head.weight[: self.head.vocab]
-        if dz.dtype == weight.dtype != self.dtype:
-            # A half-precision product is a partial sum here: it keeps the accumulator's precision.
-            self.put_hidden(torch.mm(dz, weight, out_dtype=self.dtype), start, stop)
-        else:
-            super()._add_hidden(dz, start, stop, tile)
-
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self.hidden is not None:
             self.shards.sum_(self.hidden)

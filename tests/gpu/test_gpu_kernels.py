@@ -122,6 +122,23 @@ def test_small_divergences(kind, sigma, dtype):
     assert_near(fused(*call, divergence=kind), exact(*call, divergence=kind), values=2e-3, gradients=limit)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_compacted_backward(kind, masked):
+    """Peaked rows, a few different ones, in several blocks of dZ: most columns are dropped."""
+    (hidden, weight), some, tolerance = student(), torch.arange(ROWS, device=DEVICE) % 16, 1e-2
+    hidden = (4.0 * hidden[some]).detach().requires_grad_()
+    teachers = [replace(t, hidden=4.0 * t.hidden[some]) for t in strangers(2)]
+    options = {"divergence": kind}
+    if masked:
+        options["token_weight"] = torch.arange(ROWS, device=DEVICE) % 3 / 2
+    call = (hidden, weight, teachers)
+    out = linear_divergence(*call, stats=True, backward_tolerance=tolerance, workspace_bytes=200 << 20, **options)
+    assert 0 < out.stats.dropped_mass.nan_to_num().max() <= tolerance
+    got = [out.token_loss, *torch.autograd.grad(out.loss, (hidden, weight))]
+    assert_near(got, exact(*call, **options), values=2e-5, gradients=1e-2 + 3 * tolerance)
+
+
 def test_float16():
     call = (*student(torch.float16), strangers(2, torch.float16))
     assert_near(fused(*call, divergence="jsd"), exact(*call, divergence="jsd"), values=2e-5, gradients=2e-3)

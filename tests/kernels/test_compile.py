@@ -63,6 +63,12 @@ def test_divergence(make_case, kind, reduction, dtype):
     assert_same(call, (*case.student, bias))
 
 
+def test_ops_stay_out_of_cuda_graphs():
+    """They read data on the host."""
+    for name in ("linear_divergence", "linear_divergence_backward", "linear_logprob", "token_stats"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.opd_kernels, name).default.tags
+
+
 def test_options_that_are_left_out(make_case):
     case = make_case(1)
 

@@ -1,0 +1,108 @@
+"""bfloat16 heads as a GPU runs them: library products with a float32 result, dZ gathered in bfloat16.
+
+A CPU has no such products, so stand-ins take their place that check what the CUDA ones accept.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from opd_kernels import TeacherHead, heads, linear_divergence, linear_logprob
+
+ROWS, VOCAB, WIDTH = 40, 515, 24
+LIVE = 64
+MM, ADDMM = torch.mm, torch.addmm
+
+
+def product(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
+    assert left.dtype == right.dtype in (torch.bfloat16, torch.float16)
+    assert out_dtype == torch.float32
+    return MM(left.float(), right.float())
+
+
+def mm(left, right, *, out_dtype=None, out=None):
+    if out_dtype is None:
+        return MM(left, right) if out is None else MM(left, right, out=out)
+    found = product(left, right, out_dtype)
+    return found if out is None else write(out, found)
+
+
+def addmm(start, left, right, *, out_dtype=None, beta=1, alpha=1, out=None):
+    if out_dtype is None:
+        return ADDMM(start, left, right, beta=beta, alpha=alpha, out=out)
+    assert start.dtype in (out_dtype, left.dtype)
+    found = alpha * product(left, right, out_dtype)
+    return write(out, found if beta == 0 else found + beta * start)
+
+
+def write(out: Tensor, values: Tensor) -> Tensor:
+    assert (out.dtype, out.shape) == (values.dtype, values.shape)
+    return out.copy_(values)
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    halves = (torch.bfloat16, torch.float16)
+    monkeypatch.setattr(heads, "native_half", lambda weight, to: weight.dtype in halves and to == torch.float32)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+
+
+def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, list[TeacherHead]]:
+    """Nearly all probability lies in the first columns."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=g) * scale).to(dtype)
+
+    def weight(width: int) -> Tensor:
+        return torch.cat([normal(LIVE, width), normal(VOCAB - LIVE, width, scale=0.05)])
+
+    teachers = [TeacherHead(normal(ROWS, d), weight(d)) for d in (WIDTH, 32)]
+    return normal(ROWS, WIDTH, scale=2.0).requires_grad_(), weight(WIDTH).requires_grad_(), teachers
+
+
+def wide(hidden: Tensor, weight: Tensor, teachers: list[TeacherHead]):
+    heads = [TeacherHead(t.hidden.double(), t.weight.double()) for t in teachers]
+    return *(x.detach().double().requires_grad_() for x in (hidden, weight)), heads
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("budget", [None, 100_000])
+@pytest.mark.parametrize("tolerance", [0.0, 0.02])
+@pytest.mark.parametrize("masked", [False, True])
+def test_divergence(dtype, kind, budget, tolerance, masked):
+    """All rows in one block of dZ and few of them, dense and compacted gradients."""
+    options = {"divergence": kind, "workspace_bytes": budget}
+    if masked:
+        options["token_weight"] = torch.linspace(0.5, 2.0, ROWS) * (torch.arange(ROWS) % 3 > 0)
+    call = problem(dtype)
+    out = linear_divergence(*call, backward_tolerance=tolerance, stats=True, **options)
+    exact_call = wide(*call)
+    exact = linear_divergence(*exact_call, impl="reference", **options)
+    assert relative(out.loss.detach(), exact.loss.detach()) < 1e-5
+    if tolerance:
+        assert 0 < out.stats.dropped_mass.nan_to_num().max() <= tolerance
+    gradients = torch.autograd.grad(out.loss, call[:2])
+    for got, want in zip(gradients, torch.autograd.grad(exact.loss, exact_call[:2]), strict=True):
+        assert got.dtype == dtype
+        assert relative(got, want) < 5e-3 + tolerance
+
+
+def test_logprob():
+    hidden, weight, _ = problem(torch.bfloat16)
+    labels = torch.arange(ROWS) * 11
+    states = [[hidden, weight], list(wide(hidden, weight, [])[:2])]
+    results = [
+        torch.autograd.grad(linear_logprob(*pair, labels, workspace_bytes=100_000).logprob.sum(), pair)
+        for pair in states
+    ]
+    for got, want in zip(*results, strict=True):
+        assert relative(got, want) < 5e-3
