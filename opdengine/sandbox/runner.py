@@ -28,6 +28,7 @@ def run(plain: types.ModuleType, request: dict[str, Any], questions: int, answer
         request: ``mode`` ("program", "functions" or "test"), ``code``, and what belongs to the mode.
         questions, answers: file descriptors of lines of JSON, for functions and tests.
     """
+    sys.argv = ["solution.py"]
     if request["mode"] == "program":
         _program(request["code"])
     channel = _Channel(plain, questions, answers)

@@ -124,8 +124,9 @@ class Session:
         try:
             self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            for pid in (self._process.pid, *_descendants(self._process.pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self._process.wait()
         self._process.stdout.close()
         self._errors.close()
@@ -189,6 +190,18 @@ class Session:
     def _last_words(self) -> str:
         self._errors.seek(0)
         return self._errors.read()[-1000:].decode(errors="replace").strip()
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and those that they have."""
+    parents: dict[int, int] = {}
+    for stat_file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat_file.parent.name)] = int(stat_file.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found[1:]
 
 
 def _scratch_folder(uid: int | None, runtime: Runtime) -> str:
