@@ -37,6 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     "debate": {"prompts": 4, "config": {"method": "mad_opd", "debate": {"rounds": 1, "max_tokens": 4}}},
     "written": {"prompts": 3, "config": {"method": "mt_seqkd"}},
     "adapter": {"prompts": 3, "config": {"lora": {"r": 4}}},
+    # Parameters are gathered in bfloat16, where a single process computes under autocast.
+    "bfloat16": {"prompts": 4, "tolerance": 0.02, "config": {"bf16": True}},
     "frozen_head": {"prompts": 3, "student": "big", "config": {"freeze_head": True}},
 }
 
@@ -83,17 +85,20 @@ def test_a_step_does_not_depend_on_the_number_of_processes(found: dict[int, Any]
     assert len({len(targets) for _, _, targets in one["rollouts"][0]}) > 1 or case in ("debate", "written")
     assert many["gradients"].keys() == one["gradients"].keys()
     assert bool(one["gradients"]) == (case != "nothing_left")
+    tolerance = CASES[case].get("tolerance", 1e-4)
     largest = max((g.abs().max() for g in one["gradients"].values()), default=torch.zeros(()))
     for name, gradient in one["gradients"].items():
-        torch.testing.assert_close(many["gradients"][name], gradient, rtol=1e-4, atol=1e-4 * largest.item(), msg=name)
+        torch.testing.assert_close(
+            many["gradients"][name], gradient, rtol=tolerance, atol=tolerance * largest.item(), msg=name
+        )
     assert many["weights"].keys() == one["weights"].keys()
     for name, weight in one["weights"].items():
-        torch.testing.assert_close(many["weights"][name], weight, rtol=0, atol=1e-3 * LEARNING_RATE, msg=name)
+        torch.testing.assert_close(many["weights"][name], weight, rtol=0, atol=10 * tolerance * LEARNING_RATE, msg=name)
     for ours, theirs in zip(many["metrics"], one["metrics"], strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             if not name.startswith(("timing/", "perf/", "sampling/")):
-                assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+                assert ours[name] == pytest.approx(value, rel=tolerance, abs=1e-6), name
 
 
 def test_the_cases_are_what_they_say(found: dict[int, Any]) -> None:
