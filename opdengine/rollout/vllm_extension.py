@@ -6,11 +6,17 @@ place, a server through ``/collective_rpc``. Arguments and answers are plain JSO
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
 from typing import Any
 
 from opdengine.rollout.policy_file import read_policy
+
+LAYER = re.compile(r"(.*?\.\d+(?=\.))?")
+"""The part of a weight's name up to its layer's number; empty outside the layers."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +75,30 @@ class PolicyLoader:
             model_config = self.vllm_config.model_config
             weights = loader.get_all_weights(model_config, self.model_runner.get_model())
         else:
-            weights = read_policy(path, names or {}, low_rank, self.device)
+            config = self.vllm_config.model_config
+            stored = read_policy(path, names or {}, low_rank, self.device)
+            weights = as_in_checkpoint(stored, config.model, config.trust_remote_code)
         self.reload_weights(weights_iterator=weights)
+        _pack_experts(self.model_runner.get_model())
+
+
+def _pack_experts(model: Any) -> None:
+    """Bring reloaded experts into the layout of the CPU kernel: vLLM packs them at the first load only.
+
+    On GPUs the layout is part of the reload, and this does nothing.
+    """
+    for layer in model.modules():
+        experts = getattr(getattr(getattr(layer, "quant_method", None), "moe_kernel", None), "fused_experts", None)
+        if experts is not None and layer.w13_weight.device.type == "cpu":
+            experts.process_weights_after_loading(layer)
 
 
 WORKER_EXTENSION = f"{PolicyLoader.__module__}.{PolicyLoader.__qualname__}"
 
 
-def model_weights(model: str, trust_remote_code: bool) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Names and shapes of the ``state_dict``, and which names share storage; allocates nothing.
-
-    Raises:
-        ValueError: the weights of all experts of a layer are one tensor, which vLLM loads by other names.
-    """
+@cache
+def empty_model(model: str, trust_remote_code: bool) -> Any:
+    """The transformers model without its weights; allocates nothing."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -89,17 +106,46 @@ def model_weights(model: str, trust_remote_code: bool) -> tuple[dict[str, tuple[
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     empty.tie_weights()
+    return empty
+
+
+def model_weights(model: str, trust_remote_code: bool) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Names and shapes of the ``state_dict``, and which names share storage."""
     shapes: dict[str, tuple[int, ...]] = {}
     tied: dict[str, str] = {}
     owner: dict[int, str] = {}
-    for name, tensor in empty.state_dict(keep_vars=True).items():
+    for name, tensor in empty_model(model, trust_remote_code).state_dict(keep_vars=True).items():
         shapes[name] = tuple(tensor.shape)
         first = owner.setdefault(id(tensor), name)
         if first != name:
             tied[name] = first
-    if fused := [name for name, shape in shapes.items() if ".experts." in name and len(shape) == 3]:
-        raise ValueError(
-            f"{model} is a mixture of experts ({fused[0]}), whose weights vLLM cannot be given anew; set use_vllm to "
-            "false to train it"
-        )
     return shapes, tied
+
+
+def as_in_checkpoint(
+    weights: Iterable[tuple[str, Any]], model: str, trust_remote_code: bool
+) -> Iterable[tuple[str, Any]]:
+    """Weights by the names and shapes of the model's checkpoint files, which vLLM knows.
+
+    In memory transformers holds the weights of all experts of a layer as one tensor, for example.
+
+    Args:
+        weights: by the names of the ``state_dict``; at most one layer at a time is held.
+        model, trust_remote_code: see :func:`empty_model`.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    empty = empty_model(model, trust_remote_code)
+    if not _is_converted(model, trust_remote_code):
+        return weights
+    layers = groupby(weights, key=lambda item: LAYER.match(item[0])[0])  # type: ignore[index]
+    return (item for _, layer in layers for item in revert_weight_conversion(empty, dict(layer)).items())
+
+
+@cache
+def _is_converted(model: str, trust_remote_code: bool) -> bool:
+    """Whether any weight has another name in memory than in a checkpoint."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    weights = empty_model(model, trust_remote_code).state_dict()
+    return set(revert_weight_conversion(empty_model(model, trust_remote_code), dict(weights))) != set(weights)

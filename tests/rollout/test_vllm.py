@@ -16,22 +16,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
-    Qwen3MoeConfig,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from vllm_helpers import WINDOW, reference_logprobs, requests, same, train, worst_gap
+from vllm_helpers import WINDOW, reference_logprobs, requests, same, save_model, train, worst_gap
 
 from opdengine.errors import VLLMMissingError
 from opdengine.rollout.engine_process import EngineError
 from opdengine.rollout.policy_file import collect_policy, read_policy, write_policy
 from opdengine.rollout.vllm import VLLMSampler
 from opdengine.rollout.vllm_base import VLLMBase
-from opdengine.rollout.vllm_extension import model_weights
+from opdengine.rollout.vllm_extension import as_in_checkpoint
 from opdengine.types import Completion, Request, SamplingParams
 
 engine_test = pytest.mark.vllm
@@ -284,10 +284,14 @@ def test_policy_given_twice_is_refused() -> None:
         collect_policy([("a", torch.ones(1))] * 2, {"a": (1,)}, {})
 
 
-def test_mixture_of_experts_is_refused_at_the_start(tmp_path: Path) -> None:
-    config = Qwen3MoeConfig(
-        vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, num_experts=2
-    )
-    config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"mixture of experts.*set use_vllm to false"):
-        model_weights(str(tmp_path), False)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "mixtral"])
+def test_weights_go_to_the_engine_under_the_names_of_a_checkpoint(tmp_path: Path, family: str) -> None:
+    """In memory, and in the state_dict, the experts of a layer are one tensor."""
+    path = save_model(tmp_path, tied=True, family=family)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    weights = dict(model.state_dict())
+    given = dict(as_in_checkpoint(iter(weights.items()), path, False))
+    stored = load_file(tmp_path / "model.safetensors")
+    assert given.keys() - stored.keys() == {"lm_head.weight"}  # tied
+    assert (given.keys() == weights.keys()) == (family == "qwen3")
+    assert all(torch.equal(given[name], tensor) for name, tensor in stored.items())

@@ -16,6 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from vllm_helpers import after, alive, open_sampler, requests, same, save_model, train, worst_gap
 
+from opdengine.config import LoRAConfig
+from opdengine.lora import add_adapter, base_of, policy
 from opdengine.rollout.vllm import EngineDiedError, EngineError, VLLMSampler
 from opdengine.types import SamplingParams
 
@@ -50,6 +52,29 @@ def test_untied_model_updates_and_closing_leaves_nothing(tmp_path: Path) -> None
     assert not any(Path(folder).exists() for folder in before)
     with pytest.raises(EngineError, match="closed"):
         sampler.generate(prompts, params)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_mixture_of_experts_updates(tmp_path: Path, family: str) -> None:
+    """Full weights, then an adapter on the experts of the result."""
+    path = save_model(tmp_path, tied=False, family=family)
+    old, model = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for _ in range(2))
+    prompts, params = requests(4, LONGER_THAN_A_CACHE_BLOCK), SamplingParams(max_tokens=16, seed=1)
+    with open_sampler(path) as sampler:
+        assert worst_gap(old, prompts, sampler.generate(prompts, params)) < 1e-4
+        for version in (1, 2, 3, 4):
+            if version == 3:
+                model = add_adapter(model, LoRAConfig(r=4))
+            train(model, version)
+            sampler.load_policy(version, *policy(model))
+            results = sampler.generate(prompts, params)
+            assert worst_gap(base_of(model), prompts, results) < 1e-4
+            assert worst_gap(old, prompts, results) > 0.1
+            old = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            base, low_rank = policy(model)
+            old.load_state_dict(
+                {n: w + low_rank[n][0] @ low_rank[n][1] if low_rank and n in low_rank else w for n, w in base}
+            )
 
 
 def test_refused_policy_leaves_the_previous_one(colocated: VLLMSampler, model: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from opdengine.rollout.http_client import JSONClient
 from opdengine.rollout.vllm import VLLMSampler
@@ -27,8 +27,11 @@ WINDOW = 320
 SPECIAL = ("<eos>", "<tool>")
 
 
-def save_model(folder: Path, tied: bool) -> str:
-    """A random two-layer Qwen3 in float32 and a byte-level tokenizer of its own."""
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def save_model(folder: Path, tied: bool, family: str = "qwen3") -> str:
+    """A random two-layer model in float32 and a byte-level tokenizer of its own."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -37,7 +40,8 @@ def save_model(folder: Path, tied: bool) -> str:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
     fast.save_pretrained(folder)
     torch.manual_seed(int(tied))
-    config = Qwen3Config(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=len(fast),
         hidden_size=64,
         intermediate_size=128,
@@ -49,8 +53,9 @@ def save_model(folder: Path, tied: bool) -> str:
         tie_word_embeddings=tied,
         initializer_range=0.15,
         eos_token_id=fast.eos_token_id,
+        **({} if family == "qwen3" else EXPERTS),
     )
-    model = Qwen3ForCausalLM(config).float()
+    model = AutoModelForCausalLM.from_config(config).float()
     model.generation_config.eos_token_id = fast.eos_token_id
     model.save_pretrained(folder)
     return str(folder)
@@ -155,10 +160,10 @@ def same(first: list[list[Completion]], second: list[list[Completion]]) -> bool:
 
 
 def train(model: Any, seed: int = 0) -> Any:
-    """One optimiser step that moves every weight."""
+    """One optimiser step that moves every weight that is not frozen."""
     torch.manual_seed(seed)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     ids = torch.randint(0, 256, (4, 24))
     model(ids, labels=ids).loss.backward()
     optimizer.step()
