@@ -102,7 +102,7 @@ def rollout_gradients(engine: Engine, items: Sequence[Item], dimensions: int, se
 
 
 class Coherence:
-    """Every ``diagnose_steps`` steps: the selection's gain in each branch, and the cosine between branches.
+    """Every ``diagnose_steps`` steps: the cosine between branches, and the selection's gain in each at its next turn.
 
     Args:
         config: how often, how many rollouts, how many dimensions.
@@ -129,18 +129,32 @@ class Coherence:
     async def __call__(
         self, engine: Engine, judged: Sequence[Judged], stats: Sequence[Stats], items: Sequence[Item], step: int
     ) -> Mapping[str, float]:
-        if step % self.config.diagnose_steps:
-            return {}
-        metrics = await engine.beside(self.selection, engine, judged, stats, items, step)
-        return {**metrics, **(await self.opposition(engine))}
+        metrics = {}
+        if due := [branch for branch in self.schedule.streams if self.is_due(branch, step)]:
+            metrics = await engine.beside(self.selection, engine, due, judged, stats, items, step)
+        if step % self.config.diagnose_steps == 0:
+            metrics |= await self.opposition(engine)
+        return metrics
+
+    def is_due(self, branch: str, step: int) -> bool:
+        """Whether this is the branch's first step since the last multiple of ``diagnose_steps``."""
+        since = step - step % self.config.diagnose_steps
+        turns = [s for s in range(since, step + 1) if self.schedule.shares(s).get(branch)]
+        return turns == [step]
 
     def selection(
-        self, engine: Engine, judged: Sequence[Judged], stats: Sequence[Stats], items: Sequence[Item], step: int
+        self,
+        engine: Engine,
+        branches: Sequence[str],
+        judged: Sequence[Judged],
+        stats: Sequence[Stats],
+        items: Sequence[Item],
+        step: int,
     ) -> dict[str, float]:
         """Coherence of what was selected, against all and against random choices, branch by branch."""
         kept = {item.rollout.id for item in items}
         metrics: dict[str, float] = {}
-        for branch in self.schedule.streams:
+        for branch in branches:
             members = [i for i, j in enumerate(judged) if self.schedule.stream_of(j.rollout.prompt) == branch]
             members = members[: self.config.diagnose_samples]
             if len(members) < 2:

@@ -87,7 +87,7 @@ def settings(folder: Path, seed: int) -> dict[str, Any]:
             {"name": "domain", "model": special, "key": [DOMAIN], "dtype": "float32"},
         ],
         "method": "camopd",
-        "camopd": {"domain": [DOMAIN], "diagnose_steps": 7, "diagnose_samples": 16},
+        "camopd": {"domain": [DOMAIN], "diagnose_steps": 12, "diagnose_samples": 16},
         "train_data": [str(folder / f"{skill}_{seed}.jsonl") for skill in (GENERAL, DOMAIN)],
         "eval_data": [str(folder / "held_out.jsonl")],
         "verifier": {GENERAL: f"{HERE / 'task.py'}:verify", DOMAIN: "exact_match"},
@@ -100,7 +100,8 @@ def settings(folder: Path, seed: int) -> dict[str, Any]:
         "learning_rate": 1.5e-4,
         "lr_scheduler_type": "constant_with_warmup",
         "weight_decay": 0.0,
-        "eval_steps": 3,
+        "max_grad_norm": 1000.0,  # where the norm is clipped in every step, r_g has no effect at all
+        "eval_steps": 4,
         "log_completions": False,
     }
 

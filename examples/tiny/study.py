@@ -29,6 +29,8 @@ from rich.table import Table
 HERE = Path(__file__).parent
 MODELS = HERE / "models"
 Problem = Callable[[random.Random], tuple[str, str, str]]
+CORRUPT = 0.7
+"""As the bundled models were taught; makes a model that has seen little unsure."""
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom."""
 
@@ -72,21 +74,24 @@ class Study:
     reported: Sequence[str] = ()
 
 
-def specialise(base: str, problem: Problem, steps: int, learning_rate: float, out: Path) -> str:
-    """Fine-tune a bundled model on one skill for a few seconds; returns the folder.
+def specialise(
+    base: str, problem: Problem, steps: int, learning_rate: float, out: Path, corrupt: float = CORRUPT
+) -> str:
+    """Fine-tune a model for a few seconds; returns the folder.
 
     Args:
-        base: name of the bundled model.
+        base: name of a bundled model.
         problem: source of randomness -> prompt, answer, skill; at the cost of what it could before.
         steps, learning_rate: of supervised training, 64 problems a step.
         out: where it goes.
+        corrupt: share of the answers that are taught off the track.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     from tiny.lessons import Chat, encode, user_chat
     from tiny.tokenizer import build_tokenizer
-    from tiny.training import BATCH, CORRUPT, supervise
+    from tiny.training import BATCH, supervise
 
     torch.set_num_threads(1)
     tokenizer, rng = build_tokenizer(), random.Random(f"specialise/{out.name}")
@@ -95,11 +100,29 @@ def specialise(base: str, problem: Problem, steps: int, learning_rate: float, ou
     def batch(step: int) -> list[Any]:
         drawn = [problem(rng) for _ in range(BATCH)]
         chats = [Chat(user_chat(prompt), answer, skill=skill) for prompt, answer, skill in drawn]
-        return encode(tokenizer, chats, rng, CORRUPT)
+        return encode(tokenizer, chats, rng, corrupt)
 
     supervise(model, batch, steps, learning_rate, lambda text: None)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    return str(out)
+
+
+def damage(base: str, amount: float, seed: int, out: Path) -> str:
+    """A model with noise on every weight matrix, ``amount`` of its standard deviation; returns the folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tiny.tokenizer import build_tokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(amount * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(out)
+    build_tokenizer().save_pretrained(out)
     return str(out)
 
 

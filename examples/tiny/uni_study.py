@@ -1,23 +1,25 @@
 """Uni-OPD on the tiny world: two imperfect teachers, each for its own skill, and a verifier.
 
-The teachers are the bundled student, fine-tuned for seconds on one skill each until they solve about six of
-ten problems. So the right answer is not always what the teacher prefers, which is where outcomes can help. The data are
-balanced by difficulty before training, with the command's own rules.
+A model that solves both skills is damaged by noise on its weights: much for the student, less for each
+teacher. So the right answer is not always what the teacher prefers, which is where outcomes can help. The
+data are balanced by difficulty before training, by ``opdengine balance``.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from opdengine.metrics import write_jsonl
 from tiny import task
-from tiny.study import HERE, MODELS, Arm, Study, specialise
+from tiny.study import HERE, Arm, Study, damage, specialise
 
-SKILLS = {"convert": (30, 2e-3), "compile": (20, 2e-3)}
-"""Steps and learning rate that make an imperfect teacher of each skill."""
+SKILLS = ("convert", "compile")
+EXPERT_STEPS = 150
+NOISE = {"student_start": (0.4, 2), "teacher_convert": (0.2, 1), "teacher_compile": (0.3, 0)}
+"""Amount and seed of the noise: a weak student, imperfect teachers."""
 TRAIN_PROMPTS, TEST_PROMPTS = 250, 150
 
 RAW = {"train_data": ["{folder}/raw_{seed}.jsonl"]}
@@ -35,9 +37,10 @@ ARMS = (
 )
 
 
-def problem(skill: str) -> Callable[[random.Random], tuple[str, str, str]]:
-    """Source of problems of a skill."""
-    return lambda rng: (*task.problem(skill, "train", rng), skill)
+def problem(rng: random.Random) -> tuple[str, str, str]:
+    """One problem of either skill."""
+    skill = rng.choice(SKILLS)
+    return (*task.problem(skill, "train", rng), skill)
 
 
 def prepare(folder: Path, seeds: Sequence[int], split: str) -> dict[str, str]:
@@ -46,9 +49,10 @@ def prepare(folder: Path, seeds: Sequence[int], split: str) -> dict[str, str]:
     from opdengine.config import TrainConfig
     from opdengine.settings import from_mapping
 
-    graded = {"student before": str(MODELS / "student")}
-    for skill, (steps, rate) in SKILLS.items():
-        graded[f"teacher of {skill}"] = specialise("student", problem(skill), steps, rate, folder / f"teacher_{skill}")
+    expert = specialise("student", problem, EXPERT_STEPS, 2e-3, folder / "expert", corrupt=0.3)
+    made = {name: damage(expert, amount, seed, folder / name) for name, (amount, seed) in NOISE.items()}
+    graded = {"student before": made["student_start"]}
+    graded |= {f"teacher of {skill}": made[f"teacher_{skill}"] for skill in SKILLS}
     write_jsonl(
         folder / "held_out.jsonl", [row for skill in SKILLS for row in task.prompts(split, skill, TEST_PROMPTS)]
     )
@@ -64,7 +68,7 @@ def prepare(folder: Path, seeds: Sequence[int], split: str) -> dict[str, str]:
 def settings(folder: Path, seed: int) -> dict[str, Any]:
     """What all arms share; 8 rollouts of each of 8 prompts a step."""
     return {
-        "model": str(MODELS / "student"),
+        "model": str(folder / "student_start"),
         "teachers": [
             {"name": skill, "model": str(folder / f"teacher_{skill}"), "key": [skill], "dtype": "float32"}
             for skill in SKILLS
@@ -79,11 +83,11 @@ def settings(folder: Path, seed: int) -> dict[str, Any]:
         "max_completion_length": 10,
         "num_generations": 8,
         "per_device_train_batch_size": 8,
-        "max_steps": 40,
-        "learning_rate": 1e-3,
+        "max_steps": 30,
+        "learning_rate": 3e-4,
         "lr_scheduler_type": "constant_with_warmup",
         "weight_decay": 0.0,
-        "eval_steps": 5,
+        "eval_steps": 10,
         "log_completions": False,
     }
 

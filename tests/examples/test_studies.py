@@ -89,7 +89,7 @@ def test_every_arm_trains(of: Any, tmp_path: Path) -> None:
     every = [*task.prompts("train", "compile", 8), *task.prompts("train", "convert", 8)]
     for name in ("raw", "balanced"):
         write_jsonl(tmp_path / f"{name}_0.jsonl", every)
-    for name in ("specialised", "teacher_convert", "teacher_compile"):
+    for name in ("specialised", "student_start", "teacher_convert", "teacher_compile"):
         (tmp_path / name).symlink_to(study.MODELS / "teacher_compile")
     write_jsonl(tmp_path / "held_out.jsonl", every if of is uni_study else camopd_study.rows("test", "dialect", 4))
     for number, arm in enumerate(of.STUDY.arms):

@@ -14,7 +14,7 @@ from engine_helpers import assert_same_gradients, loss_and_gradient, make_config
 from method_helpers import make_batch, make_rollout
 from torch.utils.flop_counter import FlopCounterMode
 
-from opdengine.coherence import coherence, coherence_gain, probed_parameters, rollout_gradients, sketch
+from opdengine.coherence import Coherence, coherence, coherence_gain, probed_parameters, rollout_gradients, sketch
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.data import DataError, PromptSet, ScheduledStream, load_prompts
 from opdengine.engine import Engine
@@ -315,6 +315,17 @@ def test_rollout_gradients_are_those_of_each_loss_alone(models: Models, prompt_f
     _, gradients = loss_and_gradient(engine, items)
     whole = sketch([gradients[names[id(p)]] for p in parameters], 512, 1)
     np.testing.assert_allclose(rows.sum(0), whole, rtol=1e-3, atol=1e-4 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize(
+    ("every", "general", "domain"), [(1, [0, 1, 2, 4, 5, 6], [3, 7]), (4, [0, 4], [3, 7]), (6, [0, 6], [3, 7])]
+)
+def test_each_branch_is_measured_at_its_next_turn(every: int, general: list[int], domain: list[int]) -> None:
+    """Also where the interval is a multiple of the schedule's period."""
+    config = CaMOPDConfig(domain=["d"], diagnose_steps=every)
+    inspector = Coherence(config, Branches(config), (), 0)
+    for branch, steps in (("general", general), ("domain", domain)):
+        assert [s for s in range(8) if inspector.is_due(branch, s)] == steps
 
 
 def test_a_run_reports_coherence_and_opposition(models: Models, prompt_file: str, tmp_path: Path) -> None:
