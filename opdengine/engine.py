@@ -250,14 +250,13 @@ class Engine:
 
         Weighers and normalisers see the rollouts of all ranks; items and counts are this rank's.
         """
-        everyone = self.ranks.gather([(j.rollout, j.note.light(), s) for j, s in zip(judged, stats, strict=True)])
-        rollouts, notes, known = (
-            zip(*(row for rows in everyone for row in rows), strict=True) if any(everyone) else ((), (), ())
-        )
-        weighed = combine([weigher(Batch(rollouts, notes, known, number)) for weigher in self.recipe.weighers])
+        rollouts = self.ranks.join([item.rollout for item in judged])
+        notes = self.ranks.join([item.note.light() for item in judged])
+        batch = Batch(rollouts, notes, self.ranks.join(stats), number)
+        weighed = combine([weigher(batch) for weigher in self.recipe.weighers])
         kept = [i for i, signal in enumerate(weighed.signals) if signal.keep]
         scales = dict(zip(kept, normalisers([rollouts[i] for i in kept], self.config.loss_normalization), strict=True))
-        first = sum(len(rows) for rows in everyone[: self.ranks.rank])
+        first = sum(self.ranks.gather(len(judged))[: self.ranks.rank])
         items = []
         for i, item in enumerate(judged, start=first):
             signal = weighed.signals[i]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -18,14 +19,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from engine_helpers import make_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from opdengine import checkpoint as module
+from opdengine import loop
 from opdengine.checkpoint import CheckpointError, list_checkpoints, read_state, restore_optimizer, save_checkpoint
+from opdengine.data import DataError
+from opdengine.engine import Engine
 from opdengine.errors import WriteError
 from opdengine.random_state import random_state, set_random_state
 from opdengine.run_folder import InputFiles
+from opdengine.train import train
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,7 +174,7 @@ def test_a_full_disk_ends_the_run_with_a_usable_checkpoint(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     weights = (Path(models["student"]) / "model.safetensors").stat().st_size
 
-    def train(limit: int) -> subprocess.CompletedProcess[str]:
+    def run(limit: int) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
         code = "import sys; from opdengine.cli import main; sys.exit(main(sys.argv[1:]))"
         arguments = ["train", "--config", str(tmp_path / "run.yaml"), "--resume_from_checkpoint", "latest"]
@@ -178,11 +184,11 @@ def test_a_full_disk_ends_the_run_with_a_usable_checkpoint(
         )  # fmt: skip
 
     (tmp_path / "run").mkdir()
-    stopped = train(weights + 4096)  # the optimiser's file is about twice as large
+    stopped = run(weights + 4096)  # the optimiser's file is about twice as large
     assert stopped.returncode == 2
     assert "step_1' could not be written" in stopped.stderr and "Traceback" not in stopped.stderr
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
-    done = train(resource.RLIM_INFINITY)
+    done = run(resource.RLIM_INFINITY)
     assert done.returncode == 0, done.stderr[-3000:]
     assert names(tmp_path / "run" / "checkpoints") == ["step_1", "step_2"]
     state = load_file(tmp_path / "run" / "checkpoints" / "step_2" / "optimizer.safetensors")
@@ -205,3 +211,45 @@ def test_a_data_file_that_changes_under_the_run_is_noticed_once(
         data.unlink()
         files.check()
         assert "has disappeared" in caplog.records[-1].getMessage()
+
+
+def test_a_full_disk_while_logging_ends_the_run_with_the_remedy(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(models, prompt_file, tmp_path, log_completions=True, save_steps=1)
+    plain, calls = loop.write_jsonl, [0]
+
+    def full(path: Path, rows: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        plain(path, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "write_jsonl", full)
+        with pytest.raises(WriteError, match=r"No space left.*step_2.jsonl.*--resume_from_checkpoint latest"):
+            train(config, progress=False)
+    assert names(tmp_path / "checkpoints") == ["step_1"]
+    resumed = dataclasses.replace(config, resume_from_checkpoint="latest")
+    assert train(resumed, progress=False).metrics["policy_version"] == 3
+
+
+def test_data_that_change_during_a_run_are_reported_and_refused_at_resume(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    data = tmp_path / "train.jsonl"
+    data.write_text(Path(prompt_file).read_text())
+    config = make_config(models, str(data), tmp_path / "run", max_steps=1, save_steps=1)
+    plain = Engine.finish
+
+    async def finish(self: Engine, prepared: Any) -> Any:
+        data.write_text(data.read_text().replace('"answer": "0"', '"answer": "none"'))
+        return await plain(self, prepared)
+
+    monkeypatch.setattr(Engine, "finish", finish)
+    with caplog.at_level(logging.WARNING, logger="opdengine"):
+        train(config, progress=False)
+    assert sum(f"{data} has changed" in r.getMessage() for r in caplog.records) == 1
+    with pytest.raises(DataError, match="other training data"):
+        train(dataclasses.replace(config, resume_from_checkpoint="latest"), progress=False)
