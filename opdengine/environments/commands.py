@@ -134,7 +134,8 @@ class CommandEnvironment:
             raise
         except (Exception, SystemExit) as error:  # the PDDL translator exits where others raise
             raise InfrastructureError(f"{self.name}: task {task.get('id')!r} cannot be set up: {error!r}") from error
-        self._view, self._turns = view, 0
+        self._turns = 0
+        self._view = replace(view, score=0.0)  # what is given at the start is paid with the first command
         messages: list[Message] = []
         if self.options.instructions:
             messages.append({"role": "system", "content": f"{self.rules}\n\n{ANSWERS[self.options.format]}"})

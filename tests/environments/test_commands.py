@@ -139,7 +139,7 @@ def test_a_task_that_cannot_be_set_up_is_an_infrastructure_error(task):
         begin(task)
 
 
-@pytest.mark.parametrize("name", ["alfworld"])
+@pytest.mark.parametrize("name", ["alfworld", "textworld", "scienceworld"])
 def test_a_missing_package_is_named_with_its_command(monkeypatch, name):
     def missing(module, package=None):
         raise ModuleNotFoundError(f"No module named {module!r}")
