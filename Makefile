@@ -8,10 +8,11 @@ PY = $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-results test test-vllm check bench gpu models clean help
+.PHONY: demo demo-agents agents-results demo-results test test-vllm check bench gpu models clean help
 
 help:
 	@echo "make demo     distil the bundled tiny models: MAD-OPD beside its baselines (minutes, 2 cores)"
+	@echo "make demo-agents  agents in the built-in house: SAGE-OPD, then OPAD (minutes, 2 cores)"
 	@echo "make test     linters, type checker and the whole test suite"
 	@echo "make test-vllm  the tests that sample with real vLLM (CPU build, own environment)"
 	@echo "make bench    throughput of the fused loss and of a whole step"
@@ -39,6 +40,17 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/.torch
 
 demo: $(VENV)/.demo
 	$(PY) examples/train_mad_opd.py $(ARGS)
+
+# Agents: SAGE-OPD and OPAD on tiny models in the built-in house.
+demo-agents: $(VENV)/.demo
+	$(PY) examples/train_sage_opd.py $(ARGS)
+	$(PY) examples/train_opad.py $(ARGS)
+
+# Every baseline and control over five seeds: an hour and more on two cores.
+agents-results: $(VENV)/.demo
+	$(PY) examples/train_sage_opd.py --ablate --save_results benchmarks/results/sage.json --figure docs/sage.png
+	$(PY) examples/train_opad.py --ablate --save_results benchmarks/results/opad.json --figure docs/opad.png
+	$(PY) benchmarks/report.py
 
 # The numbers and the figure of the README.
 demo-results: $(VENV)/.demo
@@ -74,6 +86,7 @@ gpu:
 
 models: $(VENV)/.demo
 	$(PY) examples/tiny/build.py --out examples/tiny/models
+	$(PY) examples/tiny/agents/build.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
