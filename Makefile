@@ -52,6 +52,12 @@ agents-results: $(VENV)/.demo
 	$(PY) examples/train_opad.py --ablate --save_results benchmarks/results/opad.json --figure docs/opad.png
 	$(PY) benchmarks/report.py
 
+# Uni-OPD and CaMOPD beside all controls over five seeds: half an hour on two idle cores.
+study-results: $(VENV)/.demo
+	$(PY) examples/train_uni_opd.py --ablate --save_results benchmarks/results/uni_opd.json
+	$(PY) examples/train_camopd.py --ablate --save_results benchmarks/results/camopd.json
+	$(PY) benchmarks/report.py
+
 # The numbers and the figure of the README.
 demo-results: $(VENV)/.demo
 	$(PY) examples/train_mad_opd.py --seeds 3 --save_results benchmarks/results/demo.json

@@ -1,13 +1,14 @@
-"""Fill the tables of the README from committed result files, and draw its figures.
+"""Fill the tables of the README and of docs/*.md from committed result files, and draw their figures.
 
-    python benchmarks/report.py            rewrite README.md, docs/demo.png and docs/loss.png
-    python benchmarks/report.py --check    fail if README.md does not show the committed results
+    python benchmarks/report.py            rewrite the pages and the figures in docs
+    python benchmarks/report.py --check    fail if a page does not show the committed results
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a function here.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -136,8 +137,48 @@ def draw_loss(results: list[tuple[str, dict[str, Any]]], file: Path) -> None:
 TABLES = {"demo": demo, "loss": loss}
 
 
+STUDIES = ("uni_opd", "camopd")
+
+
+def study_results(name: str) -> dict[str, Any] | None:
+    """The committed results of a study, if there are any."""
+    file = ROOT / "benchmarks" / "results" / f"{name}.json"
+    results: dict[str, Any] | None = json.loads(file.read_text()) if file.is_file() else None
+    return results
+
+
+def study(name: str) -> str:
+    """A method and its controls, with what the method's own runs measured."""
+    from tiny.study import headings, table_rows
+
+    results = study_results(name)
+    if results is None:
+        return "No results are committed yet."
+    names = headings(results)[:-1]
+    lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
+    lines += ["| " + " | ".join(cells[:-1]) + " |" for cells in table_rows(results)]
+    mine = [r["metrics"] for r in results["runs"] if r["arm"] == results["arms"][0]["name"]]
+    measured = {key: np.mean([m[key] for m in mine if key in m]) for key in sorted({k for m in mine for k in m})}
+    settings = results["settings"]
+    lines += [
+        "",
+        f"Accuracy in percent on held-out prompts after {settings['max_steps']} steps of "
+        f"{settings['per_device_train_batch_size']} prompts x {settings.get('num_generations', 1)} rollouts, mean ± "
+        f"95 % interval over {len(results['seeds'])} seeds; the last column is the difference of the means, taken "
+        "seed by seed.",
+        "",
+        "The method's own runs, means over steps and seeds: "
+        + ", ".join(f"`{key}` {value:.3g}" for key, value in measured.items())
+        + ".",
+    ]
+    return "\n".join(lines)
+
+
+TABLES |= {name: functools.partial(study, name) for name in STUDIES}
+
+
 def render(text: str) -> str:
-    """README text with every table filled in.
+    """Text of a page with every table filled in.
 
     Raises:
         KeyError: a block names an unknown table.
@@ -146,12 +187,13 @@ def render(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = render(before)
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    before = [page.read_text() for page in pages]
+    after = [render(text) for text in before]
     if "--check" in arguments:
         return int(before != after)
-    readme.write_text(after)
+    for page, text in zip(pages, after, strict=True):
+        page.write_text(text)
     figures: dict[str, Any] = json.loads(DEMO.read_text())
     from tiny.demo import draw
 
@@ -159,6 +201,11 @@ def main(arguments: list[str]) -> int:
     draw(figures, ROOT / "docs" / "demo.png")
     if results := loss_results():
         draw_loss(results, ROOT / "docs" / "loss.png")
+    from tiny import study as studies
+
+    for name in STUDIES:
+        if found := study_results(name):
+            studies.draw(found, ROOT / "docs" / f"{name}.png")
     return 0
 
 
