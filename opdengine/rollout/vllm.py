@@ -150,6 +150,7 @@ class VLLMSampler(VLLMBase):
         """Undo :meth:`sleep`; :meth:`generate` does it by itself."""
         with self._lock:
             if self._asleep:
+                self._make_room()
                 self._call("wake", {})
                 self._asleep = False
 
@@ -164,7 +165,15 @@ class VLLMSampler(VLLMBase):
         return self._call("generate", {"prompts": prompts, "seeds": seeds, "sampling": sampling})
 
     def _load(self, policy: StoredPolicy) -> None:
+        self._make_room()
         self._call("load", {"policy": policy})
+
+    def _make_room(self) -> None:
+        """What this process has freed but keeps for later, a waking engine could not have."""
+        if self._asleep:
+            import torch
+
+            torch.cuda.empty_cache()
 
     def _distrust(self) -> None:
         self._process.kill()

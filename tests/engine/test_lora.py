@@ -15,6 +15,7 @@ import torch
 from engine_helpers import loss_and_gradient, make_config, make_engine, make_items
 from safetensors.torch import load_file
 from test_backbone import make_model
+from test_sampler import Digits
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,6 +24,7 @@ from opdengine.checkpoint import list_checkpoints
 from opdengine.config import ConfigError, LoRAConfig
 from opdengine.data import load_prompts
 from opdengine.lora import add_adapter, base_of, load_adapter, merge_adapter, policy, save_model
+from opdengine.rollout.transformers import TransformersSampler
 from opdengine.settings import from_mapping
 from opdengine.train import train
 from opdengine.types import Prompt, Request, SamplingParams
@@ -37,13 +39,13 @@ def prompts(prompt_file: str) -> Sequence[Prompt]:
     return load_prompts([prompt_file]).prompts
 
 
-def disturb(model: Any) -> Any:
+def disturb(model: Any, scale: float = 0.1) -> Any:
     """A new adapter changes nothing, and half of its gradients are zero: move it away from there."""
     torch.manual_seed(9)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.normal_(0, 0.1)
+                parameter.normal_(0, scale)
     return model
 
 
@@ -104,6 +106,17 @@ def test_a_step_moves_the_adapter_alone_and_the_sampler_sees_it(
         chosen = logprobs.gather(1, torch.from_numpy(completion.token_ids)[:, None])[:, 0]
         gaps.append((chosen - torch.from_numpy(completion.logprobs)).abs().max().item())
     assert gaps[0] < 1e-4 < 0.01 < gaps[1]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_a_sampler_with_a_model_of_its_own_adds_the_adapter(family: str) -> None:
+    own, student = make_model(family, True), add_adapter(make_model(family, True), LoRAConfig(r=3))
+    sampler = TransformersSampler(own, Digits())
+    for version in (1, 2):
+        disturb(student, 0.1 * version)
+        sampler.load_policy(version, *policy(student))
+        expected = logits(student)
+        torch.testing.assert_close(logits(own), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -96,6 +96,27 @@ def test_refused_policy_leaves_the_previous_one(colocated: VLLMSampler, model: A
     assert worst_gap(model, requests(), results) < 1e-4
 
 
+def test_a_waking_engine_finds_the_memory_that_the_trainer_has_freed(
+    colocated: VLLMSampler, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    call = colocated._process.call
+
+    def noted(operation: str, *arguments: Any) -> Any:
+        log.append(operation)
+        return call(operation, *arguments)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("empty"))
+    monkeypatch.setattr(colocated._process, "call", noted)
+    few = SamplingParams(max_tokens=2)
+    colocated.generate(requests(), few)
+    for _ in range(2):
+        colocated._asleep = True  # on a CPU nothing sleeps
+        colocated.load_policy(0, model.state_dict().items())
+        colocated.generate(requests(), few)
+    assert log == ["generate", *["empty", "load", "empty", "wake", "generate"] * 2]
+
+
 # --- faults ----------------------------------------------------------------------------------
 
 
