@@ -260,11 +260,10 @@ CORPUS: dict[str, Hostile] = {
         "call('userfaultfd', 323 if x86 else 282, 0)\n"
         "call('keyctl', 250 if x86 else 219, 0, -3, 1)\n"
         "call('perf_event_open', 298 if x86 else 241, 0, 0, -1, -1, 0)\n"
-        "for uid in (0, {uid}):\n"
-        "    try: os.setuid(uid); print('GOT uid', uid)\n"
-        "    except OSError: pass\n"
-        "    try: os.setgroups([0]); print('GOT groups')\n"
-        "    except OSError: pass"
+        "try: os.setuid(0); print('GOT root')\n"
+        "except OSError: pass\n"
+        "try: os.setgroups([0]); print('GOT groups')\n"
+        "except OSError: pass"
     ),
     "makes_devices": Hostile(
         "import os, stat\n"

@@ -63,7 +63,6 @@ def world() -> Iterator[dict[str, Any]]:
         "home": str(Path.home()),
         "cwd": os.getcwd(),
         "pid": os.getpid(),
-        "uid": os.getuid(),
         "listeners": listeners,
     }
     del os.environ["OPDENGINE_TEST_SECRET"]
