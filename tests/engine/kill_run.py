@@ -38,7 +38,7 @@ PHASES = {
     "removal of a checkpoint": (checkpoint, "_remove"),
 }
 MOST_SECONDS = 0.03
-LAST = ("update", 3)
+LAST = ("update", 2)
 """No life gets further: the phase that was chosen may not come (debates that are all in the cache, say)."""
 
 

@@ -82,11 +82,11 @@ def assert_same_run(whole: Path, killed: Path, steps: int) -> None:
 def test_a_run_killed_four_times_ends_with_the_same_weights(
     models: dict[str, str], prompt_file: str, tmp_path: Path
 ) -> None:
-    settings = settings_of(models, prompt_file, steps=4)
+    settings = settings_of(models, prompt_file, steps=6)
     assert run(tmp_path, "whole", settings, kills=0) == []
     killed = run(tmp_path, "killed", settings, kills=4, seed=0)
     assert len(killed) == 4
-    assert_same_run(tmp_path / "whole", tmp_path / "killed", 4)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", 6)
 
 
 @pytest.mark.slow
