@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from opdengine.distributed import Sharded
-from opdengine.lora import base_of, merge_adapter, read_adapted
+from opdengine.lora import architecture, base_of, merge_adapter, read_adapted
 from opdengine.packing import Packed, pack
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def read_window(path: str, *, trust_remote_code: bool = False) -> int | None:
     """Longest sequence of a model, in tokens, from its configuration alone; None if unbounded."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(read_adapted(path) or path, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(architecture(path), trust_remote_code=trust_remote_code)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

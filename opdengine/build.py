@@ -17,7 +17,7 @@ from opdengine.config import ConfigError, TeacherConfig, TrainConfig
 from opdengine.distributed import Ranks, Sharded
 from opdengine.engine import Engine
 from opdengine.environments.setup import open_episodes
-from opdengine.lora import add_adapter, base_of, freeze_head, load_adapter, read_adapted, require_peft
+from opdengine.lora import add_adapter, architecture, base_of, freeze_head, load_adapter, require_peft
 from opdengine.recipe import Recipe
 from opdengine.rollout import Sampler
 from opdengine.teachers.local import LocalTeacher
@@ -208,7 +208,7 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
         from opdengine.rollout.vllm import VLLMSampler
 
         return VLLMSampler(
-            read_adapted(config.model) or config.model,
+            architecture(config.model),
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
             seed=config.seed,

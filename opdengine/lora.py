@@ -70,25 +70,30 @@ def load_adapter(model: Any, folder: Path) -> Any:
     Raises:
         ConfigError: the adapter belongs to another base model.
     """
-    require_peft()
-    from peft import PeftModel
-
     if trained_on := _other_base(model, folder):
         raise ConfigError(
             f"the adapter in {str(folder)!r} was trained on other weights ({trained_on!r}) than those of "
             f"{model.name_or_path!r} now; it is only valid on its own base: put that model back, or start a new run"
         )
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=True, torch_device=str(model.device))
+    return _with_adapter(model, folder, trained=True)
 
 
 def merge_adapter(model: Any, folder: Path) -> Any:
-    """A plain model from a base and an adapter's folder."""
+    """A plain model from a base and an adapter's folder, under the name of that folder."""
+    if trained_on := _other_base(model, folder):
+        logger.warning("the adapter in %s was trained on other weights or another dtype (%s)", folder, trained_on)
+    merged = _with_adapter(model, folder, trained=False).merge_and_unload().requires_grad_(True)
+    merged.name_or_path = str(folder)
+    return merged
+
+
+def _with_adapter(model: Any, folder: Path, trained: bool) -> Any:
     require_peft()
     from peft import PeftModel
 
-    if trained_on := _other_base(model, folder):
-        logger.warning("the adapter in %s was trained on other weights or another dtype (%s)", folder, trained_on)
-    return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device)).merge_and_unload()
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"{str(folder)!r} has no adapter_model.safetensors; adapters are read from safetensors only")
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=trained, torch_device=str(model.device))
 
 
 def is_adapted(model: Any) -> bool:
@@ -143,6 +148,13 @@ def read_adapted(folder: str) -> str | None:
     """The base model of a folder that holds an adapter; None for any other path."""
     file = Path(folder).expanduser() / "adapter_config.json"
     return str(json.loads(file.read_text("utf-8"))["base_model_name_or_path"]) if file.is_file() else None
+
+
+def architecture(path: str) -> str:
+    """The folder or hub name with the configuration of a model: of an adapter, that of its base."""
+    while base := read_adapted(path):
+        path = base
+    return path
 
 
 def policy(model: Any) -> tuple[Iterable[tuple[str, torch.Tensor]], LowRank | None]:

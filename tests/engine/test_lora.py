@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from engine_helpers import loss_and_gradient, make_config, make_engine, make_items
 from safetensors.torch import load_file
 from test_backbone import make_model
@@ -20,10 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opdengine.backbone import Backbone, load_model
+from opdengine.build import build_engine
+from opdengine.chat import load_tokenizer
 from opdengine.checkpoint import list_checkpoints
+from opdengine.cli import main
 from opdengine.config import ConfigError, LoRAConfig
 from opdengine.data import load_prompts
-from opdengine.lora import add_adapter, base_of, load_adapter, merge_adapter, policy, save_model
+from opdengine.lora import add_adapter, architecture, base_of, load_adapter, merge_adapter, policy, save_model
+from opdengine.methods import build_recipe
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.settings import from_mapping
 from opdengine.train import train
@@ -245,6 +251,50 @@ def test_a_resumed_run_ends_with_the_same_adapter(
     torch.testing.assert_close(logits(merged), logits(load_model(str(halted / "final"))), rtol=1e-5, atol=1e-5)
     assert len(AutoTokenizer.from_pretrained(halted / "final")) == len(AutoTokenizer.from_pretrained(halted / "merged"))
     assert not list((halted / "checkpoints" / "step_2" / "model").glob("model*.safetensors"))
+
+
+def test_a_finished_adapter_is_a_model_like_any_other(
+    models: Models, prompt_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is graded, teaches, and is the base of a next adapter and of a next run without one."""
+    settings = {"method": "opd", "teachers": [{"model": models["big"]}], "max_steps": 1, "learning_rate": 0.01}
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    train(make_config(models, prompt_file, first, lora=LORA, **settings), progress=False)
+    again = {**settings, "model": str(first / "final"), "teachers": [{"model": str(first / "final")}]}
+    train(make_config(models, prompt_file, second, lora=LORA, save_steps=1, **again), progress=False)
+    train(make_config(models, prompt_file, third, **again), progress=False)
+
+    assert architecture(str(second / "final")) == str(Path(models["student"]).resolve())
+    added, more = factors(first / "final"), factors(second / "final")
+    assert len(added) == len(more) == 14
+    base = load_model(models["student"]).state_dict()
+    whole = load_model(str(second / "final")).state_dict()
+    for name, weight in base.items():
+        expected = weight + added[name] + more[name] if name in added else weight
+        torch.testing.assert_close(whole[name], expected, rtol=1e-4, atol=1e-5)
+    assert "model.safetensors" in {file.name for file in (third / "final").iterdir()}
+
+    last = second / "checkpoints" / "step_1"
+    config = make_config(models, prompt_file, second, lora=LORA, save_steps=1, **again)
+    resumed = build_engine(config, build_recipe(config), load_tokenizer(config.model), last).student
+    torch.testing.assert_close(logits(resumed.model), logits(load_model(str(second / "final"))), rtol=1e-4, atol=1e-4)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": "m", "train_data": [prompt_file], "output_dir": "o"}))
+    capsys.readouterr()
+    assert main(["eval", "--config", str(tmp_path / "run.yaml"), "--model", str(second / "final")]) == 0
+    assert "eval/accuracy" in json.loads(capsys.readouterr().out)
+
+
+def factors(folder: Path) -> dict[str, torch.Tensor]:
+    """Name of a weight -> what the adapter adds to it."""
+    stored = load_file(folder / "adapter_model.safetensors")
+    scale = LORA["lora_alpha"] / LORA["r"]
+    return {
+        name.removeprefix("base_model.model.").replace(".lora_A", ""): scale
+        * stored[name.replace("lora_A", "lora_B")]
+        @ stored[name]
+        for name in stored
+        if ".lora_A" in name
+    }
 
 
 # --- what is refused -------------------------------------------------------------------------
