@@ -17,6 +17,7 @@ from opdengine.errors import ConfigError
 from opdengine.sections import (
     AdvantageConfig,
     CaMOPDConfig,
+    DataConfig,
     DebateConfig,
     EntropyConfig,
     EnvironmentConfig,
@@ -78,7 +79,8 @@ class TrainConfig:
 
     Args:
         model: the student: model folder or hub name.
-        train_data: JSONL or Parquet files, or ``datasets`` folders, with a ``prompt`` or
+        train_data: sources of prompts: paths, or sections of :class:`DataConfig`, which also read the layouts
+            of public data sets. A path is a JSONL or Parquet file, or ``datasets`` folder, with a ``prompt`` or
             ``messages`` column; optional ``id, tools, answer, data_source``.
         output_dir: where the run is written; an existing run is resumed or refused.
         teachers: the teachers.
@@ -163,7 +165,7 @@ class TrainConfig:
 
     model: str
     output_dir: str
-    train_data: list[str] = field(default_factory=list)
+    train_data: list[str | DataConfig] = field(default_factory=list)
     teachers: list[TeacherConfig] = field(default_factory=list)
     method: str = "mad_opd"
     contexts: str = "plain"
@@ -193,7 +195,7 @@ class TrainConfig:
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
-    eval_data: list[str] = field(default_factory=list)
+    eval_data: list[str | DataConfig] = field(default_factory=list)
     eval_max_prompts: int | None = None
     max_prompt_length: int = 4096
     skip_bad_rows: bool = False

@@ -8,13 +8,15 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from opdengine.chat import plain_message
+from opdengine.data_adapters import NotSelected, adapt, find_format
+from opdengine.sections import DATA_COLUMNS, DataConfig
 from opdengine.types import Prompt
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KNOWN_COLUMNS = ("id", "prompt", "messages", "tools", "answer", "data_source")
+GENERATED = "reasoning_gym:"
+"""What the paths of generated tasks begin with."""
 
 
 class DataError(ValueError):
@@ -56,25 +59,43 @@ class PromptSet:
         return tuple(sorted({p.key for p in self.prompts}))
 
 
-def load_prompts(paths: Sequence[str], *, skip_bad_rows: bool = False) -> PromptSet:
-    """Read and check prompt files.
+def as_source(source: str | DataConfig) -> DataConfig:
+    """A path alone stands for a source of our own layout."""
+    config = DataConfig(source) if isinstance(source, str) else source
+    generated = config.path.startswith(GENERATED) and config.format == "prompts"
+    return replace(config, format="reasoning_gym") if generated else config
+
+
+def load_prompts(sources: Sequence[str | DataConfig], *, skip_bad_rows: bool = False) -> PromptSet:
+    """Read and check prompts.
 
     Args:
-        paths: JSONL, JSON-list or Parquet files, ``datasets`` folders, or hub data sets as
-            ``name:split``.
+        sources: JSONL, JSON-list or Parquet files, ``datasets`` folders, hub data sets as
+            ``name:split``, ``reasoning_gym:...``, or sections that say more than a path.
         skip_bad_rows: leave malformed rows out (counted) instead of refusing the file.
 
     Raises:
+        ConfigError: a format is not known.
         DataError: a file is missing, a row is malformed, an id occurs twice, or nothing is left.
     """
     prompts: list[Prompt] = []
     bad: list[str] = []
     reasons: Counter[str] = Counter()
     seen: dict[str, str] = {}
-    for path, stem in zip(paths, _stems(paths), strict=True):
-        for number, row in read_rows(path):
-            place = f"{path}, row {number}"
-            problem, prompt = _check(row, f"{stem}:{number}")
+    configs = [as_source(source) for source in sources]
+    paths = [config.path for config in configs]
+    for config in configs:
+        find_format(config.format)
+    for config, stem in zip(configs, _stems(paths), strict=True):
+        for number, row in read_rows(config.path):
+            place = f"{config.path}, row {number}"
+            try:
+                problem, prompt = _check(adapt(row, config), f"{stem}:{number}")
+            except NotSelected as reason:
+                reasons[f"not_selected/{reason}"] += 1
+                continue
+            except ValueError as error:
+                problem, prompt = str(error), None
             if prompt is not None and prompt.id in seen:
                 problem = f"duplicate id {prompt.id!r} (first in {seen[prompt.id]})"
                 prompt = None
@@ -94,7 +115,7 @@ def load_prompts(paths: Sequence[str], *, skip_bad_rows: bool = False) -> Prompt
         logger.warning("left out %d bad rows: %s", len(bad), dict(reasons))
     if not prompts:
         left_out = f": all {len(bad)} rows are bad:\n" + "\n".join(bad[:10]) if bad else ""
-        raise DataError(f"no prompts in {list(paths)}{left_out}")
+        raise DataError(f"no prompts in {paths}{left_out or f' ({dict(reasons)})' if reasons else ''}")
     return PromptSet(tuple(prompts), dict(reasons))
 
 
@@ -289,7 +310,7 @@ def _check(row: Any, default_id: str) -> tuple[str | None, Prompt | None]:
         tools=tools,
         key=str(row.get("data_source") or ""),
         answer=row.get("answer"),
-        extra={k: v for k, v in row.items() if k not in KNOWN_COLUMNS},
+        extra={k: v for k, v in row.items() if k not in DATA_COLUMNS},
     )
 
 
@@ -328,6 +349,11 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
     Raises:
         DataError: the file does not exist or cannot be read.
     """
+    if path.startswith(GENERATED):
+        from opdengine.verifiers.reasoning_tasks import generate
+
+        yield from enumerate(_read(path, lambda: list(generate(path))), start=1)
+        return
     file = Path(path).expanduser()
     if file.suffix in (".jsonl", ".ndjson") and file.is_file():
         yield from _jsonl(file)
@@ -348,8 +374,8 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
         yield from enumerate(_read(path, lambda: datasets.load_dataset(name, split=split)), start=1)
     else:
         raise DataError(
-            f"data file {path!r} does not exist or is none of .jsonl, .json, .parquet, a folder "
-            "written by datasets.save_to_disk, or a hub data set as 'name:split'"
+            f"data file {path!r} does not exist or is none of .jsonl, .json, .parquet, a folder written by "
+            "datasets.save_to_disk, a hub data set as 'name:split', or generated tasks as 'reasoning_gym:NAMES'"
         )
 
 

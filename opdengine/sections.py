@@ -12,6 +12,9 @@ from opdengine.errors import ConfigError
 SECRETS = ("api_key", "apikey", "password", "secret", "access_token", "auth_token", "hf_token")
 """Names of options that must not be written down."""
 
+DATA_COLUMNS = ("id", "prompt", "messages", "tools", "answer", "data_source")
+"""What a row of data may say to the engine; other columns are handed to environments."""
+
 
 class Section:
     """Checks of one section's values; messages name the key as the user writes it."""
@@ -26,6 +29,36 @@ class Section:
     def one_of(self, name: str, choices: Sequence[Any]) -> None:
         """Raise ConfigError unless the value is one of ``choices``."""
         self.need(getattr(self, name) in choices, name, f"choose one of {list(choices)}")
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """One source of prompts; a plain path stands for one with nothing but ``path``.
+
+    Args:
+        path: JSONL, JSON-list or Parquet file, ``datasets`` folder, hub data set as ``name:split``, or
+            generated tasks as ``reasoning_gym:NAMES?size=1000&seed=0&split=train``.
+        format: layout of its rows: "prompts" (ours) or a name of :data:`opdengine.data_adapters.FORMATS`.
+        data_source: routing key of all its rows; default: the row's own, or the format's.
+        columns: our column -> dotted place in the row, in place of the format's.
+        where: use only rows with these values; dotted place -> value, list of values, or ``{min: , max: }``.
+        system: system message in place of the row's; empty removes it.
+        suffix: added to the last user message; default: the format's.
+    """
+
+    section = "data"
+
+    path: str
+    format: str = "prompts"
+    data_source: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    where: dict[str, Any] = field(default_factory=dict)
+    system: str | None = None
+    suffix: str | None = None
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.columns) - set(DATA_COLUMNS))
+        self.need(not unknown, "columns", f"{unknown} are no columns of ours; ours are {list(DATA_COLUMNS)}")
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,9 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         options = [option for option in typing.get_args(hint) if option is not type(None)]
         if len(options) == 1:
             return _coerce(options[0], value, where)  # its own message says more
+        sections = [option for option in options if dataclasses.is_dataclass(option)]
+        if isinstance(value, Mapping) and sections:
+            return _coerce(sections[0], value, where)
         for option in options:
             try:
                 return _coerce(option, value, where)

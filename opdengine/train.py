@@ -18,7 +18,7 @@ from opdengine.build import build_engine, check_ranks
 from opdengine.chat import encode_chat, load_tokenizer
 from opdengine.checkpoint import restore_optimizer, write_model
 from opdengine.config import ConfigError, TrainConfig
-from opdengine.data import PromptSet, PromptStream, ScheduledStream, drop_long, load_prompts
+from opdengine.data import PromptSet, PromptStream, ScheduledStream, as_source, drop_long, load_prompts
 from opdengine.distributed import Ranks, start
 from opdengine.environments.setup import held_out_tasks, load_tasks
 from opdengine.evaluate import evaluate, evaluate_episodes, require_answers
@@ -140,7 +140,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
         step=begin,
         metrics=dict(saved.get("metrics", {})),
         first=_dropped(prompts),
-        inputs=InputFiles(config.train_data if ranks.is_first else ()),
+        inputs=InputFiles([as_source(d).path for d in config.train_data] if ranks.is_first else ()),
     )
     final = folder.path / "final"
     try:

@@ -51,6 +51,7 @@ VERIFIERS: dict[str, Verifier] = {"exact_match": exact_match, "numeric": numeric
 
 FACTORIES = {
     "math": "opdengine.verifiers.math_answer:MathVerifier",
+    "reasoning_gym": "opdengine.verifiers.reasoning_tasks:ReasoningGymVerifier",
     "code": "opdengine.verifiers.program:CodeVerifier",
 }
 """Verifiers with requirements or limits, made with the :class:`VerifierSettings`."""
