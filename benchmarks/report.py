@@ -134,7 +134,33 @@ def draw_loss(results: list[tuple[str, dict[str, Any]]], file: Path) -> None:
     plt.close(figure)
 
 
-TABLES = {"demo": demo, "loss": loss}
+def agents() -> str:
+    """Games won by the tiny agents before and after, for the methods of SAGE-OPD and then of OPAD."""
+    from tiny.agents.results import SPLITS, rows
+
+    lines = ["| | seen games | unseen games | SKIP / WEAK / STRONG / failed |", "|---|---:|---:|---:|"]
+    notes = []
+    for name in ("sage", "opad"):
+        file = ROOT / "benchmarks" / "results" / f"{name}.json"
+        if not file.is_file():
+            continue
+        results = json.loads(file.read_text())
+        for row in rows(results):
+            if row["name"] == "before" and notes:
+                continue  # the same student
+            cells = [f"{100 * m:.1f} [{100 * low:.0f}, {100 * high:.0f}]" for m, low, high in (row[s] for s in SPLITS)]
+            shares = [row["health"].get(f"sage/{label}") for label in ("skip", "weak", "strong", "det_fail")]
+            said = " / ".join(f"{100 * share:.0f}" for share in shares if share is not None)
+            lines.append(f"| {row['title']} | {' | '.join(cells)} | {said} |")
+        count = len({run["seed"] for run in results["runs"]})
+        notes.append(f"{name.upper()}: {results['steps']} steps of {results['batch_size']} episodes, {count} seeds")
+    ending = (
+        f"Games won in percent, greedy, of {results['test_games']} a split, with 95 % intervals; {'; '.join(notes)}."
+    )
+    return "\n".join([*lines, "", ending])
+
+
+TABLES = {"demo": demo, "loss": loss, "agents": agents}
 
 
 STUDIES = ("uni_opd", "camopd")

@@ -45,7 +45,9 @@ class Arm:
     settings: Mapping[str, Any]
 
 
-def parser(description: str | None, *, steps: int, learning_rate: float, batch_size: int) -> argparse.ArgumentParser:
+def parser(
+    description: str | None, *, steps: int, learning_rate: float, batch_size: int, test_games: int
+) -> argparse.ArgumentParser:
     """The options of a demo."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, default=None, help="number of seeds (default 1; 5 with --ablate)")
@@ -55,11 +57,12 @@ def parser(description: str | None, *, steps: int, learning_rate: float, batch_s
     p.add_argument("--batch_size", type=int, default=batch_size, help="episodes of a step")
     p.add_argument("--learning_rate", type=float, default=learning_rate)
     p.add_argument("--train_games", type=int, default=1000)
-    p.add_argument("--test_games", type=int, default=100, help="of each split")
+    p.add_argument("--test_games", type=int, default=test_games, help="of each split")
     p.add_argument("--student", default=str(MODELS / "student"), help="model folder")
     p.add_argument("--force", action="store_true", help="train even if the student never succeeds")
     p.add_argument("--output_dir", type=Path, default=Path("runs/agents"))
     p.add_argument("--save_results", type=Path, help="also write the numbers to this file")
+    p.add_argument("--resume", action="store_true", help="keep the runs that --save_results holds already")
     p.add_argument("--figure", type=Path, help="also draw the figure to this file")
     p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     return p
@@ -177,7 +180,7 @@ def main(title: str, arms: Sequence[Arm], options: argparse.Namespace) -> int:
         options: of :func:`parser`.
 
     Returns:
-        0, or 1 where the student never succeeds.
+        0; 1 where the student never succeeds; 2 where the options cannot be used.
     """
     console = Console()
     if not console.is_terminal:
@@ -189,18 +192,25 @@ def main(title: str, arms: Sequence[Arm], options: argparse.Namespace) -> int:
             return 2
         arms = [known[name] for name in options.arms]
     seeds = list(range(options.seeds or (5 if options.ablate else 1)))
+    described = {n: getattr(options, n) for n in ("steps", "batch_size", "learning_rate", "train_games", "test_games")}
+    finished: list[dict[str, Any]] = []
+    if options.resume and options.save_results and options.save_results.is_file():
+        kept = json.loads(options.save_results.read_text())
+        if different := {name: kept[name] for name in described if kept[name] != described[name]}:
+            console.print(f"{options.save_results} has other settings ({different}); give them too, or another file")
+            return 2
+        finished = kept["runs"]
     before, ready = play_student(console, options)
     if not ready:
         return 1
     folder = options.output_dir / time.strftime("%Y%m%d-%H%M%S")
     folder.mkdir(parents=True)
     console.print(f"[bold]{title}[/bold]: {len(arms)} methods x {len(seeds)} seed(s), results in {folder}")
-    described = ("steps", "batch_size", "learning_rate", "train_games", "test_games")
     results: dict[str, Any] = {
-        **{name: getattr(options, name) for name in described},
+        **described,
         "seeds": seeds,
         "before": {name: round(value, 4) for name, value in before.items()},
-        "runs": [],
+        "runs": finished,
         "cores": os.cpu_count(),
         "versions": {
             "python": platform.python_version(),
@@ -208,7 +218,9 @@ def main(title: str, arms: Sequence[Arm], options: argparse.Namespace) -> int:
         },
     }
     files = [file for file in (folder / "results.json", options.save_results) if file]
-    for result in train_all(console, arms, seeds, folder, options):
+    there = {(run["arm"], run["seed"]) for run in finished}
+    wanted = [(arm, seed) for seed in seeds for arm in arms if (arm.name, seed) not in there]
+    for result in train_all(console, wanted, folder, options):
         results["runs"].append(result)  # what is finished stays, whatever happens to the rest
         for file in files:
             file.write_text(json.dumps(results, indent=1) + "\n")
@@ -220,21 +232,19 @@ def main(title: str, arms: Sequence[Arm], options: argparse.Namespace) -> int:
 
 
 def train_all(
-    console: Console, arms: Sequence[Arm], seeds: Sequence[int], folder: Path, options: argparse.Namespace
+    console: Console, wanted: Sequence[tuple[Arm, int]], folder: Path, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """The results of all arms, seed by seed, in order; as many at a time as there are jobs."""
+    """The results of all (arm, seed), in order; as many at a time as there are jobs."""
     columns = (TextColumn("{task.description:<56}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
     with (
         Progress(*columns, TimeElapsedColumn(), console=console) as progress,
         ProcessPoolExecutor(max(1, options.jobs), multiprocessing.get_context("spawn")) as pool,
     ):
         jobs = {}
-        for seed in seeds:
-            for arm in arms:
-                settings = shared_settings(options, seed)
-                job = pool.submit(run_arm, arm, seed, folder, settings, options.test_games)
-                jobs[job] = folder / f"{arm.name}_seed_{seed}" / "metrics.jsonl"
-                progress.add_task(f"{arm.title}, seed {seed}", total=options.steps, start=False)
+        for arm, seed in wanted:
+            job = pool.submit(run_arm, arm, seed, folder, shared_settings(options, seed), options.test_games)
+            jobs[job] = folder / f"{arm.name}_seed_{seed}" / "metrics.jsonl"
+            progress.add_task(f"{arm.title}, seed {seed}", total=options.steps, start=False)
         for number, job in enumerate(jobs):
             while not job.done():
                 time.sleep(0.5)

@@ -44,6 +44,6 @@ def arm(name: str, title: str, method: str, **settings: Any) -> Arm:
 
 def demo(arguments: Sequence[str] = ()) -> int:
     """Compare and report."""
-    options = parser(__doc__, steps=12, learning_rate=1e-3, batch_size=16).parse_args(arguments)
+    options = parser(__doc__, steps=12, learning_rate=1e-3, batch_size=16, test_games=100).parse_args(arguments)
     chosen = [a for a in arms() if options.ablate or options.arms or a.name in SHORT]
     return main("SAGE-OPD demo", chosen, options)
