@@ -38,7 +38,7 @@ DENIED = {
 _NAME = r"(?:[a-zA-Z]|sin|cos|tan|asin|acos|atan|sinh|cosh|tanh|exp|log|ln|sqrt|pi)"
 _EXPRESSION = re.compile(rf"(?:\b{_NAME}\b|[\d+\-*/^().\s])+")
 _ARITHMETIC = re.compile(r"(?:\d+|[+\-/().\s]|\*(?!\*))+")
-_LISTS = re.compile(r"[\w\s,.\-\[\]'\"]*")
+_LISTS = re.compile(r"[\w\s,\-\[\]'\"]*")
 EVALUATED = {
     "countdown": _ARITHMETIC,
     "puzzle24": _ARITHMETIC,
