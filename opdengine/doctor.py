@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from opdengine.sandbox.session import SandboxError, find_tier
+
 DRIVER = Path("/proc/driver/nvidia/version")
 NEEDED = {
     "torch": "pip install torch",
@@ -23,6 +25,8 @@ OPTIONAL = {
     "peft": ("LoRA students (lora:)", "pip install 'opdengine[train]'"),
     "flash-attn": ("faster attention on packed batches, GPU only", "pip install 'opdengine[flash-attn]'"),
     "matplotlib": ("the demo's figure", "pip install 'opdengine[demo]'"),
+    "math-verify": ('the verifier "math"', "pip install 'opdengine[math]'"),
+    "reasoning-gym": ("generated tasks and their verifier", "pip install 'opdengine[reasoning-gym]'"),
 }
 
 
@@ -46,7 +50,8 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything that the engine can use on this machine."""
-    return [Finding("ok", f"python {platform.python_version()}"), *_packages(), *_devices(), *_vllm(), *_memory()]
+    found = [Finding("ok", f"python {platform.python_version()}")]
+    return [*found, *_packages(), *_devices(), *_vllm(), *_memory(), *_sandbox()]
 
 
 def _packages() -> Iterator[Finding]:
@@ -121,6 +126,14 @@ def _memory() -> Iterator[Finding]:
         yield Finding("ok", f"/dev/shm has {free:.1f} GiB free for the weights on their way to vLLM")
     else:
         yield Finding("optional", "no shared memory: weights go to vLLM through TMPDIR", "mount a tmpfs at /dev/shm")
+
+
+def _sandbox() -> Iterator[Finding]:
+    try:
+        yield Finding("ok", f'sandbox of the verifier "code": {find_tier()}')
+    except SandboxError as error:
+        problem, _, remedy = str(error).rpartition("\n")
+        yield Finding("optional", f'no sandbox for the verifier "code": {problem}', remedy)
 
 
 def _version(package: str) -> str | None:

@@ -6,6 +6,7 @@ import pytest
 
 from opdengine import doctor
 from opdengine.cli import main
+from opdengine.sandbox.session import SandboxError, find_tier
 
 
 def report(monkeypatch: pytest.MonkeyPatch, **versions: str) -> str:
@@ -21,6 +22,17 @@ def test_doctor_always_succeeds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     text = capsys.readouterr().out
     assert "[ missing] transformers\n           -> pip install 'opdengine[train]'" in text
     assert "peft" in text and "flash-attn" in text
+
+
+def test_the_sandbox_is_named_or_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f'[      ok] sandbox of the verifier "code": {find_tier()}' in report(monkeypatch)
+
+    def nothing() -> None:
+        raise SandboxError("nothing works:\n  not this\nInstall bubblewrap")
+
+    monkeypatch.setattr(doctor, "find_tier", nothing)
+    text = report(monkeypatch)
+    assert '[optional] no sandbox for the verifier "code": nothing works:' in text and "-> Install bubblewrap" in text
 
 
 @pytest.mark.parametrize(
