@@ -138,7 +138,7 @@ def agents() -> str:
     """Games won by the tiny agents before and after, for the methods of SAGE-OPD and then of OPAD."""
     from tiny.agents.results import SPLITS, rows
 
-    lines = ["| | seen games | unseen games | SKIP / WEAK / STRONG / failed |", "|---|---:|---:|---:|"]
+    lines = ["| | seen games | unseen games | SKIP / WEAK / STRONG / failed | seeds |", "|---|---:|---:|---:|---:|"]
     notes = []
     for name in ("sage", "opad"):
         file = ROOT / "benchmarks" / "results" / f"{name}.json"
@@ -151,13 +151,12 @@ def agents() -> str:
             cells = [f"{100 * m:.1f} [{100 * low:.0f}, {100 * high:.0f}]" for m, low, high in (row[s] for s in SPLITS)]
             shares = [row["health"].get(f"sage/{label}") for label in ("skip", "weak", "strong", "det_fail")]
             said = " / ".join(f"{100 * share:.0f}" for share in shares if share is not None)
-            lines.append(f"| {row['title']} | {' | '.join(cells)} | {said} |")
-        count = len({run["seed"] for run in results["runs"]})
-        notes.append(f"{name.upper()}: {results['steps']} steps of {results['batch_size']} episodes, {count} seeds")
-    ending = (
-        f"Games won in percent, greedy, of {results['test_games']} a split, with 95 % intervals; {'; '.join(notes)}."
-    )
-    return "\n".join([*lines, "", ending])
+            seeds = row["count"] if row["name"] != "before" else ""
+            lines.append(f"| {row['title']} | {' | '.join(cells)} | {said} | {seeds} |")
+        steps = f"{results['steps']} steps of {results['batch_size']} episodes"
+        notes.append(f"{name.upper()}: {steps}, {results['test_games']} games a split")
+    ending = "Games won in percent, greedy, with 95 % intervals (over three seeds or more, else over one seed's games)"
+    return "\n".join([*lines, "", f"{ending}. {'; '.join(notes)}."])
 
 
 TABLES = {"demo": demo, "loss": loss, "agents": agents}
@@ -225,6 +224,12 @@ def main(arguments: list[str]) -> int:
 
     (ROOT / "docs").mkdir(exist_ok=True)
     draw(figures, ROOT / "docs" / "demo.png")
+    from tiny.agents import results as agents_results
+
+    for name in ("sage", "opad"):
+        file = ROOT / "benchmarks" / "results" / f"{name}.json"
+        if file.is_file():
+            agents_results.draw(json.loads(file.read_text()), ROOT / "docs" / f"{name}.png")
     if results := loss_results():
         draw_loss(results, ROOT / "docs" / "loss.png")
     from tiny import study as studies

@@ -208,7 +208,6 @@ def main(title: str, arms: Sequence[Arm], options: argparse.Namespace) -> int:
     console.print(f"[bold]{title}[/bold]: {len(arms)} methods x {len(seeds)} seed(s), results in {folder}")
     results: dict[str, Any] = {
         **described,
-        "seeds": seeds,
         "before": {name: round(value, 4) for name, value in before.items()},
         "runs": finished,
         "cores": os.cpu_count(),

@@ -25,14 +25,14 @@ T975 = (0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
 def interval(shares: Sequence[float], games: int) -> tuple[float, float, float]:
-    """(mean, low, high): Student's t over seeds, or Wilson's over the games of one seed."""
+    """(mean, low, high): Student's t over three seeds or more, else Wilson's over the games of one seed."""
     values = np.array(shares)
     mean = float(values.mean())
-    if len(values) == 1:
+    if len(values) < 3:
         return mean, *wilson(round(mean * games), games)
     degrees = len(values) - 1
     half = (T975[degrees] if degrees < len(T975) else 1.96) * float(values.std(ddof=1)) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
+    return mean, max(mean - half, 0.0), min(mean + half, 1.0)
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -60,22 +60,29 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def build_table(results: Mapping[str, Any]) -> Table:
     """Success before and after, with 95 % intervals, and what the judge said."""
-    seeds = results["seeds"]
-    over = f"mean over {len(seeds)} seeds, 95 % interval of it" if len(seeds) > 1 else "95 % interval of the games"
     table = Table(
         title=f"Games won in percent, greedy, after {results['steps']} steps of {results['batch_size']} episodes\n"
-        f"({results['test_games']} games a split; {over})"
+        f"({results['test_games']} games a split; 95 % intervals: over three seeds or more, else over one seed's games)"
     )
     lines = rows(results)
     labels = [k for k in HEALTH if any(k in row["health"] for row in lines)]
-    for heading in ("", "seen games", "unseen games", "turns", "invalid", *(HEALTH[k] for k in labels), "seconds"):
+    for heading in (
+        "",
+        "seen games",
+        "unseen games",
+        "turns",
+        "invalid",
+        *(HEALTH[k] for k in labels),
+        "seeds",
+        "seconds",
+    ):
         table.add_column(heading, justify="right" if heading else "left", overflow="fold")
     for row in lines:
         cells = [f"{100 * m:.1f} [{100 * low:.0f}, {100 * high:.0f}]" for m, low, high in (row[s] for s in SPLITS)]
         cells += [f"{row['turns']:.1f}", f"{100 * row['invalid_action_rate']:.0f} %"]
         shown = {k: f"{v:.2f}" if k == "sage/z" else f"{100 * v:.0f} %" for k, v in row["health"].items()}
-        seconds = f"{row['seconds']:.0f}" if row["seconds"] else ""
-        table.add_row(row["title"], *cells, *(shown.get(k, "") for k in labels), seconds)
+        seeds, seconds = (str(row["count"]), f"{row['seconds']:.0f}") if row["seconds"] else ("", "")
+        table.add_row(row["title"], *cells, *(shown.get(k, "") for k in labels), seeds, seconds)
         if row["name"] == "before":
             table.add_section()
     return table
@@ -101,12 +108,19 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
     axes[0].set_xlabel("games won, greedy (95 % interval)")
     axes[0].set_xlim(0, 1)
     axes[0].legend(frameon=False, fontsize=8)
-    for name in dict.fromkeys(run["arm"] for run in runs):
+    for number, name in enumerate(dict.fromkeys(run["arm"] for run in runs)):
         of_arm = [run for run in runs if run["arm"] == name]
         curve = np.mean([run["curve"]["episodes/success"] for run in of_arm], axis=0)
         window = min(5, len(curve))
         smooth = np.convolve(curve, np.ones(window) / window, "valid")
-        axes[1].plot(range(window, len(curve) + 1), smooth, label=of_arm[0]["title"], lw=1.2)
+        axes[1].plot(
+            range(window, len(curve) + 1),
+            smooth,
+            label=of_arm[0]["title"],
+            color=f"C{number % 10}",
+            ls=("-", "--")[number // 10 % 2],
+            lw=1.2,
+        )
     axes[1].set_xlabel("optimiser step (mean of the last five)")
     axes[1].set_ylabel("episodes won while training")
     axes[1].legend(frameon=False, fontsize=6)
