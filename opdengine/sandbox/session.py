@@ -246,9 +246,8 @@ def find_tier(allow_unsandboxed: bool = False) -> Tier:
     tried = "\n".join(f"  {reason}" for reason in reasons)
     raise SandboxError(
         f"programs of the model cannot be isolated on this system:\n{tried}\n"
-        "Install bubblewrap (apt-get install bubblewrap) and allow user namespaces (in a container: "
-        "--security-opt seccomp=unconfined --security-opt systempaths=unconfined, or --privileged), or set "
-        "verifier_allow_unsandboxed: true on a machine that has nothing to lose"
+        "Install bubblewrap (apt-get install bubblewrap), allow user namespaces (docs/verifiers.md says how, also in "
+        "containers), or set verifier_allow_unsandboxed: true on a machine that has nothing to lose"
     )
 
 
