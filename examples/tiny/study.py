@@ -157,6 +157,20 @@ def run(arm: str, seed: int, settings: Mapping[str, Any], reported: Sequence[str
     started = time.perf_counter()
     result = train(from_mapping(TrainConfig, settings), progress=False)
     lines = read_metrics(result.output_dir / "metrics.jsonl")
+    return summary(arm, seed, lines, reported, time.perf_counter() - started)
+
+
+def summary(
+    arm: str, seed: int, lines: Sequence[Mapping[str, float]], reported: Sequence[str], seconds: float
+) -> dict[str, Any]:
+    """What the results hold of one run.
+
+    Args:
+        arm, seed: of the run.
+        lines: its metrics, one mapping a step.
+        reported: metrics whose mean is kept.
+        seconds: that it took.
+    """
     means = {}
     for name in reported:
         values = [line[name] for line in lines if name in line]
@@ -165,7 +179,7 @@ def run(arm: str, seed: int, settings: Mapping[str, Any], reported: Sequence[str
     return {
         "arm": arm,
         "seed": seed,
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
         "update_seconds": sum(line.get("timing/update", 0.0) for line in lines),
         "curve": [
             {"step": line["step"], **{k: v for k, v in line.items() if k.startswith("eval/accuracy")}}
@@ -305,6 +319,7 @@ def main(study: Study, description: str, arguments: Sequence[str]) -> int:
             place = {"seed": seed, "output_dir": str(folder / f"{arm.name}_{seed}")}
             own = merged(filled(arm.settings, folder=str(folder), seed=seed), changes)
             jobs[arm.name, seed] = merged({**study.settings(folder, seed), **place}, own)
+    graded = grade(models, folder / "held_out.jsonl", jobs[arms[0].name, 0]["verifier"])
     runs = _run_all(study, jobs, options.jobs, console)
     results = {
         "method": study.name,
@@ -312,8 +327,8 @@ def main(study: Study, description: str, arguments: Sequence[str]) -> int:
         "skills": dict(study.skills),
         "seeds": seeds,
         "split": options.split,
-        "settings": {k: v for k, v in jobs[arms[0].name, 0].items() if not isinstance(v, str) or "/" not in v},
-        "models": grade(models, folder / "held_out.jsonl", jobs[arms[0].name, 0]["verifier"]),
+        "settings": {k: v for k, v in jobs[arms[0].name, 0].items() if "/" not in str(v)},
+        "models": graded,
         "runs": sorted(runs, key=lambda r: ([a.name for a in arms].index(r["arm"]), r["seed"])),
         "wall_seconds": time.perf_counter() - start,
         "cores": os.cpu_count(),
