@@ -26,6 +26,7 @@ from opdengine.checkpoint import list_checkpoints
 from opdengine.cli import main
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.data import PromptStream, load_prompts
+from opdengine.distributed import Ranks
 from opdengine.engine import Engine
 from opdengine.loop import prepared
 from opdengine.metrics import read_metrics
@@ -314,6 +315,7 @@ def test_rollouts_run_during_the_update() -> None:
 
     class Slow:
         config = type("Config", (), {"prompts_per_step": 1})
+        ranks = Ranks()
 
         async def prepare(self, batch: Any, number: int) -> int:
             log.append(f"begin {number}")
