@@ -75,7 +75,7 @@ def write_records(file: Path, count: int) -> None:
 
 def demo(arguments: Sequence[str] = ()) -> int:
     """Compare and report."""
-    options = parser(__doc__, steps=12, learning_rate=1e-3, batch_size=8, test_games=60).parse_args(arguments)
+    options = parser(__doc__, steps=24, learning_rate=1e-3, batch_size=8, test_games=60).parse_args(arguments)
     records = (options.output_dir / "expert_episodes.jsonl").resolve()
     write_records(records, options.train_games)
     return main("OPAD demo", arms(options.batch_size, records), options)
