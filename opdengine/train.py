@@ -71,7 +71,8 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
         prompts = load_prompts(config.train_data, skip_bad_rows=config.skip_bad_rows)
     check_ranks(config, recipe, ranks)
     check_routing(config, recipe, prompts)
-    grader.check(held_out)
+    rewarded = prompts.prompts if recipe.needs_reward and not config.environment.name else ()
+    grader.check([*held_out, *rewarded])
     tokenizer = load_tokenizer(
         config.model,
         trust_remote_code=config.trust_remote_code,

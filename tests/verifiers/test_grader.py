@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from opdengine.config import ConfigError
+from opdengine.config import ConfigError, TrainConfig
+from opdengine.settings import from_mapping
+from opdengine.train import train
 from opdengine.types import Prompt
 from opdengine.verifiers.grader import Grader
 from opdengine.verifiers.score import Score, VerifierSettings
@@ -228,3 +230,24 @@ def test_what_cannot_be_loaded_is_refused_at_once() -> None:
     for spec, message in (("grade", "unknown verifier 'grade'"), ("nowhere.py:f", "no Python file")):
         with pytest.raises(ValueError, match=message):
             Grader({"default": spec})
+
+
+@pytest.mark.parametrize("source", ["train_data", "eval_data"])
+def test_a_data_source_without_verifier_is_refused_before_models_are_loaded(
+    source: str, models: dict[str, str], prompt_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opdengine.train.load_tokenizer", None)  # would be next
+    graded = tmp_path / "graded.jsonl"
+    graded.write_text('{"prompt": "1 + 1?", "answer": "2", "data_source": "code"}\n')
+    config = {
+        "model": models["student"],
+        "teachers": [{"model": models["big"]}],
+        "method": "uni_opd",
+        "num_generations": 2,
+        "train_data": [str(graded)],
+        "eval_data": [str(graded)],
+        "output_dir": str(tmp_path / "run"),
+        "verifier": {"code": "exact_match"},
+    }
+    with pytest.raises(ConfigError, match="verifier has no entry for data_source 'agentic'"):
+        train(from_mapping(TrainConfig, {**config, source: [prompt_file]}), progress=False)
