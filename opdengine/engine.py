@@ -342,7 +342,13 @@ class Engine:
         """Call what blocks: in a thread when batches overlap, so that the next ones go on."""
         if not self.config.max_staleness:
             return function(*arguments)
-        return await asyncio.to_thread(function, *arguments)
+
+        def call() -> T:
+            if self.student.device.type == "cuda":
+                torch.cuda.set_device(self.student.device)  # new threads start on the first GPU
+            return function(*arguments)
+
+        return await asyncio.to_thread(call)
 
     def _probe_once(self, hidden: torch.Tensor, items: Sequence[Item]) -> None:
         if self.probed or not items[0].teachers:
