@@ -23,7 +23,7 @@ from opdengine.sandbox.filter import build_filter
 from opdengine.sandbox.runtime import Runtime, find_runtime
 from opdengine.sandbox.tiers import Limits, Tier, candidates, spare_uid
 
-START_SECONDS = 20.0
+START_SECONDS = 60.0
 GRACE_SECONDS = 5.0
 END_SECONDS = 10.0
 CHUNK = 1 << 16

@@ -31,7 +31,8 @@ def available() -> dict[str, tuple[Tier, Runtime]]:
                 check_tier(tier, runtime)
             except SandboxError:
                 continue
-            found.setdefault(str(tier), (tier, runtime))
+            found[str(tier)] = (tier, runtime)
+            break
     return found
 
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,16 +94,13 @@ def test_hostile_program(name: str, isolated: tuple[Tier, Runtime], world: dict[
     hostile = CORPUS[name]
     before = children()
     with Session(tier, LIMITS, runtime) as session:
-        started = time.monotonic()
         answer = session.run(hostile.code.format(**world), "", hostile.seconds)
-        took = time.monotonic() - started
         after = session.run("print('still here')", "", 10)
     assert answer.get("failed", "alone") in hostile.ends, answer
     output = answer.get("output", "")
     assert "GOT" not in output, output
     assert world["token"] not in output, "a secret came out"
     assert after.get("output") == "still here\n", "the sandbox goes on working after it"
-    assert took < 60
     assert children() == before
     assert session.uid is None or not owned(session.uid)
     left = [place for place in PLACES for entry in os.listdir(place) if entry.startswith(world["token"])]

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from opdengine.config import TrainConfig
 from opdengine.data import DataError, load_prompts
 from opdengine.sandbox.plain import decode
 from opdengine.sections import DataConfig
+from opdengine.settings import from_mapping
+from opdengine.train import train
 from opdengine.types import Prompt
 from opdengine.verifiers import load_verifier
 from opdengine.verifiers.grader import Grader
@@ -156,3 +159,24 @@ def test_workers_grade_generated_tasks() -> None:
         assert [s.value for s in right] == [1] * 6 and [s.value for s in wrong] == [0] * 6
         (denied,) = grader.grade(["0"], [Prompt("p", (), answer={"dataset": "coin_flip", "entry": {}})])
         assert denied.failure == "error" and "cannot be used" in denied.detail
+
+
+def test_a_run_trains_and_evaluates_on_generated_tasks(models: dict[str, str], tmp_path: Path) -> None:
+    task = "reasoning_gym:chain_sum?min_terms=2&max_terms=2&max_digits=1&size="
+    config = {
+        "model": models["student"],
+        "teachers": [{"model": models["big"]}],
+        "method": "opd",
+        "train_data": [f"{task}4", {"path": f"{task}2&seed=90", "suffix": "", "data_source": "bare"}],
+        "eval_data": [f"{task}3&split=eval"],
+        "verifier": {"reasoning_gym": "reasoning_gym"},
+        "verifier_workers": 1,
+        "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": 2,
+        "max_completion_length": 4,
+        "max_steps": 1,
+    }
+    result = train(from_mapping(TrainConfig, config), progress=False)
+    assert 0 <= result.metrics["eval/accuracy"] <= 1 and "eval/verifier_failed/error" not in result.metrics
+    rows = [json.loads(line) for line in (tmp_path / "run/evaluations/step_1.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and all(row["prompt_id"].startswith("reasoning_gym:chain_sum") for row in rows)
