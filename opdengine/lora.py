@@ -171,14 +171,15 @@ def policy(model: Any) -> tuple[Iterable[tuple[str, torch.Tensor]], LowRank | No
 
 def fingerprint(model: Any) -> str:
     """Identifies the weights of a base, with or without adapter, by 256 values of each."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(_base_weights(model)):
+    parts = []
+    for name, tensor in _base_weights(model):  # one whole tensor at a time, where they are split over ranks
         flat = tensor.detach().reshape(-1)
         chosen = torch.arange(SAMPLES, device=flat.device) * flat.numel() // SAMPLES
         values = flat[chosen] if flat.numel() else flat
-        digest.update(f"{name}:{tuple(tensor.shape)}".encode())
-        digest.update(values.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+        part = hashlib.sha256(f"{name}:{tuple(tensor.shape)}".encode())
+        part.update(values.float().cpu().numpy().tobytes())
+        parts.append(part.digest())
+    return hashlib.sha256(b"".join(sorted(parts))).hexdigest()[:16]
 
 
 def _other_base(model: Any, folder: Path) -> str:
