@@ -122,11 +122,11 @@ class ALFWorld(CommandEnvironment):
         return Expert(self._facts, task["type"], task["object"], task["target"], self._put).command()
 
     def close(self) -> None:
-        """Unload the engine's library."""
+        """Let the engine's library free what it holds; unloading it with others in use would crash."""
         if not self._closed:
             self._closed = True
             self._view = None
-            self._downward.close_lib(self._engine.unwrapped.downward_lib)
+            self._engine.unwrapped.downward_lib.cleanup()
 
     @contextmanager
     def _one_translation(self) -> Iterator[None]:

@@ -134,8 +134,7 @@ class CommandEnvironment:
             raise
         except (Exception, SystemExit) as error:  # the PDDL translator exits where others raise
             raise InfrastructureError(f"{self.name}: task {task.get('id')!r} cannot be set up: {error!r}") from error
-        self._turns = 0
-        self._view = replace(view, score=0.0)  # what is given at the start is paid with the first command
+        self._view, self._turns = view, 0
         messages: list[Message] = []
         if self.options.instructions:
             messages.append({"role": "system", "content": f"{self.rules}\n\n{ANSWERS[self.options.format]}"})
@@ -151,6 +150,8 @@ class CommandEnvironment:
 
     def step(self, message: Message) -> Step:
         """Execute the message's command; a message without one costs a turn and changes nothing.
+
+        The reward is what the score rises by.
 
         Raises:
             RuntimeError: there is no episode, or it is over.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -57,8 +60,8 @@ def test_expert_recovers_from_any_state(world, seed):
 
 
 def test_random_player_never_breaks_it(world):
-    played, failed = play_random(world, ALFWorld.tasks("train", count=60), turns=400)
-    assert played >= 400 and failed == 0
+    played, failed = play_random(world, ALFWorld.tasks("train", count=60), turns=240)
+    assert played >= 240 and failed == 0
 
 
 def test_odd_messages_change_nothing(world):
@@ -204,6 +207,17 @@ def test_nothing_is_left_on_disk(tmp_path, monkeypatch):
     world.close()
     world.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_worlds_in_one_process_end_in_peace():
+    code = (
+        "from opdengine.environments.alfworld import ALFWorld as A; t = A.tasks('train', count=2); a, b = A(), A(); "
+        "a.reset(seed=0, task=t[1]); b.reset(seed=0, task=t[1]); b.close(); "
+        "print(a.step({'content': 'Action: look'}).info['failure'] == ''); a.close()"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "True\n", "")
 
 
 def test_it_plays_in_a_worker_process():
