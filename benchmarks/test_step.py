@@ -100,7 +100,7 @@ def test_update_against_materialised_logits(prompts, tmp_path, interleaved, reco
             return engine.weigh(judged, [Stats() for _ in judged], Counter())[0]
 
         engine.sampler.policy_version = engine.version
-        from opdengine.objective import Tally
+        from opdengine.tally import Tally
 
         engine.update(asyncio.run(run()), Tally())
 

@@ -20,12 +20,13 @@ from opdengine.chat import encode_chat
 from opdengine.config import TrainConfig
 from opdengine.distributed import Ranks
 from opdengine.lora import policy
-from opdengine.objective import Item, Objective, Tally, make_item, normalisers
+from opdengine.objective import Item, Objective, make_item, normalisers
 from opdengine.recipe import Annotations, Batch, Note, Recipe, Stats, combine
 from opdengine.report import Clock, Prepared, StepResult, merge_ranks, summarise
 from opdengine.rollout import Sampler
 from opdengine.rollout.episodes import Episodes, Job, episode_metrics
 from opdengine.scoring import Judged, Measurer, judge
+from opdengine.tally import Tally
 from opdengine.teachers import Teacher
 from opdengine.types import Prompt, Request, Rollout, SamplingParams, Turn
 from opdengine.update import backward, clip_gradients, describe, gradient_norm

@@ -14,7 +14,7 @@ import torch
 from opd_kernels import TeacherHead, linear_divergence
 from opdengine.backbone import Head
 from opdengine.importance import ratio
-from opdengine.objective import Tally
+from opdengine.tally import Tally
 from opdengine.types import Rollout, SamplingParams
 
 MOST_OUTSIDE = 0.25

@@ -12,8 +12,8 @@ import numpy as np
 
 from opdengine.distributed import Ranks
 from opdengine.metrics import merge
-from opdengine.objective import Tally
 from opdengine.recipe import Annotations, Note
+from opdengine.tally import Tally
 from opdengine.types import Rollout
 
 

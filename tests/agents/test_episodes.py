@@ -18,8 +18,8 @@ from opdengine.chat import append_answer, encode_answer, encode_chat
 from opdengine.environments.protocol import Broken, Observation, Step
 from opdengine.evaluate import evaluate_episodes, wilson
 from opdengine.methods.opad import steps_of
-from opdengine.objective import Tally
 from opdengine.rollout.episodes import Episodes, Job, episode_metrics, turns_of
+from opdengine.tally import Tally
 from opdengine.types import Prompt, Rollout, SamplingParams
 
 PARAMS = SamplingParams(max_tokens=8)

@@ -21,8 +21,9 @@ from opdengine.judge import Judge, turn_metrics
 from opdengine.methods import build_recipe
 from opdengine.methods.opd import PlainContexts
 from opdengine.methods.sage_opd import Intervention, Selective
-from opdengine.objective import Tally, normalisers
+from opdengine.objective import normalisers
 from opdengine.recipe import Batch, Note, Stats
+from opdengine.tally import Tally
 from opdengine.types import Rollout
 
 LENGTHS, KL, TOP1 = (4, 6, 10), (0.5, 0.2, 0.3), (0.9, 0.8, 0.6)

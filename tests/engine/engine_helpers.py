@@ -16,8 +16,9 @@ from opdengine.chat import load_tokenizer
 from opdengine.config import TrainConfig
 from opdengine.engine import Engine
 from opdengine.methods import build_recipe
-from opdengine.objective import Item, Tally
+from opdengine.objective import Item
 from opdengine.settings import from_mapping
+from opdengine.tally import Tally
 from opdengine.types import Completion, Message, Prompt, Request, SamplingParams
 
 PROMPTS = {

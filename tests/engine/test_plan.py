@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from opdengine.cli import main
 from opdengine.data import load_prompts
-from opdengine.objective import Tally
 from opdengine.plan import Lengths, Machine, loss_flops, memory_of, plan
 from opdengine.shapes import QWEN3, shape_of
+from opdengine.tally import Tally
 
 Models = dict[str, str]
 

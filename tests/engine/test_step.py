@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opdengine.chat import vocabulary_size
 from opdengine.data import load_prompts
-from opdengine.objective import Item, Tally
+from opdengine.objective import Item
+from opdengine.tally import Tally
 from opdengine.types import Completion, Prompt, Request, SamplingParams, TeacherContext
 
 Models = dict[str, str]

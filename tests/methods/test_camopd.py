@@ -23,8 +23,9 @@ from opdengine.methods.advantage import PolicyGradient
 from opdengine.methods.camopd import Branches, Selected
 from opdengine.methods.gap_selection import gap_score, mass_prefix, select
 from opdengine.metrics import read_metrics
-from opdengine.objective import Item, Tally
+from opdengine.objective import Item
 from opdengine.sections import CaMOPDConfig
+from opdengine.tally import Tally
 from opdengine.train import train
 from opdengine.types import Prompt
 

@@ -15,8 +15,8 @@ from teacher_helpers import Server
 
 from opdengine.chat import vocabulary_size
 from opdengine.data import load_prompts
-from opdengine.objective import Tally
 from opdengine.recipe import Note
+from opdengine.tally import Tally
 from opdengine.teachers.endpoint import BadAnswer
 from opdengine.teachers.top_k import read_top_k
 from opdengine.types import TeacherContext, TopK
