@@ -157,8 +157,9 @@ def official_tasks(data_dir: str, split: str, types: Sequence[str]) -> list[Task
     Raises:
         ValueError: there are none; says where they were looked for and how to get them.
     """
-    given = Path(data_dir)
-    root = given if (given / split).is_dir() else given / "json_2.1.1"
+    given = Path(data_dir).expanduser()
+    roots = [given, *sorted(given.glob("json_2*"), reverse=True)]
+    root = next((folder for folder in roots if (folder / split).is_dir()), given)
     tasks: list[Task] = []
     for file in sorted((root / split).glob("**/traj_data.json")):
         game = file.with_name("game.tw-pddl")

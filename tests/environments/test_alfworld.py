@@ -152,7 +152,7 @@ def write_official(folder: Path, task, name: str, *, solvable: bool = True, gram
     return place
 
 
-def test_official_games_are_played(world, tmp_path):
+def test_official_games_are_played(world, tmp_path, monkeypatch):
     root = tmp_path / "json_2.1.1"
     drawn = ALFWorld.tasks("valid_seen", count=2)
     good = [write_official(root, t, f"valid_seen/{t['type']}-{i}/trial_T{i}") for i, t in enumerate(drawn)]
@@ -163,6 +163,8 @@ def test_official_games_are_played(world, tmp_path):
     (bare / "game.tw-pddl").unlink()
     tasks = ALFWorld.tasks("valid_seen", data_dir=str(tmp_path))
     assert tasks == ALFWorld.tasks("valid_seen", data_dir=str(root))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tasks == ALFWorld.tasks("valid_seen", data_dir="~")
     assert [task["game"] for task in tasks] == sorted(str(place / "game.tw-pddl") for place in good)
     assert len(ALFWorld.tasks("valid_seen", data_dir=str(root), types=[TYPES[1]])) == 1
     for task in tasks:
