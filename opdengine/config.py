@@ -117,8 +117,8 @@ class TrainConfig:
         eval_max_prompts: evaluate on at most this many prompts.
         max_prompt_length: prompts with more tokens are left out and counted.
         skip_bad_rows: leave out malformed rows (counted) instead of refusing the file.
-        verifier: how an answer is graded: "exact_match", "numeric", "module:function" or
-            "file.py:function"; or a mapping from routing key (and "default") to one of these.
+        verifier: how an answer is graded: "exact_match", "numeric", "choice", "math", "code", "reasoning_gym",
+            "module:function" or "file.py:function"; or a mapping from routing key (and "default") to one of these.
         verifier_timeout: seconds that grading one completion may take; longer counts as failed (score 0).
         verifier_workers: processes that grade.
         verifier_allow_unsandboxed: let the "code" verifier run the model's programs where the system offers

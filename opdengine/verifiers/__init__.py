@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -65,7 +66,7 @@ def load_verifier(spec: str, settings: VerifierSettings | None = None) -> Verifi
         settings: for built-in verifiers that have limits.
 
     Raises:
-        ValueError: nothing callable is found there.
+        ValueError: nothing is found there that can be called with text, answer and messages.
     """
     if spec in VERIFIERS:
         return VERIFIERS[spec]
@@ -78,8 +79,20 @@ def load_verifier(spec: str, settings: VerifierSettings | None = None) -> Verifi
         )
     try:
         verifier = load_object(spec)
-    except (ImportError, AttributeError, OSError) as error:
+    except (ImportError, AttributeError, OSError, SyntaxError) as error:
         raise ValueError(f"verifier {spec!r} cannot be loaded: {error}") from error
     if not callable(verifier):
         raise ValueError(f"verifier {spec!r} is not callable")
+    if not _takes_three(verifier):
+        raise ValueError(f"verifier {spec!r} must take three arguments: text, answer, messages")
     return verifier  # type: ignore[no-any-return]
+
+
+def _takes_three(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind("", None, ())
+    except TypeError:
+        return False
+    except ValueError:  # written in C without a signature
+        pass
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -12,13 +13,16 @@ from opdengine.verifiers import VERIFIERS, Verifier, load_verifier
 from opdengine.verifiers.pool import Task, WorkerPool
 from opdengine.verifiers.score import FAILURES, Score, VerifierSettings, as_score
 
+logger = logging.getLogger(__name__)
+
 
 class Grader:
     """Verifiers by routing key, run in worker processes.
 
     A verifier that raises, crashes or exceeds its time costs that completion the grade (0, with the reason in
-    :attr:`Score.failure`) and never ends the run. Verifiers by name run in worker processes, except the
-    cheap ``exact_match`` and ``numeric``, which run here, as do callables (without time limit).
+    :attr:`Score.failure`) and never ends the run; the first failure for each reason is logged. Verifiers by name
+    run in worker processes, except the cheap ``exact_match``, ``numeric`` and ``choice``, which run here, as do
+    callables (without time limit).
 
     Args:
         verifier: a name as for :func:`load_verifier`, a callable, or a mapping from routing key (and
@@ -43,6 +47,7 @@ class Grader:
                 self._here[each] = loaded
         self._pool = WorkerPool(settings)
         self._failed: Counter[str] = Counter()
+        self._logged: set[str] = set()
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Grader:
@@ -77,8 +82,21 @@ class Grader:
             else:
                 tasks[i] = Task(verifier, text, prompt.answer, prompt.messages)
         scores.update(zip(tasks, self._pool.grade(list(tasks.values())), strict=True))
-        self._failed.update(score.failure for score in scores.values() if score.failure)
+        for i, score in scores.items():
+            if score.failure:
+                self._failed[score.failure] += 1
+                self._log_first(score, prompts[i])
         return [scores[i] for i in range(len(texts))]
+
+    def _log_first(self, score: Score, prompt: Prompt) -> None:
+        if score.failure not in self._logged:
+            self._logged.add(score.failure)
+            logger.warning(
+                "the verifier failed on prompt %r, which scores 0 (%s: %.500s); later failures are only counted",
+                prompt.id,
+                score.failure,
+                score.detail,
+            )
 
     def counts(self) -> dict[str, float]:
         """Verifiers that failed since this was last asked, by reason, as metrics."""

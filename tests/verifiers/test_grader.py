@@ -226,8 +226,27 @@ def test_a_verifier_in_this_process_may_raise() -> None:
     assert score.failure == "error" and "no number" in score.detail
 
 
-def test_what_cannot_be_loaded_is_refused_at_once() -> None:
-    for spec, message in (("grade", "unknown verifier 'grade'"), ("nowhere.py:f", "no Python file")):
+def test_the_first_failure_of_each_kind_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def picky(text: str, answer: Any, messages: Any) -> float:
+        raise KeyError(text)
+
+    grader = Grader(picky)
+    for text in ("first", "second"):
+        grader.grade([text, text], [prompt(), prompt()])
+    (record,) = caplog.records
+    assert "first" in record.getMessage() and "'p'" in record.getMessage()
+
+
+def test_what_cannot_be_loaded_is_refused_at_once(tmp_path: Path) -> None:
+    broken, short = tmp_path / "broken.py", tmp_path / "short.py"
+    broken.write_text("def f(:\n")
+    short.write_text("def f(text, answer):\n    return 1.0\n")
+    for spec, message in (
+        ("grade", "unknown verifier 'grade'"),
+        ("nowhere.py:f", "no Python file"),
+        (f"{broken}:f", "cannot be loaded: invalid syntax"),
+        (f"{short}:f", "must take three arguments: text, answer, messages"),
+    ):
         with pytest.raises(ValueError, match=message):
             Grader({"default": spec})
 
