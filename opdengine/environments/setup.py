@@ -18,12 +18,13 @@ def load_tasks(config: EnvironmentConfig, split: str) -> PromptSet:
     """The tasks of a split as prompts: ``extra["task"]`` is the task, the routing key its type.
 
     Raises:
-        DataError: the split has no tasks, they cannot be read, or an id is missing or occurs twice.
+        DataError: the split has no tasks, they cannot be read, a package is missing, or an id is missing or
+            occurs twice.
     """
     try:
         options = {name: value for name, value in config.options.items() if name not in POOL_OPTIONS}
         tasks = load_environment(config.name).tasks(split, **options)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise DataError(f"environment {config.name!r}: no tasks of split {split!r}: {error}") from error
     if not tasks:
         raise DataError(f"environment {config.name!r} has no tasks in split {split!r}; check its options")

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from opdengine.config import EnvironmentConfig
+from opdengine.data import DataError
 from opdengine.environments import ENVIRONMENTS, load_environment
 from opdengine.environments.house import House
+from opdengine.environments.setup import load_tasks
 
 HERE = Path(__file__).parent
 
@@ -44,6 +47,28 @@ def test_a_file_that_does_not_compile_is_named(tmp_path):
     (tmp_path / "bad.py").write_text("class Bad(:\n")
     with pytest.raises(ValueError, match=r"bad\.py:Bad' cannot be loaded: invalid syntax"):
         load_environment(f"{tmp_path / 'bad.py'}:Bad")
+
+
+def test_a_missing_package_is_a_mistake_of_the_user_with_its_remedy(tmp_path):
+    file = tmp_path / "needy.py"
+    file.write_text(
+        "class Needy:\n    @classmethod\n    def tasks(cls, split):\n        raise ImportError('pip install needed')\n"
+        "    reset = step = close = None.__init__\n"
+    )
+    with pytest.raises(DataError, match="no tasks of split 'train': pip install needed"):
+        load_tasks(EnvironmentConfig(name=f"{file}:Needy"), "train")
+
+
+def test_the_class_that_the_documentation_shows_plays(tmp_path):
+    page = (HERE.parents[1] / "docs" / "environments.md").read_text()
+    file = tmp_path / "guess.py"
+    file.write_text(page.partition("```python\n")[2].partition("```")[0])
+    environment = load_environment(f"{file}:Guess")(largest=20)
+    task = environment.tasks("test", largest=20)[1]
+    environment.reset(seed=0, task=task)
+    *wrong, right = [environment.step({"role": "assistant", "content": text}) for text in ("hm", "3", "10")]
+    assert [step.info["failure"] for step in wrong] == ["unparseable", ""] and not any(step.done for step in wrong)
+    assert right.done and right.info["success"]
 
 
 def test_importing_the_package_imports_no_environment():
