@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from opdengine.verifiers.grader import Grader
 
 BALANCE = "even out the difficulty of the data: opdengine balance --config run.yaml --output balanced.jsonl"
+SETTINGS = (
+    "Every setting of the YAML file can also be given as --key value, in sections as --section.key value; "
+    "opdengine/config.py and opdengine/sections.py document them all."
+)
 SERVE = "run a vLLM server for vllm_mode: server; more arguments go to `vllm serve`"
 
 
@@ -42,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("eval", "grade a model: opdengine eval --config run.yaml [--model FOLDER]"),
         ("plan", "count memory and seconds of a step: opdengine plan --config run.yaml --gpus 8"),
     ):
-        command = commands.add_parser(name, help=help_text)
+        command = commands.add_parser(name, help=help_text, description=help_text, epilog=SETTINGS)
         command.add_argument("--config", help="YAML file of settings")
         if name == "debate":
             command.add_argument("--prompt", required=True, help="what to debate")
@@ -54,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--mean_prompt", type=float, help="mean tokens of a prompt; default: the limit")
             command.add_argument("--mean_completion", type=float, help="mean tokens of a completion")
             command.add_argument("--mean_turn", type=float, help="mean tokens of a teacher's debate turn")
-    command = commands.add_parser("balance", allow_abbrev=False, help=BALANCE)
+    command = commands.add_parser("balance", allow_abbrev=False, help=BALANCE, description=BALANCE, epilog=SETTINGS)
     command.add_argument("--config", help="YAML file of settings")
     command.add_argument("--output", type=Path, required=True, help="the balanced data file (.jsonl)")
     command.add_argument("--rollouts", type=int, default=8, help="of every prompt (default 8)")

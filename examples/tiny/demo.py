@@ -1,7 +1,8 @@
 """The demo: every method on the bundled tiny models, measured on held-out prompts.
 
 Each arm is an ordinary run of the engine in its own process (two at a time), configured by a YAML
-file that is left beside its results. ``python examples/train_mad_opd.py`` calls :func:`main`.
+file that is left beside its results. ``python examples/train_mad_opd.py`` calls :func:`main`; with
+``--config FILE`` it trains your own models instead.
 """
 
 from __future__ import annotations

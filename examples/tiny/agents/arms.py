@@ -49,7 +49,11 @@ def parser(
     description: str | None, *, steps: int, learning_rate: float, batch_size: int, test_games: int
 ) -> argparse.ArgumentParser:
     """The options of a demo."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=description,
+        epilog="With --config FILE your own models and environment are trained instead.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--seeds", type=int, default=None, help="number of seeds (default 1; 5 with --ablate)")
     p.add_argument("--ablate", action="store_true", help="all controls instead of the short list")
     p.add_argument("--arms", nargs="+", help="only the arms with these names")
