@@ -158,7 +158,8 @@ class TrainConfig:
         resume_from_checkpoint: "latest" (from the beginning where there is none yet) or a checkpoint folder.
         ddp_timeout: seconds that one process may wait for another (``torchrun``), rollouts and debates included.
         max_bad_steps: a step whose loss or gradient is not finite moves no weight and is written to
-            ``bad_steps/``; more than so many in a row end the run.
+            ``bad_steps/``; more than so many in a row end the run. So do as many steps of which every
+            episode broke.
         max_logprob_difference: stop when sampler and trainer disagree by more (mean absolute
             difference of a step, nats).
     """

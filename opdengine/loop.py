@@ -86,6 +86,7 @@ class Loop:
     first: Mapping[str, float]
     inputs: InputFiles = field(default_factory=InputFiles)
     bad_steps: int = 0
+    broken_steps: int = 0
 
     def __post_init__(self) -> None:
         self.position = self.stream.state_dict()
@@ -143,6 +144,21 @@ class Loop:
         if _due(step, config.save_steps):
             self._save()
         self._count_bad(result)
+        self._count_broken(result)
+
+    def _count_broken(self, result: StepResult) -> None:
+        """Stop when no episode of several steps in a row came to its end."""
+        if result.rollouts or self.engine.episodes is None:
+            self.broken_steps = 0
+            return
+        self.broken_steps += 1
+        if self.broken_steps > self.engine.config.max_bad_steps:
+            reasons = sorted(name for name in result.metrics if name.startswith("dropped/environment/"))
+            raise ServiceError(
+                f"every episode of {self.broken_steps} steps in a row broke, up to step {self.step} "
+                f"({', '.join(reasons)}; max_bad_steps={self.engine.config.max_bad_steps}); nothing was trained on "
+                "them. Try the environment alone: opdengine eval with the same settings"
+            )
 
     def _count_bad(self, result: StepResult) -> None:
         """Keep what made a step's numbers go wrong; stop when it does not pass."""

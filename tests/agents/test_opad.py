@@ -12,6 +12,7 @@ from engine_helpers import make_config
 
 from opdengine.cli import main
 from opdengine.config import ConfigError, OpadConfig
+from opdengine.errors import ServiceError
 from opdengine.methods import build_recipe
 from opdengine.methods.opad import Steps, steps_of, surprise
 from opdengine.train import train
@@ -104,3 +105,26 @@ def test_the_eval_command_plays_episodes(models: dict[str, str], capsys: pytest.
     assert main([*arguments, "--environment.eval_splits", "[valid_seen]", "--max_prompt_length", "64"]) == 0
     metrics = json.loads(capsys.readouterr().out)
     assert metrics["eval/valid_seen/turns"] == 2 and metrics["eval/valid_seen/success_high"] < 1
+
+
+def test_a_run_whose_episodes_all_break_ends(models: dict[str, str], tmp_path: Path) -> None:
+    code = tmp_path / "broken.py"
+    code.write_text(
+        "from opdengine.environments import Observation\n"
+        "class Broken:\n"
+        "    @classmethod\n"
+        "    def tasks(cls, split, **options):\n"
+        "        return [{'id': str(i)} for i in range(4)]\n"
+        "    def reset(self, *, seed, task):\n"
+        "        return Observation(({'role': 'user', 'content': 'go'},))\n"
+        "    def step(self, message):\n"
+        "        raise RuntimeError('the engine is gone')\n"
+        "    def close(self):\n"
+        "        pass\n"
+    )
+    config = make_config(
+        models, "", tmp_path / "run", method="opd", teachers=[{"model": models["big"]}], max_steps=9, max_bad_steps=1,
+        per_device_train_batch_size=2, environment={"name": f"{code}:Broken", "num_environments": 2},
+    )  # fmt: skip
+    with pytest.raises(ServiceError, match=r"every episode of 2 steps in a row broke.*dropped/environment/error"):
+        train(config, progress=False)
