@@ -22,6 +22,7 @@ from opdengine.recipe import Recipe
 from opdengine.rollout import Sampler
 from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.server import ServedTeacher
+from opdengine.teachers.shard import Session
 
 if TYPE_CHECKING:
     from opdengine.verifiers.grader import Grader
@@ -56,6 +57,7 @@ def build_engine(
     model = load_student(config, device, checkpoint, on_host=ranks.world_size > 1)
     sharded = Sharded(model, ranks, device, config.bf16) if ranks.world_size > 1 else None
     student = Backbone(model, "student", config.max_tokens_per_batch, sharded)
+    session = Session(ranks) if ranks.world_size > 1 and any(t.shard for t in config.teachers) else None
     teachers = [
         served.get(teacher.name)
         or LocalTeacher(
@@ -65,6 +67,7 @@ def build_engine(
             trust_remote_code=config.trust_remote_code,
             max_tokens=config.max_tokens_per_batch,
             tokenizer=its_tokenizer,
+            session=session,
         )
         for teacher, its_tokenizer in zip(config.teachers, tokenizers, strict=True)
     ]
@@ -88,6 +91,7 @@ def build_engine(
         vocab_size=vocab_size,
         episodes=open_episodes(config, tokenizer, student.window) if config.environment.name else None,
         grader=build_grader(config) if recipe.needs_reward and not config.environment.name else None,
+        session=session,
     )
 
 

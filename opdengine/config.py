@@ -46,6 +46,8 @@ class TeacherConfig:
         chat_template: Jinja text or file in place of the tokenizer's own.
         chat_template_kwargs: handed to the chat template, for example ``enable_thinking: false``.
         offload: keep a local teacher's weights on the CPU while it neither writes nor judges.
+        shard: with several processes, split a local teacher's weights over them (FSDP2); its head stays
+            whole. Judging costs little more; writing gathers all weights for every token.
         base_url: OpenAI-compatible endpoint, such as ``http://host:8000/v1``. It writes debates and
             answers; it judges by top-k log-probs, a lower bound of the exact divergence.
         tokenizer: with ``base_url``: folder or hub name of the tokenizer; default: ``model``.
@@ -64,6 +66,7 @@ class TeacherConfig:
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     offload: bool = False
+    shard: bool = False
     base_url: str | None = None
     tokenizer: str | None = None
     api_key_env: str | None = None
@@ -395,12 +398,15 @@ def _check_teacher(config: TrainConfig, teacher: TeacherConfig, where: str) -> N
     if teacher.base_url is None:
         for key in ("tokenizer", "api_key_env"):
             need(getattr(teacher, key) is None, key, "it belongs to a served teacher; set base_url too")
+        need(not (teacher.shard and teacher.offload), "shard", "with offload the weights leave the GPU: choose one")
+        need(not (teacher.shard and config.max_staleness), "shard", "it calls for max_staleness: 0")
         return
     url = urlsplit(teacher.base_url)
     if url.username or url.password or url.query:
         raise ConfigError(f"{where}.base_url holds a credential or a query; put the key's variable into api_key_env")
     need(url.scheme in ("http", "https") and bool(url.netloc), "base_url", "give a URL such as http://host:8000/v1")
-    need(not teacher.offload, "offload", "the weights of a served teacher are not here")
+    for key in ("offload", "shard"):
+        need(not getattr(teacher, key), key, "the weights of a served teacher are not here")
     if config.method == "mt_seqkd":
         return  # its teachers write and never judge
     exact = "a served teacher tells its likeliest tokens only; use a local teacher"

@@ -165,9 +165,13 @@ class Sharded(nn.Module):
         ranks: of the run.
         device: of this rank.
         bf16: gather parameters in bfloat16; gradients are reduced in float32 always.
+        head: "gathered" as above; "whole" on every rank, for a frozen model (a tied input embedding with
+            it); "rows": every rank keeps its part of the vocabulary, which is never gathered for the loss.
     """
 
-    def __init__(self, model: Any, ranks: Ranks, device: torch.device, bf16: bool = False) -> None:
+    def __init__(
+        self, model: Any, ranks: Ranks, device: torch.device, bf16: bool = False, head: str = "gathered"
+    ) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -178,10 +182,16 @@ class Sharded(nn.Module):
         policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
         for block in transformer_blocks(model):
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if embedding.weight is not head.weight:
+        embedding, layer = model.get_input_embeddings(), model.get_output_embeddings()
+        tied = embedding.weight is layer.weight
+        if not tied or head == "rows":
             fully_shard(embedding, mesh=mesh, mp_policy=policy)
-        fully_shard(self, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        if head == "whole":
+            layer.to(device)
+        if head == "rows":
+            _split_rows(layer, mesh, embedding.weight if tied else None)
+        kept = set() if head == "gathered" else set(layer.parameters())
+        fully_shard(self, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=kept)
         for module in self.modules():
             if isinstance(module, FSDPModule):
                 if device.type == "cpu":
@@ -195,6 +205,18 @@ class Sharded(nn.Module):
     def release(self) -> None:
         """Split what a pass without backward has left gathered."""
         self.reshard()  # type: ignore[operator]
+
+
+def _split_rows(layer: nn.Module, mesh: Any, tied: nn.Parameter | None) -> None:
+    """Give every rank its rows of a head; ``tied`` is the input embedding's weight, split already."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    for name, parameter in list(layer.named_parameters(recurse=False)):
+        if name == "weight" and tied is not None:
+            layer.weight = tied
+            continue
+        rows = distribute_tensor(parameter.detach().to(mesh.device_type), mesh, [Shard(0)], src_data_rank=None)
+        setattr(layer, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
 
 
 def transformer_blocks(model: Any) -> list[nn.Module]:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,6 +29,7 @@ from opdengine.rollout.episodes import Episodes, Job, episode_metrics
 from opdengine.scoring import Judged, Measurer, judge
 from opdengine.tally import Tally
 from opdengine.teachers import Teacher
+from opdengine.teachers.shard import Session
 from opdengine.types import Prompt, Request, Rollout, SamplingParams, Turn
 from opdengine.update import backward, clip_gradients, describe, gradient_norm
 
@@ -55,6 +57,7 @@ class Engine:
         episodes: plays in an environment; None answers prompts in one turn.
         grader: rewards what is sampled, for recipes that need it.
         ranks: the processes that share the prompts of every batch.
+        session: of the teachers whose weights are split over the ranks.
         version: optimiser steps taken.
     """
 
@@ -70,6 +73,7 @@ class Engine:
     episodes: Episodes | None = None
     grader: Grader | None = None
     ranks: Ranks = field(default_factory=Ranks)
+    session: Session | None = None
     version: int = 0
     probed: bool = False
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -146,9 +150,10 @@ class Engine:
         """The sequences of this step: sampled from the student, or written by teachers."""
         if self.recipe.demonstrations is not None:
             mine = self.ranks.share(len(prompts))
-            written, metrics = await self.recipe.demonstrations(
-                [prompts[place] for place in mine], self.teachers, self.encode
-            )
+            async with self.calls():
+                written, metrics = await self.recipe.demonstrations(
+                    [prompts[place] for place in mine], self.teachers, self.encode
+                )
             rollouts = [replace(r, id=str(place)) for place, r in zip(mine, written, strict=True)]
             return rollouts, dict(metrics)
         async with self._turn:  # in the order of the batches, and not between weights and version
@@ -217,7 +222,8 @@ class Engine:
 
     async def annotate(self, rollouts: Sequence[Rollout]) -> tuple[list[Note], Annotations]:
         """Contexts and weights of the teachers; what does not fit a teacher's window is dropped."""
-        found = await self.recipe.annotator.annotate(rollouts, self.teachers)
+        async with self.calls():
+            found = await self.recipe.annotator.annotate(rollouts, self.teachers)
         windows = {t.name: t.window for t in self.teachers}
         notes = []
         for rollout, note in zip(rollouts, found.notes, strict=True):
@@ -231,7 +237,8 @@ class Engine:
 
     async def judge(self, rollouts: Sequence[Rollout], notes: Sequence[Note], dropped: Counter[str]) -> list[Judged]:
         """What every teacher says about its contexts; see :func:`opdengine.scoring.judge`."""
-        return await judge(rollouts, notes, self.teachers, self.vocab_size, dropped)
+        async with self.calls():
+            return await judge(rollouts, notes, self.teachers, self.vocab_size, dropped)
 
     def measure(self, judged: Sequence[Judged]) -> list[Stats]:
         """The statistics that the recipe's weighers need; nothing is run where they need none."""
@@ -301,6 +308,10 @@ class Engine:
         return metrics | self._optimizer_step(loss, norm)
 
     # ------------------------------------------------------------------------------- helpers
+
+    def calls(self) -> AbstractAsyncContextManager[None]:
+        """Teachers are called within; all ranks come here equally often."""
+        return nullcontext() if self.session is None else self.session.open()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The prompt in the student's chat template."""

@@ -33,7 +33,9 @@ MAY_CHANGE = {
 The prompts of a step, over all processes, are compared instead of the batch size of one."""
 
 
-TEACHER_MAY_CHANGE = {"base_url", "api_key_env", "timeout", "max_retries", "max_concurrency", "offload", "tokenizer"}
+TEACHER_MAY_CHANGE = {
+    "base_url", "api_key_env", "timeout", "max_retries", "max_concurrency", "offload", "shard", "tokenizer",
+}  # fmt: skip
 """The same of a teacher: where it lives and how it is called."""
 
 OWN = ("config.yaml", "metrics.jsonl", "checkpoints", "final")

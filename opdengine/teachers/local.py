@@ -6,12 +6,9 @@ local teachers take turns, in the order in which they were asked.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +20,8 @@ from opdengine.config import TeacherConfig
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.teachers.offload import Offload
 from opdengine.teachers.prefix import PrefixScorer
+from opdengine.teachers.shard import Session
+from opdengine.teachers.threads import work_on
 from opdengine.types import Completion, Hidden, Message, Request, SamplingParams, TeacherContext
 
 T = TypeVar("T")
@@ -37,6 +36,8 @@ class LocalTeacher:
         attn_implementation: see :func:`opdengine.backbone.load_model`.
         trust_remote_code: run code that comes with the model.
         max_tokens: token budget of one scoring or generation batch.
+        tokenizer: of the model; None loads it.
+        session: of the ranks that share the weights of a teacher with ``shard``; None: they are all here.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class LocalTeacher:
         trust_remote_code: bool = False,
         max_tokens: int = 16384,
         tokenizer: Any = None,
+        session: Session | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer or load_tokenizer(
@@ -58,10 +60,16 @@ class LocalTeacher:
             dtype=config.dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
-            device=device,
+            device="cpu" if session is not None and config.shard else device,
         )
         model.requires_grad_(False).eval()
-        self.backbone = Backbone(model, name=f"teacher {config.name!r}", max_tokens=max_tokens)
+        self._session = session
+        self._sharded = session.add(model, torch.device(device)) if session is not None and config.shard else None
+
+        def split() -> Backbone:
+            return Backbone(model, name=f"teacher {config.name!r}", max_tokens=max_tokens)
+
+        self.backbone = split() if self._sharded is None else self._sharded.run(split)
         self._scorer = PrefixScorer(self.backbone)
         self._writer = TransformersSampler(model, self.tokenizer, max_batch_tokens=4 * max_tokens)
         self.fingerprint = model_fingerprint(config.model, model)
@@ -104,7 +112,9 @@ class LocalTeacher:
             with self._resident():
                 return function(*arguments)
 
-        return await asyncio.get_running_loop().run_in_executor(_thread(self.backbone.device), work)
+        if self._session is not None and self._sharded is not None:
+            return await self._session.call(self._sharded, work)
+        return await work_on(self.backbone.device, work)
 
     def _resident(self) -> AbstractContextManager[None]:
         return nullcontext() if self._place is None else self._place.resident()
@@ -112,13 +122,6 @@ class LocalTeacher:
     def counts(self) -> dict[str, float]:
         """Nothing: calls in this process either work or raise."""
         return {}
-
-
-@cache
-def _thread(device: torch.device) -> ThreadPoolExecutor:
-    """The one worker of a device."""
-    set_device = torch.cuda.set_device if device.type == "cuda" else lambda _: None
-    return ThreadPoolExecutor(1, f"teachers on {device}", initializer=set_device, initargs=(device,))
 
 
 def model_fingerprint(path: str, model: Any, blocks: int = 256) -> str:
