@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from opdengine.backbone import Backbone
+from opdengine.backbone import Backbone, Head
 from opdengine.rollout.transformers import penalise, truncate
 from opdengine.types import Rollout, SamplingParams
 
@@ -37,9 +37,9 @@ def processed_differences(
     known = [(r, r.logprobs) for r in rollouts if r.logprobs is not None and len(r.targets)]
     chosen = sorted(known, key=lambda pair: len(pair[0].token_ids))[:ROLLOUTS]
     ids, positions = zip(*(_start(r) for r, _ in chosen), strict=True) if chosen else ((), ())
-    states = student.score(ids, positions)
+    states, head = student.score(ids, positions), student.head
     differences = [
-        _processed(student, tokens, places, hidden, params, vocab_size) - logprobs[:TOKENS]
+        _processed(head, tokens, places, hidden, params, vocab_size) - logprobs[:TOKENS]
         for (_, logprobs), tokens, places, hidden in zip(chosen, ids, positions, states, strict=True)
     ]
     return np.concatenate(differences) if differences else np.zeros(0, dtype=np.float32)
@@ -49,7 +49,7 @@ def processed_logprobs(student: Backbone, rollout: Rollout, params: SamplingPara
     """float32 [min(T, TOKENS)]: log-probs of a rollout's first targets after penalty, temperature, top-k, top-p."""
     ids, positions = _start(rollout)
     (states,) = student.score([ids], [positions])
-    return _processed(student, ids, positions, states, params, vocab_size)
+    return _processed(student.head, ids, positions, states, params, vocab_size)
 
 
 def _start(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
@@ -60,14 +60,14 @@ def _start(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.no_grad()
 def _processed(
-    student: Backbone,
+    head: Head,
     ids: np.ndarray,
     positions: np.ndarray,
     hidden: torch.Tensor,
     params: SamplingParams,
     vocab_size: int,
 ) -> np.ndarray:
-    logits = student.head.logits(hidden.to(student.head.weight.dtype))[:, :vocab_size].float()
+    logits = head.logits(hidden.to(head.weight.dtype))[:, :vocab_size].float()
     sequence = torch.from_numpy(ids).to(logits.device)
     if params.repetition_penalty != 1.0:
         seen = torch.zeros(len(positions), vocab_size + 1, dtype=torch.bool, device=logits.device)

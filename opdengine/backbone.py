@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -180,11 +181,25 @@ class Backbone:
         return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.model.modules())
 
     @property
+    def has_split_head(self) -> bool:
+        """Whether every rank keeps its rows of the head; then the loss needs :attr:`head_rows`."""
+        return self.sharded is not None and self.sharded.head == "rows"
+
+    @property
     def head(self) -> Head:
-        """The current head; its weight is the live parameter."""
+        """The current head; its weight is the live parameter. A split one is gathered, detached: all ranks ask."""
+        layer = self.model.get_output_embeddings()
+        weight, bias = layer.weight, getattr(layer, "bias", None)
+        if self.sharded is not None and self.has_split_head:
+            weight, bias = self.sharded.gather(weight), None if bias is None else self.sharded.gather(bias)
+        return Head(weight, bias, self._scale, self._softcap)
+
+    @property
+    def head_rows(self) -> Head:
+        """This rank's rows of a split head; gradients reach its parameter."""
         layer = self.model.get_output_embeddings()
         bias = getattr(layer, "bias", None)
-        return Head(layer.weight, bias, self._scale, self._softcap)
+        return Head(layer.weight.to_local(), None if bias is None else bias.to_local(), self._scale, self._softcap)
 
     def within(self, function: Callable[[], T]) -> T:
         """Call what uses the weights. Where ranks split them, the head is whole meanwhile."""
@@ -211,9 +226,14 @@ class Backbone:
             yield None
 
     def idle(self) -> torch.Tensor:
-        """A pass over one token whose result, and whose gradient of every parameter, is 0."""
+        """Hidden state [1, d] of a pass over one token, which takes part in a pass of other ranks."""
         batch = pack([np.zeros(2, dtype=np.int64)], max_tokens=2, layout="padded")[0]
-        hidden = self.hidden(batch, [np.array([1])])
+        return self.hidden(batch, [np.array([1])])
+
+    def nothing(self, hidden: torch.Tensor) -> torch.Tensor:
+        """0, whose gradient of every parameter is 0, from the result of :meth:`idle`."""
+        if self.has_split_head:  # its gradient is none of this pass's
+            return 0.0 * hidden.float().sum()
         return 0.0 * self.head.logits(hidden.to(self.head.weight.dtype)).float().sum()
 
     def forward(self, batch: Packed) -> torch.Tensor:
@@ -257,7 +277,8 @@ class Backbone:
         training = self.model.training
         self.model.eval()
         ids = torch.from_numpy(self._probe_sequences()[1])[None].to(self.device)
-        theirs = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        with self._head_in_place():
+            theirs = self.model(input_ids=ids, use_cache=False).logits[0].float()
         hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
         ours = self.head.logits(hidden).float()
         self.model.train(training)
@@ -270,6 +291,20 @@ class Backbone:
                 f"softcap(scale * (hidden @ W.T + b)) (relative difference {error:.2g}, allowed "
                 f"{limit:g}); its head cannot be used in a fused loss"
             )
+
+    @contextmanager
+    def _head_in_place(self) -> Iterator[None]:
+        """The model's own forward pass can be run within; for this a split head is put together."""
+        layer = self.model.get_output_embeddings()
+        split = dict(layer.named_parameters(recurse=False)) if self.has_split_head else {}
+        for name, parameter in split.items():
+            assert self.sharded is not None
+            setattr(layer, name, torch.nn.Parameter(self.sharded.gather(parameter), requires_grad=False))
+        try:
+            yield
+        finally:
+            for name, parameter in split.items():
+                setattr(layer, name, parameter)
 
     @torch.no_grad()
     def _choose_layout(self) -> str:

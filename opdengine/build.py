@@ -23,6 +23,7 @@ from opdengine.rollout import Sampler
 from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.server import ServedTeacher
 from opdengine.teachers.shard import Session
+from opdengine.vocab_parallel import VocabParallel
 
 if TYPE_CHECKING:
     from opdengine.verifiers.grader import Grader
@@ -55,9 +56,11 @@ def build_engine(
         require_same_tokenizer(tokenizer, its_tokenizer, teacher.name)
     served = serve_teachers(config, tokenizers, judges=recipe.demonstrations is None)
     model = load_student(config, device, checkpoint, on_host=ranks.world_size > 1)
-    sharded = Sharded(model, ranks, device, config.bf16) if ranks.world_size > 1 else None
+    many = ranks.world_size > 1
+    split_head = many and config.vocab_parallel_head
+    sharded = Sharded(model, ranks, device, config.bf16, "rows" if split_head else "gathered") if many else None
     student = Backbone(model, "student", config.max_tokens_per_batch, sharded)
-    session = Session(ranks) if ranks.world_size > 1 and any(t.shard for t in config.teachers) else None
+    session = Session(ranks) if many and any(t.shard for t in config.teachers) else None
     teachers = [
         served.get(teacher.name)
         or LocalTeacher(
@@ -92,6 +95,7 @@ def build_engine(
         episodes=open_episodes(config, tokenizer, student.window) if config.environment.name else None,
         grader=build_grader(config) if recipe.needs_reward and not config.environment.name else None,
         session=session,
+        vocabulary=VocabParallel(ranks) if split_head else None,
     )
 
 

@@ -149,6 +149,9 @@ class TrainConfig:
         learning_rate, lr_scheduler_type, warmup_ratio, weight_decay, adam_beta1, adam_beta2,
             adam_epsilon, max_grad_norm: AdamW and its schedule.
         gradient_checkpointing: trade compute for memory.
+        vocab_parallel_head: with several processes, split the student's head by vocabulary instead of gathering
+            it: its weight and gradient are never whole on any of them, and the hidden states of a micro-batch
+            are gathered instead. Runs the torch implementation of the fused loss.
         loss_impl: implementation of the fused loss: "auto", "triton", "torch" or "reference".
         workspace_bytes: byte budget for temporaries of the fused loss.
         seed: of data order, sampling and initialisation.
@@ -237,6 +240,7 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    vocab_parallel_head: bool = False
     loss_impl: str = "auto"
     workspace_bytes: int | None = None
     seed: int = 0
@@ -337,6 +341,11 @@ def _check_values(config: TrainConfig) -> None:
         "with max_staleness above 0 vLLM samples during the update and cannot sleep",
     )
     one_of("loss_impl", ("auto", "triton", "torch", "reference"))
+    need(
+        not config.vocab_parallel_head or config.loss_impl in ("auto", "torch"),
+        "loss_impl",
+        "with vocab_parallel_head it is 'torch'",
+    )
     for tracker in config.report_to:
         need(tracker == "tensorboard", "report_to", "only 'tensorboard' is known")
     for key in (

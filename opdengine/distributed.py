@@ -178,8 +178,10 @@ class Sharded(nn.Module):
         super().__init__()
         self.model = model
         self.ranks = ranks
+        self.head = head
+        self.dtype = torch.bfloat16 if bf16 else None
         mesh = init_device_mesh(device.type, (ranks.world_size,))
-        policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
         for block in transformer_blocks(model):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         embedding, layer = model.get_input_embeddings(), model.get_output_embeddings()
@@ -201,6 +203,10 @@ class Sharded(nn.Module):
     def forward(self, function: Callable[[], T]) -> T:
         """Call a function of the whole head and the model's blocks."""
         return function()
+
+    def gather(self, parameter: torch.Tensor) -> torch.Tensor:
+        """A parameter that no pass gathers, whole, detached and in the dtype of the passes."""
+        return whole(parameter).to(self.dtype or parameter.dtype)
 
     def release(self) -> None:
         """Split what a pass without backward has left gathered."""

@@ -16,7 +16,7 @@ import torch
 
 from opdengine import probes
 from opdengine.agreement import processed_differences
-from opdengine.backbone import Backbone
+from opdengine.backbone import Backbone, Head
 from opdengine.chat import encode_chat
 from opdengine.config import TrainConfig
 from opdengine.distributed import Ranks
@@ -32,6 +32,7 @@ from opdengine.teachers import Teacher
 from opdengine.teachers.shard import Session
 from opdengine.types import Prompt, Request, Rollout, SamplingParams, Turn
 from opdengine.update import backward, clip_gradients, describe, gradient_norm
+from opdengine.vocab_parallel import VocabParallel
 
 if TYPE_CHECKING:
     from opdengine.verifiers.grader import Grader
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+LossOf = Callable[[torch.Tensor, Sequence[Item]], torch.Tensor]
 
 
 @dataclass
@@ -58,6 +61,7 @@ class Engine:
         grader: rewards what is sampled, for recipes that need it.
         ranks: the processes that share the prompts of every batch.
         session: of the teachers whose weights are split over the ranks.
+        vocabulary: splits the loss over the ranks by vocabulary; None splits it by rows.
         version: optimiser steps taken.
     """
 
@@ -74,6 +78,7 @@ class Engine:
     grader: Grader | None = None
     ranks: Ranks = field(default_factory=Ranks)
     session: Session | None = None
+    vocabulary: VocabParallel | None = None
     version: int = 0
     probed: bool = False
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -286,12 +291,7 @@ class Engine:
         items = [item for item in items if item.has_weight]
         if not self.ranks.sum(len(items)):
             return {"skipped_steps": 1.0, "policy_version": float(self.version)}
-        objective = self.objective()
-
-        def loss_of(hidden: torch.Tensor, members: Sequence[Item]) -> torch.Tensor:
-            self._probe_once(hidden, members)
-            return objective(hidden, self.student.head, members, tally)
-
+        loss_of = self._loss(tally) if self.vocabulary is None else self._split_loss(self.vocabulary, tally)
         self.student.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         micro = backward(self.student, items, loss_of, self.config.max_tokens_per_batch, self.autocast)
@@ -362,13 +362,38 @@ class Engine:
 
         return await asyncio.to_thread(call)
 
-    def _probe_once(self, hidden: torch.Tensor, items: Sequence[Item]) -> None:
-        if self.probed or not items[0].teachers:
+    def _loss(self, tally: Tally) -> LossOf:
+        """The loss of a micro-batch from its final hidden states."""
+        objective = self.objective()
+
+        def loss_of(hidden: torch.Tensor, members: Sequence[Item]) -> torch.Tensor:
+            head = self.student.head  # whole within a pass only
+            self._probe_once(hidden, head, members)
+            return objective(hidden, head, members, tally)
+
+        return loss_of
+
+    def _split_loss(self, vocabulary: VocabParallel, tally: Tally) -> LossOf:
+        """The same, where every rank has its rows of all heads. All compute the statistics, the first keeps them."""
+        whole = self.objective()
+        own = vocabulary.rows_of(whole.heads, self.student.head_rows)
+        objective = replace(whole, heads=own, group=vocabulary.group)
+        kept = tally if self.ranks.is_first else Tally()
+
+        def loss_of(hidden: torch.Tensor, members: Sequence[Item]) -> torch.Tensor:
+            rows, everyone = vocabulary.join(hidden, members, own)
+            head = self.student.head_rows
+            self._probe_once(rows, head, everyone)
+            return vocabulary.share(objective(rows, head, everyone, kept))
+
+        return loss_of
+
+    def _probe_once(self, hidden: torch.Tensor, head: Head, items: Sequence[Item]) -> None:
+        if self.probed or not items or not items[0].teachers:
             return
-        for divergence in {self.config.divergence_of(i.rollout.prompt.key) for i in items}:
-            probes.self_distillation_is_zero(
-                hidden, self.student.head, divergence, self.vocab_size, self.config.loss_impl
-            )
+        c, group = self.config, None if self.vocabulary is None else self.vocabulary.group
+        for divergence in sorted({c.divergence_of(i.rollout.prompt.key) for i in items}):
+            probes.self_distillation_is_zero(hidden, head, divergence, self.vocab_size, c.loss_impl, group)
         self.probed = True
 
     def _probe(self, tally: Tally, items: Sequence[Item]) -> dict[str, float]:

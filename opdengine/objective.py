@@ -145,6 +145,7 @@ class Objective:
         temperature: divides both sides' logits in the divergence; log p(target) is the model's own.
         vocab_size: valid leading columns of every head.
         impl, workspace_bytes: of the fused op.
+        group: process group over which all heads are split by vocabulary, or None.
     """
 
     heads: dict[str, Head]
@@ -156,6 +157,7 @@ class Objective:
     vocab_size: int | None = None
     impl: str = "auto"
     workspace_bytes: int | None = None
+    group: Any = None
 
     def __call__(
         self, hidden: torch.Tensor, head: Head, items: Sequence[Item], tally: Tally | None = None
@@ -257,6 +259,7 @@ class Objective:
             impl=self.impl,
             workspace_bytes=self.workspace_bytes,
             vocab_size=self.vocab_size,
+            group=self.group,
         )
         if tally is not None and output.stats is not None:
             tally.add_divergence(names, items, output.stats)
@@ -297,6 +300,7 @@ class Objective:
                 impl="auto" if self.impl == "triton" else self.impl,  # there is no Triton form
                 workspace_bytes=self.workspace_bytes,
                 vocab_size=self.vocab_size,
+                group=self.group,
             )
             loss = loss + output.loss
             if tally is not None and student is not None:
@@ -331,6 +335,7 @@ class Objective:
             impl=self.impl,
             workspace_bytes=self.workspace_bytes,
             vocab_size=self.vocab_size,
+            group=self.group,
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +27,9 @@ class ProbeError(RuntimeError):
 
 
 def self_distillation_is_zero(
-    hidden: torch.Tensor, head: Head, divergence: str, vocab_size: int | None, impl: str
+    hidden: torch.Tensor, head: Head, divergence: str, vocab_size: int | None, impl: str, group: Any = None
 ) -> None:
-    """A student that is its own teacher has a loss of about 0 (hidden: [n, d])."""
+    """A student that is its own teacher has a loss of about 0 (hidden: [n, d]; group: over which the head is split)."""
     hidden = hidden.detach()[:64]
     weight = head.weight.detach().to(hidden.dtype)
     bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
@@ -44,6 +45,7 @@ def self_distillation_is_zero(
             reduction="mean",
             vocab_size=vocab_size,
             impl=impl,
+            group=group,
         ).loss.item()
     if not abs(loss) <= 1e-4:
         raise ProbeError(

@@ -21,7 +21,7 @@ from opdengine.settings import from_mapping, to_mapping
 logger = logging.getLogger(__name__)
 
 MAY_CHANGE = {
-    "resume_from_checkpoint", "max_tokens_per_batch", "workspace_bytes", "loss_impl",
+    "resume_from_checkpoint", "max_tokens_per_batch", "workspace_bytes", "loss_impl", "vocab_parallel_head",
     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "log_completions",
     "report_to", "run_name", "output_dir", "eval_data", "eval_max_prompts",
     "attn_implementation", "on_teacher_failure", "vllm_server_base_url", "vllm_sync_dir",

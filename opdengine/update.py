@@ -19,7 +19,7 @@ from opdengine.packing import Packed, pack
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch that has been run: its items and their part of the loss."""
+    """A micro-batch that has been run: its items and this rank's part of the loss."""
 
     items: Sequence[Item]
     loss: float
@@ -37,7 +37,8 @@ def backward(
     Args:
         student: in training mode.
         items: of this rank; ranks that have fewer micro-batches than others take part in theirs.
-        loss_of: (hidden states [T, d] of the items' targets, items) -> their part of the loss.
+        loss_of: (hidden states [T, d] of the items' targets, items) -> their part of the loss. Ranks without a
+            micro-batch call it with none.
         max_tokens: budget of a micro-batch.
         autocast: around every forward pass.
     """
@@ -49,13 +50,15 @@ def backward(
             hidden = student.hidden(batch, [strands[i].target_positions for i in batch.members])
         return loss_of(hidden, members)
 
+    def idle() -> torch.Tensor:
+        with autocast():
+            hidden = student.idle()
+        return student.nothing(hidden) + loss_of(hidden[:0], [])
+
     sequences = [strand.token_ids for strand in strands]
     for batch in student.in_step(pack(sequences, max_tokens=max_tokens, layout=student.layout)):
-        if batch is None:
-            student.within(student.idle).backward()
-            continue
-        members = [item for i in batch.members for item in strands[i].items]
-        loss = student.within(partial(run, batch, members))
+        members = [] if batch is None else [item for i in batch.members for item in strands[i].items]
+        loss = student.within(idle if batch is None else partial(run, batch, members))
         loss.backward()
         done.append(Micro(members, loss.item()))
     return done

@@ -78,6 +78,7 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         "gradients": gradients,
         "weights": {name: value.clone() for name, value in whole_weights(engine.student.model)},
         "metrics": [r.metrics for r in results],
+        "head_rows": ranks.gather(engine.student.head_rows.weight.shape[0] if engine.student.has_split_head else 0),
         "rollouts": [[described(rollout) for rollout in r.rollouts] for r in results],
     }
 

@@ -42,6 +42,21 @@ CASES: dict[str, dict[str, Any]] = {
         "teacher": {"shard": True},
         "config": {"method": "mad_opd", "debate": {"rounds": 1, "max_tokens": 4}},
     },
+    # Rows of all ranks on every rank's part of the vocabulary; some ranks have more micro-batches, one has none.
+    "split_vocabulary": {
+        "prompts": 5,
+        "config": {
+            "vocab_parallel_head": True,
+            "max_tokens_per_batch": 60,
+            "divergence": {"code": "jsd", "agentic": "reverse_kl"},
+        },
+    },
+    "split_untied": {
+        "prompts": 3,
+        "student": "big",
+        "config": {"vocab_parallel_head": True, "method": "camopd", "camopd": {"domain": ["agentic"]}},
+        "keys": [["agentic"], ["code"]],
+    },
     "adapter": {"prompts": 3, "config": {"lora": {"r": 4}}},
     # Parameters are gathered in bfloat16, where a single process computes under autocast.
     "bfloat16": {"prompts": 4, "tolerance": 0.02, "config": {"bf16": True}},
@@ -120,3 +135,11 @@ def test_the_cases_are_what_they_say(found: dict[int, Any]) -> None:
     assert set(found[1]["adapter"]["gradients"]) != set(found[1]["tied"]["gradients"])
     assert "lm_head.weight" not in found[1]["frozen_head"]["gradients"]
     assert "lm_head.weight" in found[1]["untied"]["gradients"]
+
+
+def test_no_process_holds_a_whole_head_where_it_is_split(found: dict[int, Any], models: dict[str, str]) -> None:
+    for case, name in (("split_vocabulary", "student"), ("split_untied", "big")):
+        rows = json.loads((Path(models[name]) / "config.json").read_text())["vocab_size"]
+        for world in WORLDS[1:]:
+            held = found[world][case]["head_rows"]
+            assert sum(held) == rows and max(held) == -(-rows // world)
