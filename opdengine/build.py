@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,14 +63,16 @@ def build_engine(
     student = Backbone(model, "student", config.max_tokens_per_batch, sharded)
     session = Session(ranks) if many and any(t.shard for t in config.teachers) else None
     teachers = [
-        served.get(teacher.name)
-        or LocalTeacher(
+        served[teacher.name]
+        if teacher.base_url is not None
+        else LocalTeacher(
             teacher,
             device=device,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
             max_tokens=config.max_tokens_per_batch,
             tokenizer=its_tokenizer,
+            writer=served.get(teacher.name),
             session=session,
         )
         for teacher, its_tokenizer in zip(config.teachers, tokenizers, strict=True)
@@ -259,31 +262,39 @@ def _longest(config: TrainConfig) -> int | None:
 
 
 def serve_teachers(config: TrainConfig, tokenizers: Sequence[Any], *, judges: bool) -> dict[str, ServedTeacher]:
-    """The served teachers by name, each asked whether it answers what will be needed.
+    """The endpoints of the teachers by name, each asked whether it answers what will be needed.
 
     Args:
         config: of the run.
         tokenizers: of all teachers, in their order.
-        judges: whether teachers score; else they only write.
+        judges: whether teachers score; else they only write, as the writer of a local teacher does.
 
     Raises:
         ConfigError: the variable of an API key is not set.
         ProbeError: a server cannot be reached, serves another model or lacks an ability.
     """
+    stop = config.on_teacher_failure == "stop"
     teachers = [
-        ServedTeacher(
-            teacher, tokenizer, vocabulary_size(tokenizer), stop_on_failure=config.on_teacher_failure == "stop"
-        )
+        ServedTeacher(_as_served(teacher), tokenizer, vocabulary_size(tokenizer), stop_on_failure=stop)
         for teacher, tokenizer in zip(config.teachers, tokenizers, strict=True)
-        if teacher.base_url is not None
+        if teacher.base_url is not None or teacher.writer_base_url is not None
     ]
+    scoring = {t.name for t in config.teachers if judges and t.base_url is not None}
 
     async def probe() -> None:
-        await asyncio.gather(*(teacher.probe(judges=judges) for teacher in teachers))
+        await asyncio.gather(*(teacher.probe(judges=teacher.name in scoring) for teacher in teachers))
 
     if teachers:
         asyncio.run(probe())
     return {teacher.name: teacher for teacher in teachers}
+
+
+def _as_served(teacher: TeacherConfig) -> TeacherConfig:
+    """How a teacher is called at its endpoint."""
+    if teacher.base_url is not None:
+        return teacher
+    model = teacher.writer_model or teacher.model
+    return replace(teacher, base_url=teacher.writer_base_url, model=model, tokenizer=teacher.model)
 
 
 def teacher_tokenizer(config: TrainConfig, teacher: TeacherConfig) -> Any:

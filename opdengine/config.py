@@ -50,8 +50,11 @@ class TeacherConfig:
             whole. Judging costs little more; writing gathers all weights for every token.
         base_url: OpenAI-compatible endpoint, such as ``http://host:8000/v1``. It writes debates and
             answers; it judges by top-k log-probs, a lower bound of the exact divergence.
+        writer_base_url: an OpenAI-compatible endpoint that serves a local teacher's model, too: it writes
+            the teacher's text, and the weights here judge, exactly.
+        writer_model: the name under which it is served there; default: ``model``.
         tokenizer: with ``base_url``: folder or hub name of the tokenizer; default: ``model``.
-        api_key_env: with ``base_url``: the environment variable that holds the key (never the key).
+        api_key_env: of an endpoint: the environment variable that holds the key (never the key).
         max_concurrency: most calls at the same time.
         timeout: seconds that one call may take.
         max_retries: further attempts of a call that failed for a reason that may pass.
@@ -68,6 +71,8 @@ class TeacherConfig:
     offload: bool = False
     shard: bool = False
     base_url: str | None = None
+    writer_base_url: str | None = None
+    writer_model: str | None = None
     tokenizer: str | None = None
     api_key_env: str | None = None
     max_concurrency: int = 32
@@ -404,16 +409,25 @@ def _check_teacher(config: TrainConfig, teacher: TeacherConfig, where: str) -> N
     need(teacher.timeout > 0, "timeout", "it is a number of seconds")
     need(teacher.max_retries >= 0, "max_retries", "it must not be negative; 0 is one attempt")
     need(teacher.score_top_k >= 1, "score_top_k", "it must be at least 1")
+    endpoint = "base_url" if teacher.base_url is not None else "writer_base_url"
+    url = getattr(teacher, endpoint)
+    if url is not None:
+        parts = urlsplit(url)
+        if parts.username or parts.password or parts.query:
+            raise ConfigError(
+                f"{where}.{endpoint} holds a credential or a query; put the key's variable into api_key_env"
+            )
+        usable = parts.scheme in ("http", "https") and bool(parts.netloc)
+        need(usable, endpoint, "give a URL such as http://host:8000/v1")
+    need(url is not None or teacher.api_key_env is None, "api_key_env", "it belongs to an endpoint; set base_url too")
     if teacher.base_url is None:
-        for key in ("tokenizer", "api_key_env"):
-            need(getattr(teacher, key) is None, key, "it belongs to a served teacher; set base_url too")
+        need(teacher.tokenizer is None, "tokenizer", "it belongs to a served teacher; set base_url too")
+        need(url is not None or teacher.writer_model is None, "writer_model", "set writer_base_url too")
         need(not (teacher.shard and teacher.offload), "shard", "with offload the weights leave the GPU: choose one")
         need(not (teacher.shard and config.max_staleness), "shard", "it calls for max_staleness: 0")
         return
-    url = urlsplit(teacher.base_url)
-    if url.username or url.password or url.query:
-        raise ConfigError(f"{where}.base_url holds a credential or a query; put the key's variable into api_key_env")
-    need(url.scheme in ("http", "https") and bool(url.netloc), "base_url", "give a URL such as http://host:8000/v1")
+    for key in ("writer_base_url", "writer_model"):
+        need(getattr(teacher, key) is None, key, "a teacher with base_url writes there anyway; leave it out")
     for key in ("offload", "shard"):
         need(not getattr(teacher, key), key, "the weights of a served teacher are not here")
     if config.method == "mt_seqkd":

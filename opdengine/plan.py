@@ -7,9 +7,9 @@ them by the rates of a :class:`Machine`, whose efficiencies are assumptions that
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from opdengine.config import ConfigError, TrainConfig
+from opdengine.config import ConfigError, TeacherConfig, TrainConfig
 from opdengine.shapes import Shape, shape_of
 
 GIB = 2**30
@@ -53,13 +53,13 @@ GPUS = {
 """Data-sheet values by name."""
 
 
-STUDENT, GATHERED, TEACHERS = "student: weights, gradients, AdamW", "student: gathered layers", "teachers"
+STUDENT, GATHERED, TEACHERS = "student: weights, gradients, AdamW", "student: gathered layers and head", "teachers"
 ACTIVATIONS, HIDDEN, LOSS, SAMPLER = "activations", "teachers' hidden states", "fused loss", "sampler"
 
 REMEDIES = {
     STUDENT: "more GPUs (its states are sharded), or lora",
-    GATHERED: "a GPU with more memory",
-    TEACHERS: "offload: true for the teachers, or a base_url for the larger ones",
+    GATHERED: "vocab_parallel_head: true, or a GPU with more memory",
+    TEACHERS: "shard: true or offload: true for the teachers, or a base_url for the larger ones",
     ACTIVATIONS: "gradient_checkpointing: true, or a smaller max_tokens_per_batch",
     HIDDEN: "a smaller per_device_train_batch_size",
     LOSS: "a smaller workspace_bytes",
@@ -110,11 +110,11 @@ class Plan:
 
     def __str__(self) -> str:
         m = self.machine
-        lines = [f"{m.gpus} x {m.name}", "", f"{'phase':<12}{'seconds':>10}{'share':>8}{'PFLOP':>10}{'GB sent':>10}"]
+        lines = [f"{m.gpus} x {m.name}", "", f"{'phase':<12}{'seconds':>10}{'share':>8}{'PFLOP':>10}{'GB sent':>12}"]
         for name, work in self.phases.items():
             share = work.seconds / self.seconds if self.seconds else 0.0
             lines.append(
-                f"{name:<12}{work.seconds:>10.2f}{share:>8.0%}{work.flops / 1e15:>10.3f}{work.sent / 1e9:>10.2f}"
+                f"{name:<12}{work.seconds:>10.2f}{share:>8.0%}{work.flops / 1e15:>10.3f}{work.sent / 1e9:>12.1f}"
             )
         lines += [f"{'step':<12}{self.seconds:>10.2f}", f"bottleneck: {self.bottleneck}", "", "memory of one GPU (GiB)"]
         lines += [f"  {name:<34}{size / GIB:>8.1f}" for name, size in self.memory.items()]
@@ -162,27 +162,43 @@ def plan(config: TrainConfig, machine: Machine, lengths: Lengths | None = None) 
     rounds = config.debate.rounds if debates else 0
     transcript = rounds * len(teachers) * lengths.turn if debates and config.debate.use_transcript else 0.0
 
+    def passes(sequences: float, length: float, budget: float) -> float:
+        """Of one GPU over its share."""
+        return max(sequences * length / machine.gpus / budget, 1.0)
+
+    budget = config.max_tokens_per_batch
     phases = {"rollout": _decode(student, machine, rollouts, lengths.prompt, lengths.completion)}
     if debates:
-        phases["debate"] = _add(
-            [
-                _decode(t, machine, prompts, lengths.prompt + r * len(teachers) * lengths.turn, lengths.turn)
-                for t in teachers
-                for r in range(rounds)
-            ]
-        )
+        turns = []
+        for t, shape in zip(local, teachers, strict=True):
+            for r in range(rounds) if t.writer_base_url is None else ():
+                prompt = lengths.prompt + r * len(teachers) * lengths.turn
+                work = _decode(shape, machine, prompts, prompt, lengths.turn)
+                batches = passes(prompts, prompt + lengths.turn, 4 * budget)
+                turns.append(_gathering(work, shape, machine, batches * lengths.turn) if t.shard else work)
+        phases["debate"] = _add(turns)
     length = lengths.prompt + lengths.completion
-    phases["score"] = _add([_read(t, machine, rollouts, length + transcript) for t in teachers])
+    reads = []
+    for t, shape in zip(local, teachers, strict=True):
+        work = _read(shape, machine, rollouts, length + transcript)
+        batches = passes(rollouts, length + transcript, budget)
+        reads.append(_gathering(work, shape, machine, batches) if t.shard else work)
+    phases["score"] = _add(reads)
     phases["update"] = update_work(config, student, teachers, machine, rollouts * length, length, tokens)
     phases["sync"] = sync_work(student, machine)
     notes = []
     if served := [t.name for t in config.teachers if t.base_url is not None]:
         notes.append(f"served elsewhere, not counted: {', '.join(served)}")
+    if written := [t.name for t in local if t.writer_base_url is not None]:
+        notes.append(f"debate turns written elsewhere, not counted: {', '.join(written)}")
     found = Plan(machine, phases, memory_of(config, student, teachers, machine, length), notes)
     if not found.fits:
         notes.append(f"to fit: {REMEDIES[max(found.memory, key=lambda name: found.memory[name])]}")
-    if debates and teachers:
-        notes.append("debates are counted at the rate of a serving engine: give the teachers a base_url for them")
+    writing = [t for t in local if debates and t.writer_base_url is None]
+    if any(not t.shard for t in writing):
+        notes.append("debates are counted at the rate of a serving engine: give the teachers a writer_base_url")
+    if slow := [t.name for t in writing if t.shard]:
+        notes.append(f"gather all weights for every token they write (a writer_base_url saves that): {', '.join(slow)}")
     return found
 
 
@@ -207,7 +223,10 @@ def update_work(
     # FSDP gathers the parameters for forward and backward and scatters the gradients, per micro-batch.
     batches = max(tokens / machine.gpus / config.max_tokens_per_batch, 1.0)
     share = (machine.gpus - 1) / machine.gpus
-    sent = share * student.parameters * (2 * 2 * batches + 4)
+    gathered = student.parameters - (student.head_parameters if config.vocab_parallel_head else 0)
+    sent = share * gathered * (2 * 2 * batches + 4)
+    if config.vocab_parallel_head:  # hidden states travel instead of the head
+        sent += share * 2 * targets * (student.hidden + sum(t.hidden for t in teachers))
     seconds = flops / (machine.gpus * machine.flops * machine.flop_efficiency)
     transfer = sent / _link(machine)
     optimiser = 28 * student.parameters / machine.gpus / (machine.bandwidth * machine.bandwidth_efficiency)
@@ -235,23 +254,33 @@ def memory_of(
         activations = element * budget * (student.layers * student.hidden + _insides(student))
     else:
         activations = element * budget * student.layers * _insides(student)
-    states = (
-        0 if all(t.offload for t in config.teachers if t.base_url is None) else 2 * sum(t.parameters for t in teachers)
-    )
+    local = [t for t in config.teachers if t.base_url is None]
+    states = sum(_resident(t, shape, machine) for t, shape in zip(local, teachers, strict=bool(teachers)))
     sampler = config.vllm_gpu_memory_utilization * machine.memory if config.use_vllm else 2.0 * student.parameters
     if config.use_vllm and (config.vllm_mode == "server" or config.vllm_enable_sleep_mode):
         sampler = 0.0
     layer = student.parameters / (student.layers + 2)
+    parts = machine.gpus if config.vocab_parallel_head else 1
+    width = sum(t.hidden for t in teachers)
+    joined = 2.0 * (parts - 1) * budget * (student.hidden + width)
     return {
         STUDENT: 16 * student.parameters / machine.gpus,
-        GATHERED: 2 * 2 * layer if machine.gpus > 1 else 0.0,
+        GATHERED: 2 * 2 * layer + 2 * student.head_parameters / parts if machine.gpus > 1 else 0.0,
         ACTIVATIONS: activations,
         TEACHERS: float(states),
-        HIDDEN: 2.0 * config.prompts_per_step * config.num_generations * length
-        * sum(t.hidden for t in teachers),
-        LOSS: float(config.workspace_bytes or GIB) + 4 * student.head_parameters,
+        HIDDEN: 2.0 * config.prompts_per_step * config.num_generations * length * width + joined,
+        LOSS: float(config.workspace_bytes or GIB) + 4 * student.head_parameters / parts,
         SAMPLER: sampler,
-    }  # fmt: skip
+    }
+
+
+def _resident(teacher: TeacherConfig, shape: Shape, machine: Machine) -> float:
+    """Bytes of a local teacher that stay on one GPU, in bf16."""
+    if teacher.offload:
+        return 2.0 * shape.head_parameters
+    if not teacher.shard:
+        return 2.0 * shape.parameters
+    return 2.0 * (shape.parameters - shape.head_parameters) / machine.gpus + 2.0 * shape.head_parameters
 
 
 def _insides(shape: Shape) -> float:
@@ -285,6 +314,12 @@ def _touched(shape: Shape, batch: float) -> float:
 def _read(shape: Shape, machine: Machine, sequences: float, length: float) -> Work:
     flops = shape.body_flops(sequences * length, length / 2)
     return Work(flops=flops, seconds=flops / (machine.gpus * machine.flops * machine.flop_efficiency))
+
+
+def _gathering(work: Work, shape: Shape, machine: Machine, passes: float) -> Work:
+    """The same by a model that is split over the GPUs: every pass gathers its layers."""
+    sent = (machine.gpus - 1) / machine.gpus * 2.0 * (shape.parameters - shape.head_parameters) * passes
+    return replace(work, sent=work.sent + sent, seconds=max(work.seconds, sent / _link(machine)))
 
 
 def _add(works: Sequence[Work]) -> Work:

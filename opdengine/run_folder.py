@@ -34,7 +34,8 @@ The prompts of a step, over all processes, are compared instead of the batch siz
 
 
 TEACHER_MAY_CHANGE = {
-    "base_url", "api_key_env", "timeout", "max_retries", "max_concurrency", "offload", "shard", "tokenizer",
+    "base_url", "writer_base_url", "writer_model", "api_key_env", "timeout", "max_retries", "max_concurrency",
+    "offload", "shard", "tokenizer",
 }  # fmt: skip
 """The same of a teacher: where it lives and how it is called."""
 

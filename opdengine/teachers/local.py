@@ -1,4 +1,5 @@
-"""A teacher in this process: its backbone scores, its head goes into the fused loss.
+"""A teacher in this process: its backbone scores, its head goes into the fused loss. It writes, too, or a
+server that holds the same model does.
 
 It works in a thread of its device, so that calls to servers go on meanwhile. Each device has one thread:
 local teachers take turns, in the order in which they were asked.
@@ -20,9 +21,10 @@ from opdengine.config import TeacherConfig
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.teachers.offload import Offload
 from opdengine.teachers.prefix import PrefixScorer
+from opdengine.teachers.server import ServedTeacher
 from opdengine.teachers.shard import Session
 from opdengine.teachers.threads import work_on
-from opdengine.types import Completion, Hidden, Message, Request, SamplingParams, TeacherContext
+from opdengine.types import Completion, Failure, Hidden, Message, Request, SamplingParams, TeacherContext
 
 T = TypeVar("T")
 
@@ -37,6 +39,7 @@ class LocalTeacher:
         trust_remote_code: run code that comes with the model.
         max_tokens: token budget of one scoring or generation batch.
         tokenizer: of the model; None loads it.
+        writer: writes its text; None: the weights here do.
         session: of the ranks that share the weights of a teacher with ``shard``; None: they are all here.
     """
 
@@ -49,6 +52,7 @@ class LocalTeacher:
         trust_remote_code: bool = False,
         max_tokens: int = 16384,
         tokenizer: Any = None,
+        writer: ServedTeacher | None = None,
         session: Session | None = None,
     ) -> None:
         self.config = config
@@ -71,8 +75,11 @@ class LocalTeacher:
 
         self.backbone = split() if self._sharded is None else self._sharded.run(split)
         self._scorer = PrefixScorer(self.backbone)
-        self._writer = TransformersSampler(model, self.tokenizer, max_batch_tokens=4 * max_tokens)
+        self._generator = TransformersSampler(model, self.tokenizer, max_batch_tokens=4 * max_tokens)
+        self._writer = writer
         self.fingerprint = model_fingerprint(config.model, model)
+        if writer is not None:  # a server does not tell which weights it holds
+            self.fingerprint += f" {writer.fingerprint}"
         self._place = Offload(model, self.backbone.device) if config.offload else None
 
     @property
@@ -89,7 +96,8 @@ class LocalTeacher:
 
     @property
     def window(self) -> int | None:
-        return self.backbone.window
+        windows = (self.backbone.window, None if self._writer is None else self._writer.window)
+        return min((w for w in windows if w is not None), default=None)
 
     @property
     def head(self) -> Head:
@@ -98,8 +106,10 @@ class LocalTeacher:
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         return encode_chat(self.tokenizer, messages, tools, self.config.chat_template_kwargs)
 
-    async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
-        return [completions[0] for completions in await self._run(self._writer.generate, requests, params)]
+    async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion | Failure]:
+        if self._writer is not None:
+            return await self._writer.generate(requests, params)
+        return [completions[0] for completions in await self._run(self._generator.generate, requests, params)]
 
     async def score(self, contexts: Sequence[TeacherContext]) -> list[Hidden]:
         ids, positions = [c.token_ids for c in contexts], [c.target_positions for c in contexts]
@@ -120,8 +130,8 @@ class LocalTeacher:
         return nullcontext() if self._place is None else self._place.resident()
 
     def counts(self) -> dict[str, float]:
-        """Nothing: calls in this process either work or raise."""
-        return {}
+        """Of the calls to its writer; calls in this process either work or raise."""
+        return {} if self._writer is None else self._writer.counts()
 
 
 def model_fingerprint(path: str, model: Any, blocks: int = 256) -> str:

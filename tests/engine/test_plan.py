@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from opdengine.cli import main
 from opdengine.data import load_prompts
-from opdengine.plan import Lengths, Machine, loss_flops, memory_of, plan
+from opdengine.plan import Lengths, Machine, Plan, loss_flops, memory_of, plan
 from opdengine.shapes import QWEN3, shape_of
 from opdengine.tally import Tally
 
@@ -115,6 +115,34 @@ def test_a_plan_scales_as_it_should() -> None:
     assert far.phases["sync"].seconds > eight.phases["sync"].seconds  # type: ignore[attr-defined]
     assert "debate" not in make(1, method="mt_opd").phases  # type: ignore[attr-defined]
     assert eight.bottleneck in str(eight) and "does NOT fit" in str(one)  # type: ignore[attr-defined]
+
+
+def test_a_plan_of_split_teachers_and_of_a_split_head() -> None:
+    from opdengine.config import TeacherConfig, TrainConfig
+
+    shape = QWEN3["Qwen3-32B"]
+    head = 2 * shape.head_parameters
+
+    def make(teacher: dict[str, object], gpus: int = 8, **changes: object) -> Plan:
+        config = TrainConfig(
+            model="Qwen/Qwen3-14B", output_dir="o", train_data=["d"], bf16=True,
+            teachers=[TeacherConfig("Qwen/Qwen3-32B", **teacher), TeacherConfig("Qwen/Qwen3-8B", offload=True)],  # type: ignore[arg-type]
+            **changes,  # type: ignore[arg-type]
+        )  # fmt: skip
+        return plan(config, Machine(gpus=gpus), Lengths(500, 2000, 800))
+
+    whole, split, written = make({}), make({"shard": True}), make({"shard": True, "writer_base_url": "http://h/v1"})
+    small = 2 * QWEN3["Qwen3-8B"].head_parameters  # what an offloaded teacher leaves on the GPU
+    assert whole.memory["teachers"] == 2 * shape.parameters + small
+    assert split.memory["teachers"] == (2 * shape.parameters - head) / 8 + head + small
+    assert split.phases["score"].sent > 0 == whole.phases["score"].sent
+    assert split.phases["debate"].seconds > 3 * whole.phases["debate"].seconds  # all weights for every token
+    assert written.phases["debate"].seconds < whole.phases["debate"].seconds and "written elsewhere" in str(written)
+    rows = make({}, vocab_parallel_head=True)
+    assert rows.memory["fused loss"] < whole.memory["fused loss"]
+    gathered = "student: gathered layers and head"
+    saved = 2 * QWEN3["Qwen3-14B"].head_parameters * (1 - 1 / 8)
+    assert whole.memory[gathered] - rows.memory[gathered] == pytest.approx(saved)
 
 
 def test_decoding_is_bound_by_memory_for_few_sequences_and_by_products_for_many() -> None:
