@@ -159,7 +159,31 @@ def agents() -> str:
     return "\n".join([*lines, "", f"{ending}. {'; '.join(notes)}."])
 
 
-TABLES = {"demo": demo, "loss": loss, "agents": agents}
+def scaling() -> str:
+    """A step on several processes of this machine, and a checkpoint."""
+    file = ROOT / "benchmarks" / "results" / "cpu_1_threads" / "scaling.json"
+    results = json.loads(file.read_text())["results"]
+    phases = ("rollout", "score", "update", "sync")
+    lines = [f"| | step | {' | '.join(phases)} | of one process |", "|---|" + "---:|" * (len(phases) + 2)]
+    for name, case in results.items():
+        if name == "checkpoint":
+            continue
+        count, _, split = name.removeprefix("step_").partition("_processes")
+        title = f"{count} process{'es' if count != '1' else ''}{split.replace('_', ' ').replace(' ', ', ', 1)}"
+        seconds = [case["step_s"], *(case["phases_s"][phase] for phase in phases)]
+        cells = [f"{value:.2f} s" for value in seconds]
+        lines.append(f"| {title} | {' | '.join(cells)} | {100 * case['over_one_process']:.0f} % |")
+    cores, saved = results["step_1_processes"]["cores"], results["checkpoint"]
+    lines += [
+        "",
+        f"One thread a process, {cores} cores. A checkpoint of a student of {saved['parameters'] / 1e6:.0f} M float32 "
+        f"parameters takes {saved['bytes'] / 1e6:.0f} MB ({saved['over_weights']:.2f} times the weights), "
+        f"{saved['save_s']:.2f} s to write and {saved['resume_s']:.2f} s to read.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {"demo": demo, "loss": loss, "agents": agents, "scaling": scaling}
 
 
 STUDIES = ("uni_opd", "camopd")

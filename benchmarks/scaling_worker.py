@@ -1,6 +1,6 @@
 """Seconds of training steps on the processes that torchrun started; the first one prints JSON.
 
-python -m torch.distributed.run --nproc-per-node 2 benchmarks/scaling_worker.py prompts.jsonl folder PROMPTS STEPS
+python -m torch.distributed.run --nproc-per-node 2 benchmarks/scaling_worker.py settings.json PROMPTS STEPS
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
 from opdengine.build import build_engine
 from opdengine.chat import load_tokenizer
 from opdengine.config import TrainConfig
@@ -24,28 +21,14 @@ from opdengine.data import load_prompts
 from opdengine.distributed import start
 from opdengine.methods import build_recipe
 from opdengine.settings import from_mapping
-from tiny.demo import COMPILE, CONVERT, STUDENT
 
 
-def main(file: str, folder: str, prompts: int, steps: int) -> None:
+def main(file: str, prompts: int, steps: int) -> None:
     torch.set_num_threads(1)
-    config = from_mapping(
-        TrainConfig,
-        {
-            "model": STUDENT,
-            "dtype": "float32",
-            "teachers": [{"model": m, "dtype": "float32"} for m in (CONVERT, COMPILE)],
-            "method": "mt_opd",
-            "train_data": [file],
-            "output_dir": folder,
-            "max_completion_length": 14,
-            "learning_rate": 0.0,
-            "max_steps": steps,
-        },
-    )
+    config = from_mapping(TrainConfig, json.loads(Path(file).read_text()))
     with start() as ranks:
-        engine = build_engine(config, build_recipe(config), load_tokenizer(STUDENT), ranks=ranks)
-        batch = load_prompts([file]).prompts[:prompts]
+        engine = build_engine(config, build_recipe(config), load_tokenizer(config.model), ranks=ranks)
+        batch = load_prompts(config.train_data).prompts[:prompts]
         seconds: Counter[str] = Counter()
         totals = []
         for step in range(steps + 1):
@@ -60,4 +43,4 @@ def main(file: str, folder: str, prompts: int, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
