@@ -1,9 +1,10 @@
 """Train, kill, start again, until the run is done. By hand, with any configuration:
 
-python tests/engine/kill_run.py run.yaml killed.json --kills 20 --seed 1
+python tests/engine/kill_run.py run.yaml killed.json --kills 20 --seed 1 [--processes 2]
 
-Every life of the run is a process of its own, forked from this one before anything was trained (which saves the
+Every life of the run has processes of its own, forked from this one before anything was trained (which saves the
 imports), and ended by SIGKILL at a moment that a seed chooses: soon after some phase has begun for the n-th time.
+Of several processes one dies first, as on a machine that fails; then the others, as torchrun would end them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections import Counter
@@ -54,32 +56,55 @@ def announce(descriptor: int) -> None:
         setattr(owner, name, spoken)
 
 
-def live(config: str, log: Path, moment: tuple[str, int, float] | None) -> tuple[int, str]:
-    """One life: returns how it ended (0: the run is done, -9: killed) and the last phase that was noticed."""
-    reader, writer = os.pipe()
+def begin(config: str, log: Path, descriptor: int, environment: dict[str, str]) -> int:
+    """Fork one process of the run; returns its number."""
     child = os.fork()
-    if child == 0:
-        os.close(reader)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        announce(writer)
-        code = 1
-        try:
-            code = cli.main(["train", "--config", config, "--resume_from_checkpoint", "latest"])
-        finally:
-            os._exit(code)
+    if child:
+        return child
+    os.environ.update(environment)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    announce(descriptor)
+    code = 1
+    try:
+        code = cli.main(["train", "--config", config, "--resume_from_checkpoint", "latest"])
+    finally:
+        os._exit(code)
+
+
+def ranks(processes: int) -> list[dict[str, str]]:
+    """What torchrun would tell each process."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def live(config: str, log: Path, moment: tuple[str, int, float] | None, processes: int, first: int) -> tuple[int, str]:
+    """One life: returns how it ended (0: the run is done, -9: killed) and the last phase that was noticed.
+
+    Args:
+        moment: phase, which of its beginnings, and seconds after it; None lets the run live.
+        first: the process that dies first.
+    """
+    reader, writer = os.pipe()
+    children = [begin(config, log, writer, environment) for environment in ranks(processes)]
     os.close(writer)
     seen, line = Counter[str](), ""
     with os.fdopen(reader) as lines:
         for line in lines:
             seen[line.strip()] += 1
-            if moment is not None and (seen[moment[0]] == moment[1] or seen[LAST[0]] == LAST[1]):
+            if moment is not None and (seen[moment[0]] == moment[1] or seen[LAST[0]] == LAST[1] * processes):
                 time.sleep(moment[2])
-                os.kill(child, signal.SIGKILL)
+                for child in [children[first], *children]:
+                    os.kill(child, signal.SIGKILL)
                 break
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), line.strip()
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return next((code for code in codes if code), 0), line.strip()
 
 
 def main() -> int:
@@ -88,6 +113,7 @@ def main() -> int:
     parser.add_argument("report", help="JSON file to write")
     parser.add_argument("--kills", type=int, required=True, help="0 leaves the run alone")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
     lots, killed = random.Random(options.seed), []
     log = Path(options.report).with_suffix(".log")
@@ -97,7 +123,7 @@ def main() -> int:
         if len(killed) < options.kills:
             order = order or lots.sample(list(PHASES), len(PHASES))  # every phase before any comes again
             moment = (order.pop(), lots.randint(1, 2), lots.uniform(0, MOST_SECONDS))
-        code, phase = live(options.config, log, moment)
+        code, phase = live(options.config, log, moment, options.processes, lots.randrange(options.processes))
         if code == -signal.SIGKILL and moment is not None:
             killed.append({"phase": phase, "seconds": moment[2]})
         else:

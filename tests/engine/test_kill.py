@@ -1,6 +1,6 @@
 """A real run (rollouts, debates, checkpoints) that is killed at random moments ends like one that was left alone.
 
-The long form, 25 kills: ``pytest -m slow tests/engine/test_kill.py`` (some minutes).
+The long form, 25 kills of one process and of two: ``pytest -m slow tests/engine/test_kill.py`` (some minutes).
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("kill_run.py")
 
 
-def run(root: Path, name: str, settings: dict[str, Any], kills: int, seed: int = 0) -> list[dict[str, Any]]:
+def run(
+    root: Path, name: str, settings: dict[str, Any], kills: int, seed: int = 0, processes: int = 1
+) -> list[dict[str, Any]]:
     """A whole run in ``root/name``; what it was killed in."""
     config, report = root / f"{name}.yaml", root / f"{name}.json"
     config.write_text(yaml.safe_dump({**settings, "output_dir": str(root / name)}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(config), str(report), "--kills", str(kills), "--seed", str(seed)],
+        [sys.executable, str(SCRIPT), str(config), str(report), "--kills", str(kills), "--seed", str(seed),
+         "--processes", str(processes)],
         env=environment, capture_output=True, text=True, timeout=1500, check=False,
     )  # fmt: skip
     log = report.with_suffix(".log")
@@ -89,13 +92,25 @@ def test_a_run_killed_four_times_ends_with_the_same_weights(
     assert_same_run(tmp_path / "whole", tmp_path / "killed", 6)
 
 
-@pytest.mark.slow
-def test_a_run_killed_25_times_ends_with_the_same_weights(
+def test_a_run_of_two_processes_killed_three_times_ends_with_the_same_weights(
     models: dict[str, str], prompt_file: str, tmp_path: Path
 ) -> None:
+    settings = settings_of(models, prompt_file, steps=4)
+    assert run(tmp_path, "whole", settings, kills=0, processes=2) == []
+    killed = run(tmp_path, "killed", settings, kills=3, seed=3, processes=2)
+    assert len(killed) == 3
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_25_times_ends_with_the_same_weights(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, processes: int
+) -> None:
     settings = settings_of(models, prompt_file, steps=36)
-    assert run(tmp_path, "whole", settings, kills=0) == []
-    killed = Counter(kill["phase"] for kill in run(tmp_path, "killed", settings, kills=25, seed=1))
+    assert run(tmp_path, "whole", settings, kills=0, processes=processes) == []
+    kills = run(tmp_path, "killed", settings, kills=25, seed=1, processes=processes)
+    killed = Counter(kill["phase"] for kill in kills)
     print(dict(killed))
     assert killed.total() == 25
     assert {"rollout", "debate", "weight sync", "start of saving", "files of a checkpoint"} <= killed.keys()
