@@ -102,16 +102,9 @@ def build_engine(
     )
 
 
-def check_ranks(config: TrainConfig, recipe: Recipe, ranks: Ranks) -> None:
+def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
     """Raise ConfigError for what several processes cannot do."""
-    if ranks.world_size == 1:
-        return
-    reason = recipe.single_process
-    if recipe.inspector is not None:
-        reason = "it is told to measure gradients beside the updates (diagnose_steps)"
-    if reason:
-        raise ConfigError(f"method {config.method!r} is not possible with {ranks.world_size} processes: {reason}")
-    if not config.use_vllm:
+    if ranks.world_size == 1 or not config.use_vllm:
         return
     if config.vllm_mode == "server":
         raise ConfigError(

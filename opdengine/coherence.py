@@ -5,7 +5,8 @@
 gradients, so a selection is compared with random ones of the same size; without that control the gain says little.
 
 Gradients are those of the last decoder block (of the whole model where it has none), one rollout
-at a time, projected to few dimensions by random signs: that keeps inner products.
+at a time, projected to few dimensions by random signs: that keeps inner products. Where ranks split the
+model all take part in every pass, each for its own rollouts in turn, so all get all gradients.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from opdengine.distributed import whole
 from opdengine.objective import Item, make_item
 from opdengine.packing import pack
 from opdengine.recipe import Batch, Schedule, Stats, Weigher, combine
@@ -83,22 +86,32 @@ def probed_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def rollout_gradients(engine: Engine, items: Sequence[Item], dimensions: int, seed: int) -> np.ndarray:
-    """float64 [n, dimensions]: the projected gradient of each item's own loss."""
-    objective, student = engine.objective(), engine.student
+    """float64 [n, dimensions]: the projected gradient of each item's own loss, of the items of all ranks.
+
+    The student's ``grad`` fields are empty afterwards.
+    """
+    objective, student, ranks = engine.objective(), engine.student, engine.ranks
     student.model.eval()
     parameters = probed_parameters(student.model)
-    rows = []
-    for item in items:
+
+    def loss_of(item: Item) -> torch.Tensor:
         (batch,) = pack([item.rollout.token_ids], max_tokens=engine.config.max_tokens_per_batch, layout="padded")
         with engine.autocast():
             hidden = student.hidden(batch, [item.rollout.target_positions])
-        loss = objective(hidden, student.head, [item])
-        if not loss.requires_grad:
-            rows.append(np.zeros(dimensions))
+        return objective(hidden, student.head, [item])
+
+    weighty = ranks.join([(ranks.rank, place, item.has_weight) for place, item in enumerate(items)])
+    rows = np.zeros((len(weighty), dimensions))
+    student.model.zero_grad(set_to_none=True)
+    for row, (owner, place, has_weight) in zip(rows, weighty, strict=True):
+        if not has_weight:
             continue
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        rows.append(sketch([g for g in found if g is not None], dimensions, seed))
-    return np.stack(rows) if rows else np.zeros((0, dimensions))
+        loss = student.within(partial(loss_of, items[place]) if owner == ranks.rank else student.idle)
+        # A split model reduces its gradients in a whole backward pass only.
+        loss.backward(inputs=parameters if student.sharded is None else None)
+        row[:] = sketch([whole(p.grad) for p in parameters if p.grad is not None], dimensions, seed)
+        student.model.zero_grad(set_to_none=True)
+    return rows
 
 
 class Coherence:
@@ -152,15 +165,16 @@ class Coherence:
         step: int,
     ) -> dict[str, float]:
         """Coherence of what was selected, against all and against random choices, branch by branch."""
-        kept = {item.rollout.id for item in items}
+        kept = set(engine.ranks.join([item.rollout.id for item in items]))
         metrics: dict[str, float] = {}
         for branch in branches:
-            members = [i for i, j in enumerate(judged) if self.schedule.stream_of(j.rollout.prompt) == branch]
-            members = members[: self.config.diagnose_samples]
+            mine = [j.rollout.id for j in judged if self.schedule.stream_of(j.rollout.prompt) == branch]
+            members = engine.ranks.join(mine)[: self.config.diagnose_samples]
             if len(members) < 2:
                 continue
-            gradients = self.gradients(engine, [judged[i] for i in members], [stats[i] for i in members])
-            chosen = np.array([judged[i].rollout.id in kept for i in members])
+            places = [i for i, j in enumerate(judged) if j.rollout.id in members]
+            gradients = self.gradients(engine, [judged[i] for i in places], [stats[i] for i in places])
+            chosen = np.array([member in kept for member in members])
             found = coherence_gain(gradients, chosen, self.config.diagnose_draws, [self.seed, step])
             metrics |= {f"coherence/{branch}/{name}": value for name, value in found.items()}
         return metrics
@@ -169,10 +183,7 @@ class Coherence:
         """Cosine and dot product of the branches' mean gradients on the fixed probe prompts, sampled anew."""
         means = []
         for branch in self.schedule.streams:
-            dropped = Counter[str]()
-            rollouts, _ = await engine.rollout(self.probes.get(branch, []), PROBE_NUMBER, dropped)
-            notes, _ = await engine.annotate(rollouts)
-            judged = await engine.judge(rollouts, notes, dropped)
+            judged = await engine.ranks.agreed(self.probe(engine, self.probes.get(branch, [])))
             stats = await engine.beside(engine.measure, judged)
             gradients = await engine.beside(self.gradients, engine, judged, stats)
             means.append(gradients.sum(axis=0) / max(len(gradients), 1))
@@ -182,8 +193,15 @@ class Coherence:
             return {"branches/dot": dot}
         return {"branches/dot": dot, "branches/cosine": dot / (lengths[0] * lengths[1])}
 
+    async def probe(self, engine: Engine, prompts: Sequence[Prompt]) -> list[Judged]:
+        """This rank's share of the prompts, answered and judged."""
+        dropped = Counter[str]()
+        rollouts, _ = await engine.rollout(prompts, PROBE_NUMBER, dropped)
+        notes, _ = await engine.annotate(rollouts)
+        return await engine.judge(rollouts, notes, dropped)
+
     def gradients(self, engine: Engine, judged: Sequence[Judged], stats: Sequence[Stats]) -> np.ndarray:
-        """float64 [n, d]: of each rollout's token-mean loss."""
+        """float64 [n, d]: of each rollout's token-mean loss; given this rank's, of those of all ranks."""
         batch = Batch([j.rollout for j in judged], [j.note for j in judged], stats)
         signals = combine([weigher(batch) for weigher in self.weighers]).signals
         items = [

@@ -116,8 +116,10 @@ class Engine:
         found: dict[str, float] = {}  # what is the same on all ranks
         if self.recipe.demonstrations is None:
             found |= probes.fresh(rollouts, self.version, self.config.max_staleness)
+        notes, revised = self.revise(rollouts, prepared.notes, prepared.number)
+        found |= revised
         with clock("score"):
-            judged = await self.ranks.agreed(self.judge(prepared.rollouts, prepared.notes, prepared.dropped))
+            judged = await self.ranks.agreed(self.judge(prepared.rollouts, notes, prepared.dropped))
             stats = await self.beside(self.measure, judged)
         items, weighed = self.weigh(judged, stats, prepared.dropped, prepared.number)
         found |= weighed
@@ -239,6 +241,16 @@ class Engine:
                     note = Note(drop=f"teacher_window/{context.teacher}")
             notes.append(note)
         return notes, found
+
+    def revise(
+        self, rollouts: Sequence[Rollout], notes: Sequence[Note], number: int
+    ) -> tuple[Sequence[Note], Mapping[str, float]]:
+        """This rank's notes as the recipe revises those of all ranks, whose rollouts are given; metrics."""
+        if self.recipe.revise is None:
+            return notes, {}
+        revised, metrics = self.recipe.revise(rollouts, self.ranks.join([note.light() for note in notes]), number)
+        first = sum(self.ranks.gather(len(notes))[: self.ranks.rank])
+        return [replace(revised[first + i], contexts=note.contexts) for i, note in enumerate(notes)], metrics
 
     async def judge(self, rollouts: Sequence[Rollout], notes: Sequence[Note], dropped: Counter[str]) -> list[Judged]:
         """What every teacher says about its contexts; see :func:`opdengine.scoring.judge`."""

@@ -111,6 +111,22 @@ class Annotator(Protocol):
     async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations: ...
 
 
+class Reviser(Protocol):
+    """Pure: the last word on the notes of a whole step, before any teacher scores: moves weights, drops rollouts."""
+
+    def __call__(
+        self, rollouts: Sequence[Rollout], notes: Sequence[Note], step: int
+    ) -> tuple[Sequence[Note], Mapping[str, float]]:
+        """New notes in the order of the rollouts, and metrics.
+
+        Args:
+            rollouts: of every process, in one order.
+            notes: one each; their contexts only name the teachers, and stay what they are.
+            step: number of the batch; seeds what is chosen at random.
+        """
+        ...
+
+
 class Weigher(Protocol):
     """Pure: a whole step -> one signal for each of its rollouts, and metrics."""
 
@@ -141,7 +157,7 @@ class Schedule(Protocol):
 
 
 class Inspector(Protocol):
-    """Measures something beside the update; changes nothing."""
+    """Measures something beside the update; changes nothing. All processes ask it at once."""
 
     def watch(self, prompts: Sequence[Prompt]) -> None:
         """All training prompts, told once before the first step."""
@@ -150,11 +166,11 @@ class Inspector(Protocol):
     async def __call__(
         self, engine: Engine, judged: Sequence[Judged], stats: Sequence[Stats], items: Sequence[Item], step: int
     ) -> Mapping[str, float]:
-        """Metrics of a step, asked for between weighing and update.
+        """Metrics of a whole step, asked for between weighing and update; the same on all processes.
 
         Args:
             engine: with the weights of before the update.
-            judged: rollouts of the step.
+            judged: rollouts of the step, of this process.
             stats: one each.
             items: what of them is trained on.
             step: number of the batch.
@@ -190,8 +206,8 @@ class Recipe:
         needs_reward: whether rollouts are graded by the verifier before they are annotated (an
             episode's reward is its environment's).
         schedule: which data streams a step draws from; None draws from all data as one.
-        inspector: measures beside the updates; on a single process only.
-        single_process: why a step cannot be shared by several processes; empty: it can.
+        inspector: measures beside the updates.
+        revise: changes the notes of a whole step; None leaves them as they are annotated.
     """
 
     name: str
@@ -205,7 +221,7 @@ class Recipe:
     needs_reward: bool = False
     schedule: Schedule | None = None
     inspector: Inspector | None = None
-    single_process: str = ""
+    revise: Reviser | None = None
 
 
 def combine(per_weigher: Sequence[Weighed]) -> Weighed:

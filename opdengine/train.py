@@ -69,7 +69,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
         prompts = load_tasks(config.environment, config.environment.train_split)
     else:
         prompts = load_prompts(config.train_data, skip_bad_rows=config.skip_bad_rows)
-    check_ranks(config, recipe, ranks)
+    check_ranks(config, ranks)
     check_routing(config, recipe, prompts)
     rewarded = prompts.prompts if recipe.needs_reward and not config.environment.name else ()
     grader.check([*held_out, *rewarded])

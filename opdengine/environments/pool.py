@@ -13,6 +13,7 @@ from typing import Any
 
 from opdengine.environments.process import WorkerEnded, WorkerProcess
 from opdengine.environments.protocol import Broken, InfrastructureError, Observation, Step, Task
+from opdengine.metrics import Mean
 from opdengine.types import Message
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class EnvironmentPool:
         """Since this was last asked: restarts, and broken answers by reason; ``isolated`` is 1 or 0."""
         counts = {name: float(self._counts[name]) for name in ("restarts", *REASONS)}
         self._counts.clear()
-        return {**counts, "isolated": float(self.isolated)}
+        return {**counts, "isolated": Mean(self.isolated)}
 
     def close(self) -> None:
         """Let the environments close themselves, then end what is left; safe to call twice."""

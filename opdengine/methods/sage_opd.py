@@ -12,7 +12,8 @@ controls that it lacks are ``sage.intervention: random | inverted``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,10 +30,9 @@ from opdengine.types import Rollout, TokenSignal
 class Intervention:
     """Turn weights i_t for every rollout, over the contexts of another annotator."""
 
-    def __init__(self, config: SageConfig, contexts: Annotator, seed: int) -> None:
+    def __init__(self, config: SageConfig, contexts: Annotator) -> None:
         self.config = config
         self.contexts = contexts
-        self.seed = seed
         self.judge = Judge(config)
 
     async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
@@ -47,7 +47,7 @@ class Intervention:
             judges = [route(teachers, rollout.prompt.key)[0] for rollout, *_ in queries]
             for place, verdict in zip(asked, await self.judge.ask(queries, judges), strict=True):
                 verdicts[place] = verdict
-        final = self._control([v or Verdict("strong", 1.0) for v in verdicts], rollouts)
+        final = [v or Verdict("strong", 1.0) for v in verdicts]
         weights = [np.zeros(len(r.turns), dtype=np.float32) for r in rollouts]
         for (i, (index, _, _)), verdict in zip(turns, final, strict=True):
             weights[i][index] = verdict.weight
@@ -58,19 +58,35 @@ class Intervention:
         places = [sum(t.role == "assistant" for t in rollouts[i].turns[:index]) for i, (index, _, _) in turns]
         return Annotations(notes, {**found.metrics, **turn_metrics(final, places)}, found.records)
 
-    def _control(self, verdicts: list[Verdict], rollouts: Sequence[Rollout]) -> list[Verdict]:
-        """The same verdicts on other turns: shuffled, or the heaviest where the lightest were."""
-        if self.config.intervention == "judge" or not verdicts:
-            return verdicts
-        version = max(r.policy_version for r in rollouts)
-        order = np.random.default_rng([self.seed, version]).permutation(len(verdicts))
-        if self.config.intervention == "random":
-            return [verdicts[i] for i in order]
-        ranked = sorted(order, key=lambda i: verdicts[i].weight)  # ties in random order
-        result = list(verdicts)
-        for receiver, giver in zip(ranked, reversed(ranked), strict=True):
-            result[receiver] = verdicts[giver]
-        return result
+
+@dataclass(frozen=True)
+class Control:
+    """The weights of a step on other turns of it: shuffled, or the heaviest where the lightest were.
+
+    Args:
+        intervention: "random" or "inverted".
+        seed: of the order.
+    """
+
+    intervention: str
+    seed: int
+
+    def __call__(
+        self, rollouts: Sequence[Rollout], notes: Sequence[Note], step: int
+    ) -> tuple[list[Note], Mapping[str, float]]:
+        moved = {i: np.array(note.turn_weight) for i, note in enumerate(notes) if not note.drop}
+        turns = [(i, index) for i in moved for index, *_ in turns_of(rollouts[i])]
+        given = np.array([moved[i][index] for i, index in turns])
+        order = np.random.default_rng([self.seed, step]).permutation(len(turns))
+        if self.intervention == "random":
+            received = given[order]
+        else:
+            ranked = order[np.argsort(given[order], kind="stable")]  # ties in random order
+            received = np.empty_like(given)
+            received[ranked] = given[ranked[::-1]]
+        for (i, index), weight in zip(turns, received, strict=True):
+            moved[i][index] = weight
+        return [replace(note, turn_weight=moved[i]) if i in moved else note for i, note in enumerate(notes)], {}
 
 
 class Selective:
@@ -136,11 +152,9 @@ def sage_opd(config: TrainConfig) -> Recipe:
     measures = ("teacher_top1",) if sage.use_confidence else ()
     return Recipe(
         "sage_opd",
-        Intervention(sage, contexts_of(config), config.seed),
+        Intervention(sage, contexts_of(config)),
         (Selective(sage),),
         measures=measures,
         top1_temperature=sage.confidence_temperature,
-        single_process=""
-        if sage.intervention == "judge"
-        else f"sage.intervention={sage.intervention!r} moves weights between the turns of a whole step; use 'judge'",
+        revise=None if sage.intervention == "judge" else Control(sage.intervention, config.seed),
     )

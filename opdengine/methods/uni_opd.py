@@ -3,8 +3,8 @@
 Every sampled token has the advantage log q(y) - log p(y) (equations 1 and 2). A verifier grades the
 rollouts, and its outcomes enter in two places:
 
-- *Balancing.* Each prompt keeps as many correct as incorrect rollouts. What is dropped is not shown to
-  any teacher.
+- *Balancing.* Each prompt, or the whole step, keeps as many correct as incorrect rollouts. What is dropped
+  is not shown to any teacher.
 - *Margin calibration.* The return of a rollout is its mean gap (section 2.4). Where the correct rollouts
   of a prompt do not lie ``margin_delta`` above the incorrect ones, all their tokens get a constant that
   makes it so (equations 9 to 11), or the rollouts in the way are left out (the greedy mask).
@@ -17,7 +17,7 @@ Left out rollouts do not count in the loss denominators, and returns are those o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,40 +27,38 @@ from opdengine.methods import outcome
 from opdengine.methods.advantage import MEASURES, PolicyGradient, gaps, resolve
 from opdengine.methods.mad_opd import contexts_of
 from opdengine.methods.opd import need_teachers
-from opdengine.metrics import mean
-from opdengine.recipe import Annotations, Annotator, Batch, Note, Recipe, Weighed
+from opdengine.recipe import Batch, Note, Recipe, Weighed
 from opdengine.sections import UniOPDConfig
-from opdengine.teachers import Teacher
 from opdengine.types import Rollout
 
 
 @dataclass(frozen=True)
-class BalancedContexts:
-    """Leaves out rollouts by their outcomes; the rest is judged as another annotator says.
+class Balance:
+    """Leaves out rollouts by their outcomes, before any teacher judges them.
 
     Args:
         config: scope and ratio of the balance.
-        contexts: annotates what is kept.
         seed: of the choice.
     """
 
     config: UniOPDConfig
-    contexts: Annotator
     seed: int
 
-    async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
-        correct = [is_correct(r, self.config) for r in rollouts]
-        stays = outcome.choose(rollouts, correct, self.config, self.seed)
-        found = await self.contexts.annotate([r for r, kept in zip(rollouts, stays, strict=True) if kept], teachers)
-        judged = iter(found.notes)
-        notes = [next(judged) if kept else Note(drop="balance") for kept in stays]
+    def __call__(
+        self, rollouts: Sequence[Rollout], notes: Sequence[Note], step: int
+    ) -> tuple[list[Note], Mapping[str, float]]:
+        able = [i for i, note in enumerate(notes) if not note.drop]
+        correct = [is_correct(rollouts[i], self.config) for i in able]
+        stays = outcome.choose([rollouts[i] for i in able], correct, self.config, self.seed)
+        revised = list(notes)
+        for i, kept in zip(able, stays, strict=True):
+            revised[i] = notes[i] if kept else Note(drop="balance")
         right = [label for label, kept in zip(correct, stays, strict=True) if kept]
-        metrics = {
-            name: mean(labels)
+        return revised, {
+            name: float(np.mean(labels))
             for name, labels in (("balance/correct_before", correct), ("balance/correct_after", right))
             if labels
         }
-        return Annotations(notes, {**found.metrics, **metrics}, found.records)
 
 
 def is_correct(rollout: Rollout, config: UniOPDConfig) -> bool:
@@ -112,11 +110,9 @@ def uni_opd(config: TrainConfig) -> Recipe:
     base, gradient = resolve(config, importance="clip", max_gap=10.0)
     return Recipe(
         "uni_opd",
-        BalancedContexts(config.uni_opd, contexts_of(config), config.seed),
+        contexts_of(config),
         (base, Calibrated(gradient, config.uni_opd)),
         measures=MEASURES,
         needs_reward=True,
-        single_process="uni_opd.balance='global' chooses among a whole step before the teachers judge it; use 'group'"
-        if config.uni_opd.balance == "global"
-        else "",
+        revise=Balance(config.uni_opd, config.seed),
     )

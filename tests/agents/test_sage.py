@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -17,12 +18,13 @@ from engine_helpers import ScriptedTeacher, make_config, make_engine
 from torch.utils.flop_counter import FlopCounterMode
 
 from opdengine.config import ConfigError, SageConfig, TrainConfig
-from opdengine.judge import Judge, turn_metrics
+from opdengine.judge import Judge, Verdict, turn_metrics
 from opdengine.methods import build_recipe
 from opdengine.methods.opd import PlainContexts
-from opdengine.methods.sage_opd import Intervention, Selective
+from opdengine.methods.sage_opd import Control, Intervention, Selective
 from opdengine.objective import normalisers
 from opdengine.recipe import Batch, Note, Stats
+from opdengine.report import Clock, Prepared
 from opdengine.tally import Tally
 from opdengine.types import Rollout
 
@@ -124,7 +126,7 @@ def test_z_can_be_bounded() -> None:
 def test_what_the_judge_says(reply: str, label: str, weight: float) -> None:
     teacher = ScriptedTeacher("t", [reply])
     rollout = make_rollout((2,))
-    annotator = Intervention(SageConfig(), PlainContexts(), 0)
+    annotator = Intervention(SageConfig(), PlainContexts())
     found = asyncio.run(annotator.annotate([rollout], [teacher]))
     assert found.notes[0].turn_weight is not None
     assert found.notes[0].turn_weight[1] == pytest.approx(weight)
@@ -134,7 +136,7 @@ def test_what_the_judge_says(reply: str, label: str, weight: float) -> None:
 def test_failures_are_not_put_to_the_judge() -> None:
     rollout = make_rollout((2, 2, 2), failures=("", "execution", ""))
     teacher = ScriptedTeacher("t", lambda call, request: "SKIP")
-    found = asyncio.run(Intervention(SageConfig(), PlainContexts(), 0).annotate([rollout], [teacher]))
+    found = asyncio.run(Intervention(SageConfig(), PlainContexts()).annotate([rollout], [teacher]))
     assert [len(call) for call in teacher.calls] == [2]
     assert found.notes[0].turn_weight is not None
     np.testing.assert_array_equal(found.notes[0].turn_weight[1::2], [0, 1, 0])
@@ -146,7 +148,7 @@ def test_what_the_judge_is_shown() -> None:
 
     def shown(**changes: Any) -> list[str]:
         teacher = ScriptedTeacher("t", lambda call, request: "SKIP")
-        asyncio.run(Intervention(SageConfig(**changes), PlainContexts(), 0).annotate([rollout], [teacher]))
+        asyncio.run(Intervention(SageConfig(**changes), PlainContexts()).annotate([rollout], [teacher]))
         return [teacher.asked(0, place) for place in (0, 1)]
 
     first, second = shown()
@@ -168,22 +170,58 @@ def test_a_question_beyond_the_judges_window_falls_back_and_is_counted() -> None
     assert turn_metrics(verdicts, [0])["sage/judge_window"] == 1
 
 
-def test_controls_keep_the_labels_and_move_them() -> None:
-    rollouts = [make_rollout((1,) * 6, name=str(i), seed=i) for i in range(5)]
+def test_controls_keep_the_weights_and_move_them() -> None:
+    rollouts = [make_rollout((1,) * 6, name=str(i), seed=i) for i in range(6)]
+    places = iter(range(100))
+    teacher = ScriptedTeacher("t", lambda call, request: ("SKIP", "WEAK", "STRONG")[next(places) % 3])
+    notes = list(asyncio.run(Intervention(SageConfig(), PlainContexts()).annotate(rollouts, [teacher])).notes)
+    notes[2] = Note(drop="teacher_window/t")
 
-    def weights(intervention: str) -> np.ndarray:
-        places = iter(range(100))
-        teacher = ScriptedTeacher("t", lambda call, request: ("SKIP", "WEAK", "STRONG")[next(places) % 3])
-        found = asyncio.run(
-            Intervention(SageConfig(intervention=intervention), PlainContexts(), 0).annotate(rollouts, [teacher])
-        )
-        return np.concatenate([n.turn_weight[1::2] for n in found.notes if n.turn_weight is not None])
+    def weights(notes: Sequence[Note]) -> np.ndarray:
+        return np.concatenate([n.turn_weight[1::2] for n in notes if n.turn_weight is not None])
 
-    judged, random, inverted = weights("judge"), weights("random"), weights("inverted")
+    def moved(intervention: str, step: int = 0) -> np.ndarray:
+        found, _ = Control(intervention, 0)(rollouts, notes, step)
+        assert found[2] is notes[2]
+        return weights(found)
+
+    judged, random, inverted = weights(notes), moved("random"), moved("inverted")
     for control in (random, inverted):
         np.testing.assert_array_equal(np.sort(control), np.sort(judged))
-    assert not np.array_equal(random, judged)
+    assert not np.array_equal(random, judged) and not np.array_equal(random, moved("random", 1))
+    np.testing.assert_array_equal(random, moved("random"))
     np.testing.assert_array_equal(inverted, 1 - judged)
+
+
+def test_moved_weights_decide_who_is_shown_to_teachers(agent_config: TrainConfig) -> None:
+    """An episode judged SKIP throughout and one judged STRONG change places: only the first is scored."""
+    engine = make_engine(dataclasses.replace(agent_config, sage=SageConfig(intervention="inverted")))
+    assert engine.episodes is not None
+    engine.episodes.close()
+    engine.config.__dict__["max_logprob_difference"] = 1e9  # these tokens were not sampled
+    weights = {"skipped": Verdict("skip", 0.0), "strong": Verdict("strong", 1.0)}
+    rollouts = [make_rollout(LENGTHS, name=name, seed=i) for i, name in enumerate(weights)]
+    shown: list[str] = []
+    score = engine.teachers[0].score
+
+    async def ask(queries: Sequence[Any], judges: Sequence[Any]) -> list[Verdict]:
+        return [weights[rollout.id] for rollout, *_ in queries]
+
+    async def watched(contexts: Any) -> Any:
+        shown.extend(c.rollout_id for c in contexts)
+        return await score(contexts)
+
+    engine.recipe.annotator.judge.ask = ask  # type: ignore[attr-defined]
+    engine.teachers[0].score = watched  # type: ignore[method-assign]
+
+    async def run() -> dict[str, float]:
+        notes, found = await engine.annotate(rollouts)
+        return (await engine.finish(Prepared(rollouts, notes, found, dict(found.metrics), Clock()))).metrics
+
+    metrics = asyncio.run(run())
+    assert shown == ["skipped"]
+    assert metrics["sage/skip"] == metrics["sage/strong"] == 0.5 and metrics["completions/kept"] == 2
+    assert metrics["loss"] > 0
 
 
 @pytest.fixture
@@ -232,8 +270,6 @@ def step_on(config: TrainConfig, rollouts: Sequence[Rollout], verdicts: str) -> 
 
 def fixed(labels: str) -> Any:
     """A judge that gives the same labels to every trajectory, turn by turn."""
-    from opdengine.judge import Verdict
-
     weight = {"K": ("skip", 0.0), "W": ("weak", 0.5), "S": ("strong", 1.0)}
 
     async def ask(queries: Sequence[Any], judges: Sequence[Any]) -> list[Verdict]:

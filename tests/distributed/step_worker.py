@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,12 @@ from opdengine.chat import load_tokenizer
 from opdengine.config import TrainConfig
 from opdengine.data import load_prompts
 from opdengine.distributed import Ranks, start, whole, whole_weights
+from opdengine.environments.setup import load_tasks
+from opdengine.judge import Query, Verdict
 from opdengine.methods import build_recipe
 from opdengine.recipe import Batch, Recipe, Weighed
 from opdengine.settings import from_mapping
-from opdengine.types import Rollout
+from opdengine.types import Prompt, Rollout
 
 
 def without_the_first(recipe: Recipe, count: int) -> Recipe:
@@ -39,6 +43,22 @@ def without_the_first(recipe: Recipe, count: int) -> Recipe:
         return Weighed(signals, weighed.metrics)
 
     return replace(recipe, weighers=(drop,))
+
+
+class EveryThird:
+    """Grades by the characters of the text."""
+
+    def grade(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> list[SimpleNamespace]:
+        return [SimpleNamespace(value=float(sum(text.encode()) % 3 == 0)) for text in texts]
+
+    def counts(self) -> dict[str, float]:
+        return {}
+
+
+async def by_tokens(queries: Sequence[Query], judges: Sequence[Any]) -> list[Verdict]:
+    """Verdicts that depend on the tokens of the turn only."""
+    kinds = (Verdict("skip", 0.0), Verdict("weak", 0.5), Verdict("strong", 1.0))
+    return [kinds[int(turn.token_ids.sum()) % 3] for _, _, turn, _ in queries]
 
 
 def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
@@ -59,6 +79,10 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         ]
 
     engine.sampler.generate = uneven
+    if recipe.needs_reward:
+        engine.grader = EveryThird()  # type: ignore[assignment]
+    if config.method == "sage_opd":
+        recipe.annotator.judge.ask = by_tokens  # type: ignore[attr-defined]
     gradients: dict[str, torch.Tensor] = {}
     take = engine._optimizer_step
 
@@ -69,11 +93,16 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         return take(loss, norm)
 
     engine._optimizer_step = note  # type: ignore[method-assign]
-    prompts = load_prompts(config.train_data).prompts
+    tasks = load_tasks(config.environment, "train") if config.environment.name else load_prompts(config.train_data)
+    prompts = tasks.prompts
+    if recipe.inspector is not None:
+        recipe.inspector.watch(prompts)
     results = []
     for step in range(2):
         batch = [prompts[(step * case["prompts"] + i) % len(prompts)] for i in range(case["prompts"])]
         results.append(asyncio.run(engine.step(batch)))
+    if engine.episodes is not None:
+        engine.episodes.close()
     return {
         "gradients": gradients,
         "weights": {name: value.clone() for name, value in whole_weights(engine.student.model)},

@@ -34,6 +34,35 @@ CASES: dict[str, dict[str, Any]] = {
         "keys": [["agentic"], ["code"]],
         "config": {"method": "camopd", "camopd": {"domain": ["agentic"]}},
     },
+    # Both branches in every step; three of a branch, of whichever ranks they are, are compared.
+    "coherence": {
+        "prompts": 8,
+        "keys": [["agentic"], ["code"]],
+        "config": {
+            "method": "camopd",
+            "camopd": {
+                "domain": ["agentic"],
+                "schedule": "mixed",
+                "n_general": 1,
+                "diagnose_steps": 1,
+                "diagnose_samples": 3,
+                "diagnose_dimensions": 64,
+            },
+        },
+    },
+    "balance": {
+        "prompts": 5,
+        "config": {"method": "uni_opd", "uni_opd": {"balance": "global"}, "num_generations": 3},
+    },
+    "moved_weights": {
+        "prompts": 5,
+        "config": {
+            "method": "sage_opd",
+            "sage": {"intervention": "random", "use_failures": False},
+            "environment": {"name": "house", "max_turns": 3, "num_environments": 2},
+            "train_data": [],
+        },
+    },
     "debate": {"prompts": 4, "config": {"method": "mad_opd", "debate": {"rounds": 1, "max_tokens": 4}}},
     "written": {"prompts": 3, "config": {"method": "mt_seqkd"}},
     # Three prompts on four ranks: one of them never calls its teachers.
@@ -131,6 +160,9 @@ def test_the_cases_are_what_they_say(found: dict[int, Any]) -> None:
     assert first["nothing_left"]["skipped_steps"] == 1 and first["nothing_left"]["policy_version"] == 0
     assert first["checkpointing"]["grad_norm"] > 0.1  # so that clipping acts
     assert 0 < first["selection"]["dropped/selection"] < 8
+    assert {"coherence/general/gain", "coherence/domain/gain", "branches/cosine"} <= first["coherence"].keys()
+    assert first["balance"]["dropped/balance"] > 0 and first["balance"]["balance/correct_after"] == 0.5
+    assert first["moved_weights"]["sage/skip"] > 0 and first["moved_weights"]["sage/strong"] > 0
     assert first["debate"]["debate/generated"] == 4
     assert set(found[1]["adapter"]["gradients"]) != set(found[1]["tied"]["gradients"])
     assert "lm_head.weight" not in found[1]["frozen_head"]["gradients"]

@@ -14,7 +14,6 @@ from engine_helpers import make_config
 from opdengine.build import check_ranks
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.distributed import PeerError, Ranks
-from opdengine.methods import build_recipe
 from opdengine.metrics import Mean, mean, merge
 from opdengine.settings import from_mapping, to_mapping
 
@@ -82,16 +81,6 @@ def test_counts_are_added_and_means_weighted() -> None:
     [
         ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode='server'.*use 'colocate'"),
         ({"use_vllm": True, "vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2.*use 1"),
-        ({"method": "uni_opd", "uni_opd": {"balance": "global"}}, "balance='global'.*use 'group'"),
-        (
-            {
-                "method": "sage_opd",
-                "sage": {"intervention": "random"},
-                "environment": {"name": "house"},
-                "train_data": [],
-            },
-            "intervention='random'.*use 'judge'",
-        ),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(
@@ -99,6 +88,6 @@ def test_what_several_processes_cannot_do_is_refused(
 ) -> None:
     plain = to_mapping(make_config(models, prompt_file, tmp_path))
     config = from_mapping(TrainConfig, {**plain, **changes})
-    check_ranks(config, build_recipe(config), Ranks())
+    check_ranks(config, Ranks())
     with pytest.raises(ConfigError, match=words):
-        check_ranks(config, build_recipe(config), Ranks(1, 2))
+        check_ranks(config, Ranks(1, 2))

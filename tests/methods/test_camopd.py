@@ -310,6 +310,7 @@ def test_rollout_gradients_are_those_of_each_loss_alone(models: Models, prompt_f
     _, _, items = gather(engine, code_prompts(prompt_file))
     rows = rollout_gradients(engine, items, 512, seed=1)
     assert rows.shape == (len(items), 512) and np.linalg.norm(rows, axis=1).min() > 0
+    assert all(p.grad is None for p in engine.student.model.parameters())
     parameters = probed_parameters(engine.student.model)
     names = {id(p): n for n, p in engine.student.model.named_parameters()}
     assert all("layers.1." in names[id(p)] for p in parameters)  # the last of two blocks

@@ -30,7 +30,8 @@ from opdengine.methods.outcome import (
     sets,
     shifts,
 )
-from opdengine.methods.uni_opd import Calibrated
+from opdengine.methods.uni_opd import Balance, Calibrated
+from opdengine.recipe import Note
 from opdengine.sections import UniOPDConfig
 from opdengine.settings import from_mapping
 from opdengine.train import check_routing
@@ -130,6 +131,18 @@ def test_the_choice_depends_on_the_samples_and_the_seed_only() -> None:
         for seed in range(4, 9)
     ]
     assert any(other != first for other in others)
+
+
+def test_only_rollouts_that_teachers_can_judge_are_balanced() -> None:
+    """Two right and three wrong answers: the one wrong answer too many is not removed twice."""
+    labels = {"a": 1.0, "b": 1.0, "c": 0.0, "d": 0.0, "e": 0.0}
+    rollouts = [make_rollout(id, [i + 1], group="g", reward=reward) for i, (id, reward) in enumerate(labels.items())]
+    notes = [Note(drop="teacher_window/t") if r.id == "e" else Note() for r in rollouts]
+    revised, metrics = Balance(UniOPDConfig(), 0)(rollouts, notes, 0)
+    assert [note.drop for note in revised] == ["", "", "", "", "teacher_window/t"]
+    assert metrics == {"balance/correct_before": 0.5, "balance/correct_after": 0.5}
+    revised, _ = Balance(UniOPDConfig(), 0)(rollouts, [Note() for _ in rollouts], 0)
+    assert [note.drop for note in revised].count("balance") == 1
 
 
 def test_steps_of_an_episode_stay_or_go_together() -> None:
