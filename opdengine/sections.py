@@ -261,7 +261,8 @@ class UniOPDConfig(Section):
     Args:
         correct_from: a rollout is correct when its reward is at least this.
         balance: keep correct and incorrect rollouts in proportion: in each prompt's "group", in the
-            whole step ("global"), or "none". Sets with only one kind are kept.
+            whole step ("global"), or "none". Sets with only one kind are kept. With ``contexts: debate`` every
+            prompt is debated, also one of which nothing is kept (only "global" does that).
         balance_ratio: correct to incorrect; 0 keeps incorrect ones only, ``.inf`` correct ones only.
         keep_per_prompt: keep at most this many rollouts of a prompt after balancing, in the same
             proportion. With more ``num_generations`` than this, what balancing drops is made up for.

@@ -7,7 +7,8 @@ probability (equations 8 to 10), read off the distributions that the loss uses a
 |a_t| over the whole batch keeps the mean weight of a token at 1 (equations 11 and 12).
 
 The paper's ablations are settings: ``sage.use_judge``, ``sage.use_confidence``, ``sage.normalization``; the
-controls that it lacks are ``sage.intervention: random | inverted``.
+controls that it lacks are ``sage.intervention: random | inverted``, which move the weights between the turns
+of a whole step (the shares of labels in the metrics are what the teacher said).
 """
 
 from __future__ import annotations
