@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
                 "domain": ["agentic"],
                 "schedule": "mixed",
                 "n_general": 1,
-                "diagnose_steps": 1,
+                "diagnose_steps": 2,
                 "diagnose_samples": 3,
                 "diagnose_dimensions": 64,
             },
@@ -59,7 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
         "config": {
             "method": "sage_opd",
             "sage": {"intervention": "random", "use_failures": False},
-            "environment": {"name": "house", "max_turns": 3, "num_environments": 2},
+            "environment": {"name": "house", "max_turns": 3, "num_environments": 1},
             "train_data": [],
         },
     },
