@@ -119,6 +119,12 @@ def camopd(config: TrainConfig) -> Recipe:
             "the routing keys of the domain there, give the domain's teacher only these as 'key' and the "
             "general teacher none or others"
         )
+    known = {key for t in config.teachers if t.name in special for key in t.key}
+    if alone := sorted(set(c.domain) - known):
+        raise ConfigError(
+            f"camopd.domain names {alone}, but no domain teacher has that 'key': nobody would judge these prompts; add "
+            f"it to one of {special} or take it out of camopd.domain"
+        )
     base, gradient = resolve(config, importance="band", max_gap=float("inf"))
     branches = Branches(c)
     return Recipe(

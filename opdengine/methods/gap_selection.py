@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 TOLERANCE = 1e-6
+"""Of a share and of a count: what only rounding has moved beyond a bound has reached it."""
 
 
 def gap_score(gap: np.ndarray, kind: str) -> float:
@@ -37,7 +38,7 @@ def select(scores: np.ndarray, rho: float, how: str, seed: Sequence[int]) -> np.
     if how == "none" or not len(scores):
         return chosen
     if how == "topk_frac":
-        chosen[np.argsort(-scores, kind="stable")[int(np.ceil(rho * len(scores))) :]] = False
+        chosen[np.argsort(-scores, kind="stable")[int(np.ceil(rho * len(scores) - TOLERANCE)) :]] = False
         return chosen
     chosen = mass_prefix(scores, rho)
     return np.random.default_rng(seed).permutation(chosen) if how == "random" else chosen

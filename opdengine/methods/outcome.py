@@ -15,6 +15,9 @@ import numpy as np
 from opdengine.sections import UniOPDConfig
 from opdengine.types import Rollout
 
+ROUNDING = 1e-9
+"""Of a product of a count and a ratio: 33 / 0.55 is 60, not the 59 that binary numbers make of it."""
+
 LEAST_KEPT = 0.25
 """Share of each kind that :func:`narrowing` never removes."""
 
@@ -31,7 +34,7 @@ def balanced_counts(correct: int, incorrect: int, ratio: float) -> tuple[int, in
         return 0, incorrect
     if math.isinf(ratio):
         return correct, 0
-    most_correct, most_incorrect = math.floor(incorrect * ratio), math.floor(correct / ratio)
+    most_correct, most_incorrect = (math.floor(n + ROUNDING) for n in (incorrect * ratio, correct / ratio))
     if correct > most_correct >= 1:
         return most_correct, incorrect
     if incorrect > most_incorrect >= 1:

@@ -62,6 +62,7 @@ def test_mass_selection_does_not_depend_on_the_order() -> None:
 def test_other_selections() -> None:
     scores = np.array([0.1, 0.5, 0.06, 0.3, 0.04])
     assert set(np.flatnonzero(select(scores, 0.5, "topk_frac", [0]))) == {0, 1, 3}
+    assert select(np.arange(100.0), 0.55, "topk_frac", [0]).sum() == 55  # 0.55 * 100 is a little more
     assert select(scores, 0.5, "none", [0]).all()
     randoms = [select(scores, 0.8, "random", [0, step]) for step in range(40)]
     assert all(chosen.sum() == 2 for chosen in randoms)  # as many as by mass
@@ -365,6 +366,13 @@ def test_teachers_that_the_domain_does_not_part_are_refused(
         changes = {"teachers": [{**t, "model": models[t["model"]]} for t in changes["teachers"]]}
     with pytest.raises(ConfigError, match="does not part the teachers"):
         build_recipe(camopd_config(models, prompt_file, tmp_path, **changes))
+
+
+def test_a_domain_that_no_domain_teacher_answers_is_refused(models: Models, prompt_file: str, tmp_path: Path) -> None:
+    teachers = [{"model": models["big"]}, {"model": models["small"], "key": ["code"]}]
+    config = camopd_config(models, prompt_file, tmp_path, teachers=teachers, camopd={"domain": ["code", "agentic"]})
+    with pytest.raises(ConfigError, match=r"names \['agentic'\], but no domain teacher.*one of \['small'\]"):
+        build_recipe(config)
 
 
 def test_a_general_teacher_without_key_judges_general_prompts_only(

@@ -54,6 +54,8 @@ INF = math.inf
         ((3, 5), 0.0, (0, 5)),
         ((3, 5), INF, (3, 0)),
         ((8, 0), 0.0, (8, 0)),
+        ((33, 99), 0.55, (33, 60)),  # where 33 / 0.55 is a little less than 60
+        ((99, 90), 0.7, (63, 90)),
     ],
 )
 def test_balanced_counts(counts: tuple[int, int], ratio: float, kept: tuple[int, int]) -> None:
