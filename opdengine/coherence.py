@@ -93,12 +93,16 @@ def rollout_gradients(engine: Engine, items: Sequence[Item], dimensions: int, se
     objective, student, ranks = engine.objective(), engine.student, engine.ranks
     student.model.eval()
     parameters = probed_parameters(student.model)
+    gathered = student.head if student.has_split_head else None  # no rank can ask for it alone
 
     def loss_of(item: Item) -> torch.Tensor:
         (batch,) = pack([item.rollout.token_ids], max_tokens=engine.config.max_tokens_per_batch, layout="padded")
         with engine.autocast():
             hidden = student.hidden(batch, [item.rollout.target_positions])
-        return objective(hidden, student.head, [item])
+        return objective(hidden, gathered or student.head, [item])
+
+    def idle() -> torch.Tensor:
+        return student.nothing(student.idle())
 
     weighty = ranks.join([(ranks.rank, place, item.has_weight) for place, item in enumerate(items)])
     rows = np.zeros((len(weighty), dimensions))
@@ -106,7 +110,7 @@ def rollout_gradients(engine: Engine, items: Sequence[Item], dimensions: int, se
     for row, (owner, place, has_weight) in zip(rows, weighty, strict=True):
         if not has_weight:
             continue
-        loss = student.within(partial(loss_of, items[place]) if owner == ranks.rank else student.idle)
+        loss = student.within(partial(loss_of, items[place]) if owner == ranks.rank else idle)
         # A split model reduces its gradients in a whole backward pass only.
         loss.backward(inputs=parameters if student.sharded is None else None)
         row[:] = sketch([whole(p.grad) for p in parameters if p.grad is not None], dimensions, seed)

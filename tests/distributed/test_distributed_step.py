@@ -83,8 +83,12 @@ CASES: dict[str, dict[str, Any]] = {
     "split_untied": {
         "prompts": 3,
         "student": "big",
-        "config": {"vocab_parallel_head": True, "method": "camopd", "camopd": {"domain": ["agentic"]}},
         "keys": [["agentic"], ["code"]],
+        "config": {
+            "vocab_parallel_head": True,
+            "method": "camopd",
+            "camopd": {"domain": ["agentic"], "diagnose_steps": 2, "diagnose_samples": 2, "diagnose_dimensions": 64},
+        },
     },
     "adapter": {"prompts": 3, "config": {"lora": {"r": 4}}},
     # Parameters are gathered in bfloat16, where a single process computes under autocast.
