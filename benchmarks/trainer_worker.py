@@ -1,0 +1,156 @@
+"""Optimiser steps of one trainer, in a process of its own; prints JSON: seconds of a step, peak memory, loss.
+
+python benchmarks/trainer_worker.py PROVIDER settings.json
+
+Every provider does the same: sample the student on all prompts, ask the teacher, reverse KL over the
+completions' tokens, backward, AdamW. Steps after the first are timed. Memory is the process's peak beyond what it
+held with both models loaded, before the first step.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def memory(name: str) -> int:
+    """Bytes of this process: "VmRSS" now, "VmHWM" at most since :func:`forget_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+class Stopwatch:
+    """Told at the beginning and after every step."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.begun = 0
+
+    def begin(self) -> None:
+        forget_peak()
+        self.begun = memory("VmRSS")
+        self.times.append(time.perf_counter())
+
+    def step(self) -> None:
+        self.times.append(time.perf_counter())
+
+    def figures(self) -> dict[str, float]:
+        steps = [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
+        return {"step_s": statistics.median(steps[1:]), "peak_bytes": memory("VmHWM") - self.begun}
+
+
+def ours(settings: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
+    import asyncio
+
+    from opdengine.build import build_engine
+    from opdengine.chat import load_tokenizer
+    from opdengine.config import TrainConfig
+    from opdengine.data import load_prompts
+    from opdengine.methods import build_recipe
+    from opdengine.settings import from_mapping
+
+    config = from_mapping(
+        TrainConfig,
+        {
+            "model": settings["student"],
+            "teachers": [{"model": settings["teacher"]}],
+            "method": "opd",
+            "train_data": [settings["data"]],
+            "output_dir": settings["folder"],
+            "max_completion_length": settings["tokens"],
+            "per_device_train_batch_size": settings["prompts"],
+            "learning_rate": settings["learning_rate"],
+            "max_steps": settings["steps"],
+            "warmup_ratio": 0.0,
+            "lr_scheduler_type": "constant",
+            "weight_decay": 0.0,
+        },
+    )
+    engine = build_engine(config, build_recipe(config), load_tokenizer(config.model))
+    batch = load_prompts(config.train_data).prompts
+    watch.begin()
+    for _ in range(settings["steps"]):
+        metrics = asyncio.run(engine.step(batch)).metrics
+        watch.step()
+    return {"loss": metrics["loss"], "tokens": metrics["completions/mean_length"] * settings["prompts"]}
+
+
+def trl(settings: dict[str, Any], watch: Stopwatch, kind: str) -> dict[str, Any]:
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    class Watcher(TrainerCallback):
+        def on_train_begin(self, *arguments: Any, **others: Any) -> None:
+            watch.begin()
+
+        def on_step_end(self, *arguments: Any, **others: Any) -> None:
+            watch.step()
+
+    data = load_dataset("json", data_files=settings["data"], split="train", cache_dir=settings["folder"])
+    shared = {
+        "output_dir": settings["folder"],
+        "per_device_train_batch_size": settings["prompts"],
+        "max_steps": settings["steps"],
+        "learning_rate": settings["learning_rate"],
+        "lr_scheduler_type": "constant",
+        "logging_steps": settings["steps"],
+        "beta": 1.0,
+        "temperature": 1.0,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    models = [AutoModelForCausalLM.from_pretrained(settings[name]) for name in ("student", "teacher")]
+    tokenizer = AutoTokenizer.from_pretrained(settings["student"], padding_side="left")
+    columns = {"args": None, "processing_class": tokenizer, "callbacks": [Watcher()]}
+    trainer: Any
+    if kind == "trl":
+        from trl import DistillationConfig, DistillationTrainer
+
+        columns["args"] = DistillationConfig(**shared, max_completion_length=settings["tokens"])
+        trainer = DistillationTrainer(models[0], models[1], train_dataset=data, **columns)
+    else:
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+        columns["args"] = GKDConfig(**shared, max_new_tokens=settings["tokens"], lmbda=1.0, max_length=1024)
+        answered = data.map(
+            lambda row: {"messages": [*row["prompt"], {"role": "assistant", "content": "w7"}]},
+            remove_columns=["prompt"],
+        )
+        trainer = GKDTrainer(models[0], models[1], train_dataset=answered, **columns)
+    trainer.train()
+    return {"loss": next(row for row in reversed(trainer.state.log_history) if "train_loss" in row)["train_loss"]}
+
+
+PROVIDERS: dict[str, Callable[[dict[str, Any], Stopwatch], dict[str, Any]]] = {
+    "ours": ours,
+    "trl": lambda settings, watch: trl(settings, watch, "trl"),
+    "trl gkd": lambda settings, watch: trl(settings, watch, "gkd"),
+}
+
+
+def main(provider: str, file: str) -> None:
+    settings = json.loads(Path(file).read_text())
+    torch.set_num_threads(settings["threads"])
+    watch = Stopwatch()
+    found = PROVIDERS[provider](settings, watch)
+    print(json.dumps({**watch.figures(), **found}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
