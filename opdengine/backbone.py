@@ -79,6 +79,7 @@ def load_model(
             device=device,
         )
         return merge_adapter(plain, Path(path))
+    logger.info("loading %s", path)
     attn_implementation = choose_attention(attn_implementation, device)
     # Pickled weights (*.bin) can run code when they are read.
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "revision": revision, "use_safetensors": True}
@@ -115,6 +116,14 @@ def read_window(path: str, *, trust_remote_code: bool = False) -> int | None:
 
     config = AutoConfig.from_pretrained(architecture(path), trust_remote_code=trust_remote_code)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def read_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype | None:
+    """What a model's weights are stored in, from its configuration alone; None if it does not say."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(architecture(path), trust_remote_code=trust_remote_code)
+    return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
 
 
 def check_model_path(path: str) -> None:

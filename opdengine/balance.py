@@ -289,11 +289,11 @@ def write(prompts: Sequence[Prompt], counts: Mapping[str, int], settings: Balanc
 def open_sampler(config: TrainConfig, tokenizer: Any) -> Any:
     """The configured sampler with the student's weights."""
     from opdengine.backbone import default_device, load_model
-    from opdengine.build import build_sampler
+    from opdengine.build import build_sampler, student_dtype
 
     model = load_model(
         config.model,
-        dtype=config.dtype,
+        dtype=student_dtype(config),
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
         device=default_device(),

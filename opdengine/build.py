@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from opdengine.backbone import Backbone, choose_attention, default_device, load_model
+from opdengine.backbone import Backbone, choose_attention, default_device, load_model, read_dtype
 from opdengine.chat import load_tokenizer, require_same_tokenizer, vocabulary_size
 from opdengine.config import ConfigError, TeacherConfig, TrainConfig
 from opdengine.distributed import Ranks, Sharded
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from opdengine.verifiers.grader import Grader
 
 logger = logging.getLogger(__name__)
+
+NO_FLOAT16 = (
+    "gives the student float16 parameters, in which AdamW breaks down; set dtype: float32 (and bf16: true on a GPU "
+    "that has it)"
+)
 
 
 def build_engine(
@@ -118,6 +123,22 @@ def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
         )
 
 
+def student_dtype(config: TrainConfig) -> str:
+    """The dtype of the student's parameters: for "auto" the checkpoint's, or float32 where that is float16.
+
+    Reads no weights.
+
+    Raises:
+        ConfigError: float16 was asked for.
+    """
+    if config.dtype == "float16":
+        raise ConfigError(f"dtype='float16' {NO_FLOAT16}")
+    if config.dtype != "auto":
+        return config.dtype
+    stored = read_dtype(config.model, trust_remote_code=config.trust_remote_code)
+    return "float32" if stored == torch.float16 else "auto"
+
+
 def load_student(
     config: TrainConfig, device: torch.device, checkpoint: Path | None = None, on_host: bool = False
 ) -> Any:
@@ -130,21 +151,21 @@ def load_student(
         on_host: leave it on the CPU, to be split.
 
     Raises:
-        ConfigError: its parameters are float16, or an adapter does not fit.
+        ConfigError: float16 was asked for, or an adapter does not fit.
     """
     saved = None if checkpoint is None else checkpoint / "model"
+    dtype = student_dtype(config)
+    if dtype != config.dtype:
+        logger.info("%s is stored in float16, in which AdamW breaks down: it is trained in float32", config.model)
     model = load_model(
         config.model if saved is None or config.lora is not None else str(saved),
-        dtype=config.dtype,
+        dtype=dtype,
         attn_implementation=choose_attention(config.attn_implementation, device),
         trust_remote_code=config.trust_remote_code,
         device="cpu" if on_host else device,
     )
-    if model.dtype == torch.float16:
-        raise ConfigError(
-            f"dtype={config.dtype!r} gives the student float16 parameters, in which AdamW breaks down; set "
-            "dtype: float32 (and bf16: true on a GPU that has it)"
-        )
+    if model.dtype == torch.float16:  # its configuration did not say so
+        raise ConfigError(f"dtype={config.dtype!r} {NO_FLOAT16}")
     if model.dtype == torch.bfloat16 and config.lora is None:
         logger.warning(
             "the student's parameters are bfloat16: updates of less than about 1/256 of a weight are lost; "
@@ -228,7 +249,7 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
     if ranks.world_size > 1:
         copy = load_model(
             config.model,
-            dtype=config.dtype,
+            dtype=student_dtype(config),
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
             device=default_device(),

@@ -1,4 +1,4 @@
-"""``opdengine train | balance | eval | debate | plan | vllm-serve | doctor``."""
+"""``opdengine train | balance | eval | debate | plan | settings | vllm-serve | doctor``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from opdengine.chat import encode_chat
 from opdengine.checkpoint import CheckpointError
 from opdengine.config import TrainConfig
+from opdengine.describe import annotated, common
 from opdengine.distributed import PeerError
 from opdengine.errors import ServiceError, VLLMMissingError, WriteError
 from opdengine.settings import load_config
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
 
 BALANCE = "even out the difficulty of the data: opdengine balance --config run.yaml --output balanced.jsonl"
 SETTINGS = (
-    "Every setting of the YAML file can also be given as --key value, in sections as --section.key value; "
-    "opdengine/config.py and opdengine/sections.py document them all."
+    "Every setting of the YAML file can also be given as --key value, in sections as --section.key value.\n"
+    "'opdengine settings' prints all with their meanings, as a YAML file"
 )
+DESCRIBE = "print all settings, or some, with meanings and defaults, as a YAML file: opdengine settings [NAME ...]"
 SERVE = "run a vLLM server for vllm_mode: server; more arguments go to `vllm serve`"
 
 
@@ -38,6 +40,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "transformers", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.command in ("doctor", "settings") and rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "doctor":
+        return doctor()
+    from opdengine.probes import ProbeError
+    from opdengine.teachers import TeacherError
+
+    try:
+        return _run(options, rest)
+    except (
+        ValueError,
+        CheckpointError,
+        ProbeError,
+        FloatingPointError,
+        ServiceError,
+        TeacherError,
+        VLLMMissingError,
+        WriteError,
+        PeerError,
+    ) as error:
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        sys.stderr.write(f"opdengine{rank}: {error}\n")
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("opdengine", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help_text in (
@@ -46,7 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("eval", "grade a model: opdengine eval --config run.yaml [--model FOLDER]"),
         ("plan", "count memory and seconds of a step: opdengine plan --config run.yaml --gpus 8"),
     ):
-        command = commands.add_parser(name, help=help_text, description=help_text, epilog=SETTINGS)
+        epilog = f"{SETTINGS}; the usual ones:\n\n{common()}" if name == "train" else f"{SETTINGS}."
+        command = commands.add_parser(
+            name,
+            help=help_text,
+            description=help_text,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add_argument("--config", help="YAML file of settings")
         if name == "debate":
             command.add_argument("--prompt", required=True, help="what to debate")
@@ -65,41 +102,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--cap", type=float, default=4.0, help="a prompt occurs at most this often (default 4)")
     command.add_argument("--target", default="largest", help="raise scarce counts to the largest or median one")
     command.add_argument("--chunk", type=int, default=64, help="prompts between two saves (default 64)")
+    command = commands.add_parser("settings", help=DESCRIBE, description=DESCRIBE)
+    command.add_argument("names", nargs="*", metavar="NAME", help="settings or sections; default: all")
     commands.add_parser("doctor", help="show what is installed, what is missing and how to get it")
     commands.add_parser("vllm-serve", help=SERVE, add_help=False)
-    options, rest = parser.parse_known_args(arguments)
-    if options.command == "doctor":
-        return doctor()
-    from opdengine.probes import ProbeError
-    from opdengine.teachers import TeacherError
+    return parser
 
-    try:
-        if options.command == "vllm-serve":
-            return _serve(rest)
-        config = load_config(options.config, rest)
-        if options.command == "train":
-            return _train(config)
-        if options.command == "balance":
-            return _balance(config, options)
-        if options.command == "plan":
-            return _plan(config, options)
-        if options.command == "debate":
-            return _debate(config, options.prompt, options.data_source)
-        return _eval(config)
-    except (
-        ValueError,
-        CheckpointError,
-        ProbeError,
-        FloatingPointError,
-        ServiceError,
-        TeacherError,
-        VLLMMissingError,
-        WriteError,
-        PeerError,
-    ) as error:
-        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        sys.stderr.write(f"opdengine{rank}: {error}\n")
-        return 2
+
+def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    if options.command == "vllm-serve":
+        return _serve(rest)
+    if options.command == "settings":
+        sys.stdout.write(annotated(options.names))
+        return 0
+    config = load_config(options.config, rest)
+    if options.command == "plan":
+        return _plan(config, options)
+    _hide_bars()
+    if options.command == "train":
+        return _train(config)
+    if options.command == "balance":
+        return _balance(config, options)
+    if options.command == "debate":
+        return _debate(config, options.prompt, options.data_source)
+    return _eval(config)
+
+
+def _hide_bars() -> None:
+    """No bars of transformers between our lines; those of downloads stay."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as theirs
+
+    downloads = not are_progress_bars_disabled()
+    theirs.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
 
 
 def _train(config: TrainConfig) -> int:
@@ -156,6 +193,7 @@ def _graded_prompts(config: TrainConfig) -> tuple[Grader, Sequence[Prompt]]:
 
 def _load_student(config: TrainConfig) -> tuple[TransformersSampler, Any]:
     from opdengine.backbone import default_device, load_model
+    from opdengine.build import student_dtype
     from opdengine.chat import load_tokenizer
     from opdengine.rollout.transformers import TransformersSampler
 
@@ -164,7 +202,7 @@ def _load_student(config: TrainConfig) -> tuple[TransformersSampler, Any]:
     )
     model = load_model(
         config.model,
-        dtype=config.dtype,
+        dtype=student_dtype(config),
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
         device=default_device(),

@@ -87,12 +87,13 @@ class TrainConfig:
 
     Args:
         model: the student: model folder or hub name.
-        train_data: sources of prompts: paths, or sections of :class:`DataConfig`, which also read the layouts
-            of public data sets. A path is a JSONL or Parquet file, or ``datasets`` folder, with a ``prompt`` or
-            ``messages`` column; optional ``id, tools, answer, data_source``.
+        train_data: sources of prompts: JSONL or Parquet files, or ``datasets`` folders, with a ``prompt`` or
+            ``messages`` column and optionally ``id, tools, answer, data_source``. Sections of :class:`DataConfig`
+            also read the layouts of public data sets.
         output_dir: where the run is written; an existing run is resumed or refused.
-        teachers: the teachers.
-        method: one of :data:`opdengine.methods.METHODS`.
+        teachers: the models that judge the student, and debate.
+        method: "opd", "mt_opd", "mt_seqkd", "mad_opd", "opad", "sage_opd", "tcod", "entropy_opd", "uni_opd",
+            "camopd".
         contexts: under what the teachers of "sage_opd" and "uni_opd" judge: the "plain" prompt, or the
             transcript and weights of a "debate" as in MAD-OPD.
         divergence: one of "reverse_kl", "forward_kl", "jsd", "skew_kl", or a mapping from routing key (and
@@ -106,13 +107,12 @@ class TrainConfig:
             the last finished step, or "drop" the teacher from the rollouts concerned (counted).
         loss_normalization: "token" (mean over all target tokens of the step) or "sequence" (mean
             over rollouts of token means).
-        debate: settings of the debate.
+        debate: how teachers debate, for "mad_opd", "opad" and ``contexts: debate``.
         advantage: how ``uni_opd`` and ``camopd`` weigh sampled tokens.
-        uni_opd: settings of that method.
-        camopd: settings of that method.
+        uni_opd, camopd: settings of the method of that name.
         environment: where the student acts over many turns.
-        opad, sage, tcod, entropy_opd: settings of these methods.
-        dtype: of the student's parameters; "auto" keeps the checkpoint's.
+        opad, sage, tcod, entropy_opd: settings of the methods "opad", "sage_opd", "tcod" and "entropy_opd".
+        dtype: of the student's parameters; "auto" keeps the checkpoint's (float32 where that is float16).
         bf16: autocast forward and backward to bfloat16 (parameters keep ``dtype``).
         lora: train an adapter and leave the student's weights as they are; null trains them all.
         freeze_head: do not train the output embedding (where it is tied, the input embedding neither);
@@ -151,8 +151,11 @@ class TrainConfig:
         gradient_accumulation_steps: multiplies the prompts of an optimiser step.
         max_tokens_per_batch: token budget of one forward and backward pass.
         max_steps: optimiser steps.
-        learning_rate, lr_scheduler_type, warmup_ratio, weight_decay, adam_beta1, adam_beta2,
-            adam_epsilon, max_grad_norm: AdamW and its schedule.
+        learning_rate: of AdamW, at its highest.
+        lr_scheduler_type: "constant", "constant_with_warmup", "linear" or "cosine", as in transformers.
+        warmup_ratio: share of the steps over which the learning rate rises from 0.
+        weight_decay, adam_beta1, adam_beta2, adam_epsilon: of AdamW; norms and biases are not decayed.
+        max_grad_norm: longer gradients are scaled down to this norm.
         gradient_checkpointing: trade compute for memory.
         vocab_parallel_head: with several processes, split the student's head by vocabulary instead of gathering
             it: its weight and gradient are never whole on any of them, and the hidden states of a micro-batch
@@ -160,8 +163,9 @@ class TrainConfig:
         loss_impl: implementation of the fused loss: "auto", "triton", "torch" or "reference".
         workspace_bytes: byte budget for temporaries of the fused loss.
         seed: of data order, sampling and initialisation.
-        logging_steps, eval_steps, save_steps: how often; 0 is never (evaluation: only before and
-            after).
+        logging_steps: write metrics every so many steps.
+        eval_steps: evaluate every so many steps, before the first and after the last one; 0 leaves it at those two.
+        save_steps: write a checkpoint every so many steps; 0 is never.
         save_total_limit: keep the newest so many checkpoints; None keeps all.
         log_completions: write rollouts and debates of each step as JSONL.
         report_to: besides metrics.jsonl: "tensorboard".

@@ -38,7 +38,7 @@ class DataConfig(Section):
     Args:
         path: JSONL, JSON-list or Parquet file, ``datasets`` folder, hub data set as ``name:split``, or
             generated tasks as ``reasoning_gym:NAMES?size=1000&seed=0&split=train``.
-        format: layout of its rows: "prompts" (ours) or a name of :data:`opdengine.data_adapters.FORMATS`.
+        format: layout of its rows: "prompts" (ours), or that of a public data set (docs/verifiers.md lists them).
         data_source: routing key of all its rows; default: the row's own, or the format's.
         columns: our column -> dotted place in the row, in place of the format's.
         where: use only rows with these values; dotted place -> value, list of values, or ``{min: , max: }``.
@@ -192,7 +192,12 @@ class SageConfig(Section):
 
 @dataclass(frozen=True)
 class TcodConfig(Section):
-    """Turn curriculum (TCOD; arXiv 2606.19659, equation 25): ``k_start + eta * updates`` first turns."""
+    """Turn curriculum (TCOD; arXiv 2606.19659, equation 25): ``k_start + eta * updates`` first turns.
+
+    Args:
+        k_start: how many first turns at the beginning.
+        eta: how many more after every update.
+    """
 
     section = "tcod"
 
@@ -206,7 +211,12 @@ class TcodConfig(Section):
 
 @dataclass(frozen=True)
 class EntropyConfig(Section):
-    """Entropy-aware OPD (arXiv 2606.19659, equation 26): weight 1 + ``alpha`` above entropy ``tau`` (nats)."""
+    """Entropy-aware OPD (arXiv 2606.19659, equation 26).
+
+    Args:
+        alpha: tokens on which the teacher is uncertain have the weight 1 + ``alpha``, others 1.
+        tau: the entropy of the teacher above which it is, nats.
+    """
 
     section = "entropy_opd"
 

@@ -38,7 +38,13 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> TrainConfig:
             raise ConfigError(f"{path}: not valid YAML: {error}") from error
         if not isinstance(data, dict):
             raise ConfigError(f"{path}: the top level must be a mapping of settings")
-    for key, value in _parse_overrides(overrides):
+    pairs = _parse_overrides(overrides)
+    if path is None and not pairs:
+        raise ConfigError(
+            "missing setting 'model', 'output_dir' and others: name a file of settings with --config run.yaml "
+            "('opdengine settings' prints one with all of them), or give each as --key value"
+        )
+    for key, value in pairs:
         _assign(data, key.split("."), value)
     return from_mapping(TrainConfig, data)
 

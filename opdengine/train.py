@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from opdengine.backbone import check_model_path, load_model, read_window
-from opdengine.build import build_engine, check_ranks
+from opdengine.build import build_engine, check_ranks, student_dtype
 from opdengine.chat import encode_chat, load_tokenizer
 from opdengine.checkpoint import restore_optimizer, write_model
 from opdengine.config import ConfigError, TrainConfig
@@ -78,6 +78,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
         trust_remote_code=config.trust_remote_code,
         chat_template=config.chat_template,
     )
+    student_dtype(config)  # refuses what cannot be trained
     if not config.environment.name:
         prompts = fit_prompts(config, tokenizer, prompts, held_out)
     stream: PromptStream | ScheduledStream = PromptStream(prompts, config.seed)
@@ -149,7 +150,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
             asyncio.run(loop.run(bar))
         write_model(final, engine.student.model, ranks, tokenizer.save_pretrained)
         if config.lora is not None and config.lora.merge_final and ranks.is_first:
-            merged = load_model(str(final), dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+            merged = load_model(str(final), dtype=student_dtype(config), trust_remote_code=config.trust_remote_code)
             write_model(folder.path / "merged", merged, Ranks(), tokenizer.save_pretrained)
     finally:
         writer.close()

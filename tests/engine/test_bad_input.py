@@ -13,7 +13,7 @@ from engine_helpers import make_config
 from transformers import AutoModelForCausalLM
 
 from opdengine.cli import main
-from opdengine.config import ConfigError, TrainConfig
+from opdengine.config import ConfigError
 from opdengine.data import DataError, PromptSet, PromptStream, load_prompts
 from opdengine.settings import load_config
 from opdengine.train import train
@@ -136,6 +136,7 @@ def test_what_the_command_line_understands(tmp_path: Path) -> None:
         ({"chat_template": "templates/none.jinja"}, "'templates/none.jinja' is neither a file nor a Jinja template"),
         ({"model": "./nowhere"}, "model folder './nowhere' does not exist; give a folder"),
         ({"max_completion_length": 2000}, "max_completion_length=2000 .* window has 1024 tokens"),
+        ({"dtype": "float16"}, "dtype='float16' gives the student float16 parameters.*set dtype: float32"),
         ({"max_prompt_length": 3}, "no prompts left: all 12 are longer than 3 tokens .max_prompt_length."),
         ({"max_completion_length": 1022}, "no prompts left: .* 2 tokens .the student's window of 1024"),
     ],
@@ -408,9 +409,3 @@ def test_the_stream_refuses_other_data_or_another_seed(prompt_file: str) -> None
     other = PromptSet((*prompts.prompts[:3], changed, *prompts.prompts[4:]), {})
     with pytest.raises(DataError, match="other training data"):
         PromptStream(other, seed=3).load_state_dict(state)
-
-
-def test_every_setting_is_described() -> None:
-    described = TrainConfig.__doc__ or ""
-    for field in dataclasses.fields(TrainConfig):
-        assert field.name in described, field.name

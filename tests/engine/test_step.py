@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from engine_helpers import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opdengine.chat import vocabulary_size
+from opdengine.chat import load_tokenizer, vocabulary_size
 from opdengine.data import load_prompts
 from opdengine.objective import Item
 from opdengine.tally import Tally
@@ -524,6 +525,24 @@ def test_parameters_that_cannot_be_trained_are_refused(
     with caplog.at_level("WARNING"):
         make_engine(make_config(models, prompt_file, tmp_path, dtype="bfloat16"))
     assert "bfloat16" in caplog.text
+
+
+def test_a_student_stored_in_float16_is_trained_in_float32(
+    models: Models, prompt_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(models["student"], dtype=torch.float16).save_pretrained(folder)
+    load_tokenizer(models["student"]).save_pretrained(folder)
+    with caplog.at_level("INFO"):
+        engine = make_engine(make_config({**models, "student": str(folder)}, prompt_file, tmp_path))
+    assert {p.dtype for p in engine.student.model.parameters()} == {torch.float32}
+    assert "half is stored in float16" in caplog.text
+    del (settings := json.loads((folder / "config.json").read_text()))["dtype"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"dtype='auto' gives .* set dtype: float32"):
+        make_engine(make_config({**models, "student": str(folder)}, prompt_file, tmp_path))
 
 
 def test_norms_and_biases_are_not_decayed(models: Models, prompt_file: str, tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""The command line itself: its help, the settings that it explains, what it prints and what not."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from opdengine import sections
+from opdengine.cli import main
+from opdengine.config import TeacherConfig, TrainConfig
+from opdengine.describe import annotated, common, meanings
+from opdengine.settings import from_mapping
+
+SECTIONS = [c for c in vars(sections).values() if dataclasses.is_dataclass(c)]
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, TeacherConfig, *SECTIONS])
+def test_every_setting_is_described(cls: type) -> None:
+    texts = meanings(cls)
+    assert sorted(texts) == sorted(f.name for f in dataclasses.fields(cls))
+    assert all(texts.values())
+
+
+def test_all_settings_are_printed_as_a_configuration_of_the_defaults() -> None:
+    settings = yaml.safe_load(annotated())
+    assert list(settings) == [f.name for f in dataclasses.fields(TrainConfig)]
+    needed = {"model": "m", "output_dir": "o", "train_data": ["d.jsonl"]}
+    assert from_mapping(TrainConfig, {**settings, **needed}) == from_mapping(TrainConfig, needed)
+
+
+def test_what_is_commented_out_is_a_configuration_as_well() -> None:
+    for name, cls in (("lora", sections.LoRAConfig), ("teachers", TeacherConfig)):
+        lines = annotated([name]).splitlines()
+        body = "\n".join(line[1:] for line in lines if line.startswith("#  "))
+        assert set(yaml.safe_load(body)) == {f.name for f in dataclasses.fields(cls)}
+
+
+def test_some_settings_are_printed_and_an_unknown_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["settings", "tcod", "seed"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == {"tcod": {"k_start": 1, "eta": 1.0}, "seed": 0}
+    assert main(["settings", "debat"]) == 2
+    assert "no setting or section 'debat'; did you mean 'debate'?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["settings", "--debate"])
+    assert "unrecognized arguments: --debate" in capsys.readouterr().err
+
+
+def test_the_help_of_training_names_the_usual_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert common() in shown and "max_completion_length         most new tokens of a rollout [512]" in shown
+
+
+def test_without_arguments_the_way_to_give_them_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train"]) == 2
+    assert "--config run.yaml" in capsys.readouterr().err
+
+
+def test_bars_of_transformers_stay_out_of_the_output(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    arguments = ["--model", models["student"], "--output_dir", str(tmp_path), "--eval_data", prompt_file]
+    arguments += ["--train_data", prompt_file, "--max_completion_length", "4", "--eval_max_prompts", "2"]
+    assert main(["eval", *arguments]) == 0
+    assert "Loading weights" not in capsys.readouterr().err
