@@ -67,6 +67,7 @@ class ALFWorld(CommandEnvironment):
     """
 
     name = "alfworld"
+    option_class = ALFWorldOptions
 
     def __init__(self, **options: Any) -> None:
         self.options: ALFWorldOptions = ALFWorldOptions(**options)

@@ -88,6 +88,8 @@ class Options:
 class House:
     """The environment; see the module and :class:`Options`."""
 
+    option_class = Options
+
     def __init__(self, **options: Any) -> None:
         self.options = Options(**options)
 

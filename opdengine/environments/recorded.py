@@ -91,6 +91,8 @@ class Recorded:
     the share of turns that do (the same calls, or the same text up to white space), success means all of them.
     """
 
+    option_class = Options
+
     def __init__(self, **options: Any) -> None:
         self.options = Options(**options)
 

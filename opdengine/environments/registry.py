@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
 from opdengine.environments.protocol import Environment
 from opdengine.plugins import load_object
 
@@ -47,3 +53,39 @@ def load_environment(name: str) -> type[Environment]:
             + (f"; {', '.join(missing)} missing" if missing else "")
         )
     return found
+
+
+def check_options(name: str, environment: type[Environment], options: Mapping[str, Any]) -> None:
+    """Compare options with those that the environment has.
+
+    Args:
+        name: of the environment.
+        environment: its class. Built-in ones say their options by a dataclass, ``option_class``; of others the
+            keywords of ``tasks`` are taken, and where it takes any, nothing is checked.
+        options: as configured.
+
+    Raises:
+        ValueError: one is unknown, or of a built-in environment has the wrong type.
+    """
+    described = getattr(environment, "option_class", None)
+    if described is not None:
+        known = {f.name: f.default for f in dataclasses.fields(described)}
+    else:
+        parameters = inspect.signature(environment.tasks).parameters.values()
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return
+        known = {p.name: p.default for p in list(parameters)[1:]}
+    for option, value in options.items():
+        if option not in (*known, *POOL_OPTIONS):
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"environment.options.{option} is unknown; {hint}{name!r} has {sorted(known)}")
+        wanted = type(known.get(option))
+        if described is not None and wanted in (bool, int, float, str) and not _is_a(value, wanted):
+            raise ValueError(f"environment.options.{option}={value!r} has the wrong type; expected {wanted.__name__}")
+
+
+def _is_a(value: Any, wanted: type) -> bool:
+    if isinstance(value, bool):
+        return wanted is bool
+    return isinstance(value, (int, float) if wanted is float else wanted)

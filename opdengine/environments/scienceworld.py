@@ -130,6 +130,7 @@ class ScienceWorld(CommandEnvironment):
     """
 
     name = "scienceworld"
+    option_class = ScienceWorldOptions
 
     def __init__(self, **options: Any) -> None:
         self._engine: Any = None

@@ -85,6 +85,8 @@ class Options:
 class Search:
     """The environment; see the module and :class:`Options`."""
 
+    option_class = Options
+
     def __init__(self, **options: Any) -> None:
         self.options = Options(**options)
         self._index = open_index(self.options.corpus, skip_bad_rows=self.options.skip_bad_rows)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from opdengine.data import DataError, PromptSet
-from opdengine.environments.registry import POOL_OPTIONS, load_environment
+from opdengine.environments.registry import POOL_OPTIONS, check_options, load_environment
 from opdengine.types import Prompt
 
 if TYPE_CHECKING:
@@ -18,12 +18,14 @@ def load_tasks(config: EnvironmentConfig, split: str) -> PromptSet:
     """The tasks of a split as prompts: ``extra["task"]`` is the task, the routing key its type.
 
     Raises:
-        DataError: the split has no tasks, they cannot be read, a package is missing, or an id is missing or
-            occurs twice.
+        DataError: an option is unknown, the split has no tasks, they cannot be read, a package is missing, or an
+            id is missing or occurs twice.
     """
     try:
         options = {name: value for name, value in config.options.items() if name not in POOL_OPTIONS}
-        tasks = load_environment(config.name).tasks(split, **options)
+        environment = load_environment(config.name)
+        check_options(config.name, environment, options)
+        tasks = environment.tasks(split, **options)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise DataError(f"environment {config.name!r}: no tasks of split {split!r}: {error}") from error
     if not tasks:

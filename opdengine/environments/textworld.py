@@ -68,6 +68,7 @@ class TextWorld(CommandEnvironment):
     """
 
     name = "textworld"
+    option_class = TextWorldOptions
     rules = RULES
 
     def __init__(self, **options: Any) -> None:

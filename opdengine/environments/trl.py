@@ -213,6 +213,8 @@ class TRLEnvironment:
     reset knows no seed. The score is the reward, limited to [0, 1].
     """
 
+    option_class = Options
+
     def __init__(self, **options: Any) -> None:
         from transformers.utils import get_json_schema
 

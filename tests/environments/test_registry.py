@@ -81,3 +81,36 @@ def test_importing_the_package_imports_no_environment():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cuont": 3}, r"environment.options.cuont is unknown; did you mean 'count'\? 'house' has \['count', 'format'"),
+        ({"zzz": 3}, r"environment.options.zzz is unknown; 'house' has \['count'"),
+        ({"count": "many"}, "environment.options.count='many' has the wrong type; expected int"),
+        ({"count": True}, "environment.options.count=True has the wrong type; expected int"),
+        ({"instructions": 1}, "environment.options.instructions=1 has the wrong type; expected bool"),
+    ],
+)
+def test_options_of_a_built_in_environment_are_checked(options, message):
+    with pytest.raises(DataError, match=message):
+        load_tasks(EnvironmentConfig(name="house", options=options), "train")
+
+
+@pytest.mark.parametrize("name", sorted(ENVIRONMENTS))
+def test_built_in_environments_describe_their_options(name):
+    assert "count" in load_environment(name).option_class.__dataclass_fields__ or name in ("search", "recorded", "trl")
+
+
+def test_options_of_a_class_of_ones_own_are_its_keywords(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "class Own:\n    @classmethod\n    def tasks(cls, split, largest=10):\n        return [{'id': largest}]\n"
+        "    reset = step = close = None.__init__\n"
+        "class Free(Own):\n    @classmethod\n    def tasks(cls, split, **options):\n        return [{'id': 'x'}]\n"
+    )
+    assert load_tasks(EnvironmentConfig(name=f"{file}:Own", options={"largest": 2.5}), "train").prompts[0].id == "2.5"
+    with pytest.raises(DataError, match=r"environment.options.larges is unknown; did you mean 'largest'\?"):
+        load_tasks(EnvironmentConfig(name=f"{file}:Own", options={"larges": 2}), "train")
+    assert load_tasks(EnvironmentConfig(name=f"{file}:Free", options={"x": 2, "network": True}), "train").prompts
