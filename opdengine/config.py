@@ -93,7 +93,8 @@ class TrainConfig:
         output_dir: where the run is written; an existing run is resumed or refused.
         teachers: the models that judge the student, and debate.
         method: "opd", "mt_opd", "mt_seqkd", "mad_opd", "opad", "sage_opd", "tcod", "entropy_opd", "uni_opd",
-            "camopd".
+            "camopd", "module:function" or "file.py:function".
+        method_options: keywords of a function of your own.
         contexts: under what the teachers of "sage_opd" and "uni_opd" judge: the "plain" prompt, or the
             transcript and weights of a "debate" as in MAD-OPD.
         divergence: one of "reverse_kl", "forward_kl", "jsd", "skew_kl", or a mapping from routing key (and
@@ -184,6 +185,7 @@ class TrainConfig:
     train_data: list[str | DataConfig] = field(default_factory=list)
     teachers: list[TeacherConfig] = field(default_factory=list)
     method: str = "mad_opd"
+    method_options: dict[str, Any] = field(default_factory=dict)
     contexts: str = "plain"
     divergence: str | dict[str, str] = "reverse_kl"
     jsd_beta: float = 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 from opdengine.config import ConfigError, TrainConfig
@@ -13,6 +14,7 @@ from opdengine.methods.opad import opad
 from opdengine.methods.opd import mt_opd, opd
 from opdengine.methods.sage_opd import sage_opd
 from opdengine.methods.uni_opd import uni_opd
+from opdengine.plugins import load_object
 from opdengine.recipe import Recipe
 
 METHODS: dict[str, Callable[[TrainConfig], Recipe]] = {
@@ -30,11 +32,29 @@ METHODS: dict[str, Callable[[TrainConfig], Recipe]] = {
 
 
 def build_recipe(config: TrainConfig) -> Recipe:
-    """The recipe of ``config.method``; checks its settings without loading anything.
+    """The recipe of ``config.method``; checks its settings without loading a model.
 
     Raises:
-        ConfigError: the method is unknown or its settings do not fit it.
+        ConfigError: the method is unknown or cannot be loaded, or its settings do not fit it.
     """
-    if config.method not in METHODS:
-        raise ConfigError(f"method={config.method!r} is unknown; choose one of {sorted(METHODS)}")
-    return METHODS[config.method](config)
+    name, options = config.method, config.method_options
+    if name in METHODS:
+        if options:
+            raise ConfigError(f"method_options={options!r} is not possible: {name!r} has a section of its own, if any")
+        return METHODS[name](config)
+    if ":" not in name:
+        raise ConfigError(
+            f"method={name!r} is unknown; choose one of {sorted(METHODS)}, 'module:function' or 'file.py:function'"
+        )
+    try:
+        method = load_object(name)
+    except (ImportError, AttributeError, OSError, SyntaxError) as error:
+        raise ConfigError(f"method {name!r} cannot be loaded: {error}") from error
+    try:
+        inspect.signature(method).bind(config, **options)
+    except TypeError as error:
+        raise ConfigError(f"method {name!r} cannot be called with (config, **method_options): {error}") from error
+    recipe = method(config, **options)
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"method {name!r} returned a {type(recipe).__name__}, not an opdengine.recipe.Recipe")
+    return recipe
