@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from opdengine.config import TrainConfig
 from opdengine.describe import annotated, common
 from opdengine.distributed import PeerError
 from opdengine.errors import ServiceError, VLLMMissingError, WriteError
+from opdengine.interrupts import Interrupted
 from opdengine.settings import load_config
 from opdengine.types import Prompt
 
@@ -36,7 +38,7 @@ SERVE = "run a vLLM server for vllm_mode: server; more arguments go to `vllm ser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; user errors end with one message and status 2, not with a traceback."""
+    """Entry point; user errors end with one message and status 2, signals with 128 and their number."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "transformers", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -65,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         sys.stderr.write(f"opdengine{rank}: {error}\n")
         return 2
+    except Interrupted as interruption:
+        return 128 + interruption.number
+    except KeyboardInterrupt:
+        sys.stderr.write("opdengine: interrupted\n")
+        return 128 + signal.SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from opdengine.data import PromptStream, ScheduledStream
 from opdengine.distributed import PeerError
 from opdengine.engine import Engine
 from opdengine.errors import ServiceError, WriteError
+from opdengine.interrupts import Interrupts
 from opdengine.metrics import MetricsWriter, NoWriter, write_jsonl
 from opdengine.probes import ProbeError
 from opdengine.progress import Progress
@@ -73,6 +74,7 @@ class Loop:
         step: steps finished so far.
         metrics: the last value of every metric.
         first: metrics to write at step 0.
+        interrupts: tells when to end early.
         inputs: the files that the prompts were read from.
     """
 
@@ -84,6 +86,7 @@ class Loop:
     step: int
     metrics: dict[str, float]
     first: Mapping[str, float]
+    interrupts: Interrupts
     inputs: InputFiles = field(default_factory=InputFiles)
     bad_steps: int = 0
     broken_steps: int = 0
@@ -107,15 +110,16 @@ class Loop:
             last = time.perf_counter()
             async with aclosing(batches):
                 async for number, batch, position in batches:
-                    result = await self.engine.finish(batch)
-                    self.step, self.position = number, position
-                    self.metrics |= result.metrics
-                    result.metrics |= await self.engine.sync()
-                    now = time.perf_counter()
-                    result.metrics["timing/step"] = now - last
-                    last = now
-                    await self._report(result)
-                    bar.advance(number, self.metrics)
+                    with self.interrupts.whole():
+                        result = await self.engine.finish(batch)
+                        self.step, self.position = number, position
+                        self.metrics |= result.metrics
+                        result.metrics |= await self.engine.sync()
+                        now = time.perf_counter()
+                        result.metrics["timing/step"] = now - last
+                        last = now
+                        await self._report(result)
+                        bar.advance(number, self.metrics)
         except OSError as error:
             if error.errno in FULL:
                 raise WriteError(
@@ -125,7 +129,7 @@ class Loop:
             raise
         except Exception as error:
             if issubclass(error.kind if isinstance(error, PeerError) else type(error), RESUMABLE):
-                self._rescue(error)
+                self.rescue(type(error).__name__)
             raise
         finally:
             self.engine.sampler.close()  # ends what is still being sampled
@@ -179,17 +183,17 @@ class Loop:
     async def _measure(self, step: int) -> dict[str, float]:
         return await self.engine.beside(self.measure, step)
 
-    def _rescue(self, error: Exception) -> None:
+    def rescue(self, reason: str) -> None:
         """Keep the last finished step: its weights are whole whatever failed after it."""
         saved = list_checkpoints(self.folder / "checkpoints")
         if self.step and not (saved and saved[-1].name == f"step_{self.step}"):
             saved = [self._save()]
         if saved:
             logger.error(
-                "%s: the run ends; continue it from %s with --resume_from_checkpoint latest",
-                type(error).__name__,
-                saved[-1],
+                "%s: the run ends; continue it from %s with --resume_from_checkpoint latest", reason, saved[-1]
             )
+        else:
+            logger.error("%s: the run ends before its first step was finished: start it again", reason)
 
     def _save(self) -> Path:
         engine = self.engine

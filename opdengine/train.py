@@ -22,6 +22,7 @@ from opdengine.data import PromptSet, PromptStream, ScheduledStream, as_source, 
 from opdengine.distributed import Ranks, start
 from opdengine.environments.setup import held_out_tasks, load_tasks
 from opdengine.evaluate import evaluate, evaluate_episodes, require_answers
+from opdengine.interrupts import Interrupted, Interrupts
 from opdengine.loop import Loop
 from opdengine.methods import build_recipe
 from opdengine.metrics import MetricsWriter, NoWriter, write_jsonl
@@ -51,6 +52,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     Raises:
         ConfigError, DataError, CheckpointError: before any model is loaded, where possible.
         PeerError: another process failed.
+        Interrupted: SIGINT or SIGTERM; the last finished step has been saved.
     """
     with start(config.ddp_timeout) as ranks:
         if not ranks.is_first:
@@ -133,6 +135,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
                 write_jsonl(folder.path / "evaluations" / f"step_{step}.jsonl", rows)
         return metrics
 
+    interrupts = Interrupts(ranks)
     loop = Loop(
         engine,
         stream,
@@ -142,12 +145,17 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
         step=begin,
         metrics=dict(saved.get("metrics", {})),
         first=_dropped(prompts),
+        interrupts=interrupts,
         inputs=InputFiles([as_source(d).path for d in config.train_data] if ranks.is_first else ()),
     )
     final = folder.path / "final"
     try:
-        with Progress(config, begin, enabled=progress) as bar:
-            asyncio.run(loop.run(bar))
+        with interrupts, Progress(config, begin, enabled=progress) as bar:
+            try:
+                asyncio.run(loop.run(bar))
+            except Interrupted as signal:
+                loop.rescue(str(signal))
+                raise
         write_model(final, engine.student.model, ranks, tokenizer.save_pretrained)
         if config.lora is not None and config.lora.merge_final and ranks.is_first:
             merged = load_model(str(final), dtype=student_dtype(config), trust_remote_code=config.trust_remote_code)
