@@ -6,15 +6,18 @@ finds its cached debates.
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from opdengine.checkpoint import find_checkpoint, list_checkpoints, read_state
 from opdengine.config import ConfigError, TrainConfig
+from opdengine.errors import WriteError
 from opdengine.metrics import read_metrics
 from opdengine.settings import from_mapping, to_mapping
 
@@ -39,6 +42,9 @@ TEACHER_MAY_CHANGE = {
 }  # fmt: skip
 """The same of a teacher: where it lives and how it is called."""
 
+LOCK = ".lock"
+"""Locked by the process that writes to the folder."""
+
 OWN = ("config.yaml", "metrics.jsonl", "checkpoints", "final")
 """What shows that a folder holds a run."""
 
@@ -62,8 +68,16 @@ class RunFolder:
         self.path = Path(config.output_dir)
         self.config = config
         self.checkpoint: Path | None = None
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"output_dir={config.output_dir!r} is a file; name a folder")
+        self._held: IO[str] | None = None
+        there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        if not there.is_dir():
+            raise ConfigError(
+                f"output_dir={config.output_dir!r} is not possible: {str(there)!r} is a file; name a folder"
+            )
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ConfigError(f"output_dir={config.output_dir!r} is not possible: {str(there)!r} cannot be written to")
+        if (self.path / LOCK).exists():
+            self._lock(fcntl.LOCK_SH).close()  # refuse what another process is writing before anything is loaded
         occupied = any((self.path / name).exists() for name in OWN)
         if config.resume_from_checkpoint is None:
             if occupied and self._has_trained():
@@ -99,8 +113,19 @@ class RunFolder:
         logger.info("no checkpoint in %s yet: starting from the beginning", self.path / "checkpoints")
 
     def claim(self) -> None:
-        """Make the folder this run's; called once everything that can be refused has been checked."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Make the folder this run's; called once everything that can be refused has been checked.
+
+        Raises:
+            ConfigError: another process is writing to it.
+            WriteError: it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._held = self._lock(fcntl.LOCK_EX)
+        except OSError as error:
+            raise WriteError(f"output_dir={self.config.output_dir!r} cannot be written ({error})") from error
+        if self.config.resume_from_checkpoint is None and self._has_trained():  # since it was looked at first
+            raise ConfigError(f"output_dir={self.config.output_dir!r} already holds a run; {self._way_out()}")
         if self.config.resume_from_checkpoint is None:  # what a run that trained nothing has left
             for name in ("config.yaml", "metrics.jsonl"):
                 (self.path / name).unlink(missing_ok=True)
@@ -109,6 +134,29 @@ class RunFolder:
             partial = self.path / "config.yaml.tmp"
             partial.write_text(text, "utf-8")
             partial.replace(self.path / "config.yaml")
+
+    def _lock(self, kind: int) -> IO[str]:
+        """Lock the folder until the file is closed or this process has ended, however it ends."""
+        try:
+            file = open(self.path / LOCK, "a")  # noqa: SIM115 - closed by release()
+        except OSError as error:
+            raise WriteError(f"output_dir={self.config.output_dir!r} cannot be written ({error})") from error
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ConfigError(
+                f"output_dir={self.config.output_dir!r} is being written by another process; choose another folder, or "
+                "end that process first"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("%s cannot be locked (%s): start no second run in it", self.path, error)
+        return file
+
+    def release(self) -> None:
+        """Let another run have the folder."""
+        if self._held is not None:
+            self._held.close()
 
     def _way_out(self) -> str:
         if list_checkpoints(self.path / "checkpoints"):

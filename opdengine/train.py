@@ -161,6 +161,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
             merged = load_model(str(final), dtype=student_dtype(config), trust_remote_code=config.trust_remote_code)
             write_model(folder.path / "merged", merged, Ranks(), tokenizer.save_pretrained)
     finally:
+        folder.release()
         writer.close()
         grader.close()
         engine.sampler.close()

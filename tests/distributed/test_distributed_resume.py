@@ -115,3 +115,12 @@ def test_when_one_process_is_killed_the_others_do_not_wait_for_it(world: Path) -
     assert killed.returncode != 0
     assert [p.name for p in list_checkpoints(world / "killed" / "checkpoints")] == ["step_1", "step_2"]
     assert not (world / "killed" / "final").exists()
+
+
+def test_when_one_process_is_told_to_end_all_end_with_a_checkpoint_of_that_step(world: Path) -> None:
+    told = train(world, 2, "told", TERM_AT="3")
+    assert told.returncode != 0 and "SIGTERM: the run ends; continue it from" in told.stderr
+    assert [p.name for p in list_checkpoints(world / "told" / "checkpoints")] == ["step_2", "step_3"]
+    assert train(world, 2, "told", "--resume_from_checkpoint", "latest").returncode == 0
+    one, other = final(world / "whole"), final(world / "told")
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -1,6 +1,7 @@
 """``opdengine train`` whose second rank may fail, as the environment says.
 
 FAIL_AT=2: a service of the second rank fails while it prepares the second batch. KILL_AT=2: the rank is killed there.
+TERM_AT=2: it alone gets SIGTERM there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ async def failing(self: Engine, prompts: Any, batch: int | None = None) -> Any:
         raise ServiceError("the service of one rank is gone")
     if self.ranks.rank == 1 and batch == int(os.environ.get("KILL_AT", "0")) - 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    if self.ranks.rank == 1 and batch == int(os.environ.get("TERM_AT", "0")) - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
     return await prepare(self, prompts, batch)
 
 

@@ -70,7 +70,8 @@ def signalled(monkeypatch: pytest.MonkeyPatch) -> Any:
 )
 def test_the_last_whole_step_is_saved_and_the_run_continues_from_it(
     arguments: list[str], tmp_path: Path, signalled: Any, monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, method: str, number: int, saved: int, said: str,
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, method: str, number: int, saved: int,
+    said: str,
 ) -> None:  # fmt: skip
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     signalled(method, 3, number)
