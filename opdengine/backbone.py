@@ -87,7 +87,7 @@ def load_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attn_implementation, **options)
     except ValueError as error:
-        if "attention" not in str(error).lower():
+        if "attention" not in str(error).lower() or attn_implementation not in ("sdpa", "flash_attention_2"):
             raise
         logger.warning("%s does not support %s attention: using eager", path, attn_implementation)
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)

@@ -36,7 +36,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except OSError as error:
-        raise ValueError(f"no tokenizer could be loaded from {path!r}: {error}") from error
+        place = f"the folder {path!r}" if Path(path).is_dir() else f"{path!r}, which is no folder here, as a hub name"
+        raise ValueError(f"no tokenizer could be loaded from {place}: {error}") from error
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     if not tokenizer.chat_template:

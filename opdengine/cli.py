@@ -236,6 +236,8 @@ def _debate(config: TrainConfig, text: str, key: str) -> int:
     from opdengine.methods.mad_opd import DebateContexts
     from opdengine.teachers.local import LocalTeacher
 
+    if not text.strip():
+        raise ValueError("--prompt is empty; give what the teachers are to debate")
     prompt = Prompt("command line", ({"role": "user", "content": text},), key=key)
     chosen = [t for t in config.teachers if not t.key or key in t.key]
     if len(chosen) < 2:

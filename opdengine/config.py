@@ -394,6 +394,8 @@ def _check_values(config: TrainConfig) -> None:
     for key in ("save_total_limit", "eval_max_prompts", "workspace_bytes"):
         value = getattr(config, key)
         need(value is None or value >= 1, key, "it must be at least 1, or null for no limit")
+    for key in ("model", "output_dir"):
+        need(bool(getattr(config, key)), key, "it must not be empty")
     for key in ("eval_steps", "save_steps"):
         need(getattr(config, key) >= 0, key, "it must not be negative; 0 is never")
     for i, teacher in enumerate(config.teachers):

@@ -284,13 +284,14 @@ def _check(row: Any, default_id: str) -> tuple[str | None, Prompt | None]:
         return str(row), None
     if not isinstance(row, Mapping):
         return "not a JSON object", None
-    content = row.get("messages") if row.get("messages") is not None else row.get("prompt")
+    column = "messages" if row.get("messages") is not None else "prompt"
+    content = row.get(column)
     if content is None:
         return f"neither 'prompt' nor 'messages' (columns: {sorted(map(str, row))})", None
     if isinstance(content, str):
         content = [{"role": "user", "content": content}]
     if not isinstance(content, (list, tuple)) or not content:
-        return "'messages' is not a non-empty list", None
+        return f"{column!r} is neither text nor a non-empty list of messages", None
     for message in content:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             return "a message without 'role'", None
@@ -358,7 +359,7 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
     if file.suffix in (".jsonl", ".ndjson") and file.is_file():
         yield from _jsonl(file)
     elif file.suffix == ".json" and file.is_file():
-        yield from enumerate(_read(path, lambda: json.loads(file.read_text("utf-8"))), start=1)
+        yield from enumerate(_read(path, lambda: json.loads(file.read_text("utf-8-sig"))), start=1)
     elif file.suffix == ".parquet" and file.is_file():
         import pyarrow.parquet as parquet
 
@@ -397,7 +398,7 @@ def _jsonl(file: Path) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line.decode("utf-8"))
+                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError:
                 yield number, Undecodable("not UTF-8")
             except json.JSONDecodeError as error:

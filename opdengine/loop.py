@@ -193,7 +193,7 @@ class Loop:
                 "%s: the run ends; continue it from %s with --resume_from_checkpoint latest", reason, saved[-1]
             )
         else:
-            logger.error("%s: the run ends before its first step was finished: start it again", reason)
+            logger.error("%s: the run ends; no step was finished, so there is nothing to continue from", reason)
 
     def _save(self) -> Path:
         engine = self.engine

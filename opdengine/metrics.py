@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from opdengine.errors import ConfigError
 
 
 class Mean(float):
@@ -45,6 +48,12 @@ def merge(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
             weight = sum(value.weight for value in means)
             merged[name] = sum(value * value.weight for value in means) / weight if weight else 0.0
     return merged
+
+
+def require_trackers(report_to: Sequence[str]) -> None:
+    """Raise ConfigError for a tracker that is not installed."""
+    if "tensorboard" in report_to and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("report_to: [tensorboard] needs a package: pip install tensorboard")
 
 
 class MetricsWriter:

@@ -16,6 +16,16 @@ import yaml
 from opdengine.config import ConfigError, TrainConfig
 
 
+class _Strict(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would take the last one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if doubles := sorted({str(key) for key in keys if keys.count(key) > 1}):
+            raise ConfigError(f"the setting {doubles[0]!r} is given twice, near line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | None, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and apply command-line overrides.
 
@@ -33,7 +43,9 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> TrainConfig:
         if not file.is_file():
             raise ConfigError(f"configuration file {path!r} does not exist")
         try:
-            data = yaml.safe_load(file.read_text()) or {}
+            data = yaml.load(file.read_text("utf-8"), _Strict) or {}
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not a text file in UTF-8 ({error})") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"{path}: not valid YAML: {error}") from error
         if not isinstance(data, dict):
@@ -142,7 +154,8 @@ def _parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
     while i < len(arguments):
         name = arguments[i]
         if not name.startswith("--"):
-            raise ConfigError(f"unexpected argument {name!r}; settings are given as --key value")
+            way = f"--config {name}" if name.endswith((".yaml", ".yml")) else "--key value"
+            raise ConfigError(f"unexpected argument {name!r}; settings are given as {way}")
         key, equals, text = name[2:].partition("=")
         if not equals:
             follows = i + 1 < len(arguments) and not arguments[i + 1].startswith("--")

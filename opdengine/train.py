@@ -25,9 +25,10 @@ from opdengine.evaluate import evaluate, evaluate_episodes, require_answers
 from opdengine.interrupts import Interrupted, Interrupts
 from opdengine.loop import Loop
 from opdengine.methods import build_recipe
-from opdengine.metrics import MetricsWriter, NoWriter, write_jsonl
+from opdengine.metrics import MetricsWriter, NoWriter, require_trackers, write_jsonl
 from opdengine.progress import Progress
 from opdengine.recipe import Recipe
+from opdengine.rollout.vllm import require_vllm
 from opdengine.run_folder import InputFiles, RunFolder
 from opdengine.types import Prompt
 from opdengine.verifiers.grader import Grader
@@ -62,6 +63,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 
 def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     recipe = build_recipe(config)
+    require_trackers(config.report_to)
+    if config.use_vllm and config.vllm_mode == "colocate":
+        require_vllm("set use_vllm to false to sample without it")
     grader = Grader.from_config(config)
     for path in [config.model, *(t.model for t in config.teachers if t.base_url is None)]:
         check_model_path(path)
@@ -83,6 +87,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     student_dtype(config)  # refuses what cannot be trained
     if not config.environment.name:
         prompts = fit_prompts(config, tokenizer, prompts, held_out)
+    _warn_of_repeats(config.prompts_per_step * ranks.world_size, len(prompts.prompts))
     stream: PromptStream | ScheduledStream = PromptStream(prompts, config.seed)
     if recipe.schedule is not None:
         stream = ScheduledStream(prompts, config.seed, recipe.schedule)
@@ -240,6 +245,16 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _warn_of_repeats(per_step: int, prompts: int) -> None:
+    if per_step > prompts:
+        logger.warning(
+            "a step takes %d prompts and there are only %d, so it has the same ones several times; lower "
+            "per_device_train_batch_size or gradient_accumulation_steps",
+            per_step,
+            prompts,
+        )
 
 
 def _dropped(prompts: PromptSet) -> dict[str, float]:

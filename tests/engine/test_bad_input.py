@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 from engine_helpers import make_config
 from transformers import AutoModelForCausalLM
 
+from opdengine.backbone import load_model
 from opdengine.cli import main
 from opdengine.config import ConfigError
 from opdengine.data import DataError, PromptSet, PromptStream, load_prompts
+from opdengine.errors import VLLMMissingError
 from opdengine.settings import load_config
 from opdengine.train import train
 
@@ -71,6 +74,9 @@ BASE = ["--model", "m", "--train_data", "d.jsonl", "--output_dir", "o"]
         (["--teachers.1.model", "t"], "'1' is not a position in a list of 0"),
         (["--teachers", "null"], "teachers.0=None has the wrong type"),
         (["--model.name.x", "y"], "'model'|'name'"),
+        (["--model", "''"], "model='' is not possible; it must not be empty"),
+        (["--output_dir="], "output_dir=None has the wrong type"),
+        (["run.yaml"], "unexpected argument 'run.yaml'; settings are given as --config run.yaml"),
         (["model=x"], "unexpected argument 'model=x'; settings are given as --key value"),
     ],
 )
@@ -93,6 +99,12 @@ def test_missing_settings_and_files(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("model: [1")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(str(tmp_path / "bad.yaml"))
+    (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
+    with pytest.raises(ConfigError, match=r"binary\.yaml: not a text file in UTF-8"):
+        load_config(str(tmp_path / "binary.yaml"))
+    (tmp_path / "twice.yaml").write_text("model: m\ndebate:\n  rounds: 2\n  tau: 1\n  rounds: 3\n")
+    with pytest.raises(ConfigError, match="the setting 'rounds' is given twice, near line 3"):
+        load_config(str(tmp_path / "twice.yaml"))
     (tmp_path / "list.yaml").write_text("- model")
     with pytest.raises(ConfigError, match="must be a mapping"):
         load_config(str(tmp_path / "list.yaml"))
@@ -134,6 +146,9 @@ def test_what_the_command_line_understands(tmp_path: Path) -> None:
         ({"verifier": "os.path:sep"}, "'os.path:sep' is not callable"),
         ({"verifier": "nowhere.py:f"}, "no Python file 'nowhere.py'"),
         ({"chat_template": "templates/none.jinja"}, "'templates/none.jinja' is neither a file nor a Jinja template"),
+        ({"model": "no/where"}, "could be loaded from 'no/where', which is no folder here, as a hub name"),
+        ({"use_vllm": True}, "vLLM is not installed"),
+        ({"report_to": ["tensorboard"]}, "report_to: .tensorboard. needs a package: pip install tensorboard"),
         ({"model": "./nowhere"}, "model folder './nowhere' does not exist; give a folder"),
         ({"max_completion_length": 2000}, "max_completion_length=2000 .* window has 1024 tokens"),
         ({"dtype": "float16"}, "dtype='float16' gives the student float16 parameters.*set dtype: float32"),
@@ -142,9 +157,14 @@ def test_what_the_command_line_understands(tmp_path: Path) -> None:
     ],
 )
 def test_methods_and_folders(
-    models: dict[str, str], prompt_file: str, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
+    models: dict[str, str], prompt_file: str, tmp_path: Path, changes: dict[str, Any], message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    here = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name in ("vllm", "tensorboard") else here(name)
+    )
+    with pytest.raises((ValueError, VLLMMissingError), match=message):
         train(make_config(models, prompt_file, tmp_path / "out", **changes), progress=False)
     assert not (tmp_path / "out").exists()  # a refused run leaves nothing behind
 
@@ -293,7 +313,7 @@ def test_bad_rows_are_listed_with_their_numbers(tmp_path: Path) -> None:
         "row 3: neither 'prompt' nor 'messages' (columns: ['question'])",
         "row 4: not a JSON object",
         "row 5: empty prompt",
-        "row 6: 'messages' is not a non-empty list",
+        "row 6: 'messages' is neither text nor a non-empty list of messages",
         "row 7: a message without 'role'",
         "row 8: the last message is the assistant's",
         "row 9: duplicate id 'fine' (first in",
@@ -328,6 +348,17 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     path = rows(tmp_path / "bad.jsonl", "{", "{")
     with pytest.raises(DataError, match=r"no prompts in .*all 2 rows are bad"):
         load_prompts([path], skip_bad_rows=True)
+
+
+def test_a_prompt_that_is_no_text_is_called_by_its_column(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="row 1: 'prompt' is neither text nor a non-empty list of messages"):
+        load_prompts([rows(tmp_path / "d.jsonl", {"prompt": 12})])
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    for name, text in (("a.jsonl", '{"prompt": "x"}\n'), ("b.json", '[{"prompt": "x"}]')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert len(load_prompts([str(tmp_path / name)]).prompts) == 1
 
 
 def test_files_of_the_same_name_do_not_clash(tmp_path: Path) -> None:
@@ -409,3 +440,19 @@ def test_the_stream_refuses_other_data_or_another_seed(prompt_file: str) -> None
     other = PromptSet((*prompts.prompts[:3], changed, *prompts.prompts[4:]), {})
     with pytest.raises(DataError, match="other training data"):
         PromptStream(other, seed=3).load_state_dict(state)
+
+
+def test_a_step_of_more_prompts_than_there_are_is_pointed_out(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for size in (12, 13):
+        config = make_config(models, prompt_file, tmp_path, per_device_train_batch_size=size)
+        with caplog.at_level(logging.WARNING), pytest.raises(AssertionError, match="a model was loaded"):
+            train(config, progress=False)
+        assert ("a step takes 13 prompts and there are only 12" in caplog.text) == (size == 13)
+
+
+def test_a_misspelt_attention_is_not_replaced(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="spda"):
+        load_model(models["student"], attn_implementation="spda")

@@ -95,7 +95,7 @@ def test_before_the_first_step_there_is_nothing_to_save(
 ) -> None:
     signalled("sample", 1, signal.SIGTERM)
     assert main(arguments) == 128 + signal.SIGTERM
-    assert "before its first step was finished" in caplog.text
+    assert "no step was finished" in caplog.text
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
