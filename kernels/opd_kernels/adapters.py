@@ -9,6 +9,8 @@ In TRL's ``DistillationTrainer``:
 
     trl.trainer.distillation_trainer._chunked_divergence_loss = opd_kernels.adapters.trl_chunked_divergence_loss
 
+TRL's ``GKDTrainer`` computes its loss from logits; ``examples/trl_gkd.py`` overrides its ``compute_loss``.
+
 In one's own module: ``LinearDivergence(divergence="jsd", temperature=2.0)``.
 
 Definitions that agree, checked against trl 1.16 and liger-kernel 0.8.5 by the tests: ``beta`` 0 is the
