@@ -21,10 +21,13 @@ def load_tasks(config: EnvironmentConfig, split: str) -> PromptSet:
         DataError: an option is unknown, the split has no tasks, they cannot be read, a package is missing, or an
             id is missing or occurs twice.
     """
+    options = {name: value for name, value in config.options.items() if name not in POOL_OPTIONS}
     try:
-        options = {name: value for name, value in config.options.items() if name not in POOL_OPTIONS}
         environment = load_environment(config.name)
         check_options(config.name, environment, options)
+    except (ValueError, ImportError) as error:
+        raise DataError(str(error)) from error
+    try:
         tasks = environment.tasks(split, **options)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise DataError(f"environment {config.name!r}: no tasks of split {split!r}: {error}") from error
