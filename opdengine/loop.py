@@ -106,6 +106,7 @@ class Loop:
                 self.metrics |= {**(await self._measure(0)), **self.first}
                 with self.engine.ranks.agree():
                     self.writer.write(0, self.metrics)
+                bar.advance(0, self.metrics, self.metrics)
             batches = prepared(self.engine, self.stream, self.step, config.max_steps, config.max_staleness)
             last = time.perf_counter()
             async with aclosing(batches):
@@ -118,8 +119,8 @@ class Loop:
                         now = time.perf_counter()
                         result.metrics["timing/step"] = now - last
                         last = now
-                        await self._report(result)
-                        bar.advance(number, self.metrics)
+                        line = await self._report(result)
+                        bar.advance(number, line, self.metrics)
         except OSError as error:
             if error.errno in FULL:
                 raise WriteError(
@@ -134,7 +135,7 @@ class Loop:
         finally:
             self.engine.sampler.close()  # ends what is still being sampled
 
-    async def _report(self, result: StepResult) -> None:
+    async def _report(self, result: StepResult) -> dict[str, float]:
         config, step = self.engine.config, self.step
         line = dict(result.metrics)
         if _due(step, config.eval_steps) or step == config.max_steps:
@@ -149,6 +150,7 @@ class Loop:
             self._save()
         self._count_bad(result)
         self._count_broken(result)
+        return line
 
     def _count_broken(self, result: StepResult) -> None:
         """Stop when no episode of several steps in a row came to its end."""

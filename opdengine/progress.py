@@ -50,14 +50,23 @@ class Progress:
             self._task = self._bar.add_task(self.title, total=self.total, completed=self.start, metrics="")
         return self
 
-    def advance(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One more step is done."""
-        shown = "  ".join(f"{k.split('/')[-1]} {metrics[k]:.4g}" for k in SHOWN if k in metrics)
+    def advance(self, step: int, line: Mapping[str, float], latest: Mapping[str, float]) -> None:
+        """One more step is done.
+
+        Args:
+            step: its number.
+            line: its own metrics, for a log line; a step with an evaluation always has one.
+            latest: the last value of every metric, for the bar.
+        """
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, metrics=shown)
-        elif self.enabled and (step % self.every == 0 or step == self.total):
-            logger.info("%s step %d/%d  %s", self.title, step, self.total, shown)
+            self._bar.update(self._task, completed=step, metrics=_shown(latest))
+        elif self.enabled and (step % self.every == 0 or step == self.total or SHOWN[1] in line):
+            logger.info("%s step %d/%d  %s", self.title, step, self.total, _shown(line))
 
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _shown(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{k.split('/')[-1]} {metrics[k]:.4g}" for k in SHOWN if k in metrics)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from engine_helpers import make_config
 
 from opdengine import sections
 from opdengine.cli import main
 from opdengine.config import TeacherConfig, TrainConfig
 from opdengine.describe import annotated, common, meanings
 from opdengine.settings import from_mapping
+from opdengine.train import train
 
 SECTIONS = [c for c in vars(sections).values() if dataclasses.is_dataclass(c)]
 
@@ -58,6 +60,17 @@ def test_the_help_of_training_names_the_usual_settings(capsys: pytest.CaptureFix
 def test_without_arguments_the_way_to_give_them_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
     assert "--config run.yaml" in capsys.readouterr().err
+
+
+def test_log_lines_show_an_evaluation_at_its_own_step_only(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = {"eval_data": [prompt_file], "eval_max_prompts": 2, "eval_steps": 4, "max_steps": 6, "logging_steps": 3}
+    with caplog.at_level("INFO"):
+        train(make_config(models, prompt_file, tmp_path, **changes))
+    lines = [r.getMessage() for r in caplog.records if "step " in r.getMessage() and "/6 " in r.getMessage()]
+    shown = {line.split()[2]: "accuracy" in line for line in lines}
+    assert shown == {"0/6": True, "3/6": False, "4/6": True, "6/6": True} and "loss" not in lines[0]
 
 
 def test_bars_of_transformers_stay_out_of_the_output(
