@@ -159,8 +159,8 @@ class TrainConfig:
         max_grad_norm: longer gradients are scaled down to this norm.
         gradient_checkpointing: trade compute for memory.
         vocab_parallel_head: with several processes, split the student's head by vocabulary instead of gathering
-            it: its weight and gradient are never whole on any of them, and the hidden states of a micro-batch
-            are gathered instead. Runs the torch implementation of the fused loss.
+            it: the update needs no whole weight or gradient of it, and the hidden states of a micro-batch are
+            gathered instead. Runs the torch implementation of the fused loss.
         loss_impl: implementation of the fused loss: "auto", "triton", "torch" or "reference".
         workspace_bytes: byte budget for temporaries of the fused loss.
         seed: of data order, sampling and initialisation.

@@ -31,7 +31,7 @@ from opdengine.tally import Tally
 from opdengine.teachers import Teacher
 from opdengine.teachers.shard import Session
 from opdengine.types import Prompt, Request, Rollout, SamplingParams, Turn
-from opdengine.update import backward, clip_gradients, describe, gradient_norm
+from opdengine.update import LossOf, backward, clip_gradients, describe, gradient_norm
 from opdengine.vocab_parallel import VocabParallel
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-LossOf = Callable[[torch.Tensor, Sequence[Item]], torch.Tensor]
 
 
 @dataclass
@@ -303,7 +301,7 @@ class Engine:
         items = [item for item in items if item.has_weight]
         if not self.ranks.sum(len(items)):
             return {"skipped_steps": 1.0, "policy_version": float(self.version)}
-        loss_of = self._loss(tally) if self.vocabulary is None else self._split_loss(self.vocabulary, tally)
+        loss_of = self._loss(tally)
         self.student.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         micro = backward(self.student, items, loss_of, self.config.max_tokens_per_batch, self.autocast)
@@ -377,26 +375,13 @@ class Engine:
     def _loss(self, tally: Tally) -> LossOf:
         """The loss of a micro-batch from its final hidden states."""
         objective = self.objective()
+        if self.vocabulary is not None:
+            return self.vocabulary.loss(objective, self.student, tally, self._probe_once)
 
         def loss_of(hidden: torch.Tensor, members: Sequence[Item]) -> torch.Tensor:
             head = self.student.head  # whole within a pass only
             self._probe_once(hidden, head, members)
             return objective(hidden, head, members, tally)
-
-        return loss_of
-
-    def _split_loss(self, vocabulary: VocabParallel, tally: Tally) -> LossOf:
-        """The same, where every rank has its rows of all heads. All compute the statistics, the first keeps them."""
-        whole = self.objective()
-        own = vocabulary.rows_of(whole.heads, self.student.head_rows)
-        objective = replace(whole, heads=own, group=vocabulary.group)
-        kept = tally if self.ranks.is_first else Tally()
-
-        def loss_of(hidden: torch.Tensor, members: Sequence[Item]) -> torch.Tensor:
-            rows, everyone = vocabulary.join(hidden, members, own)
-            head = self.student.head_rows
-            self._probe_once(rows, head, everyone)
-            return vocabulary.share(objective(rows, head, everyone, kept))
 
         return loss_of
 

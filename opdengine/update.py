@@ -16,6 +16,9 @@ from opdengine.distributed import whole
 from opdengine.objective import Item, fold
 from opdengine.packing import Packed, pack
 
+LossOf = Callable[[torch.Tensor, Sequence[Item]], torch.Tensor]
+"""(hidden states [T, d] of the items' targets, items) -> this rank's part of the loss."""
+
 
 @dataclass(frozen=True)
 class Micro:
@@ -28,7 +31,7 @@ class Micro:
 def backward(
     student: Backbone,
     items: Sequence[Item],
-    loss_of: Callable[[torch.Tensor, Sequence[Item]], torch.Tensor],
+    loss_of: LossOf,
     max_tokens: int,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> list[Micro]:
@@ -37,8 +40,7 @@ def backward(
     Args:
         student: in training mode.
         items: of this rank; ranks that have fewer micro-batches than others take part in theirs.
-        loss_of: (hidden states [T, d] of the items' targets, items) -> their part of the loss. Ranks without a
-            micro-batch call it with none.
+        loss_of: their part of the loss; ranks without a micro-batch call it with no items.
         max_tokens: budget of a micro-batch.
         autocast: around every forward pass.
     """

@@ -1,23 +1,26 @@
 """The student's head split by vocabulary: every rank judges the rows of all ranks on its own part.
 
 Instead of gathering the head [V, d] and reducing its gradient, the ranks gather the hidden states of a
-micro-batch. No rank ever holds a whole head of the student, nor its gradient, and the products are
-the same ones, shared differently. It pays where V is large beside the tokens of a micro-batch.
+micro-batch. No rank needs a whole head of the student for the update, nor its gradient, and the products
+are the same ones, shared differently. It pays where V is large beside the tokens of a micro-batch, and
+less with tied embeddings, whose matrix is still gathered to look the tokens up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
-from opdengine.backbone import Head
+from opdengine.backbone import Backbone, Head
 from opdengine.distributed import Ranks
-from opdengine.objective import Item
+from opdengine.objective import Item, Objective
+from opdengine.tally import Tally
 from opdengine.types import Hidden, TeacherTargets
+from opdengine.update import LossOf
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,36 @@ class VocabParallel:
         """The process group of the fused op."""
         return dist.group.WORLD
 
-    def rows_of(self, heads: Mapping[str, Head], student: Head) -> dict[str, Head]:
+    def loss(
+        self,
+        objective: Objective,
+        student: Backbone,
+        tally: Tally,
+        check: Callable[[torch.Tensor, Head, Sequence[Item]], None],
+    ) -> LossOf:
+        """The loss of a micro-batch of all ranks, for a student whose head is split; all ranks call it.
+
+        Args:
+            objective: with whole heads.
+            student: has its rows of the head.
+            tally: of the first rank, which collects the statistics of all.
+            check: told the joined rows, this rank's rows of the head and the joined items.
+        """
+        own = self._rows_of(objective.heads, student.head_rows)
+        objective = replace(objective, heads=own, group=self.group)
+        kept = tally if self.ranks.is_first else Tally()
+
+        def loss_of(hidden: torch.Tensor, members: Sequence[Item]) -> torch.Tensor:
+            rows, everyone = self._join(hidden, members, own)
+            head = student.head_rows
+            check(rows, head, everyone)
+            loss = objective(rows, head, everyone, kept)
+            # Every rank has the whole value and its own part of the gradient.
+            return loss - loss.detach() * (1 - 1 / self.ranks.world_size)
+
+        return loss_of
+
+    def _rows_of(self, heads: Mapping[str, Head], student: Head) -> dict[str, Head]:
         """Views of this rank's rows of whole heads.
 
         Args:
@@ -53,7 +85,7 @@ class VocabParallel:
             for name, head in heads.items()
         }
 
-    def join(self, hidden: torch.Tensor, items: Sequence[Item], heads: Mapping[str, Head]) -> tuple[Any, list[Item]]:
+    def _join(self, hidden: torch.Tensor, items: Sequence[Item], heads: Mapping[str, Head]) -> tuple[Any, list[Item]]:
         """Rows and items of all ranks, by rank; all ranks call this.
 
         Args:
@@ -88,10 +120,6 @@ class VocabParallel:
         rows = torch.cat(own) if own else head.weight.new_zeros(0, head.weight.shape[1], device=device)
         everyone = gather_rows(rows, [sum(part) for part in lengths])
         return list(everyone.split([length for part in lengths for length in part]))
-
-    def share(self, loss: torch.Tensor) -> torch.Tensor:
-        """A loss that all ranks have computed, so that its sum over them is its value; gradients stay."""
-        return loss - loss.detach() * (1 - 1 / self.ranks.world_size)
 
 
 def gather_rows(rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
