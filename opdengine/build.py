@@ -109,17 +109,18 @@ def build_engine(
 
 def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
     """Raise ConfigError for what several processes cannot do."""
-    if ranks.world_size == 1 or not config.use_vllm:
+    size = config.vllm_tensor_parallel_size
+    if ranks.world_size == 1 or not config.use_vllm or config.vllm_mode == "server" or size == 1:
         return
-    if config.vllm_mode == "server":
+    if ranks.local_world_size % size:
         raise ConfigError(
-            f"vllm_mode='server' is not possible with {ranks.world_size} processes, which would replace each other's "
-            "weights on it; use 'colocate'"
+            f"vllm_tensor_parallel_size={size} is not possible with {ranks.local_world_size} processes on a machine, "
+            "which share engines in groups of that size: use a divisor of their number"
         )
-    if config.vllm_tensor_parallel_size != 1:
+    if config.vllm_enable_sleep_mode:
         raise ConfigError(
-            f"vllm_tensor_parallel_size={config.vllm_tensor_parallel_size} is not possible with {ranks.world_size} "
-            "processes; every one has an engine on its own GPU: use 1"
+            f"vllm_enable_sleep_mode is not possible with vllm_tensor_parallel_size={size} and several processes, one "
+            "of which may still sample when another is done: lower vllm_gpu_memory_utilization instead"
         )
 
 
@@ -228,6 +229,24 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
             dtype=dtype,
             sync_dir=config.vllm_sync_dir,
             response_timeout=config.vllm_response_timeout,
+            ranks=ranks,
+        )
+    size = config.vllm_tensor_parallel_size
+    if config.use_vllm and ranks.world_size > 1 and size > 1:
+        from opdengine.rollout.vllm_group import VLLMGroupSampler
+
+        return VLLMGroupSampler(
+            architecture(config.model),
+            tokenizer,
+            ranks=ranks,
+            size=size,
+            devices=_gpus(ranks, size),
+            dtype=dtype,
+            max_model_len=_longest(config),
+            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+            seed=config.seed,
+            trust_remote_code=config.trust_remote_code,
+            response_timeout=config.vllm_response_timeout,
         )
     if config.use_vllm:
         from opdengine.rollout.vllm import VLLMSampler
@@ -239,10 +258,10 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
             seed=config.seed,
             max_model_len=_longest(config),
             gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-            tensor_parallel_size=config.vllm_tensor_parallel_size,
+            tensor_parallel_size=size,
             enable_sleep_mode=config.vllm_enable_sleep_mode,
             response_timeout=config.vllm_response_timeout,
-            devices=_own_gpu(ranks),
+            devices=_gpus(ranks, 1),
         )
     from opdengine.rollout.transformers import TransformersSampler
 
@@ -260,12 +279,14 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
     return TransformersSampler(base_of(model), tokenizer, max_batch_tokens=4 * config.max_tokens_per_batch)
 
 
-def _own_gpu(ranks: Ranks) -> str | None:
-    """CUDA_VISIBLE_DEVICES of an engine beside this rank; None: the rank's own."""
+def _gpus(ranks: Ranks, size: int) -> str | None:
+    """CUDA_VISIBLE_DEVICES of the engine of this rank's group of ``size`` neighbours; None: this process's."""
     if ranks.world_size == 1 or not torch.cuda.is_available():
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",")[ranks.local_rank] if visible else str(ranks.local_rank)
+    names = visible.split(",") if visible else [str(i) for i in range(ranks.local_world_size)]
+    first = ranks.local_rank - ranks.local_rank % size
+    return ",".join(names[first : first + size])
 
 
 def _longest(config: TrainConfig) -> int | None:

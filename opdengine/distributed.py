@@ -46,11 +46,13 @@ class Ranks:
         rank: of this process.
         world_size: number of processes.
         local_rank: of this process on its machine.
+        local_world_size: number of processes on this machine.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_world_size: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -148,7 +150,7 @@ def start(timeout: float = 7200.0) -> Iterator[Ranks]:
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
     torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    yield Ranks(rank, world_size, local_rank)
+    yield Ranks(rank, world_size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     # After an error the others may be waiting for this rank: it just ends.
     torch.distributed.destroy_process_group()
 

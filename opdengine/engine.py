@@ -144,7 +144,8 @@ class Engine:
         with clock("sync"):
             async with self._turn:
                 if self.sampler.policy_version != self.version:
-                    await self.beside(self.sampler.load_policy, self.version, *policy(self.student.model))
+                    load = self.beside(self.sampler.load_policy, self.version, *policy(self.student.model))
+                    await self.ranks.agreed(load)
         return {"timing/sync": clock["sync"]}
 
     # -------------------------------------------------------------------------------- phases

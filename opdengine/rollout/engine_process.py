@@ -138,7 +138,7 @@ class EngineProcess:
         if status == "invalid":
             raise InvalidRequestError(f"vLLM refuses: {answer}")
         if status != "ok":
-            tail = self._tail()
+            tail = end_of_log(self._log)
             self.kill()
             raise EngineError(f"the vLLM engine failed in {operation!r}: {answer}{tail}")
         return answer
@@ -150,7 +150,7 @@ class EngineProcess:
             if self._child.poll() is not None and not self._connection.poll():
                 raise self._died(f"during {operation!r}")
             if time.monotonic() > deadline:
-                tail = self._tail()
+                tail = end_of_log(self._log)
                 self.kill()
                 raise EngineError(
                     f"the vLLM engine gave no answer to {operation!r} in {timeout:.0f} s and was "
@@ -180,7 +180,7 @@ class EngineProcess:
 
     def _died(self, when: str) -> EngineDiedError:
         assert self._child is not None
-        tail = self._tail()
+        tail = end_of_log(self._log)
         try:
             code = self._child.wait(1.0)
         except subprocess.TimeoutExpired:
@@ -194,9 +194,11 @@ class EngineProcess:
             )
         return EngineDiedError(f"the vLLM engine ended {when} (exit code {code}){cause}{tail}")
 
-    def _tail(self, characters: int = 2000) -> str:
-        try:
-            text = Path(self._log).read_text(errors="replace").strip()
-        except OSError:
-            return ""
-        return f"\n--- end of its log ---\n{text[-characters:]}" if text else ""
+
+def end_of_log(path: str, characters: int = 2000) -> str:
+    """The last lines of a log, to be added to an error; empty where there is none."""
+    try:
+        text = Path(path).read_text(errors="replace").strip()
+    except OSError:
+        return ""
+    return f"\n--- end of its log ---\n{text[-characters:]}" if text else ""

@@ -6,8 +6,9 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,20 +38,23 @@ class JSONClient:
     """Talks JSON with one server.
 
     Args:
-        base_url: ``http://host:port``, with a path before the endpoints if need be.
+        base_url: ``http://host:port``, with a path before the endpoints if need be, or ``unix:/path`` of a socket.
         concurrency: requests in flight at a time.
     """
 
     def __init__(self, base_url: str, concurrency: int = 256) -> None:
         parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        self._connect: Callable[..., HTTPConnection]
+        if parts.scheme == "unix" and parts.path:
+            self._connect, self._path = partial(_UnixConnection, parts.path), ""
+        elif parts.scheme in ("http", "https") and parts.hostname:
+            kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+            self._connect, self._path = partial(kind, parts.hostname, parts.port), parts.path.rstrip("/")
+        else:
             raise ValueError(f"{base_url!r} is not a server's address; write it like http://127.0.0.1:8000")
         self.base_url = base_url.rstrip("/")
-        self.host = parts.hostname
+        self.host = parts.hostname or "localhost"
         self.concurrency = concurrency
-        self._kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        self._port = parts.port
-        self._path = parts.path.rstrip("/")
         self._open: set[HTTPConnection] = set()
         self._guard = threading.Lock()
 
@@ -78,7 +82,7 @@ class JSONClient:
             if over.is_set():
                 return None
             if not hasattr(local, "connection"):
-                local.connection = self._kind(self.host, self._port, timeout=timeout)
+                local.connection = self._connect(timeout=timeout)
             with self._guard:
                 self._open.add(local.connection)
             try:
@@ -129,6 +133,19 @@ class JSONClient:
             return json.loads(content)
         except ValueError:
             raise GarbledError(f"{where} answered with something that is not JSON: {content[:200]!r}") from None
+
+
+class _UnixConnection(HTTPConnection):
+    """Over a socket in the file system."""
+
+    def __init__(self, file: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._file = file
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._file)
 
 
 def _message(content: bytes) -> str:

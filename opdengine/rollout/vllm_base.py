@@ -151,9 +151,13 @@ class VLLMBase(ABC):
         if low_rank is None:
             return self._store_whole(version, weights)
         check_low_rank(low_rank, self.info.shapes)
-        last = self._policy
-        base = self._store_whole(version, weights) if last is None or last.low_rank is None else last
+        base = self._stored_base(low_rank) or self._store_whole(version, weights)
         return replace(base, version=version, low_rank=self._write(version, pack_low_rank(low_rank)))
+
+    def _stored_base(self, low_rank: LowRank | None) -> StoredPolicy | None:
+        """What the next policy shares with the last one, so that its weights are not read again."""
+        last = self._policy
+        return last if low_rank is not None and last is not None and last.low_rank is not None else None
 
     def _store_whole(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> StoredPolicy:
         tensors, names = collect_policy(weights, self.info.shapes, self.info.tied)

@@ -2,6 +2,8 @@
 
 The server is started by ``opdengine vllm-serve`` and may have GPUs of its own. Requests and answers
 are token ids over HTTP; weights go through a file that both can read, in shared memory if possible.
+
+Several ranks may sample from one server at a time. One of them owns it: it alone writes and sends weights.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ import os
 import secrets
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from opdengine.distributed import Ranks
 from opdengine.rollout.engine_process import EngineDiedError, EngineError, InvalidRequestError
 from opdengine.rollout.http_client import GarbledError, HTTPError, JSONClient, SilentError, UnreachableError
 from opdengine.rollout.policy_file import StoredPolicy
@@ -23,22 +26,35 @@ from opdengine.rollout.vllm_base import Sample, VLLMBase, private_folders, remov
 from opdengine.rollout.vllm_extension import EngineInfo
 from opdengine.rollout.vllm_server import is_loopback
 
+if TYPE_CHECKING:
+    import torch
+
+    from opdengine.lora import LowRank
+
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 GENERATE = "/inference/v1/generate"
+RESET = "/reset_prefix_cache?reset_running_requests=true"
+NO_STAMP = "none"
 NOT_A_LOGPROB = -9999.0
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
 PROBE_BOUND = {"float32": 1e-3}
-RESUME = "then continue the run with --resume_from_checkpoint latest"
+RESUME = "continue the run with --resume_from_checkpoint latest"
 
 
 class VLLMServerSampler(VLLMBase):
     """A :class:`~opdengine.rollout.Sampler` on a vLLM server.
 
     Every update stamps the server's weights with a name of its own, and every answer carries that
-    name. A server that was started again has forgotten it: it is given the last policy, one time per
-    call, and asked again (:attr:`restarts` counts).
+    name: it comes off before the weights change and on when they are all there. A server that was started
+    again has forgotten it: it is given the last policy, one time per call, and asked again
+    (:attr:`restarts` counts). Any rank may do that, since it only names the files.
+
+    With several ranks, all create the sampler and all call :meth:`load_policy`, in the same order;
+    each calls :meth:`generate` as often as it likes in between.
 
     Args:
         base_url: of the server, for example ``http://127.0.0.1:8000``.
@@ -49,10 +65,13 @@ class VLLMServerSampler(VLLMBase):
         concurrency: requests in flight at a time; the server batches them.
         check_timeout: seconds for a small question.
         response_timeout: seconds for one sample or one weight update.
+        ranks: that take part in updates.
+        owner: the rank that sends weights to this server.
 
     Raises:
         EngineError: there is no server, or not one that :func:`opdengine.rollout.vllm_server.serve`
             started.
+        PeerError: another rank found that.
     """
 
     def __init__(
@@ -65,6 +84,8 @@ class VLLMServerSampler(VLLMBase):
         concurrency: int = 256,
         check_timeout: float = 60.0,
         response_timeout: float = 3600.0,
+        ranks: Ranks | None = None,
+        owner: int = 0,
     ) -> None:
         self._client = JSONClient(base_url, concurrency)
         if sync_dir is None and not is_loopback(self._client.host):
@@ -76,18 +97,40 @@ class VLLMServerSampler(VLLMBase):
         self.check_timeout = check_timeout
         self.response_timeout = response_timeout
         self._closed = False
-        self._name = secrets.token_hex(4)
-        self._stamp = ""
-        super().__init__(private_folders(sync_dir))
+        self._ranks, self._owner = ranks or Ranks(), owner
+        self._name = self._shared(secrets.token_hex(4))
+        super().__init__(private_folders(sync_dir) if self._owns else ())
         self.policy_version = -1  # whatever the server holds, it is not known to be the trainer's
         self._finalizer = weakref.finalize(self, _clean, os.getpid(), self._folders)
         try:
-            self.info = self._describe()
-            self._check(dtype)
-            self._dry_sync()
+            with self._ranks.agree():
+                self.info = self._describe()
+                self._check(dtype)
+                if self._owns:
+                    self._dry_sync()
         except BaseException:
             self.close()
             raise
+
+    def load_policy(
+        self, version: int, weights: Iterable[tuple[str, torch.Tensor]], low_rank: LowRank | None = None
+    ) -> None:
+        """See :class:`VLLMBase`. All ranks call this when none of them samples; the owner sends the weights.
+
+        Raises:
+            PeerError: it failed on another rank.
+        """
+        with self._lock:
+            self._ranks.settle()  # nobody samples any more
+            left = iter(() if self._stored_base(low_rank) else weights)
+            with self._ranks.agree():
+                try:
+                    if self._owns:
+                        super().load_policy(version, left, low_rank)
+                finally:
+                    for _ in left:  # gathering them takes all ranks
+                        pass
+            self._policy, self.policy_version = self._shared(self._policy), version
 
     def sleep(self) -> None:
         """A server keeps its memory."""
@@ -117,23 +160,16 @@ class VLLMServerSampler(VLLMBase):
             for seed in row
         ]
         for attempt in (1, 2):
-            if not self._stamp:
-                self._restore()
+            self._restore()
             read = [self._read(answer) for answer in self._ask(GENERATE, bodies, self.response_timeout)]
             stamps = {stamp for found, *_ in read for stamp in found}
             if stamps == {self._stamp}:
                 break
-            self._stamp = ""
             if attempt == 2:
                 raise EngineError(
                     f"the server {self._client.base_url} answered with weights {sorted(stamps)} instead of version "
                     f"{self.policy_version}; does another run update the same server?"
                 )
-            self.restarts += 1
-            logger.warning(
-                "the server %s answered with weights %s: it was started again; giving it version %d",
-                *(self._client.base_url, sorted(stamps), self.policy_version),
-            )
         texts = self.tokenizer.batch_decode([ids.tolist() for _, ids, _, _ in read], skip_special_tokens=True)
         samples = [(*sample, text) for (_, *sample), text in zip(read, texts, strict=True)]
         return self.policy_version, samples
@@ -150,32 +186,54 @@ class VLLMServerSampler(VLLMBase):
             raise self._not_ours(f"{GENERATE} answered {str(answer)[:200]!r} ({error!r})") from None
         return stamps, ids, np.where(logprobs <= NOT_A_LOGPROB, np.nan, logprobs), reason
 
-    def _load(self, policy: StoredPolicy) -> None:
-        self._push(policy.version, policy.path, dict(policy.names), policy.low_rank)
+    @property
+    def _owns(self) -> bool:
+        return self._ranks.rank == self._owner
 
-    def _push(self, version: int, *stored: Any) -> None:
-        """Weights, then prefix cache, then the stamp: an answer with the stamp used the weights."""
-        self._stamp = ""
-        stamp = f"{self._name}-{version}"
-        update = {"method": "load_policy_file", "args": list(stored)}
+    @property
+    def _stamp(self) -> str:
+        """The server's name for the weights of :attr:`policy_version`."""
+        return f"{self._name}-{self.policy_version}"
+
+    def _shared(self, value: T) -> T:
+        """The owner's value, on all ranks."""
+        return self._ranks.gather(value)[self._owner]
+
+    def _load(self, policy: StoredPolicy) -> None:
+        self._set_stamp(NO_STAMP)
+        self._push(policy.version, policy)
+
+    def _push(self, version: int, policy: StoredPolicy | None) -> None:
+        """Weights, then prefix cache, then the stamp: an answer with the stamp used the weights.
+
+        Requests in flight, which other ranks may still have at a server that was started again, begin anew.
+        """
+        stored = [] if policy is None else [policy.path, dict(policy.names), policy.low_rank]
+        update = {"method": "load_policy_file", "args": stored}
         self._ask("/collective_rpc", [update], self.response_timeout)
-        (answer,) = self._ask("/reset_prefix_cache", [{}], self.check_timeout)
+        (answer,) = self._ask(RESET, [{}], self.check_timeout)
         if not (isinstance(answer, Mapping) and answer.get("success")):
-            raise EngineError(
-                f"the server {self._client.base_url} did not reset its prefix cache after an update: something else "
-                "is sampling from it; a server belongs to one run"
-            )
+            raise EngineError(f"the server {self._client.base_url} did not reset its prefix cache after an update")
+        self._set_stamp(f"{self._name}-{version}")
+
+    def _set_stamp(self, stamp: str) -> None:
         self._ask("/update_weight_version", [{"new_version": stamp}], self.check_timeout)
-        self._stamp = stamp
 
     def _distrust(self) -> None:
-        self._stamp = ""
+        """Nothing to do: the server's own stamp says what it holds."""
 
     def _restore(self) -> None:
-        if self._policy is not None:
-            self._load(self._policy)
-        else:
-            self._push(self.policy_version)
+        """Give the last policy to a server that holds something else."""
+        (answer,) = self._ask("/weight_info", [None], self.check_timeout)
+        held = answer.get("weight_version") if isinstance(answer, Mapping) else None
+        if held == self._stamp:
+            return
+        self.restarts += 1
+        logger.warning(
+            "the server %s holds the weights %s: it was started again; giving it version %d",
+            *(self._client.base_url, held, self.policy_version),
+        )
+        self._push(self.policy_version, self._policy)
 
     def _describe(self) -> EngineInfo:
         (answer,) = self._ask("/collective_rpc", [{"method": "describe_engine"}], self.response_timeout)
@@ -204,9 +262,9 @@ class VLLMServerSampler(VLLMBase):
         def probe() -> np.ndarray:
             return self._sample([ids], [[0]], {**sampling, "stop": []})[1][0][1]
 
-        self._push(self.policy_version)  # whatever an earlier run has left there is gone
+        self._push(self.policy_version, None)  # whatever an earlier run has left there is gone
         before = probe()
-        self._push(self.policy_version)
+        self._push(self.policy_version, None)
         after = probe()
         bound = PROBE_BOUND.get(self.info.dtype, 0.1)
         if before.shape != after.shape or not float(np.abs(after - before).max()) <= bound:
@@ -217,7 +275,6 @@ class VLLMServerSampler(VLLMBase):
 
     def _ask(self, path: str, bodies: Sequence[Any], timeout: float) -> list[Any]:
         """Answers in order; a server that is gone for a moment is asked again."""
-        url = self._client.base_url
         for attempt in range(1, ATTEMPTS + 2):
             if self._closed:
                 raise EngineError("this sampler is closed; create a new one")
@@ -229,29 +286,30 @@ class VLLMServerSampler(VLLMBase):
                 if error.status < 500:
                     raise self._not_ours(str(error)) from None
                 if attempt == ATTEMPTS:
-                    raise EngineError(
-                        f"the vLLM server fails: {error}\nLook at its log, start it again and {RESUME}."
-                    ) from None
+                    raise EngineError(f"the vLLM server fails: {error}{self._advice()}") from None
                 logger.warning("%s; asking again", error)
             except UnreachableError as error:
                 if self._closed:
                     continue
                 if attempt == ATTEMPTS:
-                    raise EngineDiedError(
-                        f"the vLLM server {url} cannot be reached ({error}). Start it with `opdengine vllm-serve "
-                        f"--model MODEL --port PORT` (its log says why it ended, most often for lack of memory), "
-                        f"{RESUME}."
-                    ) from None
+                    raise EngineDiedError(f"the vLLM server cannot be reached: {error}{self._advice()}") from None
                 logger.warning("%s; asking again", error)
             except SilentError as error:
                 raise EngineError(
-                    f"the vLLM server {url} hangs: {error}. Start it again, {RESUME}; raise vllm_response_timeout "
-                    "if the work is that large."
+                    f"the vLLM server hangs: {error}; raise vllm_response_timeout if the work is that large"
+                    f"{self._advice()}"
                 ) from None
             except GarbledError as error:
                 raise self._not_ours(str(error)) from None
             time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
         raise AssertionError("unreachable")
+
+    def _advice(self) -> str:
+        """The end of an error: what to do about a server that fails."""
+        return (
+            ". Its log says why, most often for lack of memory. Start it again with `opdengine vllm-serve --model "
+            f"MODEL --port PORT`, then {RESUME}."
+        )
 
     def _not_ours(self, what: str) -> EngineError:
         return EngineError(

@@ -67,7 +67,15 @@ class PolicyLoader:
     def load_policy_file(
         self: Any, path: str | None = None, names: Mapping[str, str] | None = None, low_rank: str | None = None
     ) -> None:
-        """Load a stored policy, or the model's own checkpoint when path is None."""
+        """Load a stored policy, or the model's own checkpoint when path is None.
+
+        A policy that is here already is not loaded again: its files never change. So several processes that
+        find a server without their policy may all give it back.
+        """
+        policy = (path, low_rank)
+        if path is not None and policy == getattr(self, "loaded_policy", None):
+            return
+        self.loaded_policy = None
         if path is None:
             from vllm.model_executor.model_loader import get_model_loader
 
@@ -80,6 +88,7 @@ class PolicyLoader:
             weights = as_in_checkpoint(stored, config.model, config.trust_remote_code)
         self.reload_weights(weights_iterator=weights)
         _pack_experts(self.model_runner.get_model())
+        self.loaded_policy = policy
 
 
 def _pack_experts(model: Any) -> None:

@@ -10,13 +10,17 @@ from __future__ import annotations
 import importlib.metadata
 import ipaddress
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 
+from opdengine.rollout.engine_process import CLOSE_SECONDS
 from opdengine.rollout.vllm import engine_environment, require_vllm
 
-LAUNCH = "from opdengine.rollout.vllm_server import main; main()"
+LAUNCH = "from opdengine.rollout.vllm_server import main; "
 OURS = ("--logprobs-mode", "--worker-extension-cls", "--tokens-only", "--skip-tokenizer-init")
 
 
@@ -63,8 +67,16 @@ def server_command(
     max_model_len: int | None = None,
     cpu_threads: int | None = None,
     extra: Sequence[str] = (),
+    devices: str | None = None,
+    parent: int | None = None,
 ) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of a server; see :func:`serve`."""
+    """Command line and environment of a server; see :func:`serve`.
+
+    Args:
+        devices: CUDA_VISIBLE_DEVICES of the server; None: this process's.
+        parent: the server ends, with its workers, when it is no longer this process's child; it must lead a
+            process group.
+    """
     if not is_loopback(host):
         raise ValueError(
             f"--host {host} can be reached from other machines, and the endpoints that replace weights ask for no "
@@ -76,10 +88,10 @@ def server_command(
     arguments = [model, "--host", host, "--port", str(port), "--dtype", dtype]
     if max_model_len is not None:
         arguments += ["--max-model-len", str(max_model_len)]
-    environment = engine_environment(model, None, cpu_threads)
+    environment = engine_environment(model, devices, cpu_threads)
     environment["VLLM_SERVER_DEV_MODE"] = "1"  # the endpoints for weights
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
-    return [sys.executable, "-c", LAUNCH, *arguments, *extra], environment
+    return [sys.executable, "-c", f"{LAUNCH}main({parent})", *arguments, *extra], environment
 
 
 def is_loopback(host: str) -> bool:
@@ -90,8 +102,10 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def main() -> None:
-    """In the server's process: ``vllm serve`` with our settings added."""
+def main(parent: int | None = None) -> None:
+    """In the server's process: ``vllm serve`` with our settings added; ``parent`` as for :func:`server_command`."""
+    if parent is not None:
+        threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
     _name_the_distribution()
     from vllm.platforms import current_platform
 
@@ -111,6 +125,14 @@ def main() -> None:
     from vllm.entrypoints.cli.main import main as vllm
 
     vllm()
+
+
+def _leave_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(CLOSE_SECONDS)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _name_the_distribution() -> None:

@@ -11,13 +11,15 @@ import json
 import os
 import random
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 DESCRIPTION = json.loads(Path(sys.argv[1]).read_text())
-STATE: dict[str, Any] = {"version": "default", "loaded": 0, "calls": 0, "fault": "none", "after": 0}
+STATE: dict[str, Any] = {"version": "default", "policy": None, "loaded": 0, "calls": 0, "fault": "none", "after": 0}
+LOADING = threading.Lock()
 
 
 def keys_of(path: str) -> set[str]:
@@ -45,6 +47,10 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None:
         pass
 
+    def do_GET(self) -> None:
+        assert self.path == "/weight_info"
+        self.reply(200, json.dumps({"weight_version": STATE["version"]}).encode())
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         answer: Any = {}
@@ -59,8 +65,11 @@ class Handler(BaseHTTPRequestHandler):
                 path, names, low_rank = body["args"]
                 assert keys_of(path) == set(names.values())
                 STATE["low_rank"] = [] if low_rank is None else sorted(keys_of(low_rank))
-            STATE["loaded"] += 1
-        elif self.path == "/reset_prefix_cache":
+            with LOADING:
+                if not body["args"] or STATE["policy"] != body["args"]:
+                    STATE["loaded"] += 1
+                STATE["policy"] = body["args"]
+        elif self.path.startswith("/reset_prefix_cache?"):
             answer = {"success": True}
         elif self.path == "/update_weight_version":
             STATE["version"] = body["new_version"]
@@ -69,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
             STATE["after"] -= 1
             kind = STATE["fault"] if STATE["after"] < 0 else "none"
             if kind == "restart":
-                STATE["version"], STATE["fault"] = "default", "none"
+                STATE["version"], STATE["policy"], STATE["fault"] = "default", None, "none"
             if kind == "die":
                 os._exit(1)
             if kind == "hang":

@@ -196,7 +196,7 @@ def test_server_with_other_settings_is_refused(
 
 
 def test_no_server_and_bad_addresses_are_refused(tokenizer: Any) -> None:
-    with pytest.raises(EngineDiedError, match=r"127.0.0.1:9 cannot be reached.*opdengine vllm-serve"):
+    with pytest.raises(EngineDiedError, match=r"cannot be reached: http://127.0.0.1:9/.*opdengine vllm-serve"):
         VLLMServerSampler("http://127.0.0.1:9", tokenizer)
     with pytest.raises(ValueError, match="write it like http"):
         VLLMServerSampler("127.0.0.1:8000", tokenizer)
