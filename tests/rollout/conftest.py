@@ -1,13 +1,16 @@
-"""One vLLM engine for all tests of the sampler: starting one takes seconds."""
+"""One vLLM engine for all tests of the sampler: starting one takes seconds. And fake servers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from server_helpers import Server
     from vllm_helpers import VLLMServer
 
     from opdengine.rollout.vllm import VLLMSampler
@@ -80,3 +83,39 @@ def sampler(request: pytest.FixtureRequest, model: Any) -> VLLMBase:
     if chosen.policy_version != 0:
         chosen.load_policy(0, model.state_dict().items())
     return chosen
+
+
+@pytest.fixture(scope="session")
+def description(models: dict[str, str]) -> dict[str, Any]:
+    """What a fake server says of itself."""
+    from opdengine.rollout.vllm_extension import model_weights
+
+    shapes, tied = model_weights(models["student"], False)
+    return {
+        "is_cpu": True,
+        "window": 1024,
+        "vocabulary": shapes["lm_head.weight"][0],
+        "shapes": shapes,
+        "tied": tied,
+        "model": models["student"],
+        "dtype": "float32",
+        "logprobs_mode": "processed_logprobs",
+    }
+
+
+@pytest.fixture
+def serve(description: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Starts fake servers; changes to the description are keywords."""
+    from server_helpers import Server
+
+    servers: list[Server] = []
+
+    def start(port: int = 0, **changes: Any) -> Server:
+        file = tmp_path / "description.json"
+        file.write_text(json.dumps(description | changes))
+        servers.append(Server(file, port))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()

@@ -2,7 +2,7 @@
 
 Samples are made up from the seed. ``POST /fault {"kind": ..., "after": n}`` lets every generation after
 the next ``n`` fail: "500", "garbage", "half", "fields", "hang", "die" or "none"; "restart" forgets the
-weights once, as a new server would.
+weights once, as a new server would; "cache" does not reset the cache after a policy of this ``version``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         answer: Any = {}
         if self.path == "/fault":
-            STATE["fault"], STATE["after"] = body["kind"], body.get("after", 0)
+            STATE["fault"], STATE["after"], STATE["at"] = body["kind"], body.get("after", 0), body.get("version")
         elif self.path == "/state":
             answer = STATE
         elif self.path == "/collective_rpc" and body["method"] == "describe_engine":
@@ -70,7 +70,8 @@ class Handler(BaseHTTPRequestHandler):
                     STATE["loaded"] += 1
                 STATE["policy"] = body["args"]
         elif self.path.startswith("/reset_prefix_cache?"):
-            answer = {"success": True}
+            arrived = Path(STATE["policy"][0]).name if STATE["policy"] else ""
+            answer = {"success": STATE["fault"] != "cache" or not arrived.startswith(f"policy-{STATE['at']}-")}
         elif self.path == "/update_weight_version":
             STATE["version"] = body["new_version"]
         elif self.path == "/inference/v1/generate":

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from server_helpers import PARAMS, REQUESTS, Server, ids, settings
 from transformers import AutoModelForCausalLM
 
 from opdengine.checkpoint import list_checkpoints
@@ -32,65 +33,13 @@ from opdengine.loop import prepared
 from opdengine.metrics import read_metrics
 from opdengine.rollout import vllm_client
 from opdengine.rollout.engine_process import EngineDiedError, EngineError
-from opdengine.rollout.http_client import JSONClient
 from opdengine.rollout.vllm import engine_environment
 from opdengine.rollout.vllm_base import private_folders
 from opdengine.rollout.vllm_client import VLLMServerSampler
-from opdengine.rollout.vllm_extension import model_weights
 from opdengine.rollout.vllm_server import server_command
 from opdengine.settings import from_mapping
 from opdengine.train import train
-from opdengine.types import Request, SamplingParams
-
-SCRIPT = Path(__file__).with_name("fake_server.py")
-PARAMS = SamplingParams(max_tokens=4, n=2, seed=3)
-REQUESTS = [Request(f"p{i}", (5, 6, 7 + i), seed=i) for i in range(3)]
-
-
-class Server:
-    """A fake server in a process of its own."""
-
-    def __init__(self, description: Path, port: int = 0) -> None:
-        command = [sys.executable, str(SCRIPT), str(description), str(port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline())
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.post = JSONClient(self.url).call
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-@pytest.fixture(scope="module")
-def description(models: dict[str, str]) -> dict[str, Any]:
-    shapes, tied = model_weights(models["student"], False)
-    return {
-        "is_cpu": True,
-        "window": 1024,
-        "vocabulary": shapes["lm_head.weight"][0],
-        "shapes": shapes,
-        "tied": tied,
-        "model": models["student"],
-        "dtype": "float32",
-        "logprobs_mode": "processed_logprobs",
-    }
-
-
-@pytest.fixture
-def serve(description: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    servers: list[Server] = []
-
-    def start(port: int = 0, **changes: Any) -> Server:
-        file = tmp_path / "description.json"
-        file.write_text(json.dumps(description | changes))
-        servers.append(Server(file, port))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
+from opdengine.types import SamplingParams
 
 
 @pytest.fixture
@@ -109,10 +58,6 @@ def sampler(server: Server, tokenizer: Any, models: dict[str, str]) -> Iterator[
     with VLLMServerSampler(server.url, tokenizer) as opened:
         opened.load_policy(0, model.state_dict().items())
         yield opened
-
-
-def ids(rows: list[list[Any]]) -> list[list[int]]:
-    return [c.token_ids.tolist() for row in rows for c in row]
 
 
 # --- faults ----------------------------------------------------------------------------------
@@ -219,25 +164,6 @@ def test_closing_ends_a_generation_and_leaves_no_file(server: Server, sampler: V
 
 
 # --- whole runs ------------------------------------------------------------------------------
-
-
-def settings(models: dict[str, str], prompt_file: str, folder: Path, url: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "model": models["student"],
-        "teachers": [{"model": models["big"]}],
-        "train_data": [prompt_file],
-        "output_dir": str(folder),
-        "method": "opd",
-        "per_device_train_batch_size": 4,
-        "max_completion_length": 6,
-        "max_steps": 4,
-        "learning_rate": 1e-3,
-        "use_vllm": True,
-        "vllm_mode": "server",
-        "vllm_server_base_url": url,
-        "max_logprob_difference": 100.0,  # the samples are made up
-        **changes,
-    }
 
 
 def run(data: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -435,7 +361,7 @@ def test_folders_of_a_killed_process_are_removed_by_the_next(tmp_path: Path) -> 
         "import os, signal; from opdengine.rollout.vllm_base import private_folders;"
         f"private_folders({str(tmp_path)!r}); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parents[2], check=False)
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False)
     (left,) = tmp_path.iterdir()
     (mine,) = private_folders(str(tmp_path))
     assert not left.exists()
