@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -109,7 +109,12 @@ class VLLMBase(ABC):
             EngineError: the engine could not load them.
         """
         with self._lock:
-            policy, last = self._store(version, weights, low_rank), self._policy
+            left = self._to_read(weights, low_rank)
+            try:
+                policy, last = self._store(version, left, low_rank), self._policy
+            finally:
+                for _ in left:  # also after an error
+                    pass
             try:
                 self._load(policy)
             except BaseException:
@@ -153,6 +158,15 @@ class VLLMBase(ABC):
         check_low_rank(low_rank, self.info.shapes)
         base = self._stored_base(low_rank) or self._store_whole(version, weights)
         return replace(base, version=version, low_rank=self._write(version, pack_low_rank(low_rank)))
+
+    def _to_read(
+        self, weights: Iterable[tuple[str, torch.Tensor]], low_rank: LowRank | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the next policy needs of the weights: all, or nothing.
+
+        To the end on every rank, since it takes all of them to gather one that is split.
+        """
+        return iter(() if self._stored_base(low_rank) else weights)
 
     def _stored_base(self, low_rank: LowRank | None) -> StoredPolicy | None:
         """What the next policy shares with the last one, so that its weights are not read again."""

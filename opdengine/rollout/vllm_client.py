@@ -122,13 +122,11 @@ class VLLMServerSampler(VLLMBase):
         """
         with self._lock:
             self._ranks.settle()  # nobody samples any more
-            left = iter(() if self._stored_base(low_rank) else weights)
             with self._ranks.agree():
-                try:
-                    if self._owns:
-                        super().load_policy(version, left, low_rank)
-                finally:
-                    for _ in left:  # gathering them takes all ranks
+                if self._owns:
+                    super().load_policy(version, weights, low_rank)
+                else:
+                    for _ in self._to_read(weights, low_rank):
                         pass
             self._policy, self.policy_version = self._shared(self._policy), version
 

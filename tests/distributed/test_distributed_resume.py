@@ -110,6 +110,13 @@ def test_when_one_process_fails_all_stop_with_a_checkpoint(world: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_when_one_sampler_cannot_be_updated_all_stop_with_a_checkpoint(world: Path) -> None:
+    failed = train(world, 2, "unsynced", SYNC_FAIL_AT="2")
+    assert failed.returncode != 0
+    assert "(rank 0): rank 1 failed (ServiceError): the sampler of one rank is gone" in failed.stderr
+    assert [p.name for p in list_checkpoints(world / "unsynced" / "checkpoints")][-1] == "step_2"
+
+
 def test_when_one_process_is_killed_the_others_do_not_wait_for_it(world: Path) -> None:
     killed = train(world, 2, "killed", "--save_steps", "1", KILL_AT="3")
     assert killed.returncode != 0

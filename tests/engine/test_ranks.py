@@ -79,8 +79,11 @@ def test_counts_are_added_and_means_weighted() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode='server'.*use 'colocate'"),
-        ({"use_vllm": True, "vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2.*use 1"),
+        ({"use_vllm": True, "vllm_tensor_parallel_size": 4}, "vllm_tensor_parallel_size=4.*2 processes on a machine"),
+        (
+            {"use_vllm": True, "vllm_tensor_parallel_size": 2, "vllm_enable_sleep_mode": True},
+            "vllm_enable_sleep_mode.*lower vllm_gpu_memory_utilization",
+        ),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(
@@ -90,4 +93,13 @@ def test_what_several_processes_cannot_do_is_refused(
     config = from_mapping(TrainConfig, {**plain, **changes})
     check_ranks(config, Ranks())
     with pytest.raises(ConfigError, match=words):
-        check_ranks(config, Ranks(1, 2))
+        check_ranks(config, Ranks(1, 4, 1, 2))
+
+
+@pytest.mark.parametrize("changes", [{"vllm_mode": "server"}, {"vllm_tensor_parallel_size": 2}])
+def test_several_processes_may_share_an_engine(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    plain = to_mapping(make_config(models, prompt_file, tmp_path))
+    config = from_mapping(TrainConfig, {**plain, "use_vllm": True, **changes})
+    check_ranks(config, Ranks(1, 4, 1, 2))

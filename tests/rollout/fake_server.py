@@ -1,4 +1,4 @@
-"""Speaks the protocol of a vLLM server without a model: ``python fake_server.py DESCRIPTION.json PORT``.
+"""Speaks the protocol of a vLLM server without a model: ``python fake_server.py DESCRIPTION.json PORT|SOCKET``.
 
 Samples are made up from the seed. ``POST /fault {"kind": ..., "after": n}`` lets every generation after
 the next ``n`` fail: "500", "garbage", "half", "fields", "hang", "die" or "none"; "restart" forgets the
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
+import socketserver
 import sys
 import threading
 import time
@@ -48,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        assert self.path == "/weight_info"
+        assert self.path in ("/weight_info", "/health")
         self.reply(200, json.dumps({"weight_version": STATE["version"]}).encode())
 
     def do_POST(self) -> None:
@@ -109,8 +111,23 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
+class SocketServer(ThreadingHTTPServer):
+    """On a socket in the file system."""
+
+    address_family = socket.AF_UNIX
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        return self.socket.accept()[0], ("", 0)
+
+
 if __name__ == "__main__":
-    server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler)
+    if sys.argv[2].isdigit():
+        server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler)
+        print(server.server_port, flush=True)
+    else:
+        server = SocketServer(sys.argv[2], Handler)  # type: ignore[arg-type]
     server.daemon_threads = True
-    print(server.server_port, flush=True)
     server.serve_forever()

@@ -7,6 +7,8 @@ same with a real one.
 from __future__ import annotations
 
 import json
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 import yaml
 from ranks_helpers import torchrun
 from safetensors.torch import load_file, save_file
-from server_helpers import PARAMS, REQUESTS, Server, ThreadRanks, ids, on_ranks, settings
+from server_helpers import PARAMS, REQUESTS, SCRIPT, Server, ThreadRanks, ids, on_ranks, settings
 from transformers import AutoModelForCausalLM
 
 from opdengine.build import _gpus
@@ -27,10 +29,11 @@ from opdengine.config import LoRAConfig
 from opdengine.distributed import PeerError, Ranks
 from opdengine.lora import add_adapter, policy
 from opdengine.metrics import read_metrics
-from opdengine.rollout import vllm_client
-from opdengine.rollout.engine_process import EngineError
+from opdengine.rollout import vllm_client, vllm_group
+from opdengine.rollout.engine_process import EngineDiedError, EngineError
 from opdengine.rollout.vllm_client import VLLMServerSampler
 from opdengine.rollout.vllm_extension import PolicyLoader
+from opdengine.rollout.vllm_group import VLLMGroupSampler
 
 
 @pytest.fixture(autouse=True)
@@ -260,6 +263,78 @@ def test_neighbours_share_their_gpus(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [_gpus(Ranks(4 + rank, 8, rank, 4), size) for rank in range(4)] == expected
     assert _gpus(Ranks(), size) is None
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, description: dict[str, Any]) -> list[dict[str, Any]]:
+    """Groups start fake servers; what they were started with."""
+    file, started = tmp_path / "description.json", list[dict[str, Any]]()
+    file.write_text(json.dumps(description))
+
+    def command(model: str, *arguments: Any, extra: list[str], **options: Any) -> tuple[list[str], dict[str, str]]:
+        started.append({"extra": extra, **options})
+        return [sys.executable, str(SCRIPT), str(file), extra[extra.index("--uds") + 1]], dict(os.environ)
+
+    monkeypatch.setattr(vllm_group, "server_command", command)
+    monkeypatch.setattr(vllm_group, "require_vllm", lambda otherwise: None)
+    return started
+
+
+def test_every_group_has_one_engine_of_its_own(
+    commands: list[dict[str, Any]], tokenizer: Any, student: Any, models: dict[str, str]
+) -> None:
+    def work(ranks: ThreadRanks) -> tuple[Any, ...]:
+        devices = str(ranks.rank - ranks.rank % 2)
+        sampler = VLLMGroupSampler(models["student"], tokenizer, ranks=ranks, size=2, devices=devices)
+        with sampler:
+            weights = Counted(student.state_dict().items())
+            sampler.load_policy(1, weights)
+            sampled = [ids(sampler.generate(REQUESTS, PARAMS)) for _ in range(1 + ranks.rank)]
+            state = sampler._client.call("/state", {})
+            ranks.settle()
+        owned = None if sampler._server is None else sampler._server.process.poll()
+        return sampler._client.base_url, state, weights.read, sampled[-1], owned
+
+    found = on_ranks(4, work)
+    urls, states, read, sampled, owned = zip(*found, strict=True)
+    assert urls[0] == urls[1] != urls[2] == urls[3]
+    assert all(url.startswith("unix:") and not Path(url.removeprefix("unix:")).parent.exists() for url in urls)
+    assert [state["loaded"] for state in states] == [3] * 4
+    assert read == (len(student.state_dict()),) * 4
+    assert sampled[0] == sampled[1] == sampled[2] == sampled[3], "whichever engine samples"
+    assert [code is None for code in owned] == [False, True, False, True]
+    assert sorted(command["devices"] for command in commands) == ["0", "2"]
+    assert all("--tensor-parallel-size 2" in " ".join(command["extra"]) for command in commands)
+
+
+def test_an_engine_that_dies_ends_its_group_with_its_log(
+    commands: list[dict[str, Any]], tokenizer: Any, student: Any, models: dict[str, str]
+) -> None:
+    def work(ranks: ThreadRanks) -> str:
+        with VLLMGroupSampler(models["student"], tokenizer, ranks=ranks, size=2) as sampler:
+            sampler.load_policy(1, student.state_dict().items())
+            ranks.settle()
+            if sampler._server is not None:
+                Path(sampler._server.log).write_text("out of memory")
+                sampler._server.process.kill()
+            with pytest.raises(EngineDiedError) as found:
+                sampler.generate(REQUESTS, PARAMS)
+            ranks.settle()
+            return str(found.value)
+
+    for message in on_ranks(2, work):
+        assert "--resume_from_checkpoint latest" in message and "vllm-serve" not in message
+        assert message.endswith("--- end of its log ---\nout of memory")
+
+
+def test_an_engine_that_cannot_start_is_refused_on_all_ranks(
+    commands: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tokenizer: Any, models: dict[str, str]
+) -> None:
+    broken = [sys.executable, "-c", "import sys; sys.exit('no such GPU')"]
+    monkeypatch.setattr(vllm_group, "server_command", lambda *a, **k: (broken, dict(os.environ)))
+    found = on_ranks(2, lambda ranks: VLLMGroupSampler(models["student"], tokenizer, ranks=ranks, size=2))
+    assert isinstance(found[0], EngineError) and isinstance(found[1], PeerError)
+    assert all("ended with exit code 1 before it was ready" in str(e) and "no such GPU" in str(e) for e in found)
 
 
 # --- whole runs ------------------------------------------------------------------------------
