@@ -67,12 +67,14 @@ def open_sampler(path: str, **options: Any) -> VLLMSampler:
 
 
 class VLLMServer:
-    """``opdengine vllm-serve`` on a free port, in a process group of its own."""
+    """``opdengine vllm-serve`` on a given or free port, in a process group of its own."""
 
-    def __init__(self, path: str, log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    def __init__(self, path: str, log: Path, port: int | None = None) -> None:
+        if port is None:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+        self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         command = [sys.executable, "-m", "opdengine", "vllm-serve", "--model", path, "--port", str(port)]
@@ -101,21 +103,31 @@ class VLLMServer:
 
     def members(self) -> list[int]:
         """Process ids of its group, oldest first."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and os.getpgid(int(entry.name)) == self.process.pid:
-                    found.append(int(entry.name))
-            except ProcessLookupError:
-                pass
-        return sorted(found)
+        return members_of(self.process.pid)
 
     def stop(self) -> None:
         """End all of it."""
-        for pid in self.members():
+        self.kill(self.process.pid)
+        self.process.wait()
+
+    @staticmethod
+    def kill(group: int) -> None:
+        """End every process of a server."""
+        for pid in members_of(group):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.wait()
+
+
+def members_of(group: int) -> list[int]:
+    """Process ids of a process group, oldest first."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.getpgid(int(entry.name)) == group:
+                found.append(int(entry.name))
+        except ProcessLookupError:
+            pass
+    return sorted(found)
 
 
 def requests(count: int = 4, length: int = 12) -> list[Request]:
