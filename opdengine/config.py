@@ -138,14 +138,15 @@ class TrainConfig:
         use_vllm: sample with vLLM instead of transformers.
         vllm_mode: "colocate" runs vLLM beside the trainer; "server" uses one that was started by
             ``opdengine vllm-serve``, the same for all processes.
-        vllm_server_base_url: address of that server.
+        vllm_server_base_url: address of that server, or ``unix:/path`` of its socket.
         vllm_sync_dir: folder for weight files, which that server must be able to read; default: shared
             memory or the temporary folder of the first process's machine.
         vllm_response_timeout: seconds after which vLLM counts as hanging in one call.
         vllm_gpu_memory_utilization: share of the GPU's memory for colocated vLLM.
         vllm_tensor_parallel_size: GPUs per colocated vLLM engine. With several processes, so many neighbours on a
             machine share an engine on their GPUs.
-        vllm_enable_sleep_mode: give the GPU's memory to the trainer while vLLM does not sample.
+        vllm_enable_sleep_mode: give the GPU's memory to the trainer while vLLM does not sample; not possible with
+            an engine that several processes share.
         max_staleness: updates that may lie between the weights that sample a batch and those that it
             updates. 0: strictly in turn. From 1 on, rollouts and debates of the next batches run during
             the update (useful with vLLM and served teachers, which work elsewhere).

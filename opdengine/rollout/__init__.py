@@ -34,6 +34,8 @@ class Sampler(Protocol):
     ) -> None:
         """Make the sampler hold exactly these weights and stamp ``version``.
 
+        Where several ranks train, all of them call this when none of them samples.
+
         Args:
             version: optimiser steps taken.
             weights: the whole model by its ``state_dict`` names. With ``low_rank`` they are a base that

@@ -123,7 +123,7 @@ class JSONClient:
             content = response.read()
         except TimeoutError:
             raise SilentError(f"{where} gave no answer in {timeout:.0f} s") from None
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, AttributeError) as error:  # the last where another thread has hung up
             raise UnreachableError(f"{where}: {type(error).__name__}: {error}") from error
         if response.status != 200:
             raise HTTPError(response.status, f"{where}: {_message(content)}")

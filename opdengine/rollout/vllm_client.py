@@ -63,7 +63,6 @@ class VLLMServerSampler(VLLMBase):
         sync_dir: folder for weight files that the server can read; None: shared memory or ``TMPDIR``
             of this machine, which a server on another machine cannot read.
         concurrency: requests in flight at a time; the server batches them.
-        check_timeout: seconds for a small question.
         response_timeout: seconds for one sample or one weight update.
         ranks: that take part in updates.
         owner: the rank that sends weights to this server.
@@ -82,7 +81,6 @@ class VLLMServerSampler(VLLMBase):
         dtype: str = "auto",
         sync_dir: str | None = None,
         concurrency: int = 256,
-        check_timeout: float = 60.0,
         response_timeout: float = 3600.0,
         ranks: Ranks | None = None,
         owner: int = 0,
@@ -94,7 +92,6 @@ class VLLMServerSampler(VLLMBase):
             )
         self.tokenizer = tokenizer
         self.restarts = 0
-        self.check_timeout = check_timeout
         self.response_timeout = response_timeout
         self._closed = False
         self._ranks, self._owner = ranks or Ranks(), owner
@@ -159,7 +156,7 @@ class VLLMServerSampler(VLLMBase):
         ]
         for attempt in (1, 2):
             self._restore()
-            read = [self._read(answer) for answer in self._ask(GENERATE, bodies, self.response_timeout)]
+            read = [self._read(answer) for answer in self._ask(GENERATE, bodies)]
             stamps = {stamp for found, *_ in read for stamp in found}
             if stamps == {self._stamp}:
                 break
@@ -208,33 +205,33 @@ class VLLMServerSampler(VLLMBase):
         """
         stored = [] if policy is None else [policy.path, dict(policy.names), policy.low_rank]
         update = {"method": "load_policy_file", "args": stored}
-        self._ask("/collective_rpc", [update], self.response_timeout)
-        (answer,) = self._ask(RESET, [{}], self.check_timeout)
+        self._ask("/collective_rpc", [update])
+        (answer,) = self._ask(RESET, [{}])
         if not (isinstance(answer, Mapping) and answer.get("success")):
             raise EngineError(f"the server {self._client.base_url} did not reset its prefix cache after an update")
         self._set_stamp(f"{self._name}-{version}")
 
     def _set_stamp(self, stamp: str) -> None:
-        self._ask("/update_weight_version", [{"new_version": stamp}], self.check_timeout)
+        self._ask("/update_weight_version", [{"new_version": stamp}])
 
     def _distrust(self) -> None:
         """Nothing to do: the server's own stamp says what it holds."""
 
     def _restore(self) -> None:
         """Give the last policy to a server that holds something else."""
-        (answer,) = self._ask("/weight_info", [None], self.check_timeout)
+        (answer,) = self._ask("/weight_info", [None])
         held = answer.get("weight_version") if isinstance(answer, Mapping) else None
         if held == self._stamp:
             return
         self.restarts += 1
         logger.warning(
-            "the server %s holds the weights %s: it was started again; giving it version %d",
+            "the server %s holds the weights %s instead of version %d: giving them back; was it started again?",
             *(self._client.base_url, held, self.policy_version),
         )
         self._push(self.policy_version, self._policy)
 
     def _describe(self) -> EngineInfo:
-        (answer,) = self._ask("/collective_rpc", [{"method": "describe_engine"}], self.response_timeout)
+        (answer,) = self._ask("/collective_rpc", [{"method": "describe_engine"}])
         try:
             fields = answer["results"][0]
             shapes = {name: tuple(shape) for name, shape in fields["shapes"].items()}
@@ -271,13 +268,16 @@ class VLLMServerSampler(VLLMBase):
                 f"{bound}); this architecture or quantisation cannot be updated in place"
             )
 
-    def _ask(self, path: str, bodies: Sequence[Any], timeout: float) -> list[Any]:
-        """Answers in order; a server that is gone for a moment is asked again."""
+    def _ask(self, path: str, bodies: Sequence[Any]) -> list[Any]:
+        """Answers in order; a server that is gone for a moment is asked again.
+
+        A small question waits as long as any other: weights that another rank sends may be before it.
+        """
         for attempt in range(1, ATTEMPTS + 2):
             if self._closed:
                 raise EngineError("this sampler is closed; create a new one")
             try:
-                return self._client.call_all(path, bodies, timeout)
+                return self._client.call_all(path, bodies, self.response_timeout)
             except HTTPError as error:
                 if error.status == 400:
                     raise InvalidRequestError(f"vLLM refuses: {error}") from None

@@ -161,13 +161,16 @@ class OwnServer:
 
 
 def _stop(owner: int, process: subprocess.Popen[bytes], folders: Sequence[str]) -> None:
-    """Let the server leave by itself, and end it and whatever workers it has left if it does not."""
+    """Let the server and all that it has started leave by themselves, and end them if they do not."""
     if os.getpid() != owner:
         return
     process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(CLOSE_SECONDS)
-    with contextlib.suppress(ProcessLookupError):
+    deadline = time.monotonic() + CLOSE_SECONDS
+    with contextlib.suppress(ProcessLookupError):  # none is left
+        while time.monotonic() < deadline:
+            process.poll()
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     remove_folders(folders)

@@ -32,7 +32,10 @@ class Server:
         assert self.process.stdout is not None
         self.port = int(self.process.stdout.readline())
         self.url = f"http://127.0.0.1:{self.port}"
-        self.post = JSONClient(self.url).call
+
+    def post(self, path: str, body: Any) -> Any:
+        """From any thread."""
+        return JSONClient(self.url).call(path, body)
 
     def stop(self) -> None:
         self.process.kill()

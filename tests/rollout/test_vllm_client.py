@@ -345,10 +345,11 @@ def test_made_up_samples_do_not_depend_on_the_batch(sampler: VLLMServerSampler) 
 
 
 def test_environment_of_an_engine(monkeypatch: pytest.MonkeyPatch, models: dict[str, str]) -> None:
-    for name, value in {"RANK": "3", "MASTER_PORT": "1", "OMP_NUM_THREADS": "9", "CUDA_VISIBLE_DEVICES": "7"}.items():
+    torchruns = {"RANK": "3", "LOCAL_WORLD_SIZE": "4", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**torchruns, "OMP_NUM_THREADS": "9", "CUDA_VISIBLE_DEVICES": "7"}.items():
         monkeypatch.setenv(name, value)
     plain = engine_environment(models["student"], None, None)
-    assert "RANK" not in plain and "MASTER_PORT" not in plain
+    assert not set(torchruns) & set(plain)
     assert plain["CUDA_VISIBLE_DEVICES"] == "7" and plain["HF_HUB_OFFLINE"] == "1"
     chosen = engine_environment("hub/name", "0,1", 5)
     assert (chosen["CUDA_VISIBLE_DEVICES"], chosen["OMP_NUM_THREADS"]) == ("0,1", "5")
