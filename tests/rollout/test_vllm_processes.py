@@ -19,12 +19,15 @@ import pytest
 import torch
 import yaml
 from ranks_helpers import ROOT, torchrun
+from server_helpers import ThreadRanks, on_ranks
 from transformers import AutoModelForCausalLM
-from vllm_helpers import VLLMServer, alive, members_of, requests, save_model, train, worst_gap
+from vllm_helpers import VLLMServer, alive, members_of, requests, same, save_model, train, worst_gap
 
 from opdengine.distributed import Ranks
 from opdengine.metrics import read_metrics
 from opdengine.rollout.engine_process import EngineError
+from opdengine.rollout.http_client import JSONClient
+from opdengine.rollout.vllm_client import VLLMServerSampler
 from opdengine.rollout.vllm_group import VLLMGroupSampler
 from opdengine.types import SamplingParams
 
@@ -129,6 +132,37 @@ def test_two_processes_share_one_engine_over_both(settings: dict[str, Any], alon
     run(2, folder, {**settings, "vllm_mode": "colocate", "vllm_tensor_parallel_size": 2}, **ON_CPU)
     assert sampled(folder) == sampled(alone)
     assert max(differences(folder)) < 1e-4
+
+
+def test_weights_are_given_back_while_another_rank_samples(server: VLLMServer, byte_tokenizer: Any, model: Any) -> None:
+    """The server forgets the policy under the first rank's requests, and the second one gives it back."""
+    samplers: dict[int, VLLMServerSampler] = {}
+    long, short = SamplingParams(max_tokens=200, n=32, seed=4), SamplingParams(max_tokens=8, seed=1)
+    train(model)
+
+    def forget() -> None:
+        while not samplers[0]._client._open:
+            time.sleep(0.01)
+        client = JSONClient(server.url)
+        client.call("/collective_rpc", {"method": "load_policy_file"}, 60)
+        client.call("/update_weight_version", {"new_version": "default"})
+
+    def work(ranks: ThreadRanks) -> tuple[float, bool, int]:
+        with VLLMServerSampler(server.url, byte_tokenizer, dtype="float32", ranks=ranks) as sampler:
+            samplers[ranks.rank] = sampler
+            sampler.load_policy(1, model.state_dict().items())
+            expected = sampler.generate(requests(8), long) if ranks.is_first else []
+            ranks.settle()
+            if ranks.is_first:
+                found = sampler.generate(requests(8), long)
+                return worst_gap(model, requests(8), [row[:1] for row in found]), same(found, expected), 0
+            forget()
+            found = sampler.generate(requests(), short)
+            return worst_gap(model, requests(), found), True, sampler.restarts
+
+    first, second = on_ranks(2, work)
+    assert first[0] < 1e-4 and first[1]
+    assert second[0] < 1e-4 and second[2] == 1
 
 
 # --- the server of a group -------------------------------------------------------------------
