@@ -115,7 +115,11 @@ class Loop:
                         result = await self.engine.finish(batch)
                         self.step, self.position = number, position
                         self.metrics |= result.metrics
-                        result.metrics |= await self.engine.sync()
+                        try:
+                            result.metrics |= await self.engine.sync()
+                        except Exception:
+                            self._log(dict(result.metrics), result)  # the step itself is finished
+                            raise
                         now = time.perf_counter()
                         result.metrics["timing/step"] = now - last
                         last = now
@@ -141,16 +145,21 @@ class Loop:
         if _due(step, config.eval_steps) or step == config.max_steps:
             line |= await self._measure(step)
         self.metrics |= line
-        with self.engine.ranks.agree():
-            if _due(step, config.logging_steps) or len(line) > len(result.metrics):
-                self.writer.write(step, line)
-            if config.log_completions and self.engine.ranks.is_first:
-                _log_completions(self.folder, step, result)
+        self._log(line, result)
         if _due(step, config.save_steps):
             self._save()
         self._count_bad(result)
         self._count_broken(result)
         return line
+
+    def _log(self, line: dict[str, float], result: StepResult) -> None:
+        """Write a step's metrics and what was sampled in it."""
+        config, step = self.engine.config, self.step
+        with self.engine.ranks.agree():
+            if _due(step, config.logging_steps) or len(line) > len(result.metrics):
+                self.writer.write(step, line)
+            if config.log_completions and self.engine.ranks.is_first:
+                _log_completions(self.folder, step, result)
 
     def _count_broken(self, result: StepResult) -> None:
         """Stop when no episode of several steps in a row came to its end."""

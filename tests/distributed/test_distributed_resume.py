@@ -60,9 +60,9 @@ def final(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "final" / "model.safetensors")
 
 
-def prompts(folder: Path) -> list[list[str]]:
+def prompts(folder: Path, steps: int = STEPS) -> list[list[str]]:
     """Prompts of every step, in order."""
-    files = [folder / "rollouts" / f"step_{step}.jsonl" for step in range(1, STEPS + 1)]
+    files = [folder / "rollouts" / f"step_{step}.jsonl" for step in range(1, steps + 1)]
     return [[json.loads(line)["prompt_id"] for line in file.read_text().splitlines()] for file in files]
 
 
@@ -115,6 +115,8 @@ def test_when_one_sampler_cannot_be_updated_all_stop_with_a_checkpoint(world: Pa
     assert failed.returncode != 0
     assert "(rank 0): rank 1 failed (ServiceError): the sampler of one rank is gone" in failed.stderr
     assert [p.name for p in list_checkpoints(world / "unsynced" / "checkpoints")][-1] == "step_2"
+    assert [line["step"] for line in read_metrics(world / "unsynced" / "metrics.jsonl")] == [0, 1, 2]
+    assert len(prompts(world / "unsynced", 2)) == 2
 
 
 def test_when_one_process_is_killed_the_others_do_not_wait_for_it(world: Path) -> None:
