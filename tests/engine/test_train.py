@@ -260,8 +260,8 @@ def test_a_checkpoint_of_another_run_starts_a_new_folder_under_the_same_settings
         "--output_dir", new, "--resume_from_checkpoint", checkpoint, "--learning_rate", "1"
     )
     assert not Path(new).exists()
-    arguments = ["--config", str(world["root"] / "run.yaml"), "--output_dir", new]
-    assert main(["train", *arguments, "--resume_from_checkpoint", checkpoint]) == 0
+    finished = run(world["root"], "train", "--output_dir", new, "--resume_from_checkpoint", checkpoint)
+    assert finished.returncode == 0, finished.stderr
     whole, again = weights(world["root"] / "whole" / "final"), weights(Path(new) / "final")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert (Path(new) / "config.yaml").is_file()
