@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from opdengine.backbone import Backbone, choose_attention, default_device, load_model, read_dtype
+from opdengine.backbone import Backbone, choose_attention, default_device, load_model, read_dtype, read_window
 from opdengine.chat import load_tokenizer, require_same_tokenizer, vocabulary_size
 from opdengine.config import ConfigError, TeacherConfig, TrainConfig
 from opdengine.distributed import Ranks, Sharded
@@ -290,10 +290,12 @@ def _gpus(ranks: Ranks, size: int) -> str | None:
 
 
 def _longest(config: TrainConfig) -> int | None:
-    """Most tokens of one sequence of the student; None is the model's window."""
+    """Most tokens of one sequence of the student; None is unbounded. vLLM refuses more than the model's window."""
+    longest: int | None = config.max_prompt_length + config.max_completion_length
     if config.environment.name:
-        return config.environment.max_trajectory_tokens
-    return config.max_prompt_length + config.max_completion_length
+        longest = config.environment.max_trajectory_tokens
+    window = read_window(config.model, trust_remote_code=config.trust_remote_code)
+    return min((limit for limit in (longest, window) if limit is not None), default=None)
 
 
 def serve_teachers(config: TrainConfig, tokenizers: Sequence[Any], *, judges: bool) -> dict[str, ServedTeacher]:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 from server_helpers import PARAMS, REQUESTS, Server, ids, settings
 from transformers import AutoModelForCausalLM
 
+from opdengine.build import build_sampler
 from opdengine.checkpoint import list_checkpoints
 from opdengine.cli import main
 from opdengine.config import ConfigError, TrainConfig
@@ -335,6 +337,26 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) 
     data = {"model": "m", "train_data": ["d"], "output_dir": "o", "use_vllm": True, **changes}
     with pytest.raises(ConfigError, match=message):
         from_mapping(TrainConfig, data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "longest"),
+    [
+        ({"train_data": ["d"]}, 1024),  # 4096 + 512 are more than the window
+        ({"train_data": ["d"], "max_prompt_length": 100}, 612),
+        ({"environment": {"name": "house"}}, 1024),
+        ({"environment": {"name": "house", "max_trajectory_tokens": 50}}, 50),
+        ({"environment": {"name": "house", "max_trajectory_tokens": 5000}}, 1024),
+    ],
+)
+def test_a_colocated_engine_is_asked_for_no_more_than_the_window(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], longest: int
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("opdengine.rollout.vllm.VLLMSampler", lambda path, **options: asked.update(options))
+    data = {"model": models["student"], "output_dir": "o", "use_vllm": True, **changes}
+    build_sampler(from_mapping(TrainConfig, data), SimpleNamespace(dtype=torch.float32), None)
+    assert asked["max_model_len"] == longest
 
 
 def test_made_up_samples_do_not_depend_on_the_batch(sampler: VLLMServerSampler) -> None:
