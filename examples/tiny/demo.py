@@ -257,14 +257,18 @@ def show_debate(console: Console, folder: Path, seed: int) -> None:
 
 def main(arguments: Sequence[str] = ()) -> int:
     """Run all arms and report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser = argparse.ArgumentParser(
+        description="Every method on the bundled tiny models, measured on held-out prompts. With --config FILE it trains "
+        "your own models instead.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds")
+    parser.add_argument("--steps", type=int, default=200, help="of each run")
+    parser.add_argument("--batch_size", type=int, default=64, help="prompts of a step")
+    parser.add_argument("--learning_rate", type=float, default=3e-3, help="of AdamW")
     parser.add_argument("--train_prompts", type=int, default=1500, help="training prompts of each skill")
     parser.add_argument("--test_prompts", type=int, default=200, help="test prompts of each skill")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="gets a folder for every demo")
     parser.add_argument("--save_results", type=Path, help="also write the numbers to this file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     options = parser.parse_args(arguments)
