@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opdengine import __version__
 from opdengine.chat import encode_chat
 from opdengine.checkpoint import CheckpointError
 from opdengine.config import TrainConfig
@@ -75,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("opdengine", description=__doc__)
+    parser = argparse.ArgumentParser("opdengine", description="On-policy distillation of language models.")
+    parser.add_argument("--version", action="version", version=f"opdengine {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help_text in (
         ("train", "train a student: opdengine train --config run.yaml [--key value ...]"),

@@ -360,7 +360,7 @@ def _check_values(config: TrainConfig) -> None:
         "with vocab_parallel_head it is 'torch'",
     )
     for tracker in config.report_to:
-        need(tracker == "tensorboard", "report_to", "only 'tensorboard' is known")
+        need(tracker == "tensorboard", "report_to", "only 'tensorboard' is known; [] is metrics.jsonl alone")
     for key in (
         "per_device_train_batch_size",
         "gradient_accumulation_steps",

@@ -7,13 +7,34 @@ import datetime
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from opdengine.config import ConfigError, TrainConfig
+
+ELSEWHERE = {
+    "beta": "divergence (0 is forward_kl, 1 reverse_kl, between them jsd with jsd_beta)",
+    "dataset_name": "train_data (name:split, or a file)",
+    "eval_strategy": "eval_steps (0: only before and after)",
+    "fp16": "bf16, or neither",
+    "lora_alpha": "lora.lora_alpha",
+    "lora_r": "lora.r",
+    "lora_target_modules": "lora.target_modules",
+    "max_length": "max_prompt_length and max_completion_length",
+    "max_new_tokens": "max_completion_length",
+    "model_name_or_path": "model",
+    "num_train_epochs": "max_steps",
+    "save_strategy": "save_steps (0: never)",
+    "teacher_model": "teachers.0.model",
+    "teacher_model_name_or_path": "teachers.0.model",
+    "torch_dtype": "dtype",
+    "use_peft": "lora.r",
+    "warmup_steps": "warmup_ratio",
+}
+"""Names of transformers and TRL that mean something else here, or are called something else."""
 
 
 class _Strict(yaml.SafeLoader):
@@ -71,9 +92,7 @@ def from_mapping(cls: type, data: Mapping[str, Any], where: str = "") -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"; did you mean {where + close[0]!r}?" if close else ""
-            raise ConfigError(f"unknown setting {where + str(key)!r}{hint}")
+            raise ConfigError(f"unknown setting {where + str(key)!r}; {_hint(str(key), fields, where)}")
     missing = [
         name
         for name, f in fields.items()
@@ -83,6 +102,14 @@ def from_mapping(cls: type, data: Mapping[str, Any], where: str = "") -> Any:
         raise ConfigError(f"missing setting {', '.join(repr(where + name) for name in missing)}")
     values = {key: _coerce(hints[key], value, where + key) for key, value in data.items()}
     return cls(**values)
+
+
+def _hint(key: str, fields: Iterable[str], where: str) -> str:
+    if not where and key in ELSEWHERE:
+        return f"here it is {ELSEWHERE[key]}"
+    if close := difflib.get_close_matches(key, fields, n=1):
+        return f"did you mean {where + close[0]!r}?"
+    return "'opdengine settings' lists all"
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

@@ -258,8 +258,8 @@ def show_debate(console: Console, folder: Path, seed: int) -> None:
 def main(arguments: Sequence[str] = ()) -> int:
     """Run all arms and report."""
     parser = argparse.ArgumentParser(
-        description="Every method on the bundled tiny models, measured on held-out prompts. With --config FILE it trains "
-        "your own models instead.",
+        description="Every method on the bundled tiny models, measured on held-out prompts. With --config FILE it "
+        "trains your own models instead.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds")

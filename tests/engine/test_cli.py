@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from engine_helpers import make_config
 
+import opdengine
 from opdengine import sections
 from opdengine.cli import main
 from opdengine.config import TeacherConfig, TrainConfig
 from opdengine.describe import annotated, common, meanings
-from opdengine.settings import from_mapping
+from opdengine.settings import ELSEWHERE, from_mapping
 from opdengine.train import train
 
 SECTIONS = [c for c in vars(sections).values() if dataclasses.is_dataclass(c)]
@@ -40,6 +42,14 @@ def test_what_is_commented_out_is_a_configuration_as_well() -> None:
         assert set(yaml.safe_load(body)) == {f.name for f in dataclasses.fields(cls)}
 
 
+def test_names_of_other_libraries_lead_to_ours() -> None:
+    for name, ours in ELSEWHERE.items():
+        assert name not in {f.name for f in dataclasses.fields(TrainConfig)}
+        section, _, field = re.split(r"[ ,]", ours)[0].partition(".")
+        assert section in {f.name for f in dataclasses.fields(TrainConfig)}
+        assert not field or section == "teachers" or field in {f.name for f in dataclasses.fields(sections.LoRAConfig)}
+
+
 def test_some_settings_are_printed_and_an_unknown_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["settings", "tcod", "seed"]) == 0
     assert yaml.safe_load(capsys.readouterr().out) == {"tcod": {"k_start": 1, "eta": 1.0}, "seed": 0}
@@ -55,6 +65,12 @@ def test_the_help_of_training_names_the_usual_settings(capsys: pytest.CaptureFix
         main(["train", "--help"])
     shown = capsys.readouterr().out
     assert common() in shown and "max_completion_length         most new tokens of a rollout [512]" in shown
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"opdengine {opdengine.__version__}\n"
 
 
 def test_without_arguments_the_way_to_give_them_is_named(capsys: pytest.CaptureFixture[str]) -> None:
