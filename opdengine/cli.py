@@ -112,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--target", default="largest", help="raise scarce counts to the largest or median one")
     command.add_argument("--chunk", type=int, default=64, help="prompts between two saves (default 64)")
     command = commands.add_parser("settings", help=DESCRIBE, description=DESCRIBE)
-    command.add_argument("names", nargs="*", metavar="NAME", help="settings or sections; default: all")
+    command.add_argument(
+        "names", nargs="*", metavar="NAME", help="settings or sections, or environment.NAME; default: all"
+    )
     commands.add_parser("doctor", help="show what is installed, what is missing and how to get it")
     commands.add_parser("vllm-serve", help=SERVE, add_help=False)
     return parser

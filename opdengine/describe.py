@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from opdengine.config import ConfigError, TrainConfig
+from opdengine.environments.registry import load_environment
 
 WIDTH = 100
 COMMON = (
@@ -27,10 +28,22 @@ COMMON = (
 
 
 def meanings(cls: type) -> dict[str, str]:
-    """What the ``Args`` of a class's docstring say, by name, as plain text; names in one entry share a text."""
-    _, _, block = (inspect.getdoc(cls) or "").partition("Args:\n")
+    """What the ``Args`` of a class's docstring, and of those it inherits from, say by name, as plain text.
+
+    Names in one entry share a text.
+    """
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        found |= _entries(inspect.cleandoc(base.__dict__.get("__doc__") or ""))
+    return found
+
+
+def _entries(doc: str) -> dict[str, str]:
+    _, _, block = doc.partition("Args:\n")
     block = re.split(r"\n\n(?=\S)", block)[0]
     found: dict[str, str] = {}
+    if not block.strip():
+        return found
     for entry in re.split(r"\n(?=\S)", textwrap.dedent(block).strip()):
         names, _, text = " ".join(entry.split()).partition(": ")
         found |= dict.fromkeys(names.split(", "), _plain(text))
@@ -55,11 +68,29 @@ def annotated(names: Sequence[str] = ()) -> str:
     What has no default is left empty; what makes a list or is off by default is shown in comments.
 
     Args:
-        names: only these settings or sections.
+        names: only these settings or sections; "environment.NAME" stands for the options of that environment.
 
     Raises:
         ConfigError: there is no such setting; names the closest one.
     """
+    options = [name for name in names if name.startswith("environment.")]
+    names = [name for name in names if name not in options]
+    parts = [_options(name.removeprefix("environment.")) for name in options]
+    if names or not parts:
+        parts.insert(0, _settings(names))
+    return "\n".join(parts)
+
+
+def _options(name: str) -> str:
+    described = getattr(load_environment(name), "option_class", None)
+    if described is None:
+        raise ConfigError(f"environment {name!r} is not one of ours: its options are the keywords of its class")
+    lines = _lines(described, [f.name for f in dataclasses.fields(described)], set())
+    body = [f"    {line}".rstrip() for line in lines]
+    return "\n".join(["environment:", f"  name: {name}", "  options:", *body]) + "\n"
+
+
+def _settings(names: Sequence[str]) -> str:
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     for name in names:
         if name not in fields:

@@ -382,7 +382,7 @@ class EnvironmentConfig(Section):
     Args:
         name: "house" (the built-in world), "search", "recorded", "alfworld", "textworld", "scienceworld",
             "module:Class" or "file.py:Class"; empty: no environment.
-        options: keywords of the environment's class.
+        options: keywords of the environment's class; ``opdengine settings environment.NAME`` explains those of ours.
         train_split: tasks to train on.
         eval_splits: tasks to evaluate on, such as ["valid_seen", "valid_unseen"].
         eval_max_tasks: at most this many of each split.

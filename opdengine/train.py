@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from opdengine.checkpoint import restore_optimizer, write_model
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.data import PromptSet, PromptStream, ScheduledStream, as_source, drop_long, load_prompts
 from opdengine.distributed import Ranks, start
+from opdengine.engine import Engine
 from opdengine.environments.setup import held_out_tasks, load_tasks
 from opdengine.evaluate import evaluate, evaluate_episodes, require_answers
 from opdengine.interrupts import Interrupted, Interrupts
@@ -63,12 +64,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 
 def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     recipe = build_recipe(config)
-    require_trackers(config.report_to)
-    if config.use_vllm and config.vllm_mode == "colocate":
-        require_vllm("set use_vllm to false to sample without it")
+    _check_needs(config)
     grader = Grader.from_config(config)
-    for path in [config.model, *(t.model for t in config.teachers if t.base_url is None)]:
-        check_model_path(path)
     folder = RunFolder(config, ranks.world_size)
     held_out, episodes = _held_out(config), held_out_tasks(config.environment)
     if config.environment.name:
@@ -103,12 +100,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
         _seed_everything(config.seed + ranks.rank)  # dropout differs between ranks, what is loaded does not
     begin = saved.get("step", 0)
     if folder.checkpoint is not None:
-        engine.version = saved["version"]
-        engine.scheduler.load_state_dict(saved["scheduler"])
-        # A scheduler sets the rate only when it steps, and does not when it is loaded.
-        for group, rate in zip(engine.optimizer.param_groups, engine.scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
-        restore_optimizer(folder.checkpoint, engine.student.model, engine.optimizer, ranks)
+        _restore(engine, folder.checkpoint, saved)
     last_step = begin if saved else -1
     with ranks.agree():
         if ranks.is_first:
@@ -175,6 +167,25 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
         if engine.grader is not None:
             engine.grader.close()
     return TrainResult(folder.path, final, loop.metrics)
+
+
+def _check_needs(config: TrainConfig) -> None:
+    """Packages and model folders that the run needs are here."""
+    require_trackers(config.report_to)
+    if config.use_vllm and config.vllm_mode == "colocate":
+        require_vllm("set use_vllm to false to sample without it")
+    for path in [config.model, *(t.model for t in config.teachers if t.base_url is None)]:
+        check_model_path(path)
+
+
+def _restore(engine: Engine, checkpoint: Path, saved: Mapping[str, Any]) -> None:
+    """Versions, schedule, optimiser and random states of a checkpoint; its weights are loaded already."""
+    engine.version = saved["version"]
+    engine.scheduler.load_state_dict(saved["scheduler"])
+    # A scheduler sets the rate only when it steps, and does not when it is loaded.
+    for group, rate in zip(engine.optimizer.param_groups, engine.scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+    restore_optimizer(checkpoint, engine.student.model, engine.optimizer, engine.ranks)
 
 
 def check_routing(config: TrainConfig, recipe: Recipe, prompts: PromptSet) -> None:

@@ -15,6 +15,7 @@ from opdengine import sections
 from opdengine.cli import main
 from opdengine.config import TeacherConfig, TrainConfig
 from opdengine.describe import annotated, common, meanings
+from opdengine.environments import ENVIRONMENTS, load_environment
 from opdengine.settings import ELSEWHERE, from_mapping
 from opdengine.train import train
 
@@ -40,6 +41,17 @@ def test_what_is_commented_out_is_a_configuration_as_well() -> None:
         lines = annotated([name]).splitlines()
         body = "\n".join(line[1:] for line in lines if line.startswith("#  "))
         assert set(yaml.safe_load(body)) == {f.name for f in dataclasses.fields(cls)}
+
+
+@pytest.mark.parametrize("name", sorted(ENVIRONMENTS))
+def test_the_options_of_an_environment_are_printed_with_their_meanings(name: str) -> None:
+    described = load_environment(name).option_class  # type: ignore[attr-defined]
+    assert sorted(meanings(described)) == sorted(f.name for f in dataclasses.fields(described))
+    shown = yaml.safe_load(annotated([f"environment.{name}"]))["environment"]
+    assert shown["name"] == name
+    for field in dataclasses.fields(described):
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        assert shown["options"][field.name] == (list(default) if isinstance(default, tuple) else default)
 
 
 def test_names_of_other_libraries_lead_to_ours() -> None:

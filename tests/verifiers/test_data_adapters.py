@@ -202,7 +202,11 @@ BAD = [
     ("medmcqa", {**MEDMCQA, "opd": None}, "no options to choose from"),
     ("humaneval", {**HUMAN_EVAL, "test": None}, "no 'test'"),
     ("mbpp", {**MBPP, "test_list": []}, "no 'test_list'"),
-    ("nemotron", {**NEMOTRON, "messages": [{"role": "assistant", "content": "x"}]}, "not a non-empty list"),
+    (
+        "nemotron",
+        {**NEMOTRON, "messages": [{"role": "assistant", "content": "x"}]},
+        "neither text nor a non-empty list",
+    ),
     ("nemotron", {"uuid": "1"}, "no list of messages"),
     ("deepmath", ["no", "mapping"], "not a JSON object"),
 ]
