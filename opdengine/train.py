@@ -85,14 +85,10 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     if not config.environment.name:
         prompts = fit_prompts(config, tokenizer, prompts, held_out)
     _warn_of_repeats(config.prompts_per_step * ranks.world_size, len(prompts.prompts))
-    stream: PromptStream | ScheduledStream = PromptStream(prompts, config.seed)
-    if recipe.schedule is not None:
-        stream = ScheduledStream(prompts, config.seed, recipe.schedule)
     if recipe.inspector is not None:
         recipe.inspector.watch(prompts.prompts)
     saved = folder.state
-    if saved:
-        stream.load_state_dict(saved["stream"])
+    stream = _open_stream(config, recipe, prompts, saved)
     _seed_everything(config.seed)
     ranks.settle()  # everything that can be refused has been, on every rank
     engine = build_engine(config, recipe, tokenizer, folder.checkpoint, ranks)
@@ -176,6 +172,18 @@ def _check_needs(config: TrainConfig) -> None:
         require_vllm("set use_vllm to false to sample without it")
     for path in [config.model, *(t.model for t in config.teachers if t.base_url is None)]:
         check_model_path(path)
+
+
+def _open_stream(
+    config: TrainConfig, recipe: Recipe, prompts: PromptSet, saved: Mapping[str, Any]
+) -> PromptStream | ScheduledStream:
+    """The order of the prompts, from where the saved run stopped."""
+    stream: PromptStream | ScheduledStream = PromptStream(prompts, config.seed)
+    if recipe.schedule is not None:
+        stream = ScheduledStream(prompts, config.seed, recipe.schedule)
+    if saved:
+        stream.load_state_dict(saved["stream"])
+    return stream
 
 
 def _restore(engine: Engine, checkpoint: Path, saved: Mapping[str, Any]) -> None:
