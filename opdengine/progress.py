@@ -60,7 +60,9 @@ class Progress:
         """
         if self._bar is not None:
             self._bar.update(self._task, completed=step, metrics=_shown(latest))
-        elif self.enabled and (step % self.every == 0 or step == self.total or SHOWN[1] in line):
+        elif self.enabled and (
+            step % self.every == 0 or step == self.total or any(k.startswith("eval/") for k in line)
+        ):
             logger.info("%s step %d/%d  %s", self.title, step, self.total, _shown(line))
 
     def __exit__(self, *exception: object) -> None:
@@ -69,4 +71,6 @@ class Progress:
 
 
 def _shown(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{k.split('/')[-1]} {metrics[k]:.4g}" for k in SHOWN if k in metrics)
+    named = {key.split("/")[-1]: key for key in SHOWN if key in metrics}
+    named |= {key.removeprefix("eval/"): key for key in metrics if key.startswith("eval/") and key.endswith("/success")}
+    return "  ".join(f"{name} {metrics[key]:.4g}" for name, key in named.items())

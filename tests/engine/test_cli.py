@@ -16,6 +16,7 @@ from opdengine.cli import main
 from opdengine.config import TeacherConfig, TrainConfig
 from opdengine.describe import annotated, common, meanings
 from opdengine.environments import ENVIRONMENTS, load_environment
+from opdengine.progress import Progress
 from opdengine.settings import ELSEWHERE, from_mapping
 from opdengine.train import train
 
@@ -99,6 +100,15 @@ def test_log_lines_show_an_evaluation_at_its_own_step_only(
     lines = [r.getMessage() for r in caplog.records if "step " in r.getMessage() and "/6 " in r.getMessage()]
     shown = {line.split()[2]: "accuracy" in line for line in lines}
     assert shown == {"0/6": True, "3/6": False, "4/6": True, "6/6": True} and "loss" not in lines[0]
+
+
+def test_log_lines_show_the_success_of_every_split(
+    models: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(models, "", tmp_path, environment={"name": "house"}, max_steps=2)
+    with caplog.at_level("INFO"), Progress(config, 0) as bar:
+        bar.advance(1, {"loss": 2.0, "eval/seen/success": 0.5, "eval/unseen/success": 0.25, "eval/seen/score": 1.0}, {})
+    assert caplog.messages == ["mt_opd step 1/2  loss 2  seen/success 0.5  unseen/success 0.25"]
 
 
 def test_bars_of_transformers_stay_out_of_the_output(
