@@ -28,6 +28,7 @@ import numpy as np
 from opdengine.config import TrainConfig
 from opdengine.data import DataError, drop_long, load_prompts
 from opdengine.errors import ConfigError
+from opdengine.run_folder import require_writable
 from opdengine.types import Prompt, Request, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class BalanceSettings:
         for name, ok, remedy in checks:
             if not ok:
                 raise ConfigError(f"--{name} {getattr(self, name)} is not possible; {remedy}")
+        require_writable("--output", str(self.output.parent))
 
     def beside(self, ending: str) -> Path:
         """A file next to the output."""

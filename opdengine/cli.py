@@ -68,6 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         sys.stderr.write(f"opdengine{rank}: {error}\n")
         return 2
+    except OSError as error:
+        if error.filename is None:  # not about a file that the user has named
+            raise
+        sys.stderr.write(f"opdengine: {str(error.filename)!r}: {error.strerror}\n")
+        return 2
     except Interrupted as interruption:
         return 128 + interruption.number
     except KeyboardInterrupt:

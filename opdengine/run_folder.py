@@ -69,13 +69,7 @@ class RunFolder:
         self.config = config
         self.checkpoint: Path | None = None
         self._held: IO[str] | None = None
-        there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
-        if not there.is_dir():
-            raise ConfigError(
-                f"output_dir={config.output_dir!r} is not possible: {str(there)!r} is a file; name a folder"
-            )
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise ConfigError(f"output_dir={config.output_dir!r} is not possible: {str(there)!r} cannot be written to")
+        require_writable("output_dir", config.output_dir)
         if (self.path / LOCK).exists():
             self._lock(fcntl.LOCK_SH).close()  # refuse what another process is writing before anything is loaded
         occupied = any((self.path / name).exists() for name in OWN)
@@ -175,6 +169,16 @@ class RunFolder:
     def state(self) -> dict[str, Any]:
         """What the checkpoint to resume from holds; empty for a new run."""
         return {} if self.checkpoint is None else read_state(self.checkpoint)
+
+
+def require_writable(name: str, folder: str) -> None:
+    """Raise ConfigError unless a folder can be made, or written to, where a setting wants it."""
+    path = Path(folder)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{name}={folder!r} is not possible: {str(there)!r} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{name}={folder!r} is not possible: {str(there)!r} cannot be written to")
 
 
 class InputFiles:

@@ -30,7 +30,7 @@ from opdengine.metrics import MetricsWriter, NoWriter, require_trackers, write_j
 from opdengine.progress import Progress
 from opdengine.recipe import Recipe
 from opdengine.rollout.vllm import require_vllm
-from opdengine.run_folder import InputFiles, RunFolder
+from opdengine.run_folder import InputFiles, RunFolder, require_writable
 from opdengine.types import Prompt
 from opdengine.verifiers.grader import Grader
 
@@ -168,6 +168,8 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
 def _check_needs(config: TrainConfig) -> None:
     """Packages and model folders that the run needs are here."""
     require_trackers(config.report_to)
+    if config.debate.cache_dir is not None:
+        require_writable("debate.cache_dir", config.debate.cache_dir)
     if config.use_vllm and config.vllm_mode == "colocate":
         require_vllm("set use_vllm to false to sample without it")
     for path in [config.model, *(t.model for t in config.teachers if t.base_url is None)]:

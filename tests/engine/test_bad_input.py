@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import logging
@@ -327,6 +328,27 @@ def test_bad_rows_are_listed_with_their_numbers(tmp_path: Path) -> None:
     kept = load_prompts([data], skip_bad_rows=True)
     assert [p.id for p in kept.prompts] == ["fine"]
     assert sum(kept.dropped.values()) == 13
+
+
+def test_places_that_cannot_be_written_are_named(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    config = make_config(models, prompt_file, tmp_path, debate={"cache_dir": f"{prompt_file}/cache"})
+    with pytest.raises(ConfigError, match=r"debate.cache_dir='.*/cache' is not possible: '.*train.jsonl' is a file"):
+        train(config, progress=False)
+    monkeypatch.undo()
+    arguments = ["--model", models["student"], "--train_data", prompt_file, "--output_dir", str(tmp_path / "o")]
+    output = f"{prompt_file}/balanced.jsonl"
+    assert main(["balance", *arguments, "--max_completion_length", "2", "--rollouts", "2", "--output", output]) == 2
+    assert f"--output='{prompt_file}' is not possible: '{prompt_file}' is a file" in capsys.readouterr().err
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "secret.yaml")
+
+    monkeypatch.setattr("opdengine.cli.load_config", refuse)
+    assert main(["train", "--config", "secret.yaml"]) == 2
+    assert capsys.readouterr().err == "opdengine: 'secret.yaml': Permission denied\n"
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
