@@ -11,7 +11,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,6 +48,10 @@ class Head:
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def to(self, dtype: torch.dtype) -> Head:
+        """The same head in another dtype; gradients reach its parameters."""
+        return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+
 
 def load_model(
     path: str,
@@ -57,10 +61,12 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     device: str | torch.device = "cpu",
+    bf16: bool = False,
 ) -> Any:
     """Load any causal LM that ``AutoModelForCausalLM`` knows, from a folder or a hub name.
 
-    A folder that holds a LoRA adapter stands for its base with the adapter merged in.
+    A folder that holds a LoRA adapter stands for its base with the adapter merged in. ``bf16``: its passes
+    will run under autocast to bfloat16, so that flash-attn can be used with float32 parameters.
 
     Raises:
         ValueError: the folder does not exist or holds no model in safetensors, or the attention
@@ -77,6 +83,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             revision=revision,
             device=device,
+            bf16=bf16,
         )
         return merge_adapter(plain, Path(path))
     logger.info("loading %s", path)
@@ -94,7 +101,17 @@ def load_model(
     except (OSError, ImportError) as error:
         remedy = "; only safetensors are read: save it with save_pretrained" if "safetensors" in str(error) else ""
         raise ValueError(f"the model {path!r} cannot be loaded: {error}{remedy}") from error
+    if not bf16:
+        avoid_flash(model)
     return model.to(device)
+
+
+def avoid_flash(model: Any) -> None:
+    """Use SDPA where flash-attn, which computes in half precision only, would refuse float32."""
+    implementation = getattr(model.config, "_attn_implementation", None) or ""
+    if "flash" in implementation and model.dtype == torch.float32:
+        logger.warning("%s: parameters are float32 and bf16 is off, so its attention is SDPA", model.name_or_path)
+        model.set_attn_implementation("sdpa")
 
 
 def choose_attention(wanted: str, device: str | torch.device) -> str:
@@ -106,8 +123,8 @@ def choose_attention(wanted: str, device: str | torch.device) -> str:
 
 
 def default_device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's GPU, by number (threads start on the first one), or the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def read_window(path: str, *, trust_remote_code: bool = False) -> int | None:
@@ -151,16 +168,23 @@ class Backbone:
         name: appears in errors.
         max_tokens: token budget of one forward pass without gradient.
         sharded: splits the model's parameters over ranks; its passes are then collective.
+        bf16: passes run under autocast to bfloat16, and hidden states are bfloat16.
 
     Raises:
         ValueError: the head cannot be reproduced from weight, bias, scale and soft cap.
     """
 
     def __init__(
-        self, model: Any, name: str = "model", max_tokens: int = 16384, sharded: Sharded | None = None
+        self,
+        model: Any,
+        name: str = "model",
+        max_tokens: int = 16384,
+        sharded: Sharded | None = None,
+        bf16: bool = False,
     ) -> None:
         self.model = model
         self.sharded = sharded
+        self.bf16 = bf16
         self._whole = False
         self.name = name
         self.max_tokens = max_tokens
@@ -245,14 +269,21 @@ class Backbone:
             return 0.0 * hidden.float().sum()
         return 0.0 * self.head.logits(hidden.to(self.head.weight.dtype)).float().sum()
 
+    def autocast(self) -> torch.autocast:
+        """Around the model's own code: bfloat16 where asked."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
     def forward(self, batch: Packed) -> torch.Tensor:
         """Final hidden states [B * L, d] of a packed batch, after the last norm."""
-        output = self.trunk(
-            input_ids=batch.input_ids.to(self.device),
-            position_ids=batch.position_ids.to(self.device),
-            use_cache=False,
-        )
-        return output.last_hidden_state.flatten(0, 1)
+        with self.autocast():
+            output = self.trunk(
+                input_ids=batch.input_ids.to(self.device),
+                position_ids=batch.position_ids.to(self.device),
+                use_cache=False,
+            )
+        # With float32 parameters the last norm gives float32 under autocast, too; the head would follow.
+        states = output.last_hidden_state.flatten(0, 1)
+        return states.to(torch.bfloat16) if self.bf16 else states
 
     def hidden(self, batch: Packed, target_positions: Sequence[np.ndarray]) -> torch.Tensor:
         """Hidden states [T, d] that predict the targets of the batch's members, in their order."""
@@ -286,14 +317,15 @@ class Backbone:
         training = self.model.training
         self.model.eval()
         ids = torch.from_numpy(self._probe_sequences()[1])[None].to(self.device)
-        with self._head_in_place():
-            theirs = self.model(input_ids=ids, use_cache=False).logits[0].float()
-        hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
-        ours = self.head.logits(hidden).float()
+        with self.autocast():
+            with self._head_in_place():
+                theirs = self.model(input_ids=ids, use_cache=False).logits[0].float()
+            hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
+            ours = self.head.logits(hidden).float()
         self.model.train(training)
         scale = theirs.abs().max().clamp(min=1e-6)
         error = ((ours - theirs).abs().max() / scale).item()
-        limit = 1e-4 if hidden.dtype == torch.float32 else 3e-2
+        limit = 1e-4 if hidden.dtype == torch.float32 and not self.bf16 else 3e-2
         if not error <= limit:
             raise ValueError(
                 f"{self.name}: {type(self.model).__name__} computes its logits in a way that is not "
@@ -317,8 +349,14 @@ class Backbone:
 
     @torch.no_grad()
     def _choose_layout(self) -> str:
-        """Packed input if the model treats it exactly like separate sequences, else padded."""
+        """Packed input if the model treats it exactly like separate sequences, else padded.
+
+        SDPA on a GPU takes padded input: its fast kernels take no mask, and the others keep one of [L, L] per layer
+        and row for the backward pass.
+        """
         implementation = getattr(self.model.config, "_attn_implementation", "")
+        if implementation == "sdpa" and self.device.type == "cuda":
+            return "padded"
         layout = "one_row" if "flash" in implementation else "rows"
         training = self.model.training
         self.model.eval()
@@ -339,7 +377,7 @@ class Backbone:
         finally:
             self.model.train(training)
         error = ((together - apart).abs().max() / apart.abs().max().clamp(min=1e-6)).item()
-        limit = 1e-4 if self.trunk.dtype == torch.float32 else 5e-2
+        limit = 1e-4 if self.trunk.dtype == torch.float32 and not self.bf16 else 5e-2
         if error <= limit:
             return layout
         logger.warning(

@@ -61,11 +61,17 @@ def build_engine(
     for teacher, its_tokenizer in zip(config.teachers, tokenizers, strict=True):
         require_same_tokenizer(tokenizer, its_tokenizer, teacher.name)
     served = serve_teachers(config, tokenizers, judges=recipe.demonstrations is None)
-    model = load_student(config, device, checkpoint, on_host=ranks.world_size > 1)
     many = ranks.world_size > 1
     split_head = many and config.vocab_parallel_head
-    sharded = Sharded(model, ranks, device, config.bf16, "rows" if split_head else "gathered") if many else None
-    student = Backbone(model, "student", config.max_tokens_per_batch, sharded)
+    mesh = ranks.mesh(device) if many else None
+
+    def load() -> tuple[Any, Sharded | None]:
+        model = load_student(config, device, checkpoint, on_host=many)
+        head = "rows" if split_head else "gathered"
+        return model, Sharded(model, ranks, device, config.bf16, head, mesh) if many else None
+
+    model, sharded = ranks.in_turn(load)
+    student = Backbone(model, "student", config.max_tokens_per_batch, sharded, config.bf16)
     session = Session(ranks) if many and any(t.shard for t in config.teachers) else None
     teachers = [
         served[teacher.name]
@@ -164,6 +170,7 @@ def load_student(
         attn_implementation=choose_attention(config.attn_implementation, device),
         trust_remote_code=config.trust_remote_code,
         device="cpu" if on_host else device,
+        bf16=config.bf16,
     )
     if model.dtype == torch.float16:  # its configuration did not say so
         raise ConfigError(f"dtype={config.dtype!r} {NO_FLOAT16}")
@@ -189,7 +196,7 @@ def build_grader(config: TrainConfig) -> Grader:
 
 
 def build_optimizer(config: TrainConfig, model: Any) -> torch.optim.AdamW:
-    """AdamW; norms and biases are not decayed."""
+    """AdamW; norms and biases are not decayed. On a GPU it is fused: else a step needs as much memory again."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     plain = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     return torch.optim.AdamW(
@@ -200,6 +207,7 @@ def build_optimizer(config: TrainConfig, model: Any) -> torch.optim.AdamW:
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
+        fused=any(p.is_cuda for p in decayed) or None,
     )
 
 
@@ -265,18 +273,33 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
         )
     from opdengine.rollout.transformers import TransformersSampler
 
+    sampled = base_of(model)
     if ranks.world_size > 1:
-        copy = load_model(
-            config.model,
-            dtype=student_dtype(config),
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-            device=default_device(),
-        )
-        return TransformersSampler(
-            copy.requires_grad_(False), tokenizer, max_batch_tokens=4 * config.max_tokens_per_batch
-        )
-    return TransformersSampler(base_of(model), tokenizer, max_batch_tokens=4 * config.max_tokens_per_batch)
+        sampled = ranks.in_turn(lambda: load_copy(config))
+    return TransformersSampler(sampled, tokenizer, 4 * config.max_tokens_per_batch, config.bf16)
+
+
+def load_copy(config: TrainConfig) -> Any:
+    """The student for sampling alone, where the trained one is split."""
+    model = load_model(
+        config.model,
+        dtype=student_dtype(config),
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        device=default_device(),
+        bf16=config.bf16,
+    ).requires_grad_(False)
+    if config.bf16:
+        halve_products(model)
+    return model
+
+
+def halve_products(model: Any) -> None:
+    """Keep weights of linear layers in bfloat16, as autocast casts them in every pass: the results stay the same."""
+    embedding = model.get_input_embeddings().weight
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear) and layer.weight is not embedding:
+            layer.to(torch.bfloat16)
 
 
 def _gpus(ranks: Ranks, size: int) -> str | None:

@@ -153,6 +153,8 @@ def restore_optimizer(
         CheckpointError: the parameters are not those of the checkpoint.
     """
     parameters = _trained(model)
+    # A fused optimiser counts its steps on the device, any other on the host.
+    counts = {p: p.device if group["fused"] else "cpu" for group in optimizer.param_groups for p in group["params"]}
     with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
         for key in file.keys():  # noqa: SIM118
             name, _, moment = key.rpartition(".")
@@ -163,7 +165,9 @@ def restore_optimizer(
                     f"{checkpoint}: optimiser state {key} of shape {tuple(value.shape)} fits no "
                     "parameter of this model; resume with the same model and settings"
                 )
-            optimizer.state[parameter][moment] = value if moment == "step" else split_like(value, parameter)
+            optimizer.state[parameter][moment] = (
+                value.to(counts[parameter]) if moment == "step" else split_like(value, parameter)
+            )
     prefix = f"{(ranks or Ranks()).rank}."
     randoms = load_file(checkpoint / "rng.safetensors")
     own = {key.removeprefix(prefix): value for key, value in randoms.items() if key.startswith(prefix)}

@@ -222,8 +222,9 @@ def _load_student(config: TrainConfig) -> tuple[TransformersSampler, Any]:
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
         device=default_device(),
+        bf16=config.bf16,
     )
-    return TransformersSampler(model, tokenizer, max_batch_tokens=4 * config.max_tokens_per_batch), tokenizer
+    return TransformersSampler(model, tokenizer, 4 * config.max_tokens_per_batch, config.bf16), tokenizer
 
 
 def _balance(config: TrainConfig, options: argparse.Namespace) -> int:

@@ -97,8 +97,7 @@ def rollout_gradients(engine: Engine, items: Sequence[Item], dimensions: int, se
 
     def loss_of(item: Item) -> torch.Tensor:
         (batch,) = pack([item.rollout.token_ids], max_tokens=engine.config.max_tokens_per_batch, layout="padded")
-        with engine.autocast():
-            hidden = student.hidden(batch, [item.rollout.target_positions])
+        hidden = student.hidden(batch, [item.rollout.target_positions])
         return objective(hidden, gathered or student.head, [item])
 
     def idle() -> torch.Tensor:

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from opdengine.errors import ConfigError
+
 T = TypeVar("T")
 
 
@@ -46,7 +48,7 @@ class Ranks:
         rank: of this process.
         world_size: number of processes.
         local_rank: of this process on its machine.
-        local_world_size: number of processes on this machine.
+        local_world_size: number of processes on its machine.
     """
 
     rank: int = 0
@@ -116,6 +118,24 @@ class Ranks:
         else:
             self.settle()
 
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Call what needs much of the host's memory for a while: on each machine one rank after the other.
+
+        It must not wait for other ranks; it fails on every rank or on none.
+        """
+        results: list[T] = []
+        for turn in range(self.max(self.local_world_size)):
+            with self.agree():
+                if turn == self.local_rank:
+                    results.append(work())
+        return results[0]
+
+    def mesh(self, device: torch.device) -> Any:
+        """All ranks in a row, for what is split over them."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(device.type, (self.world_size,))
+
     async def agreed(self, work: Awaitable[T]) -> T:
         """Like :meth:`agree`; while this rank waits for the others, its event loop goes on."""
         try:
@@ -145,12 +165,19 @@ def start(timeout: float = 7200.0) -> Iterator[Ranks]:
         yield Ranks()
         return
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     backend = "gloo"
     if torch.cuda.is_available():
+        if local_world_size > torch.cuda.device_count():
+            raise ConfigError(
+                f"{local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs "
+                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r}) are not possible; start torchrun "
+                "with as many as there are GPUs"
+            )
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
     torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    yield Ranks(rank, world_size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    yield Ranks(rank, world_size, local_rank, local_world_size)
     # After an error the others may be waiting for this rank: it just ends.
     torch.distributed.destroy_process_group()
 
@@ -169,12 +196,18 @@ class Sharded(nn.Module):
         bf16: gather parameters in bfloat16; gradients are reduced in float32 always.
         head: "gathered" as above; "whole" on every rank, for a frozen model (a tied input embedding with
             it); "rows": every rank keeps its part of the vocabulary, which is never gathered for the loss.
+        mesh: of the ranks; with it no rank waits for another here.
     """
 
     def __init__(
-        self, model: Any, ranks: Ranks, device: torch.device, bf16: bool = False, head: str = "gathered"
+        self,
+        model: Any,
+        ranks: Ranks,
+        device: torch.device,
+        bf16: bool = False,
+        head: str = "gathered",
+        mesh: Any = None,
     ) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         super().__init__()
@@ -182,7 +215,7 @@ class Sharded(nn.Module):
         self.ranks = ranks
         self.head = head
         self.dtype = torch.bfloat16 if bf16 else None
-        mesh = init_device_mesh(device.type, (ranks.world_size,))
+        mesh = mesh or ranks.mesh(device)
         policy = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
         for block in transformer_blocks(model):
             fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -198,8 +231,7 @@ class Sharded(nn.Module):
         fully_shard(self, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=kept)
         for module in self.modules():
             if isinstance(module, FSDPModule):
-                if device.type == "cpu":
-                    module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale
+                module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale
                 module.set_gradient_divide_factor(1.0)
 
     def forward(self, function: Callable[[], T]) -> T:

@@ -264,8 +264,7 @@ class Engine:
         heads = {t.name: t.head for t in self.teachers if t.head is not None}
         self.student.model.eval()
         measurer = Measurer(self.student, heads, self.vocab_size, c.loss_impl, c.workspace_bytes)
-        with self.autocast():
-            return self.student.within(lambda: measurer(judged, recipe.measures, recipe.top1_temperature))
+        return self.student.within(lambda: measurer(judged, recipe.measures, recipe.top1_temperature))
 
     def weigh(
         self, judged: Sequence[Judged], stats: Sequence[Stats], dropped: Counter[str], number: int = 0
@@ -305,7 +304,7 @@ class Engine:
         loss_of = self._loss(tally)
         self.student.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        micro = backward(self.student, items, loss_of, self.config.max_tokens_per_batch, self.autocast)
+        micro = backward(self.student, items, loss_of, self.config.max_tokens_per_batch)
         loss = self.ranks.sum(sum(part.loss for part in micro))
         tally.join(self.ranks)
         norm = gradient_norm(self.student.model)
@@ -357,10 +356,6 @@ class Engine:
             workspace_bytes=c.workspace_bytes,
         )
 
-    def autocast(self) -> Any:
-        """bfloat16 autocast where asked."""
-        return torch.autocast(self.student.device.type, dtype=torch.bfloat16, enabled=self.config.bf16)
-
     async def beside(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call what blocks: in a thread when batches overlap, so that the next ones go on."""
         if not self.config.max_staleness:
@@ -410,10 +405,9 @@ class Engine:
             return known
         self.student.model.eval()
         rollouts = [item.rollout for item in items]
-        with self.autocast():
-            differences = self.student.within(
-                lambda: processed_differences(self.student, rollouts, params, self.vocab_size)
-            )
+        differences = self.student.within(
+            lambda: processed_differences(self.student, rollouts, params, self.vocab_size)
+        )
         self.student.model.train()
         return np.concatenate(self.ranks.gather(differences))
 
@@ -421,6 +415,7 @@ class Engine:
         clip_gradients(self.student.model, self.config.max_grad_norm, norm)
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # nothing of them is held while the next batch is sampled and scored
         self.scheduler.step()
         self.version += 1
         return {

@@ -171,6 +171,7 @@ class Objective:
             tally: collects statistics when given.
         """
         loss = hidden.new_zeros((), dtype=torch.float32)
+        head = head.to(hidden.dtype)
         starts = np.cumsum([0] + [len(item.rollout.targets) for item in items])
         for (divergence, teachers), members in self._groups(items).items():
             rows = torch.from_numpy(np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])).to(
@@ -243,7 +244,7 @@ class Objective:
             )
         output = linear_divergence(
             hidden,
-            head.weight.to(hidden.dtype),
+            head.weight,
             teachers,
             divergence=divergence,
             **self._shape(divergence),
@@ -252,7 +253,7 @@ class Objective:
             token_weight=_tensor([item.kl_weight for item in items], device),
             labels=_labels(items, device),
             temperature=self.temperature,
-            student_bias=None if head.bias is None else head.bias.to(hidden.dtype),
+            student_bias=head.bias,
             student_logit_scale=head.logit_scale,
             student_softcap=head.softcap,
             stats=tally is not None,
@@ -287,14 +288,14 @@ class Objective:
             ids, logprobs = (x.to(device) for x in _lists([item.targets[k] for item in items]))
             output = topk_divergence(
                 hidden,
-                head.weight.to(hidden.dtype),
+                head.weight,
                 ids,
                 logprobs,
                 divergence=divergence,
                 **self._shape(divergence),
                 token_weight=_tensor([item.kl_weight * item.mix[:, k] for item in items], device),
                 temperature=self.temperature,
-                student_bias=None if head.bias is None else head.bias.to(hidden.dtype),
+                student_bias=head.bias,
                 student_logit_scale=head.logit_scale,
                 student_softcap=head.softcap,
                 impl="auto" if self.impl == "triton" else self.impl,  # there is no Triton form
@@ -327,9 +328,9 @@ class Objective:
     def _logprob(self, hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> LogprobOutput:
         return linear_logprob(
             hidden,
-            head.weight.to(hidden.dtype),
+            head.weight,
             labels,
-            bias=None if head.bias is None else head.bias.to(hidden.dtype),
+            bias=head.bias,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
             impl=self.impl,

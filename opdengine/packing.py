@@ -2,7 +2,8 @@
 
 With variable-length attention (flash-attn) a micro-batch is one row without padding. With a
 block-diagonal mask (SDPA, flex, eager) attention costs the square of the row, so sequences fill
-rows of about the longest sequence instead (first-fit decreasing).
+rows of about the longest sequence instead (first-fit decreasing). Rows of one sequence each, padded on the right, need
+no mask at all.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def pack(sequences: Sequence[np.ndarray], *, max_tokens: int, layout: str = "row
         sequences: int64 [L_i] token ids each.
         max_tokens: token budget of a micro-batch.
         layout: "one_row" (variable-length attention), "rows" (block-diagonal mask), "padded" (one
-            sequence per row, for models that cannot take packed input).
+            sequence per row and no mask).
 
     Raises:
         ValueError: a sequence is empty or the layout is unknown.
@@ -103,11 +104,11 @@ def pack(sequences: Sequence[np.ndarray], *, max_tokens: int, layout: str = "row
             rows = _fill_rows(lengths, group, max(lengths[i] for i in group))
         else:
             rows = [[i] for i in group]
-        batches.append(_layout(sequences, rows))
+        batches.append(_layout(sequences, rows, alone=layout == "padded"))
     return batches
 
 
-def _layout(sequences: Sequence[np.ndarray], rows: Sequence[Sequence[int]]) -> Packed:
+def _layout(sequences: Sequence[np.ndarray], rows: Sequence[Sequence[int]], alone: bool) -> Packed:
     width = max(sum(len(sequences[i]) for i in row) for row in rows)
     input_ids = np.zeros((len(rows), width), dtype=np.int64)
     position_ids = np.zeros((len(rows), width), dtype=np.int64)
@@ -122,8 +123,9 @@ def _layout(sequences: Sequence[np.ndarray], rows: Sequence[Sequence[int]]) -> P
             members.append(i)
             offsets.append(r * width + start)
             start = end
-        # What is left of the row is a sequence of its own: it sees and changes nothing else.
-        position_ids[r, start:] = np.arange(width - start)
+        # What is left of the row changes nothing else: it is a sequence of its own, or, where every row has one
+        # sequence, its continuation, which that never sees; then there is no mask to build.
+        position_ids[r, start:] = np.arange(start, width) if alone else np.arange(width - start)
     return Packed(
         members=tuple(members),
         input_ids=torch.from_numpy(input_ids),

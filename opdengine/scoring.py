@@ -134,7 +134,8 @@ class Measurer:
             rollouts = [judged[i].rollout for i in shown]
             states = self.student.score([r.token_ids for r in rollouts], [r.target_positions for r in rollouts])
             parts = [(judged[i], rows) for i, rows in zip(shown, states, strict=True)]
-            for i, own in zip(shown, self._read(parts, self.student.head), strict=True):
+            head = self.student.head.to(states[0].dtype) if states else self.student.head
+            for i, own in zip(shown, self._read(parts, head), strict=True):
                 values[i]["student_logprob"] = own["teacher_logprob"]
         wanted = [measure for measure in measures if measure != "student_logprob"]
         columns = self._teachers(judged, wanted, top1_temperature) if wanted else {}

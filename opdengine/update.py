@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +32,6 @@ def backward(
     items: Sequence[Item],
     loss_of: LossOf,
     max_tokens: int,
-    autocast: Callable[[], AbstractContextManager[Any]],
 ) -> list[Micro]:
     """Add the gradients of all items to the student's parameters.
 
@@ -42,19 +40,15 @@ def backward(
         items: of this rank; ranks that have fewer micro-batches than others take part in theirs.
         loss_of: their part of the loss; ranks without a micro-batch call it with no items.
         max_tokens: budget of a micro-batch.
-        autocast: around every forward pass.
     """
     strands = fold(items)
     done = []
 
     def run(batch: Packed, members: Sequence[Item]) -> torch.Tensor:
-        with autocast():
-            hidden = student.hidden(batch, [strands[i].target_positions for i in batch.members])
-        return loss_of(hidden, members)
+        return loss_of(student.hidden(batch, [strands[i].target_positions for i in batch.members]), members)
 
     def idle() -> torch.Tensor:
-        with autocast():
-            hidden = student.idle()
+        hidden = student.idle()
         return student.nothing(hidden) + loss_of(hidden[:0], [])
 
     sequences = [strand.token_ids for strand in strands]

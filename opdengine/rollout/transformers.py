@@ -29,16 +29,22 @@ class TransformersSampler:
         model: a causal LM.
         tokenizer: its tokenizer (for stop strings and text).
         max_batch_tokens: bound on sequences * (prompt + new tokens) held at a time.
+        bf16: passes run under autocast to bfloat16, as the trainer's do.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, max_batch_tokens: int = 32768) -> None:
+    def __init__(self, model: Any, tokenizer: Any, max_batch_tokens: int = 32768, bf16: bool = False) -> None:
         self.model = model
+        self.bf16 = bf16
         self.tokenizer = tokenizer
         self.max_batch_tokens = max_batch_tokens
         self.policy_version = 0
         self.stop_ids = stop_token_ids(tokenizer, model)
         self.vocabulary = vocabulary_size(tokenizer)
         self.window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
         """See :class:`opdengine.rollout.Sampler`."""
@@ -49,7 +55,8 @@ class TransformersSampler:
         self.model.eval()
         try:
             for group in self._groups(requests, params):
-                completions = self._generate_batch([requests[i] for i in group], params)
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                    completions = self._generate_batch([requests[i] for i in group], params)
                 for place, i in enumerate(group):
                     results[i] = completions[place * params.n : (place + 1) * params.n]
         finally:
@@ -92,7 +99,7 @@ class TransformersSampler:
 
     @torch.no_grad()
     def _generate_batch(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
-        device = self.model.get_input_embeddings().weight.device
+        device = self.device
         state = _State(requests, params, device, self.vocabulary)
         output = self.model(
             input_ids=state.prompt_ids,
@@ -147,15 +154,19 @@ class TransformersSampler:
         else:
             logits = truncate(logits / params.temperature, params)
             logprobs = logits.log_softmax(-1)
-            cumulative = logprobs.exp().cumsum(-1)
+            # On a GPU the order of the sum over a single row varies: in float64 it does not matter.
+            cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64 if logprobs.is_cuda else None)
             uniform = torch.from_numpy(state.uniforms()).to(cumulative)[:, None]
             tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
             # Rounding at the upper edge must not choose a token of probability zero.
             last = (logprobs > -torch.inf).float().cumsum(-1).argmax(-1, keepdim=True)
             tokens = torch.minimum(tokens, last)[:, 0]
-        chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
-        state.append(tokens, chosen)
-        return tokens.tolist()
+        chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+        # Both are exact in float64; a GPU is waited for once.
+        drawn, noted = torch.stack([tokens.double(), chosen.double()]).tolist()
+        ids = [int(token) for token in drawn]
+        state.append(tokens, ids, noted)
+        return ids
 
     def _finish(self, tokens: list[int], state: _State, params: SamplingParams) -> None:
         for row, token in zip(state.live, tokens, strict=True):
@@ -214,13 +225,14 @@ class _State:
         """One number in [0, 1) for each live row, from the row's own stream."""
         return np.array([self._streams[row].random() for row in self.live])
 
-    def append(self, tokens: torch.Tensor, logprobs: list[float]) -> None:
+    def append(self, tokens: torch.Tensor, ids: list[int], logprobs: list[float]) -> None:
+        """Note the next token of every live row, on the device and on the host."""
         self.last = tokens
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
         self.position = self.position + 1
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.live), 1)], dim=1)
-        for row, token, logprob in zip(self.live, tokens.tolist(), logprobs, strict=True):
+        for row, token, logprob in zip(self.live, ids, logprobs, strict=True):
             self.ids[row].append(token)
             self.logprobs[row].append(logprob)
 

@@ -74,13 +74,14 @@ class LocalTeacher:
             return Backbone(model, name=f"teacher {config.name!r}", max_tokens=max_tokens)
 
         self.backbone = split() if self._sharded is None else self._sharded.run(split)
+        self._device = self.backbone.device  # offloaded weights are elsewhere between calls
         self._scorer = PrefixScorer(self.backbone)
         self._generator = TransformersSampler(model, self.tokenizer, max_batch_tokens=4 * max_tokens)
         self._writer = writer
         self.fingerprint = model_fingerprint(config.model, model)
         if writer is not None:  # a server does not tell which weights it holds
             self.fingerprint += f" {writer.fingerprint}"
-        self._place = Offload(model, self.backbone.device) if config.offload else None
+        self._place = Offload(model, self._device) if config.offload else None
 
     @property
     def name(self) -> str:
@@ -124,7 +125,7 @@ class LocalTeacher:
 
         if self._session is not None and self._sharded is not None:
             return await self._session.call(self._sharded, work)
-        return await work_on(self.backbone.device, work)
+        return await work_on(self._device, work)
 
     def _resident(self) -> AbstractContextManager[None]:
         return nullcontext() if self._place is None else self._place.resident()

@@ -92,7 +92,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "adapter": {"prompts": 3, "config": {"lora": {"r": 4}}},
     # Parameters are gathered in bfloat16, where a single process computes under autocast.
-    "bfloat16": {"prompts": 4, "tolerance": 0.02, "config": {"bf16": True}},
+    # Greedy, since in bfloat16 the rounding of a first step changes what the second one draws.
+    "bfloat16": {"prompts": 4, "tolerance": 0.02, "config": {"bf16": True, "temperature": 0.0}},
     "frozen_head": {"prompts": 3, "student": "big", "config": {"freeze_head": True}},
 }
 

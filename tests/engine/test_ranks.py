@@ -13,7 +13,7 @@ from engine_helpers import make_config
 
 from opdengine.build import check_ranks
 from opdengine.config import ConfigError, TrainConfig
-from opdengine.distributed import PeerError, Ranks
+from opdengine.distributed import PeerError, Ranks, start
 from opdengine.metrics import Mean, mean, merge
 from opdengine.settings import from_mapping, to_mapping
 
@@ -103,3 +103,53 @@ def test_several_processes_may_share_an_engine(
     plain = to_mapping(make_config(models, prompt_file, tmp_path))
     config = from_mapping(TrainConfig, {**plain, "use_vllm": True, **changes})
     check_ranks(config, Ranks(1, 4, 1, 2))
+
+
+class Counting(Ranks):
+    """A rank of equal ones, which counts how often they met."""
+
+    def gather(self, value: Any) -> list[Any]:
+        self.__dict__["met"] = self.__dict__.get("met", 0) + 1
+        return [value] * self.world_size
+
+    @property
+    def met(self) -> int:
+        return int(self.__dict__.get("met", 0))
+
+
+class Reporting(Counting):
+    """The first of two ranks of a machine; the other one's turn fails."""
+
+    def gather(self, value: Any) -> list[Any]:
+        (mine, _), number = super().gather(value), self.met
+        return [mine, {1: 2, 2: None, 3: (OSError, "no room")}[number]]
+
+
+@pytest.mark.parametrize("local_rank", [0, 1, 2])
+def test_the_ranks_of_a_machine_take_turns(local_rank: int) -> None:
+    """Before a rank's turn all have met once for each rank before it, and after it once for each one that follows."""
+    ranks = Counting(local_rank, 3, local_rank, 3)
+    assert ranks.in_turn(lambda: ranks.met) == 1 + local_rank  # once to know how many turns there are
+    assert ranks.met == 1 + 3
+    assert Ranks().in_turn(lambda: "alone") == "alone"
+
+
+def test_what_fails_in_one_turn_ends_all_ranks() -> None:
+    ranks = Reporting(0, 2, 0, 2)
+    done: list[str] = []
+    with pytest.raises(PeerError, match="rank 1 failed"):
+        ranks.in_turn(lambda: done.append("mine"))
+    assert done == ["mine"]  # the second turn was the other rank's
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with (
+        pytest.raises(ConfigError, match=r"4 processes on a machine with 2 GPUs \(CUDA_VISIBLE_DEVICES='2,3'\)"),
+        start(),
+    ):
+        pass
