@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
+LEARNING_RATE = 1e-2
 
 
 def torchrun(world: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -22,3 +28,26 @@ def torchrun(world: int, *arguments: str, **environment: str) -> subprocess.Comp
         timeout=400,
         check=False,
     )
+
+
+def same_steps(one: Mapping[str, Any], many: Mapping[str, Any], tolerance: float) -> None:
+    """What ``step_worker.py`` found on one process and on several: gradients, weights after both steps, metrics.
+
+    Args:
+        tolerance: of gradients (times the largest entry) and metrics; weights have 10 of it, times the learning rate.
+    """
+    assert many["rollouts"] == one["rollouts"]
+    assert many["gradients"].keys() == one["gradients"].keys()
+    largest = max((g.abs().max() for g in one["gradients"].values()), default=torch.zeros(()))
+    for name, gradient in one["gradients"].items():
+        torch.testing.assert_close(
+            many["gradients"][name], gradient, rtol=tolerance, atol=tolerance * largest.item(), msg=name
+        )
+    assert many["weights"].keys() == one["weights"].keys()
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(many["weights"][name], weight, rtol=0, atol=10 * tolerance * LEARNING_RATE, msg=name)
+    for ours, theirs in zip(many["metrics"], one["metrics"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            if not name.startswith(("timing/", "perf/", "sampling/")):
+                assert ours[name] == pytest.approx(value, rel=tolerance, abs=1e-6), name
