@@ -67,7 +67,7 @@ def _processed(
     params: SamplingParams,
     vocab_size: int,
 ) -> np.ndarray:
-    logits = head.logits(hidden.to(head.weight.dtype))[:, :vocab_size].float()
+    logits = head.logits(hidden.to(head.weight.device, head.weight.dtype))[:, :vocab_size].float()
     sequence = torch.from_numpy(ids).to(logits.device)
     if params.repetition_penalty != 1.0:
         seen = torch.zeros(len(positions), vocab_size + 1, dtype=torch.bool, device=logits.device)

@@ -292,7 +292,10 @@ class Backbone:
 
     @torch.no_grad()
     def score(self, sequences: Sequence[np.ndarray], target_positions: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Hidden states [T_i, d] predicting the targets of every sequence, without gradient."""
+        """Hidden states [T_i, d] predicting the targets of every sequence, without gradient, on the host.
+
+        Those of a whole step would fill a GPU; the loss takes those of a micro-batch back.
+        """
         return self.within(lambda: self._score(sequences, target_positions))
 
     def _score(self, sequences: Sequence[np.ndarray], target_positions: Sequence[np.ndarray]) -> list[torch.Tensor]:
@@ -302,7 +305,7 @@ class Backbone:
                 self.idle()
                 continue
             positions = [target_positions[i] for i in batch.members]
-            hidden = self.hidden(batch, positions)
+            hidden = self.hidden(batch, positions).cpu()
             for i, rows in zip(batch.members, hidden.split([len(p) for p in positions]), strict=True):
                 result[i] = rows
         return [rows for rows in result if rows is not None]

@@ -232,10 +232,10 @@ class Objective:
         teachers = []
         for k, name in zip(exact, names, strict=True):
             their = self.heads[name]
-            states = torch.cat([_hidden(item.targets[k]) for item in items]).to(device)
+            states = [_hidden(item.targets[k]).to(device, their.weight.dtype) for item in items]
             teachers.append(
                 TeacherHead(
-                    hidden=states.to(their.weight.dtype),
+                    hidden=torch.cat(states),
                     weight=their.weight,
                     bias=their.bias,
                     logit_scale=their.logit_scale,

@@ -61,7 +61,7 @@ REMEDIES = {
     GATHERED: "vocab_parallel_head: true, or a GPU with more memory",
     TEACHERS: "shard: true or offload: true for the teachers, or a base_url for the larger ones",
     ACTIVATIONS: "gradient_checkpointing: true, or a smaller max_tokens_per_batch",
-    HIDDEN: "a smaller per_device_train_batch_size",
+    HIDDEN: "a smaller max_tokens_per_batch",
     LOSS: "a smaller workspace_bytes",
     SAMPLER: "vllm_enable_sleep_mode: true, or a smaller vllm_gpu_memory_utilization",
 }
@@ -187,6 +187,9 @@ def plan(config: TrainConfig, machine: Machine, lengths: Lengths | None = None) 
     phases["update"] = update_work(config, student, teachers, machine, rollouts * length, length, tokens)
     phases["sync"] = sync_work(student, machine)
     notes = []
+    if local:
+        waiting = 2.0 * tokens / machine.gpus * sum(shape.hidden for shape in teachers)
+        notes.append(f"teachers' hidden states of a step on the host: {waiting / GIB:.1f} GiB per GPU")
     if served := [t.name for t in config.teachers if t.base_url is not None]:
         notes.append(f"served elsewhere, not counted: {', '.join(served)}")
     if written := [t.name for t in local if t.writer_base_url is not None]:
@@ -251,7 +254,9 @@ def memory_of(
     budget = config.max_tokens_per_batch
     element = 2 if config.bf16 else 4
     if config.gradient_checkpointing:  # one state per layer, and one layer's insides
-        activations = element * budget * (student.layers * student.hidden + _insides(student))
+        # With float32 parameters autocast leaves the states between layers float32; FSDP gathers bfloat16 ones.
+        between = 4 if machine.gpus == 1 else element
+        activations = budget * (between * student.layers * student.hidden + element * _insides(student))
     else:
         activations = element * budget * student.layers * _insides(student)
     local = [t for t in config.teachers if t.base_url is None]
@@ -262,13 +267,13 @@ def memory_of(
     layer = student.parameters / (student.layers + 2)
     parts = machine.gpus if config.vocab_parallel_head else 1
     width = sum(t.hidden for t in teachers)
-    joined = 2.0 * (parts - 1) * budget * (student.hidden + width)
+    joined = 2.0 * (parts - 1) * budget * student.hidden
     return {
         STUDENT: 16 * student.parameters / machine.gpus,
         GATHERED: 2 * 2 * layer + 2 * student.head_parameters / parts if machine.gpus > 1 else 0.0,
         ACTIVATIONS: activations,
         TEACHERS: float(states),
-        HIDDEN: 2.0 * config.prompts_per_step * config.num_generations * length * width + joined,
+        HIDDEN: 2.0 * parts * budget * width + joined,  # of a micro-batch; the others wait on the host
         LOSS: float(config.workspace_bytes or GIB) + 4 * student.head_parameters / parts,
         SAMPLER: sampler,
     }

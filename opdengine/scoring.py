@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,8 @@ async def judge(
 
 
 def _finite(answer: TeacherTargets | Failure) -> bool:
-    return not isinstance(answer, Hidden) or bool(torch.isfinite(answer.states).all())
+    # A sum in float64 is finite exactly where all of these are, and needs no memory.
+    return not isinstance(answer, Hidden) or math.isfinite(answer.states.sum(dtype=torch.float64).item())
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,11 @@ class Measurer:
         self, parts: Sequence[tuple[Judged, torch.Tensor]], head: Head, temperature: float = 1.0
     ) -> list[dict[str, np.ndarray]]:
         """Log-prob of the target, entropy and largest probability [T] of every part, 0 where no turn has weight."""
+        return [read for piece in _pieces(parts) for read in self._read_piece(piece, head, temperature)]
+
+    def _read_piece(
+        self, parts: Sequence[tuple[Judged, torch.Tensor]], head: Head, temperature: float
+    ) -> list[dict[str, np.ndarray]]:
         masks = [_has_weight(item) for item, _ in parts]
         if not any(mask.any() for mask in masks):
             return [dict.fromkeys(READ, np.zeros(len(mask), dtype=np.float32)) for mask in masks]
@@ -203,6 +210,21 @@ class Measurer:
 
 
 READ = ("teacher_logprob", "teacher_entropy", "teacher_top1")
+MOST_ROWS = 32768
+"""Hidden states that are on the device at a time (those of one rollout always are)."""
+
+
+def _pieces(parts: Sequence[tuple[Judged, torch.Tensor]]) -> list[list[tuple[Judged, torch.Tensor]]]:
+    """Consecutive parts of at most :data:`MOST_ROWS` rows together."""
+    pieces: list[list[tuple[Judged, torch.Tensor]]] = []
+    rows = MOST_ROWS
+    for part in parts:
+        rows += len(part[1])
+        if rows > MOST_ROWS:
+            pieces.append([])
+            rows = len(part[1])
+        pieces[-1].append(part)
+    return pieces
 
 
 def _has_weight(item: Judged) -> np.ndarray:

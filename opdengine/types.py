@@ -190,8 +190,8 @@ class Hidden:
     """Exact judgement of a local teacher.
 
     Args:
-        states: [T, d] final hidden states that predict the targets, in the teacher's dtype; its head
-            turns them into the whole distribution.
+        states: [T, d] final hidden states that predict the targets, in the teacher's dtype, on the host;
+            its head turns them into the whole distribution.
     """
 
     states: torch.Tensor

@@ -31,7 +31,7 @@ class PrefixScorer:
 
     @torch.no_grad()
     def score(self, sequences: Sequence[np.ndarray], target_positions: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Hidden states [T_i, d] predicting the targets of every sequence, without gradient."""
+        """Hidden states [T_i, d] predicting the targets of every sequence, without gradient, on the host."""
         groups: dict[bytes, list[int]] = {}
         for i, (ids, positions) in enumerate(zip(sequences, target_positions, strict=True)):
             # The state that predicts the first target is not part of what is shared.
@@ -59,7 +59,9 @@ class PrefixScorer:
         start = torch.from_numpy(sequences[0][:prefix])[None].to(device)
         cache = trunk(input_ids=start, use_cache=True).past_key_values
         longest = max(len(s) for s in sequences)
-        size = max(4 * self.backbone.max_tokens // longest, 1)
+        # As many new tokens as in any pass, and four times as many with those in the cache.
+        budget = self.backbone.max_tokens
+        size = max(min(4 * budget // longest, budget // (longest - prefix)), 1)
         found = []
         for first in range(0, len(sequences), size):
             members = range(first, min(first + size, len(sequences)))
@@ -76,7 +78,7 @@ class PrefixScorer:
             ).last_hidden_state
             for row, i in enumerate(members):
                 places = torch.from_numpy(np.asarray(target_positions[i]) - 1 - prefix).to(device)
-                found.append(states[row].index_select(0, places))
+                found.append(states[row].index_select(0, places).cpu())
         return found
 
     def _prove(self) -> bool:

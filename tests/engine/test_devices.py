@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ import torch
 from engine_helpers import make_config, make_engine
 
 from opdengine import engine as engine_module
+from opdengine import scoring
 from opdengine.backbone import Backbone, default_device, load_model
 from opdengine.build import build_optimizer
 from opdengine.checkpoint import restore_optimizer, save_checkpoint
 from opdengine.config import TeacherConfig, TrainConfig
 from opdengine.data import load_prompts
+from opdengine.engine import Engine
 from opdengine.scoring import Judged
 from opdengine.teachers import local
-from opdengine.types import Hidden, TeacherContext
+from opdengine.teachers.prefix import PrefixScorer
+from opdengine.types import Hidden, Prompt, TeacherContext
 
 Models = dict[str, str]
 
@@ -137,3 +141,60 @@ def test_nothing_of_a_step_is_held_after_it(
     assert len(held) == 2 * 4 + 6  # two teachers, four rollouts of up to six tokens
     assert alive == []
     assert all(p.grad is None for p in engine.student.model.parameters())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_scored_states_are_brought_to_the_host(models: Models, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+    """Of every pass, whether contexts share a prefix or not: those of a whole step would fill a GPU."""
+    scorer = PrefixScorer(Backbone(load_model(models["student"])))
+    if shared:
+        monkeypatch.setattr("opdengine.teachers.prefix.LEAST_SAVED", 1)
+    ids, targets = [np.arange(1, 30), np.arange(1, 40)], [np.arange(20, 29), np.arange(20, 39)]
+    scorer.score(ids, targets)  # proves itself
+    brought = []
+
+    def cpu(tensor: torch.Tensor) -> torch.Tensor:
+        brought.append(tensor.clone())
+        return brought[-1]
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    found = scorer.score(ids, targets)
+    assert scorer._exact == (True if shared else None)
+    assert [len(states) for states in found] == [9, 19]
+    places = {tensor.untyped_storage().data_ptr() for tensor in brought}
+    assert {states.untyped_storage().data_ptr() for states in found} <= places
+
+
+@pytest.mark.parametrize("rows", [1, 10, 10**6])
+def test_measures_are_read_in_pieces(
+    models: Models, prompt_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    engine = make_engine(make_config(models, prompt_file, tmp_path, method="mt_opd"))
+    prompts = load_prompts([prompt_file]).prompts[:4]
+    judged = asyncio.run(judged_of(engine, prompts))
+    heads = {t.name: t.head for t in engine.teachers if t.head is not None}
+    measures = ("student_logprob", "teacher_logprob", "teacher_entropy")
+    expected = scoring.Measurer(engine.student, heads, engine.vocab_size)(judged, measures)
+    sizes = []
+    linear_logprob = scoring.linear_logprob
+
+    def noting(hidden: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes.append(len(hidden))
+        return linear_logprob(hidden, *arguments, **options)
+
+    monkeypatch.setattr(scoring, "linear_logprob", noting)
+    monkeypatch.setattr(scoring, "MOST_ROWS", rows)
+    found = scoring.Measurer(engine.student, heads, engine.vocab_size)(judged, measures)
+    lengths = [len(item.rollout.targets) for item in judged]
+    assert sum(sizes) == 3 * sum(lengths) and max(sizes) <= max(rows, *lengths)
+    assert len(sizes) == {1: 3 * len(lengths), 10**6: 3}.get(rows, len(sizes))
+    for one, other in zip(found, expected, strict=True):
+        for measure in measures:
+            np.testing.assert_allclose(getattr(one, measure), getattr(other, measure), rtol=1e-5, atol=1e-6)
+
+
+async def judged_of(engine: Engine, prompts: Sequence[Prompt]) -> Sequence[Judged]:
+    dropped = Counter[str]()
+    rollouts, _ = await engine.rollout(prompts, 0, dropped)
+    notes, _ = await engine.annotate(rollouts)
+    return await engine.judge(rollouts, notes, dropped)

@@ -140,6 +140,10 @@ def test_a_plan_of_split_teachers_and_of_a_split_head() -> None:
     assert written.phases["debate"].seconds < whole.phases["debate"].seconds and "written elsewhere" in str(written)
     rows = make({}, vocab_parallel_head=True)
     assert rows.memory["fused loss"] < whole.memory["fused loss"]
+    width = sum(QWEN3[name].hidden for name in ("Qwen3-32B", "Qwen3-8B"))
+    assert whole.memory["teachers' hidden states"] == 2 * 16384 * width  # of a micro-batch, whatever the batch
+    assert make({}, per_device_train_batch_size=64).memory == whole.memory
+    assert f"on the host: {8 * 2000 * 2 * width / 2**30:.1f} GiB per GPU" in str(whole)
     gathered = "student: gathered layers and head"
     saved = 2 * QWEN3["Qwen3-14B"].head_parameters * (1 - 1 / 8)
     assert whole.memory[gathered] - rows.memory[gathered] == pytest.approx(saved)

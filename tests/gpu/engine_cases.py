@@ -156,7 +156,7 @@ def offloaded_teachers_judge_the_same(bench: Bench) -> None:
 
     for _ in range(2):
         for one, other in zip(asyncio.run(judge(plain)), asyncio.run(judge(away)), strict=True):
-            assert other.states.device == bench.device
+            assert other.states.device.type == "cpu"  # until their micro-batch
             torch.testing.assert_close(other.states, one.states)
         for teacher in away.teachers:
             model = teacher.backbone.model  # type: ignore[attr-defined]

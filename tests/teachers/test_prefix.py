@@ -127,3 +127,22 @@ def test_a_local_teacher_uses_it(models: dict[str, str], monkeypatch: pytest.Mon
     for one, other in zip(found, teacher.backbone.score(sequences, positions), strict=True):
         torch.testing.assert_close(one.states, other, rtol=1e-4, atol=1e-4)
     assert asyncio.run(teacher.score([])) == []
+
+
+def test_no_pass_reads_more_new_tokens_than_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long continuations of a short prefix take several passes; the cache holds four times as many tokens."""
+    monkeypatch.setattr(prefix, "LEAST_SAVED", 20)
+    backbone = make_backbone("qwen3")
+    rng = np.random.default_rng(1)
+    start = rng.integers(3, 128, 16)
+    sequences = [np.concatenate([start, rng.integers(3, 128, 20)]) for _ in range(7)]
+    positions = [np.arange(16, 36)] * 7
+    expected = backbone.score(sequences, positions)
+    scorer = PrefixScorer(backbone)
+    scorer.score(sequences, positions)  # proves itself
+    read = []
+    backbone.trunk.get_input_embeddings().register_forward_pre_hook(lambda m, x: read.append(tuple(x[0].shape)))
+    found = scorer.score(sequences, positions)
+    assert read == [(1, 15), (3, 21), (3, 21), (1, 21)]  # 64 tokens at most
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
