@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -127,25 +127,17 @@ class FlashOnTheCPU:
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> FlashOnTheCPU:
     """Models whose configuration says flash_attention_2 attend by this."""
-    import inspect
-
     from transformers import modeling_flash_attention_utils as utils
 
     found = FlashOnTheCPU()
 
-    def only(names: Sequence[str]) -> Any:
-        def process(**kwargs: Any) -> dict[str, Any]:
-            given = {"causal": kwargs.get("is_causal"), "softmax_scale": kwargs.get("softmax_scale")}
-            return given | {n: kwargs[n] for n in names if kwargs.get(n) is not None}
+    def only(**kwargs: Any) -> dict[str, Any]:
+        return {"causal": kwargs.get("is_causal"), "softmax_scale": kwargs.get("softmax_scale")}
 
-        return process
-
-    nothing = (None,) * 3
-    if "flash_kvcache_fn" in inspect.getsource(utils._flash_attention_forward):
-        functions: Any = ((found.one, found.packed, *nothing), (only(()), only(())))
-    else:
-        functions = ((found.one, found.packed, None, None), only(()))
-    monkeypatch.setattr(utils, "lazy_import_flash_attention", lambda *a, **k: functions)
+    functions: Any = (found.one, found.packed, None, None, None)
+    paged = "process_paged_kwargs_fn" in inspect.getsource(utils._flash_attention_forward)  # newer transformers
+    process = (only, only) if paged else only
+    monkeypatch.setattr(utils, "lazy_import_flash_attention", lambda *a, **k: (functions, process))
     return found
 
 
