@@ -49,16 +49,17 @@ def test_the_loss_multiplies_in_the_dtype_of_the_run(
     method: str,
     bf16: bool,
 ) -> None:
-    teachers = [{"model": models["big"], "key": ["agentic"]}, {"model": models["small"], "key": ["code"]}]
+    name = "bfloat16" if bf16 else "float32"
+    teachers = [
+        {"model": models[model], "key": [key], "dtype": name} for model, key in (("big", "agentic"), ("small", "code"))
+    ]
     config = make_config(
         models, prompt_file, tmp_path, bf16=bf16, method=method, camopd={"domain": ["agentic"]}, teachers=teachers
     )
     engine = make_engine(config)
     loss_and_gradient(engine, make_items(engine, load_prompts([prompt_file]).prompts[:2]))
     assert isinstance(engine.sampler, TransformersSampler) and engine.sampler.bf16 == bf16
-    student = torch.bfloat16 if bf16 else torch.float32
-    judged = {(torch.float32, torch.float32)} if method == "camopd" else set()  # the teachers' own
-    assert set(dtypes) == {(student, student)} | judged
+    assert set(dtypes) == {(getattr(torch, name),) * 2}
     assert {p.dtype for p in engine.student.model.parameters()} == {torch.float32}
 
 
