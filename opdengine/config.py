@@ -114,7 +114,7 @@ class TrainConfig:
         environment: where the student acts over many turns.
         opad, sage, tcod, entropy_opd: settings of the methods "opad", "sage_opd", "tcod" and "entropy_opd".
         dtype: of the student's parameters; "auto" keeps the checkpoint's (float32 where that is float16).
-        bf16: autocast forward and backward to bfloat16 (parameters keep ``dtype``).
+        bf16: autocast forward and backward to bfloat16 (parameters keep ``dtype``), in the sampler, too.
         lora: train an adapter and leave the student's weights as they are; null trains them all.
         freeze_head: do not train the output embedding (where it is tied, the input embedding neither);
             the loss then computes no gradient of it. With ``lora`` it is always frozen.
