@@ -96,7 +96,7 @@ def summarise(rollouts: Sequence[Rollout], tally: Tally) -> dict[str, float]:
         metrics["gap/mean"] = float(gap.mean())
         metrics["gap/p95"] = float(np.quantile(np.abs(gap), 0.95))
     lengths = [len(r.targets) for r in rollouts]
-    clipped = [r.stop_reason == "length" for r in rollouts]
+    clipped = [r.is_clipped for r in rollouts]
     metrics["completions/mean_length"] = float(np.mean(lengths)) if lengths else 0.0
     metrics["completions/clipped_ratio"] = float(np.mean(clipped)) if clipped else 0.0
     return metrics

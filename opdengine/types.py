@@ -130,6 +130,11 @@ class Rollout:
         index = np.concatenate([np.full(len(t.token_ids), i) for i, t in enumerate(self.turns)])
         return index[self.target_positions]
 
+    @property
+    def is_clipped(self) -> bool:
+        """Whether a sampled turn ran into its length limit."""
+        return self.stop_reason == "length" or any(turn.info.get("stop_reason") == "length" for turn in self.turns)
+
     @cached_property
     def logprobs(self) -> np.ndarray | None:
         """float32 [T]: behaviour log-probs of the trained tokens; None if any is unknown."""

@@ -1,8 +1,8 @@
 """SAGE-OPD: selective turn intervention for agents (arXiv 2606.19659).
 
 Every turn of the student gets a weight s_t = i_t * c_t. The intervention i_t is 1 where the environment
-itself reports a failure (section 3.3), else what the teacher says of the turn: SKIP 0, WEAK alpha,
-STRONG 1 (equation 7). The confidence c_t is the mean over the turn's tokens of the teacher's largest
+itself reports a failure or the turn has no end (section 3.3), else what the teacher says of the turn: SKIP 0,
+WEAK alpha, STRONG 1 (equation 7). The confidence c_t is the mean over the turn's tokens of the teacher's largest
 probability (equations 8 to 10), read off the distributions that the loss uses anyway. Z = N / sum_t s_t
 |a_t| over the whole batch keeps the mean weight of a token at 1 (equations 11 and 12).
 
@@ -25,7 +25,7 @@ from opdengine.methods.opd import need_teachers
 from opdengine.recipe import Annotations, Annotator, Batch, Note, Recipe, Stats, Weighed, plain_signal, route
 from opdengine.rollout.episodes import turns_of
 from opdengine.teachers import Teacher
-from opdengine.types import Rollout, TokenSignal
+from opdengine.types import Rollout, TokenSignal, Turn
 
 
 class Intervention:
@@ -40,7 +40,7 @@ class Intervention:
         found = await self.contexts.annotate(rollouts, teachers)
         turns = [(i, t) for i, r in enumerate(rollouts) if not found.notes[i].drop for t in turns_of(r)]
         verdicts: list[Verdict | None] = [
-            FAILED if self.config.use_failures and turn.info.get("failure") else None for _, (_, turn, _) in turns
+            FAILED if self.config.use_failures and has_failed(turn) else None for _, (_, turn, _) in turns
         ]
         if self.config.use_judge:
             asked = [place for place, verdict in enumerate(verdicts) if verdict is None]
@@ -88,6 +88,11 @@ class Control:
         for (i, index), weight in zip(turns, received, strict=True):
             moved[i][index] = weight
         return [replace(note, turn_weight=moved[i]) if i in moved else note for i, note in enumerate(notes)], {}
+
+
+def has_failed(turn: Turn) -> bool:
+    """Whether no judge is needed: the environment reports a failure, or the turn was cut off by its length limit."""
+    return bool(turn.info.get("failure")) or turn.info.get("stop_reason") == "length"
 
 
 class Selective:

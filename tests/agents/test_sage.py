@@ -24,7 +24,7 @@ from opdengine.methods.opd import PlainContexts
 from opdengine.methods.sage_opd import Control, Intervention, Selective
 from opdengine.objective import normalisers
 from opdengine.recipe import Batch, Note, Stats
-from opdengine.report import Clock, Prepared
+from opdengine.report import Clock, Prepared, summarise
 from opdengine.tally import Tally
 from opdengine.types import Rollout
 
@@ -141,6 +141,19 @@ def test_failures_are_not_put_to_the_judge() -> None:
     assert found.notes[0].turn_weight is not None
     np.testing.assert_array_equal(found.notes[0].turn_weight[1::2], [0, 1, 0])
     assert found.metrics["sage/det_fail"] == pytest.approx(1 / 3)
+
+
+def test_a_turn_that_was_cut_off_is_a_failure_whatever_the_environment_made_of_it() -> None:
+    rollout = make_rollout((2, 2, 2))
+    for turn, reason in zip(rollout.turns[1::2], ("stop", "length", "stop"), strict=True):
+        turn.info["stop_reason"] = reason  # type: ignore[index]
+    teacher = ScriptedTeacher("t", lambda call, request: "SKIP")
+    found = asyncio.run(Intervention(SageConfig(), PlainContexts(), 0).annotate([rollout], [teacher]))
+    assert [len(call) for call in teacher.calls] == [2]
+    assert found.notes[0].turn_weight is not None
+    np.testing.assert_array_equal(found.notes[0].turn_weight[1::2], [0, 1, 0])
+    assert found.metrics["sage/det_fail"] == pytest.approx(1 / 3)
+    assert summarise([rollout, make_rollout((2,))], Tally())["completions/clipped_ratio"] == 0.5
 
 
 def test_what_the_judge_is_shown() -> None:
