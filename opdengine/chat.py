@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,13 @@ def text_of(content: Any) -> str:
             raise ValueError(f"message part of type {kind!r}; only text can be used")
         texts.append(text)
     return "".join(texts)
+
+
+def written(message: Message) -> str:
+    """All that a message says as one string: its text, then its tool calls in the markup of Hermes and Qwen."""
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    parts = [text_of(message.get("content")), *(f"<tool_call>\n{json.dumps(c, ensure_ascii=False)}\n</tool_call>" for c in calls)]
+    return "\n".join(part for part in parts if part)
 
 
 def plain_message(message: Message) -> dict[str, Any]:

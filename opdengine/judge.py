@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opdengine.chat import text_of
+from opdengine.chat import written
 from opdengine.config import SageConfig
 from opdengine.metrics import Mean, mean
 from opdengine.teachers import Teacher
@@ -24,6 +25,7 @@ SYSTEM = """You decide where a smaller agent needs teaching. It acts step by ste
 one action that it proposes and say whether that action should be corrected."""
 
 QUESTION = """Task ({task_type}): {task_goal}
+Where it began: {scene_description}
 {history}What the agent sees: {last_obs}
 Possible actions (at most {admissible_count} shown): {admissible}
 What the agent wrote: {llm_text}
@@ -73,7 +75,7 @@ class Judge:
                 if judge is teacher:
                     ids = tuple(teacher.encode(self.messages(query)))
                     if teacher.window is None or len(ids) + self.params.max_tokens <= teacher.window:
-                        asked.append((place, Request(f"judge {query[0].id} turn {query[1]}", ids)))
+                        asked.append((place, Request(f"judge {query[0].id} turn {query[1]}", ids, _seed(query))))
             replies = await teacher.generate([request for _, request in asked], self.params) if asked else []
             for (place, _), reply in zip(asked, replies, strict=True):
                 verdicts[place] = self.read(reply)
@@ -91,6 +93,7 @@ class Judge:
         fields = {
             "task_type": rollout.prompt.key or "task",
             "task_goal": str(rollout.info.get("goal") or _text(rollout.prompt.messages[-1:])),
+            "scene_description": str(rollout.info.get("observation") or _text(rollout.prompt.messages[-1:])),
             "last_obs": str(before.get("observation") or _text(chat[-1:])),
             "admissible": ", ".join(map(str, shown)) or "not listed",
             "admissible_count": self.config.admissible_count,
@@ -107,6 +110,7 @@ class Judge:
         if isinstance(reply, Failure):
             return Verdict("judge_failed", self.config.judge_fallback)
         text = re.sub(r"<think>.*?(</think>|$)", "", reply.text, flags=re.DOTALL)
+        text = text.rpartition("</think>")[2]  # a template that begins the reply inside the thought
         found = set(re.findall(r"\b(SKIP|WEAK|STRONG)\b", text.upper()))
         if len(found) != 1:
             return Verdict("unparsed", self.config.judge_fallback)
@@ -144,10 +148,16 @@ def _info_before(rollout: Rollout, index: int) -> Mapping[str, Any]:
 
 
 def _text(messages: Sequence[Message]) -> str:
-    return "\n".join(text_of(m.get("content")) for m in messages)
+    return "\n".join(map(written, messages))
 
 
 def _history(rollout: Rollout, chat: Sequence[Message]) -> str:
     since = chat[len(rollout.prompt.messages) :]
-    lines = [f"{'agent' if m['role'] == 'assistant' else 'environment'}: {text_of(m.get('content'))}" for m in since]
+    lines = [f"{'agent' if m['role'] == 'assistant' else 'environment'}: {written(m)}" for m in since]
     return "\n".join(lines) or "nothing yet"
+
+
+def _seed(query: Query) -> int:
+    """Of the judge's sampling, where its temperature is not 0: another one for every turn of every step."""
+    rollout, index, *_ = query
+    return zlib.crc32(f"{rollout.policy_version}:{rollout.id}:{index}".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,6 +127,20 @@ class OpadConfig(Section):
         self.need(count is None or count >= 1, "steps_per_trajectory", "it must be at least 1, or null for all")
 
 
+JUDGE_FIELDS = (
+    "task_type",
+    "task_goal",
+    "scene_description",
+    "last_obs",
+    "admissible",
+    "admissible_count",
+    "llm_text",
+    "history",
+    "next_obs",
+)
+"""What a judge can be told about a turn (arXiv 2606.19659, table 9; the last two are ours)."""
+
+
 @dataclass(frozen=True)
 class SageConfig(Section):
     """SAGE-OPD (arXiv 2606.19659, sections 3.3 to 3.5).
@@ -145,8 +160,8 @@ class SageConfig(Section):
         judge_fallback: weight where its reply holds no label.
         judge_history: show it the turns before.
         judge_next_observation: show it what happened then.
-        judge_prompt: a format string in place of our own, with any of ``{task_type} {task_goal}
-            {last_obs} {admissible} {admissible_count} {llm_text} {history} {next_obs}``.
+        judge_prompt: a format string in place of our own, with ``{llm_text}`` and any other of
+            :data:`JUDGE_FIELDS`.
         admissible_count: most possible actions shown.
         confidence_temperature: of the distributions whose largest probability is taken.
         intervention: "judge"; "random" gives the same weights to other turns, "inverted" the largest to
@@ -189,6 +204,18 @@ class SageConfig(Section):
             "at 0 every confidence is 1: set sage.use_confidence to false for that",
         )
         self.one_of("intervention", ("judge", "random", "inverted"))
+        if self.judge_prompt is not None:
+            self.need("llm_text" in self._fields(), "judge_prompt", "the judge must see {llm_text}, what was written")
+
+    def _fields(self) -> set[str]:
+        """The placeholders of the judge's prompt."""
+        try:
+            used = {field for _, field, _, _ in string.Formatter().parse(str(self.judge_prompt)) if field is not None}
+        except ValueError as error:
+            self.need(False, "judge_prompt", f"it is no format string ({error}); write {{{{ and }}}} for braces")
+        unknown = sorted(used - set(JUDGE_FIELDS))
+        self.need(not unknown, "judge_prompt", f"it has no placeholder {unknown}; it may use {list(JUDGE_FIELDS)}")
+        return used
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from opdengine.chat import written
 from opdengine.config import ConfigError, OpadConfig, TrainConfig
 from opdengine.methods.mad_opd import mad_opd
 from opdengine.recipe import Recipe
@@ -60,7 +61,7 @@ def steps_of(rollout: Rollout) -> list[Rollout]:
                 id=f"{rollout.id}/step{number}",
                 prompt=replace(rollout.prompt, id=f"{rollout.prompt.id}/{rollout.id}/step{number}", messages=chat),
                 turns=(Turn("prompt", before), turn),
-                text="\n".join(str(m.get("content") or "") for m in turn.messages),
+                text="\n".join(map(written, turn.messages)),
                 trajectory=rollout.id,
             )
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from opdengine.chat import append_answer, encode_answer, encode_chat
+from opdengine.chat import append_answer, encode_answer, encode_chat, written
 from opdengine.environments.protocol import Broken, Observation, Step, Task
 from opdengine.metrics import Mean, mean
 from opdengine.types import Completion, Message, Prompt, Request, Rollout, SamplingParams, Turn
@@ -234,7 +234,7 @@ def _rollout(episode: Running, reason: str, version: int) -> Rollout:
         stop_reason=reason,
         reward=score,
         group=episode.job.group,
-        text="\n".join(str(m.get("content", "")) for t in turns for m in t.messages if t.role == "assistant"),
+        text="\n".join(written(m) for t in turns for m in t.messages if t.role == "assistant"),
         info={**episode.start, "success": success, "score": score},
     )
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from opdengine.config import ConfigError, SageConfig, TrainConfig
 from opdengine.judge import Judge, Verdict, turn_metrics
 from opdengine.methods import build_recipe
+from opdengine.methods.opad import steps_of
 from opdengine.methods.opd import PlainContexts
 from opdengine.methods.sage_opd import Control, Intervention, Selective
 from opdengine.objective import normalisers
@@ -121,6 +122,7 @@ def test_z_can_be_bounded() -> None:
         ("<think>SKIP? no</think>\nWEAK", "weak", 0.5),
         ("<think>never ends, SKIP", "unparsed", 1.0),
         ("STRONGLY", "unparsed", 1.0),
+        ("SKIP? no, it is worse</think>\nWEAK", "weak", 0.5),
     ],
 )
 def test_what_the_judge_says(reply: str, label: str, weight: float) -> None:
@@ -165,14 +167,38 @@ def test_what_the_judge_is_shown() -> None:
         return [teacher.asked(0, place) for place in (0, 1)]
 
     first, second = shown()
-    assert "win" in first and "a room" in first and "look, go" in first and "open box" in first
+    assert "win" in first and first.count("a room") == 2 and "look, go" in first and "open box" in first
     assert "see 0" not in first and "take coin" not in first  # neither the outcome nor the future
     assert "see 0" in second and "do 0, wait" in second and "take coin" in second
+    assert "Where it began: a room\n" in second
     assert "open box" not in second  # no history
     assert "agent: open box" in shown(judge_history=True)[1]
     assert "What happened: see 0" in shown(judge_next_observation=True)[0]
     assert shown(judge_prompt="{llm_text}?")[0] == "<user>open box?<assistant>"
     assert "look, go" not in shown(admissible_count=1)[0]
+
+
+def test_the_judge_sees_tool_calls() -> None:
+    rollout = make_rollout((2, 2), texts=("I look.", ""))
+    call = {"type": "function", "function": {"name": "take", "arguments": {"thing": "coin"}}}
+    for turn in rollout.turns[1::2]:
+        turn.messages[0]["tool_calls"] = [call]  # type: ignore[index]
+    teacher = ScriptedTeacher("t", lambda call, request: "SKIP")
+    asyncio.run(Intervention(SageConfig(judge_history=True), PlainContexts(), 0).annotate([rollout], [teacher]))
+    said = '<tool_call>\n{"name": "take", "arguments": {"thing": "coin"}}\n</tool_call>'
+    assert f"What the agent wrote: I look.\n{said}\n" in teacher.asked(0, 0)
+    assert f"What the agent wrote: {said}\n" in teacher.asked(0, 1)
+    assert f"agent: I look.\n{said}\nenvironment: see 0" in teacher.asked(0, 1)
+    assert [step.text for step in steps_of(rollout)] == [f"I look.\n{said}", said]
+
+
+def test_a_judge_that_is_sampled_draws_anew_for_every_turn_and_step() -> None:
+    rollouts = [make_rollout((2, 2), name=name) for name in "ab"]
+    teacher = ScriptedTeacher("t", lambda call, request: "SKIP")
+    for version in (0, 1):
+        now = [dataclasses.replace(r, policy_version=version) for r in rollouts]
+        asyncio.run(Intervention(SageConfig(judge_temperature=1.0), PlainContexts(), 0).annotate(now, [teacher]))
+    assert len({request.seed for call in teacher.calls for request in call}) == 8
 
 
 def test_a_question_beyond_the_judges_window_falls_back_and_is_counted() -> None:
@@ -254,6 +280,14 @@ def test_settings(agent_config: TrainConfig, models: dict[str, str], prompt_file
         build_recipe(make_config(models, prompt_file, tmp_path, method="sage_opd"))
     with pytest.raises(ConfigError, match=r"sage.confidence_temperature.*use_confidence"):
         make_config(models, prompt_file, tmp_path, sage={"confidence_temperature": 0})
+    for prompt, message in (
+        ("{llm_txt}", r"sage\.judge_prompt.*no placeholder \['llm_txt'\].*'llm_text'"),
+        ("{last_obs}", r"must see \{llm_text\}"),
+        ('{llm_text} as {"word": 1}', "no placeholder"),
+        ("{llm_text} {", r"no format string.*write \{\{ and \}\}"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_config(models, prompt_file, tmp_path, sage={"judge_prompt": prompt})
     assert build_recipe(agent_config).measures == ("teacher_top1",)
 
 
