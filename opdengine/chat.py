@@ -81,8 +81,8 @@ def text_of(content: Any) -> str:
 
 def written(message: Message) -> str:
     """All that a message says as one string: its text, then its tool calls in the markup of Hermes and Qwen."""
-    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
-    parts = [text_of(message.get("content")), *(f"<tool_call>\n{json.dumps(c, ensure_ascii=False)}\n</tool_call>" for c in calls)]
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    parts = [text_of(message.get("content")), *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)]
     return "\n".join(part for part in parts if part)
 
 

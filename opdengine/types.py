@@ -162,16 +162,25 @@ class TeacherContext:
     target_positions: np.ndarray
 
     @classmethod
-    def replace_prompt(cls, rollout: Rollout, teacher: str, prefix_ids: Sequence[int] | np.ndarray) -> TeacherContext:
-        """Put ``prefix_ids`` in place of the rollout's prompt turn and keep everything after it."""
-        prefix = np.asarray(prefix_ids, dtype=np.int64)
-        prompt_length = len(rollout.turns[0].token_ids)
-        context = cls(
-            rollout_id=rollout.id,
-            teacher=teacher,
-            token_ids=np.concatenate([prefix, rollout.token_ids[prompt_length:]]),
-            target_positions=rollout.target_positions - prompt_length + len(prefix),
-        )
+    def replace_prompt(
+        cls,
+        rollout: Rollout,
+        teacher: str,
+        prefix_ids: Sequence[int] | np.ndarray,
+        answers: Mapping[int, Sequence[int]] | None = None,
+    ) -> TeacherContext:
+        """Put ``prefix_ids`` in place of the rollout's prompt turn and keep the sampled ids after it.
+
+        Args:
+            rollout: the judged rollout.
+            teacher: name of the teacher.
+            prefix_ids: what it reads first.
+            answers: index of a turn of the environment -> ids in its place.
+        """
+        others = {0: prefix_ids, **(answers or {})}
+        parts = [np.asarray(others.get(i, t.token_ids), dtype=np.int64) for i, t in enumerate(rollout.turns)]
+        trains = [np.full(len(part), turn.trains) for part, turn in zip(parts, rollout.turns, strict=True)]
+        context = cls(rollout.id, teacher, np.concatenate(parts), np.flatnonzero(np.concatenate(trains)))
         context.check(rollout)
         return context
 

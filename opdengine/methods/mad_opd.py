@@ -19,11 +19,11 @@ import numpy as np
 from opdengine.config import ConfigError, DebateConfig, TrainConfig, by_key
 from opdengine.debate import Debate, Debater
 from opdengine.debate_prompts import DebatePrompts, debate_prompts
-from opdengine.methods.opd import PlainContexts, need_teachers
+from opdengine.methods.opd import PlainContexts, need_teachers, read_by
 from opdengine.metrics import mean
 from opdengine.recipe import Annotations, Annotator, Note, Recipe, distill, route
 from opdengine.teachers import Teacher
-from opdengine.types import Rollout, SamplingParams, TeacherContext
+from opdengine.types import Rollout, SamplingParams
 
 
 class DebateContexts:
@@ -87,8 +87,7 @@ class DebateContexts:
             messages = prompt.messages
             if self.config.use_transcript:
                 messages = tuple(family.score_messages(prompt.messages, k, debate.rounds))
-            prefix = teacher.encode(messages, prompt.tools)
-            contexts.append(TeacherContext.replace_prompt(rollout, teacher.name, prefix))
+            contexts.append(read_by(teacher, rollout, messages))
         return Note(contexts=tuple(contexts), mix=debate.weights(self.config.tau))
 
 

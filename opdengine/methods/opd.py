@@ -7,13 +7,15 @@ arXiv 2306.13649. MT-OPD: the baseline of MAD-OPD, arXiv 2605.01347, section 5.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
+from opdengine.chat import append_answer
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.recipe import Annotations, Note, Recipe, distill, route
 from opdengine.teachers import Teacher
-from opdengine.types import Rollout, TeacherContext
+from opdengine.types import Message, Rollout, TeacherContext
 
 MAX_TEACHERS = 8
 
@@ -27,12 +29,24 @@ class PlainContexts:
 
 def plain_note(rollout: Rollout, teachers: Sequence[Teacher]) -> Note:
     """The rollout under the plain prompt of every teacher, fixed relative weights."""
-    contexts = tuple(
-        TeacherContext.replace_prompt(rollout, t.name, t.encode(rollout.prompt.messages, rollout.prompt.tools))
-        for t in teachers
-    )
+    contexts = tuple(read_by(t, rollout, rollout.prompt.messages) for t in teachers)
     weights = np.array([t.weight for t in teachers], dtype=np.float32)
     return Note(contexts=contexts, mix=weights / weights.sum())
+
+
+def read_by(teacher: Teacher, rollout: Rollout, messages: Sequence[Message]) -> TeacherContext:
+    """The rollout as a teacher reads it: ``messages`` in place of its prompt.
+
+    All that the student has not written is rendered in the teacher's chat template: the prompt and, in an
+    episode, every answer of the environment.
+    """
+    tools = rollout.prompt.tools
+    answers = {
+        i: append_answer(before.token_ids.tolist(), teacher.encode_answer(turn.messages, tools))
+        for i, (before, turn) in enumerate(pairwise(rollout.turns), start=1)
+        if turn.role == "environment" and turn.messages
+    }
+    return TeacherContext.replace_prompt(rollout, teacher.name, teacher.encode(messages, tools), answers)
 
 
 def opd(config: TrainConfig) -> Recipe:

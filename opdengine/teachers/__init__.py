@@ -58,6 +58,10 @@ class Teacher(Protocol):
         """Token ids of a chat in this teacher's own template, ready for its reply."""
         ...
 
+    def encode_answer(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Token ids between one reply and the next in this template; see :func:`opdengine.chat.encode_answer`."""
+        ...
+
     async def generate(self, requests: Sequence[Request], params: SamplingParams) -> Sequence[Completion | Failure]:
         """One completion per request, in order."""
         ...

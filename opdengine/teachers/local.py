@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from opdengine.backbone import Backbone, Head, load_model
-from opdengine.chat import encode_chat, load_tokenizer
+from opdengine.chat import encode_answer, encode_chat, load_tokenizer
 from opdengine.config import TeacherConfig
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.teachers.offload import Offload
@@ -106,6 +106,9 @@ class LocalTeacher:
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         return encode_chat(self.tokenizer, messages, tools, self.config.chat_template_kwargs)
+
+    def encode_answer(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        return encode_answer(self.tokenizer, messages, tools, self.config.chat_template_kwargs)
 
     async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion | Failure]:
         if self._writer is not None:

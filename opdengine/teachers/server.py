@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from opdengine.chat import PROBES, encode_chat
+from opdengine.chat import PROBES, encode_answer, encode_chat
 from opdengine.config import ConfigError, TeacherConfig
 from opdengine.probes import ProbeError
 from opdengine.rollout.transformers import stream_key
@@ -77,6 +77,9 @@ class ServedTeacher:
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         return encode_chat(self.tokenizer, messages, tools, self.config.chat_template_kwargs)
+
+    def encode_answer(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        return encode_answer(self.tokenizer, messages, tools, self.config.chat_template_kwargs)
 
     async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion | Failure]:
         """One completion per request; their log-probs are unknown (NaN)."""

@@ -355,31 +355,3 @@ def test_skipped_turns_cost_nothing_in_the_loss(agent_config: TrainConfig) -> No
     # Three products of the student, and two of the teacher: its statistics and its side of the loss.
     saved = 2 * rows * vocab * (3 * student.shape[1] + 2 * teacher.shape[1])
     assert both - one == pytest.approx(saved, rel=0.1)
-
-
-def test_the_gradient_is_the_one_of_the_weighted_loss(agent_config: TrainConfig) -> None:
-    """Against plain torch: full distributions, the weights of the specification."""
-    rollouts = [make_rollout(LENGTHS, name="a"), make_rollout((3, 5), name="b", seed=1)]
-    engine, metrics, _ = step_on(agent_config, rollouts, "KWS")
-    reference = make_engine(agent_config)
-    assert reference.episodes is not None
-    reference.episodes.close()
-    teacher = engine.teachers[0]
-    total, mass, count = torch.zeros((), dtype=torch.float64), 0.0, 0
-    for rollout in rollouts:
-        ids = torch.from_numpy(rollout.token_ids)[None]
-        prefix = torch.tensor(teacher.encode(rollout.prompt.messages, ()))
-        theirs_ids = torch.cat([prefix, ids[0, len(rollout.turns[0].token_ids) :]])[None]
-        shift = len(prefix) - len(rollout.turns[0].token_ids)
-        vocab = engine.vocab_size
-        ours = reference.student.model(ids).logits[0, :, :vocab].double().log_softmax(-1)
-        theirs = teacher.backbone.model(theirs_ids).logits[0, :, :vocab].double().log_softmax(-1).detach()
-        for place, (index, weight) in enumerate(zip((1, 3, 5), LABELS, strict=True)):
-            if place >= (len(rollout.turns)) // 2:
-                break
-            where = rollout.target_positions[rollout.target_turns == index] - 1
-            p, q = ours[where], theirs[where + shift]
-            s = weight * float(q.exp().amax(-1).mean())
-            total = total + s * (p.exp() * (p - q)).sum()
-            mass, count = mass + s * len(where), count + len(where)
-    assert metrics["loss"] == pytest.approx(float(total.detach()) / mass, rel=2e-4)

@@ -11,18 +11,25 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_helpers import assert_same_gradients, divergence, make_config, make_engine
 from transformers import AutoModelForCausalLM
 
 from opdengine.data import load_prompts
+from opdengine.environments.protocol import Step
+from opdengine.environments.setup import load_tasks
 from opdengine.report import StepResult
-from opdengine.types import Completion, Request, SamplingParams
+from opdengine.types import Completion, Message, Request, Rollout, SamplingParams
+
+sys.path.append(str(Path(__file__).parents[1] / "agents"))
+from agent_helpers import Countdown, LocalPool
 
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -118,6 +125,81 @@ def test_mad_opd(models: dict[str, str], tokenizer: Any, tmp_path: Path, normali
     assert sorted(stated) == [False] * 2 + [True] * 6
     assert result.metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert_same_gradients(gradient, {n: p.grad.float() for n, p in student.named_parameters()})
+
+
+class Troubled(Countdown):
+    """Three turns; the second fails."""
+
+    def step(self, message: Message) -> Step:
+        answer = super().step(message)
+        return dataclasses.replace(answer, info={**answer.info, "failure": "execution" if self.left == 1 else ""})
+
+
+WORDS = ("SKIP", "WEAK", "STRONG", "SKIP or WEAK")
+
+
+def test_sage_opd(models: dict[str, str], tokenizer: Any, tmp_path: Path) -> None:
+    """Sampled episodes; student and teacher in templates of their own; turns judged, failed and cut off."""
+    config = make_config(
+        models, "", tmp_path, method="sage_opd", num_generations=2, environment={"name": "house"},
+        chat_template=THINKING, chat_template_kwargs={"enable_thinking": False},
+        sage={"judge_prompt": "{llm_text}", "judge_max_tokens": 8},
+        teachers=[{"model": models["big"], "chat_template": BRACKETS}],
+    )  # fmt: skip
+    engine = make_engine(config)
+    assert engine.episodes is not None
+    engine.episodes.close()
+    engine.episodes.pool = LocalPool(Troubled, 3)
+    engine.sampler.stop_ids = tuple(range(0, len(tokenizer), 4))
+
+    async def judge(requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        said = [WORDS[len(r.token_ids) % len(WORDS)] for r in requests]
+        return [Completion(np.array([5]), np.zeros(1), "stop", text) for text in said]
+
+    engine.teachers[0].generate = judge
+    result, gradient = whole_step(engine, load_tasks(config.environment, "train").prompts[:4])
+    assert len(result.rollouts) == 8
+
+    student, teacher = plain_models(models, "student", "big")
+    weighted, mass, seen = torch.zeros((), dtype=torch.float64), 0.0, set()
+    for rollout in result.rollouts:
+        ours, theirs = trajectory(tokenizer, rollout, student=True), trajectory(tokenizer, rollout, student=False)
+        assert rollout.token_ids.tolist() == ours[0]
+        turns = [turn for turn in rollout.turns if turn.role == "assistant"]
+        for number, (turn, end, its_end) in enumerate(zip(turns, ours[1], theirs[1], strict=True)):
+            count, text = len(turn.token_ids), turn.messages[0]["content"]
+            question = encode(tokenizer, brackets([{"role": "user", "content": text}]) + "[answer]")
+            i = (0.0, 0.5, 1.0, 1.0)[len(question) % len(WORDS)]
+            failed = "failed" if number == 1 else "cut" if turn.token_ids[-1] not in engine.sampler.stop_ids else ""
+            seen.add(failed or i)
+            with torch.no_grad():
+                q = logprobs(teacher, theirs[0][:its_end], count, len(tokenizer))
+            s = (1.0 if failed else i) * q.exp().amax(-1).mean().item()
+            p = logprobs(student, ours[0][:end], count, len(tokenizer))
+            weighted = weighted + s * divergence("reverse_kl", p, q).sum()
+            mass += s * count
+    loss = weighted / mass
+    loss.backward()
+    assert seen == {0.0, 0.5, 1.0, "failed", "cut"}
+    assert result.metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert_same_gradients(gradient, {n: p.grad.float() for n, p in student.named_parameters()})
+
+
+def trajectory(tokenizer: Any, rollout: Rollout, *, student: bool) -> tuple[list[int], list[int]]:
+    """What a model reads of an episode, sampled ids kept, and where each of the student's turns ends in it."""
+    render, opening = brackets, "[answer]"
+    if student:
+        render, opening = chatml, "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    ids, ends = encode(tokenizer, render([dict(m) for m in rollout.prompt.messages]) + opening), []
+    for turn in rollout.turns[1:]:
+        if turn.role == "assistant":
+            ids = ids + turn.token_ids.tolist()
+            ends.append(len(ids))
+            continue
+        closing = "" if ids[-1] == tokenizer.eos_token_id else "<|im_end|>"
+        answer = render([dict(m) for m in turn.messages])
+        ids = ids + encode(tokenizer, closing + ("\n" if student else "") + answer + opening)
+    return ids, ends
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
