@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opdengine.backbone import Backbone, choose_attention, default_device, load_model, read_dtype, read_window
-from opdengine.chat import load_tokenizer, require_same_tokenizer, vocabulary_size
+from opdengine.chat import load_tokenizer, require_same_mode, require_same_tokenizer, vocabulary_size
 from opdengine.config import ConfigError, TeacherConfig, TrainConfig
 from opdengine.distributed import Ranks, Sharded
 from opdengine.engine import Engine
@@ -60,6 +60,9 @@ def build_engine(
     tokenizers = [teacher_tokenizer(config, teacher) for teacher in config.teachers]
     for teacher, its_tokenizer in zip(config.teachers, tokenizers, strict=True):
         require_same_tokenizer(tokenizer, its_tokenizer, teacher.name)
+        require_same_mode(
+            tokenizer, config.chat_template_kwargs, its_tokenizer, teacher.chat_template_kwargs, teacher.name
+        )
     served = serve_teachers(config, tokenizers, judges=recipe.demonstrations is None)
     many = ranks.world_size > 1
     split_head = many and config.vocab_parallel_head

@@ -217,3 +217,36 @@ def require_same_tokenizer(student: Any, teacher: Any, name: str) -> None:
             f"student's token ids; {len(differing)} probes differ:\n{shown}\n"
             "Use a teacher of the same family."
         )
+
+
+def require_same_mode(
+    student: Any, student_kwargs: Mapping[str, Any], teacher: Any, teacher_kwargs: Mapping[str, Any], name: str
+) -> None:
+    """Refuse a template setting that only one side has although the other's template knows it, too.
+
+    A student that is told not to think and a teacher that is not told so would answer in two modes: the
+    teacher expects a thought where the student's answer begins.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    sides = (
+        (f"teacher {name!r}", teacher, teacher_kwargs, "the student", student_kwargs),
+        ("the student", student, student_kwargs, f"teacher {name!r}", teacher_kwargs),
+    )
+    for who, tokenizer, own, whose, others in sides:
+        for key in sorted(set(others) - set(own)):
+            before, after = _opening(tokenizer, own), _opening(tokenizer, {**own, key: others[key]})
+            if before != after:
+                raise ValueError(
+                    f"chat_template_kwargs of {who} lack {key!r}, which {whose} has ({others[key]!r}): an answer "
+                    f"begins with {before[-60:]!r}, and would with {after[-60:]!r}; set {key} there as well, to the "
+                    "value that you mean"
+                )
+
+
+def _opening(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> str:
+    """What stands before an answer."""
+    chat = [{"role": "user", "content": "?"}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **template_kwargs)
+    return str(text)

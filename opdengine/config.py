@@ -44,7 +44,8 @@ class TeacherConfig:
         key: routing keys (``data_source``) that this teacher answers for; empty: all prompts.
         dtype: "auto" keeps the dtype of the checkpoint.
         chat_template: Jinja text or file in place of the tokenizer's own.
-        chat_template_kwargs: handed to the chat template, for example ``enable_thinking: false``.
+        chat_template_kwargs: handed to the chat template, for example ``enable_thinking: false``; what the
+            student has and this template knows must be stated here, too.
         offload: keep a local teacher's weights on the CPU while it neither writes nor judges.
         shard: with several processes, split a local teacher's weights over them (FSDP2); its head stays
             whole. Judging costs little more; writing gathers all weights for every token.

@@ -83,6 +83,27 @@ def test_the_same_tokenizer_with_another_template_is_the_same_tokenizer(tiny: An
         require_same_tokenizer(tokenizer, other, "t")
 
 
+def test_a_mode_that_only_one_side_is_told_of_is_refused(models: dict[str, str], tmp_path: Path) -> None:
+    """Silence would have the teacher expect a thought where the student's answer begins."""
+
+    def build(student: dict[str, Any], teacher: dict[str, Any], template: str = TEMPLATE) -> None:
+        teachers = [{"model": models["big"], "chat_template": template, "chat_template_kwargs": teacher}]
+        make_engine(
+            make_config(
+                models, "d.jsonl", tmp_path, method="opd", chat_template=TEMPLATE, chat_template_kwargs=student,
+                teachers=teachers,
+            )
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match=r"of teacher 'big' lack 'thinking', which the student has \(True\).*</think>"):
+        build({"thinking": True}, {})
+    with pytest.raises(ValueError, match=r"of the student lack 'thinking', which teacher 'big' has \(True\)"):
+        build({}, {"thinking": True})
+    build({"thinking": True}, {"thinking": False})  # on purpose
+    build({"thinking": True}, {}, template=TEMPLATE.replace("not thinking", "false"))  # a template without modes
+    build({"thinking": False, "date": "today"}, {})  # nothing differs
+
+
 @pytest.mark.parametrize("method", ["mt_opd", "mad_opd", "mt_seqkd"])
 def test_conversations_train_from_end_to_end(models: dict[str, str], strict: Any, tmp_path: Path, method: str) -> None:
     """A debate that continues after a tool result, every model in its own template."""
@@ -96,7 +117,7 @@ def test_conversations_train_from_end_to_end(models: dict[str, str], strict: Any
         models, str(data), tmp_path / "out", method=method, chat_template=TEMPLATE,
         chat_template_kwargs={"thinking": True}, debate={"prompts": PROMPTS},
         teachers=[
-            {"model": models["big"], "chat_template": TEMPLATE},
+            {"model": models["big"], "chat_template": TEMPLATE, "chat_template_kwargs": {"thinking": False}},
             {"model": models["small"], "chat_template": TEMPLATE, "chat_template_kwargs": {"thinking": True}},
         ],
     )  # fmt: skip

@@ -363,7 +363,13 @@ def test_the_empty_think_block_is_the_students_alone(tiny: Any, tmp_path: Path, 
         name: tiny.make_model(tmp_path / name, tokenizer, seed=i, hidden=16 * (i + 1))
         for i, name in enumerate(["student", "big", "small"])
     }
-    engine = uni_engine(folders, prompt_file, tmp_path / "run", chat_template_kwargs={"enable_thinking": False})
+    teachers = [
+        {"model": folders[name], "key": [key], "chat_template_kwargs": {"enable_thinking": True}}
+        for name, key in (("big", "agentic"), ("small", "code"))
+    ]
+    engine = uni_engine(
+        folders, prompt_file, tmp_path / "run", chat_template_kwargs={"enable_thinking": False}, teachers=teachers
+    )
     prompt = load_prompts([prompt_file]).prompts[0]
     block = tokenizer.encode("<think>\n\n</think>\n\n", add_special_tokens=False)
     own = engine.encode(prompt)
