@@ -63,12 +63,13 @@ class Debate:
 
 @dataclass
 class _Talk:
-    """What was said so far; this is what the cache keeps. A debate of more rounds continues it.
+    """What was said so far. A debate of more rounds continues it.
 
     Args:
         rounds: ``rounds[r][k]`` is expert k's text of round r + 1.
         truncated: turns of each round that ran into the length limit.
-        failed: why no further round is possible; else empty.
+        failed: why no further round is possible now; else empty. Not part of the cache: a server that is
+            started with a larger window can go on.
     """
 
     rounds: list[list[str]] = field(default_factory=list)
@@ -121,7 +122,7 @@ class Debater:
         talks = {key: self._load(key) for key in states}
         unfinished = {k: states[k] for k, talk in talks.items() if not talk.is_done(self.rounds)}
         self.cached += len(states) - len(unfinished)
-        self.generated += len(unfinished)
+        known = {key: len(talks[key].rounds) for key in unfinished}
         broken: set[str] = set()
         for number in range(self.rounds):
             waiting = {k: state for k, state in unfinished.items() if not talks[k].is_done(number + 1)}
@@ -130,6 +131,7 @@ class Debater:
         for key in unfinished:
             if key not in broken:  # what a broken server left out must not outlive it
                 self._store(key, talks[key])
+        self.generated += sum(len(talks[key].rounds) > count for key, count in known.items())
         return [self._conclude(states[key][1], talks[key]) for key in keys]
 
     async def _round(self, states: dict[str, Any], number: int, talks: dict[str, _Talk]) -> set[str]:
@@ -235,12 +237,13 @@ class Debater:
         if file is None or not file.is_file():
             return _Talk()
         try:
-            talk = _Talk(**json.loads(file.read_text("utf-8")))
+            stored = json.loads(file.read_text("utf-8"))
+            talk = _Talk(stored["rounds"], stored["truncated"])
             if any(not isinstance(text, str) for texts in talk.rounds for text in texts):
                 raise TypeError("a turn is not text")
             if len(talk.truncated) != len(talk.rounds):
                 raise ValueError(f"{len(talk.rounds)} rounds, {len(talk.truncated)} counts")
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             logger.warning("the stored debate %s cannot be read (%s): debating again", file, error)
             self.unreadable += 1
             return _Talk()
@@ -249,9 +252,10 @@ class Debater:
     def _store(self, key: str, talk: _Talk) -> None:
         """Write whole or not at all, so that a killed run leaves no half debate."""
         file = self._file(key)
-        if file is None:
+        if file is None or not talk.rounds:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{uuid4().hex}.tmp")
-        partial.write_text(json.dumps(asdict(talk), ensure_ascii=False), "utf-8")
+        said = {"rounds": talk.rounds, "truncated": talk.truncated}
+        partial.write_text(json.dumps(said, ensure_ascii=False), "utf-8")
         partial.replace(file)

@@ -298,6 +298,21 @@ def test_a_debate_that_outgrows_a_window_is_dropped_and_counted() -> None:
     assert len(narrow.calls) == 1  # round 2 was not asked for
 
 
+def test_a_debate_that_did_not_fit_goes_on_with_a_larger_window(tmp_path: Path) -> None:
+    """What a served teacher can read is decided where it is served; it is not part of the key."""
+    teachers = [ScriptedTeacher(name, lambda call, request: "long " * 60) for name in "ab"]
+    teachers[1].window = 400
+    first = debater(cache_dir=tmp_path)
+    (failed,) = hold(first, [prompt()], teachers)
+    assert failed.failed == "debate_too_long" and first.generated == 1
+    again = debater(cache_dir=tmp_path)
+    assert hold(again, [prompt()], teachers)[0] == failed and (again.generated, again.cached) == (0, 0)
+    teachers[1].window = 4000
+    (held,) = hold(again, [prompt()], teachers)
+    assert not held.failed and len(held.rounds) == 2 and again.generated == 1
+    assert [len(teacher.calls) for teacher in teachers] == [2, 2]  # round 1 came from the cache
+
+
 def test_dropped_debates_appear_in_the_metrics_of_the_step(
     models: dict[str, str], prompt_file: str, tmp_path: Path
 ) -> None:
