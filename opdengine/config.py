@@ -7,7 +7,7 @@ impossible values are errors that name the remedy, raised before any model is lo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from opdengine.sections import (
     SageConfig,
     TcodConfig,
     UniOPDConfig,
+    by_key,
 )
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
@@ -276,6 +277,11 @@ class TrainConfig:
         """Prompts of one optimiser step on one device."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    @property
+    def debates(self) -> bool:
+        """Whether the teachers debate."""
+        return self.method in ("mad_opd", "opad") or self.contexts == "debate"
+
     def divergence_of(self, key: str) -> str:
         """The divergence that prompts with this routing key are trained with.
 
@@ -287,19 +293,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_values(self)
         object.__setattr__(self, "teachers", _named(self.teachers))
-
-
-def by_key(setting: Any, key: str, name: str) -> Any:
-    """Look up a setting that may be a mapping from routing key (and "default")."""
-    if not isinstance(setting, Mapping):
-        return setting
-    if key in setting:
-        return setting[key]
-    if "default" in setting:
-        return setting["default"]
-    raise ConfigError(
-        f"{name} has no entry for data_source {key!r} and no 'default' (it has {sorted(setting)}); add one of the two"
-    )
 
 
 def _named(teachers: Sequence[TeacherConfig]) -> list[TeacherConfig]:

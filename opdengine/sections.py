@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,19 @@ SECRETS = ("api_key", "apikey", "password", "secret", "access_token", "auth_toke
 
 DATA_COLUMNS = ("id", "prompt", "messages", "tools", "answer", "data_source")
 """What a row of data may say to the engine; other columns are handed to environments."""
+
+
+def by_key(setting: Any, key: str, name: str) -> Any:
+    """Look up a setting that may be a mapping from routing key (and "default")."""
+    if not isinstance(setting, Mapping):
+        return setting
+    if key in setting:
+        return setting[key]
+    if "default" in setting:
+        return setting["default"]
+    raise ConfigError(
+        f"{name} has no entry for data_source {key!r} and no 'default' (it has {sorted(setting)}); add one of the two"
+    )
 
 
 class Section:
@@ -75,7 +88,8 @@ class DebateConfig(Section):
         use_confidence: ask for confidences and weigh teachers by them; off: uniform weights.
         use_transcript: teachers judge the student under the transcript; off: under the plain
             prompt (only the confidences are used).
-        tau: temperature of the softmax over confidence / 100.
+        tau: temperature of the softmax over confidence / 100; ``.inf`` makes the weights uniform in the very
+            debates of other values (``use_confidence: false`` also changes what the teachers are asked).
         cache_dir: debates are stored here and never generated twice; default: a folder in
             ``output_dir``. Share it between runs.
         seed: seed of the debate; part of the cache key.
@@ -95,6 +109,16 @@ class DebateConfig(Section):
     tau: float = 1.0
     cache_dir: str | None = None
     seed: int = 0
+
+    def prompts_of(self, key: str) -> str | dict[str, Any]:
+        """The prompt family for a routing key, by name or by its fields.
+
+        Raises:
+            ConfigError: the mapping has neither the key nor "default".
+        """
+        if isinstance(self.prompts, dict) and "first" not in self.prompts:
+            return by_key(self.prompts, key, "debate.prompts")
+        return self.prompts
 
     def __post_init__(self) -> None:
         for name in ("rounds", "max_tokens"):
@@ -128,15 +152,8 @@ class OpadConfig(Section):
 
 
 JUDGE_FIELDS = (
-    "task_type",
-    "task_goal",
-    "scene_description",
-    "last_obs",
-    "admissible",
-    "admissible_count",
-    "llm_text",
-    "history",
-    "next_obs",
+    *("task_type", "task_goal", "scene_description", "last_obs", "admissible", "admissible_count", "llm_text"),
+    *("history", "next_obs"),
 )
 """What a judge can be told about a turn (arXiv 2606.19659, table 9; the last two are ours)."""
 

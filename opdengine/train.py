@@ -199,13 +199,15 @@ def _restore(engine: Engine, checkpoint: Path, saved: Mapping[str, Any]) -> None
 
 
 def check_routing(config: TrainConfig, recipe: Recipe, prompts: PromptSet) -> None:
-    """Every routing key of the data needs a divergence and enough teachers.
+    """Every routing key of the data needs a divergence, debate prompts and enough teachers.
 
     Raises:
         ConfigError: names the key.
     """
     for key in prompts.keys:
         config.divergence_of(key)
+        if config.debates:
+            config.debate.prompts_of(key)
         routed = [t.name for t in config.teachers if not t.key or key in t.key]
         if len(routed) < recipe.teachers_per_prompt:
             raise ConfigError(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opdengine.config import ConfigError, DebateConfig, TrainConfig, by_key
+from opdengine.config import ConfigError, DebateConfig, TrainConfig
 from opdengine.debate import Debate, Debater
 from opdengine.debate_prompts import DebatePrompts, debate_prompts
 from opdengine.methods.opd import PlainContexts, need_teachers, read_by
@@ -50,10 +50,7 @@ class DebateContexts:
     def prompts_for(self, key: str) -> DebatePrompts:
         """The prompt family for a routing key."""
         if key not in self._families:
-            spec = self.config.prompts
-            if isinstance(spec, Mapping) and "first" not in spec:
-                spec = by_key(spec, key, "debate.prompts")
-            self._families[key] = debate_prompts(spec)
+            self._families[key] = debate_prompts(self.config.prompts_of(key))
         return self._families[key]
 
     async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:

@@ -155,11 +155,18 @@ def sage_opd(config: TrainConfig) -> Recipe:
             "is a token mean; use 'token'"
         )
     sage = config.sage
+    listed = [t.name for t in config.teachers if t.base_url is not None]
+    if sage.use_confidence and sage.confidence_temperature != 1.0 and listed:
+        raise ConfigError(
+            f"sage.confidence_temperature={sage.confidence_temperature} is not possible with the served teachers "
+            f"{listed}, which tell their likeliest tokens at temperature 1 only; use 1.0, or local teachers"
+        )
     measures = ("teacher_top1",) if sage.use_confidence else ()
     return Recipe(
         "sage_opd",
         Intervention(sage, contexts_of(config)),
         (Selective(sage),),
+        teachers_per_prompt=2 if config.debates else 1,
         measures=measures,
         top1_temperature=sage.confidence_temperature,
         revise=None if sage.intervention == "judge" else Control(sage.intervention, config.seed),

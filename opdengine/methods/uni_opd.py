@@ -112,6 +112,7 @@ def uni_opd(config: TrainConfig) -> Recipe:
         "uni_opd",
         contexts_of(config),
         (base, Calibrated(gradient, config.uni_opd)),
+        teachers_per_prompt=2 if config.debates else 1,
         measures=MEASURES,
         needs_reward=True,
         revise=Balance(config.uni_opd, config.seed),

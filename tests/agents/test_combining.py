@@ -49,6 +49,16 @@ def test_calibrated_margins_under_a_debate(models: dict[str, str], prompt_file: 
     assert "teacher_weight/big" in metrics[-1] and "margin/shift" not in metrics[-1]
 
 
+def test_every_task_needs_two_that_can_debate(models: dict[str, str], tmp_path: Path) -> None:
+    teachers = [{"model": models["big"]}, {"model": models["small"], "key": ["bring"]}]
+    config = make_config(
+        models, "", tmp_path / "run", method="sage_opd", contexts="debate", teachers=teachers,
+        environment={"name": "house", "options": {"count": 6}},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"needs 2 teacher.*'(find|open)' is answered by \['big'\]"):
+        train(config, progress=False)
+
+
 def test_settings(models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"contexts='debate'.*only 'sage_opd' and 'uni_opd'"):
         make_config(models, prompt_file, tmp_path, method="mt_opd", contexts="debate")

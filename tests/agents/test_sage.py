@@ -288,6 +288,16 @@ def test_settings(agent_config: TrainConfig, models: dict[str, str], prompt_file
     ):
         with pytest.raises(ConfigError, match=message):
             make_config(models, prompt_file, tmp_path, sage={"judge_prompt": prompt})
+    served = [{"model": "m", "base_url": "http://127.0.0.1:1/v1"}]
+    warm = dataclasses.replace(agent_config, sage=SageConfig(confidence_temperature=0.5))
+    assert build_recipe(warm).top1_temperature == 0.5
+    with pytest.raises(ConfigError, match=r"confidence_temperature=0.5.*served teachers \['m'\].*use 1.0"):
+        build_recipe(
+            make_config(
+                models, "", tmp_path, method="sage_opd", environment={"name": "house"}, teachers=served,
+                sage={"confidence_temperature": 0.5},
+            )
+        )  # fmt: skip
     assert build_recipe(agent_config).measures == ("teacher_top1",)
 
 

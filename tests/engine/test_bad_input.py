@@ -143,6 +143,10 @@ def test_what_the_command_line_understands(tmp_path: Path) -> None:
         ({"method": "mad_opd", "debate": {"use_transcript": False, "use_confidence": False}}, "both off"),
         ({"method": "mad_opd", "debate": {"prompts": "chess"}}, "unknown debate prompts 'chess'"),
         ({"divergence": {"code": "jsd"}}, "no entry for data_source 'agentic' and no 'default'"),
+        (
+            {"method": "mad_opd", "debate": {"prompts": {"code": "code"}}},
+            "debate.prompts has no entry for data_source 'agentic' and no 'default'",
+        ),
         ({"verifier": "grade"}, "unknown verifier 'grade'; use one of"),
         ({"verifier": "no_such_module:f"}, "'no_such_module:f' cannot be loaded"),
         ({"verifier": "os.path:sep"}, "'os.path:sep' is not callable"),

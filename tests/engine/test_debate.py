@@ -20,6 +20,7 @@ from opdengine.data import load_prompts
 from opdengine.debate import Debate, Debater
 from opdengine.debate_prompts import FAMILIES, DebatePrompts, debate_prompts, parse_confidence
 from opdengine.methods.mad_opd import DebateContexts
+from opdengine.settings import from_mapping
 from opdengine.types import Prompt, Rollout, SamplingParams, Turn
 
 
@@ -179,6 +180,13 @@ def test_weights_are_equation_7(stated: tuple[float, ...], tau: float) -> None:
     debate = Debate(names, (tuple("x" * len(stated)),), stated, {})
     raw = [np.exp(c / 100 / tau) for c in stated]
     np.testing.assert_allclose(debate.weights(tau), np.array(raw) / sum(raw), rtol=1e-5)
+
+
+def test_an_infinite_tau_is_uniform_in_the_same_debates() -> None:
+    """The control of the confidences that changes nothing of what the teachers are asked."""
+    config = from_mapping(DebateConfig, {"tau": float("inf"), "prompts": PROMPTS})
+    assert DebateContexts(config, None).debater.ask_confidence
+    assert Debate(("a", "b"), (("x", "y"),), (100.0, 0.0), {}).weights(config.tau).tolist() == [0.5, 0.5]
 
 
 def test_known_values_of_equation_7() -> None:
