@@ -177,10 +177,11 @@ class CommandEnvironment:
             "failure": failure,
             "observation": view.observation,
             "admissible": [] if view.ended else list(view.admissible),
+            "score": view.score,
             **(view.info or {}),
         }
         if view.ended or truncated:
-            info |= {"success": view.success, "score": view.score}
+            info["success"] = view.success
         listed = "" if self._view.ended else self._listed(view)
         answer: Message = {"role": "user", "content": f"Observation: {view.observation}{listed}"}
         return Step((answer,), view.score - before.score, view.ended, truncated, info)

@@ -47,7 +47,8 @@ class Step:
         terminated: the task's own end was reached (success or failure).
         truncated: it was cut off by a limit of the environment.
         info: ``action`` (what was executed, "" if nothing), ``failure`` ("" or one of :data:`FAILURES`),
-            ``admissible``, ``observation``; with the end also ``success`` (bool) and ``score`` in [0, 1].
+            ``admissible``, ``observation``; with the end also ``success`` (bool) and ``score`` in [0, 1]. A score
+            that is told with every step counts where the caller ends the episode. ``raw_score``: the world's own.
     """
 
     messages: tuple[Message, ...]

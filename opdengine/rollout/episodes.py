@@ -215,6 +215,8 @@ def episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "episodes/invalid_action_rate": Mean(sum(bool(i.get("failure")) for t in turns for i in t) / taken, taken),
         "episodes/repeated_action_rate": Mean(repeated / taken, taken),
     }
+    if raw := [r.info["raw_score"] for r in rollouts if "raw_score" in r.info]:
+        metrics["episodes/raw_score"] = mean(raw)
     ends = Counter(r.stop_reason for r in rollouts)
     return metrics | {f"episodes/end/{reason}": float(count) for reason, count in sorted(ends.items())}
 
@@ -226,6 +228,7 @@ def _rollout(episode: Running, reason: str, version: int) -> Rollout:
     last = episode.steps[-1].info if episode.steps else {}
     success = bool(last.get("success", False))
     score = float(last.get("score", success))
+    raw = {"raw_score": float(last["raw_score"])} if "raw_score" in last else {}
     return Rollout(
         id=episode.job.id,
         prompt=episode.prompt,
@@ -235,7 +238,7 @@ def _rollout(episode: Running, reason: str, version: int) -> Rollout:
         reward=score,
         group=episode.job.group,
         text="\n".join(written(m) for t in turns for m in t.messages if t.role == "assistant"),
-        info={**episode.start, "success": success, "score": score},
+        info={**episode.start, "success": success, "score": score, **raw},
     )
 
 

@@ -134,6 +134,25 @@ def test_limits_end_an_episode_and_are_counted(tokenizer: Any) -> None:
     assert metrics["episodes/end/window"] == 1 and metrics["episodes/end/max_turns"] == 1
 
 
+class Scored(Countdown):
+    """Tells a score with every step, and the world's own number."""
+
+    def step(self, message: Any) -> Step:
+        answer = super().step(message)
+        told = 1 - self.left / self.turns
+        return Step(answer.messages, terminated=answer.terminated, info={**answer.info, "score": told, "raw_score": -7})
+
+
+def test_an_episode_that_is_cut_off_keeps_its_score(tokenizer: Any) -> None:
+    (cut,), _ = make_episodes(tokenizer, LocalPool(lambda: Scored(4), 1), max_turns=3).play(
+        Scripted(tokenizer, lambda r: "a"), make_jobs(1), PARAMS
+    )
+    assert cut.stop_reason == "max_turns" and cut.reward == cut.info["score"] == 0.75 and not cut.info["success"]
+    metrics = episode_metrics([cut])
+    assert metrics["episodes/score"] == 0.75 and metrics["episodes/raw_score"] == -7
+    assert "episodes/raw_score" not in episode_metrics([Rollout("a", cut.prompt, (), info={"success": 1, "score": 1})])
+
+
 def test_broken_environments_are_neither_success_nor_failure(tokenizer: Any) -> None:
     pool = LocalPool(Countdown, 2, {(0, 1): Broken("crash"), (1, 4): Broken("timeout")})
     rollouts, broken = make_episodes(tokenizer, pool).play(Scripted(tokenizer, lambda r: "a"), make_jobs(4), PARAMS)

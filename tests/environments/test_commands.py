@@ -65,7 +65,7 @@ def test_rewards_add_up_to_the_score():
     steps = [world.step(world.expert()) for _ in range(3)]
     assert sum(step.reward for step in steps) == pytest.approx(1) and steps[0].reward == pytest.approx(1 / 3)
     assert [step.terminated for step in steps] == [False, False, True]
-    assert "success" not in steps[1].info
+    assert "success" not in steps[1].info and steps[1].info["score"] == pytest.approx(2 / 3)
     assert steps[2].info["success"] is True and steps[2].info["score"] == 1 and steps[2].info["number"] == 3
     with pytest.raises(RuntimeError, match="reset"):
         world.step(say("look"))
