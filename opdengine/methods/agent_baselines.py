@@ -1,6 +1,7 @@
 """What SAGE-OPD is compared with beside plain OPD over all turns (arXiv 2606.19659, appendix A).
 
-TCOD trains on the first turns of every trajectory, more of them as training goes on (equation 25).
+TCOD trains on the first turns of every trajectory, more of them as training goes on (equation 25); its loss is
+the mean over the tokens of these turns, as if the trajectories ended there.
 Entropy-aware OPD gives more weight to tokens on which the teacher is uncertain (equation 26).
 """
 
@@ -10,8 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opdengine.config import ConfigError, TcodConfig, TrainConfig
+from opdengine.config import ConfigError, SageConfig, TcodConfig, TrainConfig
 from opdengine.methods.opd import PlainContexts, opd
+from opdengine.methods.sage_opd import Selective
 from opdengine.metrics import Mean
 from opdengine.recipe import Annotations, Batch, Note, Recipe, Weighed, distill
 from opdengine.rollout.episodes import turns_of
@@ -39,6 +41,21 @@ class FirstTurns:
         return Annotations(notes, {"tcod/turns_kept": Mean(kept / max(count, 1), count)})
 
 
+class KeptMean:
+    """Makes the loss the mean over the tokens of turns with weight.
+
+    Args:
+        normalization: of the loss: of all such tokens ("token"), or of each rollout's ("sequence").
+    """
+
+    def __init__(self, normalization: str) -> None:
+        scope = "batch" if normalization == "token" else "trajectory"
+        self.selective = Selective(SageConfig(use_confidence=False, normalization_scope=scope))
+
+    def __call__(self, batch: Batch) -> Weighed:
+        return Weighed(self.selective(batch).signals)
+
+
 class Uncertain:
     """kl_weight 1 + alpha where the entropy of a teacher (mean over teachers, nats) exceeds tau, else 1."""
 
@@ -61,8 +78,8 @@ def tcod(config: TrainConfig) -> Recipe:
     """Turn-curriculum OPD, front to back."""
     if not config.environment.name:
         raise ConfigError("method 'tcod' needs the turns of an agent; set environment.name")
-    plain = opd(config)
-    return Recipe("tcod", FirstTurns(config.tcod), plain.weighers)
+    opd(config)  # its checks
+    return Recipe("tcod", FirstTurns(config.tcod), (KeptMean(config.loss_normalization),))
 
 
 def entropy_opd(config: TrainConfig) -> Recipe:

@@ -17,9 +17,10 @@ from agent_helpers import context, make_rollout
 from engine_helpers import ScriptedTeacher, make_config, make_engine
 from torch.utils.flop_counter import FlopCounterMode
 
-from opdengine.config import ConfigError, SageConfig, TrainConfig
+from opdengine.config import ConfigError, SageConfig, TcodConfig, TrainConfig
 from opdengine.judge import Judge, Verdict, turn_metrics
 from opdengine.methods import build_recipe
+from opdengine.methods.agent_baselines import FirstTurns, KeptMean
 from opdengine.methods.opad import steps_of
 from opdengine.methods.opd import PlainContexts
 from opdengine.methods.sage_opd import Control, Intervention, Selective
@@ -365,3 +366,15 @@ def test_skipped_turns_cost_nothing_in_the_loss(agent_config: TrainConfig) -> No
     # Three products of the student, and two of the teacher: its statistics and its side of the loss.
     saved = 2 * rows * vocab * (3 * student.shape[1] + 2 * teacher.shape[1])
     assert both - one == pytest.approx(saved, rel=0.1)
+
+
+@pytest.mark.parametrize(("normalization", "expected"), [("token", (1 / 6, 1 / 6)), ("sequence", (1 / 8, 1 / 4))])
+def test_tcod_is_the_mean_over_the_turns_that_it_keeps(normalization: str, expected: tuple[float, float]) -> None:
+    rollouts = [make_rollout((4, 90), name="a"), make_rollout((2, 10, 10), name="b", seed=1)]
+    found = asyncio.run(FirstTurns(TcodConfig()).annotate(rollouts, [ScriptedTeacher("t", [])]))
+    signals = KeptMean(normalization)(Batch(rollouts, found.notes, [Stats()] * 2)).signals
+    scales = normalisers(rollouts, normalization)
+    for rollout, signal, scale, weight in zip(rollouts, signals, scales, expected, strict=True):
+        first = rollout.target_turns == 1
+        np.testing.assert_allclose(scale * signal.kl_weight[first], weight, rtol=1e-6)
+        assert not signal.kl_weight[~first].any()
