@@ -102,7 +102,9 @@ class Engine:
             with clock("reward"):
                 rollouts = await asyncio.to_thread(self.reward, rollouts, metrics)
         if self.recipe.split is not None:
-            rollouts = self.recipe.split(rollouts, number)
+            whole = rollouts
+            rollouts = self.recipe.split(whole, number)
+            dropped["not_chosen"] += sum(r.trained_turns for r in whole) - sum(r.trained_turns for r in rollouts)
         with clock("debate"):
             notes, found = await self.annotate(rollouts)
         return Prepared(rollouts, notes, found, {**metrics, **found.metrics}, clock, dropped, number)

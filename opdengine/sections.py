@@ -137,7 +137,8 @@ class OpadConfig(Section):
     Args:
         sampling: "all" steps, "uniform" or by "surprise": in proportion to the mean negative log-prob of
             what the student did there.
-        steps_per_trajectory: how many; None is all.
+        steps_per_trajectory: how many; None is all. With few, a long trajectory weighs no more than a short
+            one. Turns that are left out are counted (``dropped/not_chosen``).
     """
 
     section = "opad"

@@ -131,6 +131,11 @@ class Rollout:
         return index[self.target_positions]
 
     @property
+    def trained_turns(self) -> int:
+        """Number of turns that carry loss."""
+        return sum(turn.trains for turn in self.turns)
+
+    @property
     def is_clipped(self) -> bool:
         """Whether a sampled turn ran into its length limit."""
         return self.stop_reason == "length" or any(turn.info.get("stop_reason") == "length" for turn in self.turns)

@@ -87,6 +87,7 @@ def test_a_run_in_an_environment(models: dict[str, str], tmp_path: Path, method:
     assert (result.output_dir / "evaluations" / "step_2.jsonl").read_text().count("\n") == 2
     if method == "opad":
         assert metrics[-1]["debate/generated"] > 0 and metrics[-1]["completions/kept"] == 2
+        assert metrics[-1]["dropped/not_chosen"] == 2  # one of two turns in each of two episodes
     if method == "sage_opd":
         assert metrics[-1]["sage/unparsed"] == 1
         assert metrics[-1]["sage/z"] > 1
