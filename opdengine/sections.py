@@ -182,6 +182,9 @@ class SageConfig(Section):
             :data:`JUDGE_FIELDS`.
         admissible_count: most possible actions shown.
         confidence_temperature: of the distributions whose largest probability is taken.
+        kl_mode: "full_vocab": the divergence over the whole vocabulary; "sampled": log q(y) - log p(y) of the
+            sampled tokens as a policy gradient, of which that is the mean where temperature and top_p are 1
+            and top_k is 0 (the paper does not say which).
         intervention: "judge"; "random" gives the same weights to other turns, "inverted" the largest to
             those that got the smallest (controls).
     """
@@ -204,6 +207,7 @@ class SageConfig(Section):
     judge_prompt: str | None = None
     admissible_count: int = 30
     confidence_temperature: float = 1.0
+    kl_mode: str = "full_vocab"
     intervention: str = "judge"
 
     def __post_init__(self) -> None:
@@ -221,6 +225,7 @@ class SageConfig(Section):
             "confidence_temperature",
             "at 0 every confidence is 1: set sage.use_confidence to false for that",
         )
+        self.one_of("kl_mode", ("full_vocab", "sampled"))
         self.one_of("intervention", ("judge", "random", "inverted"))
         if self.judge_prompt is not None:
             self.need("llm_text" in self._fields(), "judge_prompt", "the judge must see {llm_text}, what was written")

@@ -141,10 +141,15 @@ def resolve(config: TrainConfig, importance: str, max_gap: float) -> tuple[Weigh
     )
     if section.kl_mode == "full_vocab":
         return distill, gradient
+    need_reverse_kl(config, "advantage.kl_mode")
+    return no_divergence, gradient
+
+
+def need_reverse_kl(config: TrainConfig, setting: str) -> None:
+    """Raise ConfigError where the divergence has no sampled form, which ``setting`` asks for."""
     for name, only in (("divergence", "reverse_kl"), ("divergence_temperature", 1.0)):
         if getattr(config, name) != only:
             raise ConfigError(
-                f"{name}={getattr(config, name)!r} is not possible with advantage.kl_mode=sampled, which is the "
-                "reverse KL at temperature 1; set advantage.kl_mode to full_vocab"
+                f"{name}={getattr(config, name)!r} is not possible with {setting}=sampled, which is the "
+                f"reverse KL at temperature 1; set {setting} to full_vocab"
             )
-    return no_divergence, gradient

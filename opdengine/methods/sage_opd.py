@@ -20,6 +20,7 @@ import numpy as np
 
 from opdengine.config import ConfigError, SageConfig, TrainConfig
 from opdengine.judge import FAILED, Judge, Verdict, turn_metrics
+from opdengine.methods.advantage import MEASURES, gaps, need_reverse_kl
 from opdengine.methods.mad_opd import contexts_of
 from opdengine.methods.opd import need_teachers
 from opdengine.recipe import Annotations, Annotator, Batch, Note, Recipe, Stats, Weighed, plain_signal, route
@@ -96,7 +97,7 @@ def has_failed(turn: Turn) -> bool:
 
 
 class Selective:
-    """kl_weight = Z s_t on every token of turn t."""
+    """kl_weight = Z s_t on every token of turn t (or that weight on its advantage; see ``sage.kl_mode``)."""
 
     def __init__(self, config: SageConfig) -> None:
         self.config = config
@@ -118,6 +119,8 @@ class Selective:
             TokenSignal((factor * s.kl_weight).astype(np.float32), s.mix)
             for factor, s in zip(factors, signals, strict=True)
         ]
+        if self.config.kl_mode == "sampled":
+            scaled = [sampled(signal, gap) for signal, gap in zip(scaled, gaps(batch), strict=True)]
         return Weighed(scaled, {"sage/z": float(factors.mean()) if len(factors) else 0.0})
 
     def factor(self, weights: Sequence[np.ndarray]) -> float:
@@ -130,6 +133,11 @@ class Selective:
         all_tokens = self.config.normalization == "all_tokens"
         count = sum(len(w) if all_tokens else int((w > 0).sum()) for w in weights)
         return min(count / max(total, self.config.eps), self.config.z_max or np.inf)
+
+
+def sampled(signal: TokenSignal, gap: np.ndarray) -> TokenSignal:
+    """The same weights on the sampled tokens' policy gradient, whose advantage is the gap [T], for the divergence."""
+    return TokenSignal(np.zeros_like(signal.kl_weight), signal.mix, (signal.kl_weight * gap).astype(np.float32))
 
 
 def confidence(rollout: Rollout, note: Note, stats: Stats) -> np.ndarray:
@@ -161,7 +169,10 @@ def sage_opd(config: TrainConfig) -> Recipe:
             f"sage.confidence_temperature={sage.confidence_temperature} is not possible with the served teachers "
             f"{listed}, which tell their likeliest tokens at temperature 1 only; use 1.0, or local teachers"
         )
-    measures = ("teacher_top1",) if sage.use_confidence else ()
+    measures: tuple[str, ...] = ("teacher_top1",) if sage.use_confidence else ()
+    if sage.kl_mode == "sampled":
+        need_reverse_kl(config, "sage.kl_mode")
+        measures += MEASURES
     return Recipe(
         "sage_opd",
         Intervention(sage, contexts_of(config)),

@@ -289,6 +289,8 @@ def test_settings(agent_config: TrainConfig, models: dict[str, str], prompt_file
     ):
         with pytest.raises(ConfigError, match=message):
             make_config(models, prompt_file, tmp_path, sage={"judge_prompt": prompt})
+    with pytest.raises(ConfigError, match=r"divergence='jsd'.*sage.kl_mode=sampled.*set sage.kl_mode to full_vocab"):
+        build_recipe(dataclasses.replace(agent_config, divergence="jsd", sage=SageConfig(kl_mode="sampled")))
     served = [{"model": "m", "base_url": "http://127.0.0.1:1/v1"}]
     warm = dataclasses.replace(agent_config, sage=SageConfig(confidence_temperature=0.5))
     assert build_recipe(warm).top1_temperature == 0.5

@@ -138,12 +138,13 @@ class Troubled(Countdown):
 WORDS = ("SKIP", "WEAK", "STRONG", "SKIP or WEAK")
 
 
-def test_sage_opd(models: dict[str, str], tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kl_mode", ["full_vocab", "sampled"])
+def test_sage_opd(models: dict[str, str], tokenizer: Any, tmp_path: Path, kl_mode: str) -> None:
     """Sampled episodes; student and teacher in templates of their own; turns judged, failed and cut off."""
     config = make_config(
         models, "", tmp_path, method="sage_opd", num_generations=2, environment={"name": "house"},
         chat_template=THINKING, chat_template_kwargs={"enable_thinking": False},
-        sage={"judge_prompt": "{llm_text}", "judge_max_tokens": 8},
+        sage={"judge_prompt": "{llm_text}", "judge_max_tokens": 8, "kl_mode": kl_mode},
         teachers=[{"model": models["big"], "chat_template": BRACKETS}],
     )  # fmt: skip
     engine = make_engine(config)
@@ -176,7 +177,11 @@ def test_sage_opd(models: dict[str, str], tokenizer: Any, tmp_path: Path) -> Non
                 q = logprobs(teacher, theirs[0][:its_end], count, len(tokenizer))
             s = (1.0 if failed else i) * q.exp().amax(-1).mean().item()
             p = logprobs(student, ours[0][:end], count, len(tokenizer))
-            weighted = weighted + s * divergence("reverse_kl", p, q).sum()
+            terms = divergence("reverse_kl", p, q)
+            if kl_mode == "sampled":
+                own, its = (x[range(count), turn.token_ids] for x in (p, q))
+                terms = -(its - own.detach()) * own
+            weighted = weighted + s * terms.sum()
             mass += s * count
     loss = weighted / mass
     loss.backward()
