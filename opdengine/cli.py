@@ -166,8 +166,7 @@ def _train(config: TrainConfig) -> int:
 
 def _eval(config: TrainConfig) -> int:
     from opdengine.environments.setup import held_out_tasks, open_episodes
-    from opdengine.evaluate import evaluate, evaluate_episodes
-    from opdengine.types import SamplingParams
+    from opdengine.evaluate import evaluate, evaluate_episodes, turn_params
 
     tasks = held_out_tasks(config.environment)
     if config.environment.name and not tasks:
@@ -176,11 +175,10 @@ def _eval(config: TrainConfig) -> int:
         grader, prompts = _graded_prompts(config)
     sampler, tokenizer = _load_student(config)
     if tasks:
-        params = SamplingParams(config.max_completion_length, stop=tuple(config.environment.stop))
         episodes = open_episodes(config, tokenizer, sampler.window)
         try:
             metrics, _ = evaluate_episodes(
-                episodes, sampler, tasks, config.environment.eval_temperatures, params, config.seed
+                episodes, sampler, tasks, config.environment.eval_temperatures, turn_params(config), config.seed
             )
         finally:
             episodes.close()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from opdengine.config import TrainConfig
 from opdengine.distributed import Ranks
 from opdengine.rollout import Sampler
 from opdengine.rollout.episodes import Episodes, Job, episode_metrics
@@ -73,6 +74,20 @@ def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
     centre = (share + z * z / (2 * count)) / scale
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / scale
     return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def turn_params(config: TrainConfig) -> SamplingParams:
+    """How an evaluated turn is sampled where its temperature is not 0.
+
+    The same for every command. A repetition penalty belongs to the rollouts of training: over an episode it would
+    punish the words of the prompt.
+    """
+    return SamplingParams(
+        max_tokens=config.max_completion_length,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        stop=tuple(config.environment.stop),
+    )
 
 
 def evaluate_episodes(

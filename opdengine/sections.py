@@ -437,7 +437,8 @@ class EnvironmentConfig(Section):
         train_split: tasks to train on.
         eval_splits: tasks to evaluate on, such as ["valid_seen", "valid_unseen"].
         eval_max_tasks: at most this many of each split.
-        eval_temperatures: evaluate once at each; 0 is greedy.
+        eval_temperatures: evaluate once at each; 0 is greedy, the others with ``top_p`` and ``top_k`` and without
+            ``repetition_penalty``.
         max_turns: most turns of the student in an episode.
         max_trajectory_tokens: an episode ends before a turn that might not fit; default: the
             student's window.

@@ -22,7 +22,7 @@ from opdengine.data import PromptSet, PromptStream, ScheduledStream, as_source, 
 from opdengine.distributed import Ranks, start
 from opdengine.engine import Engine
 from opdengine.environments.setup import held_out_tasks, load_tasks
-from opdengine.evaluate import evaluate, evaluate_episodes, require_answers
+from opdengine.evaluate import evaluate, evaluate_episodes, require_answers, turn_params
 from opdengine.interrupts import Interrupted, Interrupts
 from opdengine.loop import Loop
 from opdengine.methods import build_recipe
@@ -110,7 +110,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
                 engine.sampler,
                 episodes,
                 config.environment.eval_temperatures,
-                engine.sampling_params(),
+                turn_params(config),
                 config.seed,
                 ranks,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from opdengine.config import ConfigError, OpadConfig
 from opdengine.errors import ServiceError
 from opdengine.methods import build_recipe
 from opdengine.methods.opad import Steps, steps_of, surprise
+from opdengine.rollout.episodes import Episodes
 from opdengine.train import train
+from opdengine.types import SamplingParams
 
 
 def test_every_turn_becomes_a_state_with_its_true_prefix() -> None:
@@ -106,6 +109,36 @@ def test_the_eval_command_plays_episodes(models: dict[str, str], capsys: pytest.
     assert main([*arguments, "--environment.eval_splits", "[valid_seen]", "--max_prompt_length", "64"]) == 0
     metrics = json.loads(capsys.readouterr().out)
     assert metrics["eval/valid_seen/turns"] == 2 and metrics["eval/valid_seen/success_high"] < 1
+
+
+def test_training_and_the_eval_command_sample_alike(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the repetition penalty of the rollouts, which over an episode would punish the words of the prompt."""
+    used: list[SamplingParams] = []
+    plain = Episodes.play
+
+    def play(self: Episodes, sampler: Any, jobs: Any, params: SamplingParams) -> Any:
+        used.append(params)
+        return plain(self, sampler, jobs, params)
+
+    monkeypatch.setattr(Episodes, "play", play)
+    environment = {
+        "name": "house", "num_environments": 2, "max_turns": 1, "eval_splits": ["valid_seen"], "eval_max_tasks": 1,
+        "eval_temperatures": [0.0, 0.8], "options": {"count": 4}, "stop": ["."],
+    }  # fmt: skip
+    config = make_config(
+        models, "", tmp_path / "run", method="opd", teachers=[{"model": models["big"]}], environment=environment,
+        repetition_penalty=1.3, top_p=0.7, top_k=9, max_steps=1, per_device_train_batch_size=1,
+    )  # fmt: skip
+    train(config, progress=False)
+    greedy, sampled, trained, *_ = used
+    assert (trained.repetition_penalty, trained.temperature) == (1.3, 1.0)
+    assert (greedy.temperature, greedy.top_p, greedy.top_k, greedy.repetition_penalty) == (0.0, 1.0, 0, 1.0)
+    assert (sampled.temperature, sampled.top_p, sampled.top_k, sampled.repetition_penalty) == (0.8, 0.7, 9, 1.0)
+    del used[:]
+    assert main(["eval", "--config", str(tmp_path / "run" / "config.yaml"), "--model", models["student"]]) == 0
+    assert used == [greedy, sampled]
 
 
 def test_a_run_whose_episodes_all_break_ends(models: dict[str, str], tmp_path: Path) -> None:
