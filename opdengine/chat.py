@@ -140,8 +140,36 @@ def encode_answer(
         messages: what the environment answered ("user" or "tool").
 
     Raises:
-        ValueError: the template cannot render them, or rewrites the assistant's message.
+        ValueError: the template cannot render them, leaves one out, or rewrites the assistant's message.
     """
+    text = _render_answer(tokenizer, messages, tools, template_kwargs)
+    _, found, after = text.partition(REPLY)
+    if not found:
+        raise ValueError(
+            "the chat template leaves out the assistant's messages, so a conversation cannot go on; "
+            "give another chat_template"
+        )
+    if not all(text_of(message.get("content")).strip() in after for message in messages):
+        marked = [{**message, "content": MARK} for message in messages]  # the template may escape their text
+        if _render_answer(tokenizer, marked, tools, template_kwargs).count(MARK) < len(messages):
+            roles = [str(message.get("role")) for message in messages]
+            raise ValueError(
+                f"the chat template leaves out messages of the roles {roles} behind the assistant's, so a model would "
+                "not read what the environment answers; give another chat_template, or do without tool messages"
+            )
+    return list(tokenizer.encode(after, add_special_tokens=False))
+
+
+MARK = "AnswerOfTheEnvironment"
+
+
+def _render_answer(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]],
+    template_kwargs: Mapping[str, Any] | None,
+) -> str:
+    """A chat whose assistant said :data:`REPLY` and was answered with ``messages``."""
     from jinja2 import TemplateError
 
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}]
@@ -156,13 +184,7 @@ def encode_answer(
     except TemplateError as error:
         roles = [str(message.get("role")) for message in messages]
         raise ValueError(f"the chat template cannot render an answer of the roles {roles}: {error}") from error
-    _, found, after = text.partition(REPLY)
-    if not found:
-        raise ValueError(
-            "the chat template leaves out the assistant's messages, so a conversation cannot go on; "
-            "give another chat_template"
-        )
-    return list(tokenizer.encode(after, add_special_tokens=False))
+    return str(text)
 
 
 def append_answer(sampled: Sequence[int], answer: Sequence[int]) -> list[int]:

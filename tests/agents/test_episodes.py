@@ -99,6 +99,20 @@ def test_a_template_without_room_for_a_conversation_is_refused(tiny: Any) -> Non
         encode_answer(tokenizer, [{"role": "user", "content": "no"}])
 
 
+def test_a_template_that_leaves_out_the_answer_is_refused(tiny: Any) -> None:
+    """As some do with tool messages behind a message without rendered calls; escaped text is no such case."""
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role != 'tool' %}[{{ m.role }}]{{ m.content }}"
+        "{% elif escaped %}[tool]{{ m.content | tojson }}{% endif %}{% endfor %}"
+    )
+    tool = [{"role": "tool", "content": 'a "quoted" word'}]
+    with pytest.raises(ValueError, match=r"leaves out messages of the roles \['tool'\]"):
+        encode_answer(tokenizer, tool)
+    assert tokenizer.decode(encode_answer(tokenizer, tool, (), {"escaped": True})) == r'[tool]"a \"quoted\" word"'
+    assert tokenizer.decode(encode_answer(tokenizer, [{"role": "user", "content": "no"}])) == "[user]no"
+
+
 def test_the_batch_stays_full_while_tasks_wait(tokenizer: Any) -> None:
     lengths = iter([1, 4, 2, 3, 1, 2, 3, 1])
     pool = LocalPool(lambda: Varying(lengths), 2)
