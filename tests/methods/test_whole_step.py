@@ -36,6 +36,7 @@ THINKING = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+NO_THOUGHT = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
 BRACKETS = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}[answer]{% endif %}"
@@ -77,14 +78,9 @@ def test_mad_opd(models: dict[str, str], tokenizer: Any, tmp_path: Path, normali
     ]}  # fmt: skip
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = make_config(
+    config = debate_config(
         models, str(data), tmp_path, method="mad_opd", loss_normalization=normalization, num_generations=2,
-        divergence={"agentic": "jsd", "default": "reverse_kl"}, jsd_beta=0.3, debate={"tau": 0.4},
-        chat_template=THINKING, chat_template_kwargs={"enable_thinking": False},
-        teachers=[
-            {"model": models["big"], "chat_template": THINKING, "chat_template_kwargs": {"enable_thinking": True}},
-            {"model": models["small"], "chat_template": BRACKETS},
-        ],
+        divergence={"agentic": "jsd", "default": "reverse_kl"},
     )  # fmt: skip
     engine = make_engine(config)
     engine.sampler.stop_ids = tuple(range(0, len(tokenizer), 4))  # completions of several lengths
@@ -102,29 +98,92 @@ def test_mad_opd(models: dict[str, str], tokenizer: Any, tmp_path: Path, normali
     for rollout in result.rollouts:
         messages = [dict(m) for m in rollout.prompt.messages]
         answer, rounds = rollout.targets.tolist(), debates[rollout.prompt.id]
-        opening = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
-        p = logprobs(student, encode(tokenizer, chatml(messages) + opening) + answer, len(answer), len(tokenizer))
-        said = [re.findall(r"<<CONFIDENCE=(\d+)>>", text) for text in rounds[-1]]
-        sure = [int(s[-1]) / 100 for s in said] if all(said) else [0.0, 0.0]
-        stated.append(all(said))
-        total = sum(math.exp(c / 0.4) for c in sure)
-        entries = [f"[Expert {'AB'[k]} Round {r + 1}]: {rounds[r][k]}" for r in range(2) for k in range(2)]
-        transcript = "\n".join(["[Debate Start]", *entries, "[Debate End]"])
-        terms = torch.zeros(len(answer), dtype=torch.float64)
-        for k, teacher in enumerate(teachers):
-            question = f"S {messages[-1]['content']} | {'AB'[k]} | {transcript}"
-            chat = [*messages[:-1], {"role": "user", "content": question}]
-            text = chatml(chat) + "<|im_start|>assistant\n" if k == 0 else brackets(chat) + "[answer]"
-            with torch.no_grad():
-                q = logprobs(teacher, encode(tokenizer, text) + answer, len(answer), len(tokenizer))
-            kind = "jsd" if rollout.prompt.key == "agentic" else "reverse_kl"
-            terms = terms + math.exp(sure[k] / 0.4) / total * divergence(kind, p, q, 0.3)
+        p = logprobs(student, encode(tokenizer, chatml(messages) + NO_THOUGHT) + answer, len(answer), len(tokenizer))
+        kind = "jsd" if rollout.prompt.key == "agentic" else "reverse_kl"
+        terms = under_debate(tokenizer, teachers, messages, rounds, p, answer, kind)
+        stated.append(all("CONFIDENCE" in text for text in rounds[-1]))
         scale = every if normalization == "token" else len(result.rollouts) * len(answer)
         loss = loss + terms.sum() / scale
     loss.backward()
     assert sorted(stated) == [False] * 2 + [True] * 6
     assert result.metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert_same_gradients(gradient, {n: p.grad.float() for n, p in student.named_parameters()})
+
+
+def test_opad(models: dict[str, str], tokenizer: Any, tmp_path: Path) -> None:
+    """A debate on every state of an episode, judged under the true prefix."""
+    config = debate_config(
+        models, "", tmp_path, method="opad", loss_normalization="sequence", divergence="jsd",
+        environment={"name": "house"},
+    )  # fmt: skip
+    engine = make_engine(config)
+    assert engine.episodes is not None
+    engine.episodes.close()
+    engine.episodes.pool = LocalPool(Countdown, 3)
+    engine.sampler.stop_ids = tuple(range(0, len(tokenizer), 4))
+    for teacher in engine.teachers:
+        give_confidences(teacher)
+    result, gradient = whole_step(engine, load_tasks(config.environment, "train").prompts[:3])
+    debates = {record["prompt_id"]: record["rounds"] for record in result.records}
+    assert len(result.rollouts) == len(debates) == 9
+
+    student, *teachers = plain_models(models, "student", "big", "small")
+    loss = torch.zeros((), dtype=torch.float64)
+    for first in range(0, 9, 3):
+        ids, chat = [], []
+        for step, rollout in enumerate(result.rollouts[first : first + 3]):
+            closing = "" if not ids or ids[-1] == tokenizer.eos_token_id else "<|im_end|>"
+            seen = {"role": "user", "content": f"{3 - step} left"} if step else dict(rollout.prompt.messages[0])
+            ids = ids + encode(tokenizer, closing + ("\n" if step else "") + chatml([seen]) + NO_THOUGHT)
+            chat, answer = [*chat, seen], rollout.targets.tolist()
+            assert rollout.token_ids.tolist() == ids + answer
+            p = logprobs(student, ids + answer, len(answer), len(tokenizer))
+            terms = under_debate(tokenizer, teachers, chat, debates[rollout.prompt.id], p, answer, "jsd")
+            loss = loss + terms.mean() / 9
+            ids, chat = ids + answer, [*chat, {"role": "assistant", "content": rollout.text}]
+    loss.backward()
+    assert result.metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert_same_gradients(gradient, {n: p.grad.float() for n, p in student.named_parameters()})
+
+
+def debate_config(*arguments: Any, **changes: Any) -> Any:
+    """A student that does not think, a teacher that does, and one with a template of its own."""
+    models = arguments[0]
+    return make_config(
+        *arguments, jsd_beta=0.3, debate={"tau": 0.4}, chat_template=THINKING,
+        chat_template_kwargs={"enable_thinking": False},
+        teachers=[
+            {"model": models["big"], "chat_template": THINKING, "chat_template_kwargs": {"enable_thinking": True}},
+            {"model": models["small"], "chat_template": BRACKETS},
+        ],
+        **changes,
+    )  # fmt: skip
+
+
+def under_debate(
+    tokenizer: Any,
+    teachers: Sequence[Any],
+    messages: Sequence[dict[str, str]],
+    rounds: Sequence[Sequence[str]],
+    p: torch.Tensor,
+    answer: Sequence[int],
+    kind: str,
+) -> torch.Tensor:
+    """float64 [T]: sum_k w_k D(p_Tk, p_S) under the transcript (equations 7 and 8), p the student's log-probs."""
+    said = [re.findall(r"<<CONFIDENCE=(\d+)>>", text) for text in rounds[-1]]
+    sure = [int(s[-1]) / 100 for s in said] if all(said) else [0.0, 0.0]
+    total = sum(math.exp(c / 0.4) for c in sure)
+    entries = [f"[Expert {'AB'[k]} Round {r + 1}]: {rounds[r][k]}" for r in range(2) for k in range(2)]
+    transcript = "\n".join(["[Debate Start]", *entries, "[Debate End]"])
+    terms = torch.zeros(len(answer), dtype=torch.float64)
+    for k, teacher in enumerate(teachers):
+        question = f"S {messages[-1]['content']} | {'AB'[k]} | {transcript}"
+        chat = [*messages[:-1], {"role": "user", "content": question}]
+        text = chatml(chat) + "<|im_start|>assistant\n" if k == 0 else brackets(chat) + "[answer]"
+        with torch.no_grad():
+            q = logprobs(teacher, [*encode(tokenizer, text), *answer], len(answer), len(tokenizer))
+        terms = terms + math.exp(sure[k] / 0.4) / total * divergence(kind, p, q, 0.3)
+    return terms
 
 
 class Troubled(Countdown):
@@ -194,7 +253,7 @@ def trajectory(tokenizer: Any, rollout: Rollout, *, student: bool) -> tuple[list
     """What a model reads of an episode, sampled ids kept, and where each of the student's turns ends in it."""
     render, opening = brackets, "[answer]"
     if student:
-        render, opening = chatml, "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        render, opening = chatml, NO_THOUGHT
     ids, ends = encode(tokenizer, render([dict(m) for m in rollout.prompt.messages]) + opening), []
     for turn in rollout.turns[1:]:
         if turn.role == "assistant":
