@@ -165,8 +165,8 @@ class SageConfig(Section):
 
     Args:
         alpha: weight of a turn judged WEAK (equation 7).
-        use_failures: weight 1 without asking where the environment reports a failure, or the turn was cut off by
-            ``max_completion_length``.
+        use_failures: weight 1 without asking where the environment reports a failure, or the turn is empty or was
+            cut off by ``max_completion_length``.
         use_judge: ask the teacher about the other turns; off: all have weight 1.
         use_confidence: multiply with the teacher's mean largest probability (equations 8 to 10).
         normalization: what N of equation 11 counts: "all_tokens", "active_tokens" (of turns with

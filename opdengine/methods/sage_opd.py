@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from opdengine.chat import written
 from opdengine.config import ConfigError, SageConfig, TrainConfig
 from opdengine.judge import FAILED, Judge, Verdict, turn_metrics
 from opdengine.methods.advantage import MEASURES, gaps, need_reverse_kl
@@ -92,8 +93,9 @@ class Control:
 
 
 def has_failed(turn: Turn) -> bool:
-    """Whether no judge is needed: the environment reports a failure, or the turn was cut off by its length limit."""
-    return bool(turn.info.get("failure")) or turn.info.get("stop_reason") == "length"
+    """Whether no judge is needed: the environment reports a failure, or the turn is empty or was cut off."""
+    is_empty = not any(written(message).strip() for message in turn.messages)
+    return is_empty or bool(turn.info.get("failure")) or turn.info.get("stop_reason") == "length"
 
 
 class Selective:

@@ -146,16 +146,16 @@ def test_failures_are_not_put_to_the_judge() -> None:
     assert found.metrics["sage/det_fail"] == pytest.approx(1 / 3)
 
 
-def test_a_turn_that_was_cut_off_is_a_failure_whatever_the_environment_made_of_it() -> None:
-    rollout = make_rollout((2, 2, 2))
-    for turn, reason in zip(rollout.turns[1::2], ("stop", "length", "stop"), strict=True):
+def test_a_turn_that_is_empty_or_cut_off_is_a_failure_whatever_the_environment_made_of_it() -> None:
+    rollout = make_rollout((2, 2, 2, 1), texts=("look", "go", "take", " "))
+    for turn, reason in zip(rollout.turns[1::2], ("stop", "length", "stop", "stop"), strict=True):
         turn.info["stop_reason"] = reason  # type: ignore[index]
     teacher = ScriptedTeacher("t", lambda call, request: "SKIP")
     found = asyncio.run(Intervention(SageConfig(), PlainContexts(), 0).annotate([rollout], [teacher]))
     assert [len(call) for call in teacher.calls] == [2]
     assert found.notes[0].turn_weight is not None
-    np.testing.assert_array_equal(found.notes[0].turn_weight[1::2], [0, 1, 0])
-    assert found.metrics["sage/det_fail"] == pytest.approx(1 / 3)
+    np.testing.assert_array_equal(found.notes[0].turn_weight[1::2], [0, 1, 0, 1])
+    assert found.metrics["sage/det_fail"] == 0.5
     assert summarise([rollout, make_rollout((2,))], Tally())["completions/clipped_ratio"] == 0.5
 
 

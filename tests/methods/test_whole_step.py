@@ -279,15 +279,16 @@ def brackets(messages: Sequence[dict[str, str]]) -> str:
 
 
 def give_confidences(teacher: Any) -> None:
-    """What a teacher really writes, with a tag at its end; the last prompt's second round has none of "small"."""
+    """What a teacher really writes between two tags; in the second round "small" gives the last prompt none."""
     plain, calls = teacher.generate, []
 
     async def generate(requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         calls.append(requests)
         answers = await plain(requests, params)
-        tags = [f" <<CONFIDENCE={(r.seed + 7 * len(calls)) % 101}>>" for r in requests]
+        tags = [f"<<CONFIDENCE={(r.seed + 7 * len(calls)) % 101}>>" for r in requests]
         if teacher.name == "small" and len(calls) == 2:
             tags[-1] = ""
-        return [dataclasses.replace(a, text=a.text + tag) for a, tag in zip(answers, tags, strict=True)]
+        texts = [f"<<CONFIDENCE=50>> {a.text} {tag}" if tag else a.text for a, tag in zip(answers, tags, strict=True)]
+        return [dataclasses.replace(a, text=text) for a, text in zip(answers, texts, strict=True)]
 
     teacher.generate = generate
