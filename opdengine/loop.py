@@ -245,5 +245,8 @@ def _log_completions(folder: Path, step: int, result: StepResult) -> None:
         for r in result.rollouts
     ]
     write_jsonl(folder / "rollouts" / f"step_{step}.jsonl", rows)
-    if result.records:
-        write_jsonl(folder / "debates" / f"step_{step}.jsonl", [dict(r) for r in result.records])
+    verdicts = [dict(r) for r in result.records if "verdict" in r]
+    debates = [dict(r) for r in result.records if "verdict" not in r]
+    for name, records in (("debates", debates), ("verdicts", verdicts)):
+        if records:
+            write_jsonl(folder / name / f"step_{step}.jsonl", records)

@@ -59,7 +59,12 @@ class Intervention:
             for note, weight in zip(found.notes, weights, strict=True)
         ]
         places = [sum(t.role == "assistant" for t in rollouts[i].turns[:index]) for i, (index, _, _) in turns]
-        return Annotations(notes, {**found.metrics, **turn_metrics(final, places)}, found.records)
+        records = [
+            {"rollout_id": rollouts[i].id, "prompt_id": rollouts[i].prompt.id, "turn": place, "verdict": verdict.label,
+             "weight": verdict.weight, "text": "\n".join(map(written, turn.messages))}
+            for (i, (_, turn, _)), place, verdict in zip(turns, places, final, strict=True)
+        ]  # fmt: skip
+        return Annotations(notes, {**found.metrics, **turn_metrics(final, places)}, [*found.records, *records])
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,11 @@ def test_a_run_in_an_environment(models: dict[str, str], tmp_path: Path, method:
     if method == "sage_opd":
         assert metrics[-1]["sage/unparsed"] == 1
         assert metrics[-1]["sage/z"] > 1
+        rows = [json.loads(x) for x in (result.output_dir / "verdicts" / "step_2.jsonl").read_text().splitlines()]
+        places = [("0.0", 0), ("0.0", 1), ("1.0", 0), ("1.0", 1)]
+        assert sorted((row["rollout_id"], row["turn"]) for row in rows) == places
+        assert {(row["verdict"], row["weight"]) for row in rows} <= {("unparsed", 1.0), ("det_fail", 1.0)}
+        assert not (result.output_dir / "debates").exists()
     if method == "tcod":
         assert metrics[-2]["tcod/turns_kept"] == 0.5 and metrics[-1]["tcod/turns_kept"] == 1.0
 
