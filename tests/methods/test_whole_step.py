@@ -106,8 +106,8 @@ def test_mad_opd(models: dict[str, str], tokenizer: Any, tmp_path: Path, normali
         loss = loss + terms.sum() / scale
     loss.backward()
     assert sorted(stated) == [False] * 2 + [True] * 6
-    assert result.metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert_same_gradients(gradient, {n: p.grad.float() for n, p in student.named_parameters()})
+    assert result.metrics["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert_same_gradients(gradient, {n: p.grad.float() for n, p in student.named_parameters()}, rtol=1e-5)
 
 
 def test_opad(models: dict[str, str], tokenizer: Any, tmp_path: Path) -> None:
@@ -142,8 +142,8 @@ def test_opad(models: dict[str, str], tokenizer: Any, tmp_path: Path) -> None:
             loss = loss + terms.mean() / 9
             ids, chat = ids + answer, [*chat, {"role": "assistant", "content": rollout.text}]
     loss.backward()
-    assert result.metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert_same_gradients(gradient, {n: p.grad.float() for n, p in student.named_parameters()})
+    assert result.metrics["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert_same_gradients(gradient, {n: p.grad.float() for n, p in student.named_parameters()}, rtol=1e-5)
 
 
 def debate_config(*arguments: Any, **changes: Any) -> Any:
@@ -245,8 +245,8 @@ def test_sage_opd(models: dict[str, str], tokenizer: Any, tmp_path: Path, kl_mod
     loss = weighted / mass
     loss.backward()
     assert seen == {0.0, 0.5, 1.0, "failed", "cut"}
-    assert result.metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert_same_gradients(gradient, {n: p.grad.float() for n, p in student.named_parameters()})
+    assert result.metrics["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert_same_gradients(gradient, {n: p.grad.float() for n, p in student.named_parameters()}, rtol=1e-5)
 
 
 def trajectory(tokenizer: Any, rollout: Rollout, *, student: bool) -> tuple[list[int], list[int]]:
