@@ -16,7 +16,8 @@ import pytest
 import torch
 from engine_cases import Bench
 
-sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "distributed")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 from ranks_helpers import same_steps, torchrun
 from test_distributed_step import CASES, WORKER, settings
