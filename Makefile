@@ -17,7 +17,8 @@ help:
 	@echo "make test-vllm  the tests that sample with real vLLM (CPU build, own environment)"
 	@echo "make test-envs  the tests that play ALFWorld, TextWorld and ScienceWorld (own environment)"
 	@echo "make bench    throughput of the fused loss and of a whole step"
-	@echo "make gpu      tests and benchmarks of the fused loss on this machine's GPU, nine minutes"
+	@echo "make gpu      tests and benchmarks of the fused loss on this machine's GPU, nine minutes;"
+	@echo "              with ARGS=--more a whole step at real size and the rest, nine minutes"
 	@echo "make models   train the bundled tiny models again"
 
 $(VENV)/bin/python:

@@ -82,6 +82,7 @@ def sweeps(count: int, vocab: int) -> Iterator[tuple[str, int, Callable[[], obje
             out=dz,
         )
 
+    teacher("reverse_kl", known, 0)  # the gradients read what is known about the first teacher
     yield "student statistics", 4, lambda: ops.student_rows(head, z, labels, True, joint=False)
     yield "student and first teacher", 8, lambda: teacher("reverse_kl", joint, 0)
     yield "another teacher", 8, lambda: teacher("reverse_kl", known, 1)
@@ -91,6 +92,54 @@ def sweeps(count: int, vocab: int) -> Iterator[tuple[str, int, Callable[[], obje
     for kind in KINDS:
         yield f"gradient of one teacher, {kind}", 10, lambda kind=kind: gradient(kind, 1)
         yield f"gradient of two teachers, {kind}", 14, lambda kind=kind: gradient(kind, 2)
+
+
+def two_reads(
+    kind: str,
+    z: torch.Tensor,
+    teachers: list[torch.Tensor],
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """The library's row work on the logits [c, V] of a student and one or two teachers: [c] divergences;
+    the gradient goes to ``out``. ``weight`` [K, c], ``scale`` [c]."""
+    vocab, rule = z.shape[1], Rule(kind)
+    head, ops = Head(z, z, None, 1.0, None, 1.0, vocab), TritonRowOps(vocab)
+    student = ops.student_rows(head, z, None, False, joint=True)
+    value, mean = z.new_zeros(2, z.shape[0])
+    for k, t in enumerate(teachers):
+        found = ops.teacher_rows(
+            rule,
+            head,
+            head,
+            z,
+            t,
+            student,
+            acc=teachers[0],
+            before=k,
+            last=k == len(teachers) - 1,
+            weight=weight[k],
+            labels=None,
+            full=False,
+        )
+        value += weight[k] * found.value
+        if found.acc_mean is not None:
+            mean += weight[k] * found.acc_mean
+    ops.gradient_rows(
+        rule,
+        z,
+        teachers[0],
+        teachers[-1],
+        student,
+        teachers=len(teachers),
+        acc_mean=mean,
+        total_weight=weight.sum(0),
+        row_scale=scale,
+        softcap=None,
+        out=out,
+    )
+    return value
 
 
 def main() -> None:

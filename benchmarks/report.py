@@ -1,4 +1,5 @@
-"""Fill the tables of the README and of docs/*.md from committed result files, and draw their figures.
+"""Fill the tables of the README, of docs/*.md and of benchmarks/NOTES.md from committed result files, and
+draw the figures.
 
     python benchmarks/report.py            rewrite the pages and the figures in docs
     python benchmarks/report.py --check    fail if a page does not show the committed results
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "gpu")]
 DEMO = ROOT / "benchmarks" / "results" / "demo.json"
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -183,7 +184,20 @@ def scaling() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"demo": demo, "loss": loss, "agents": agents, "scaling": scaling}
+def gpu() -> str:
+    """Targets and predictions of the kernels on every GPU that was measured."""
+    from targets import tables
+
+    lines: list[str] = []
+    for file in sorted((ROOT / "benchmarks" / "results").glob("*/loss.json")):
+        document = json.loads(file.read_text())
+        if document.get("driver") and not document["smoke"]:
+            lines += [f"{document['device'].replace('_', ' ')}, driver {document['driver']}:", ""]
+            lines += [*tables(document["results"]), ""]
+    return "\n".join(lines or tables({})).rstrip()
+
+
+TABLES = {"demo": demo, "loss": loss, "agents": agents, "gpu": gpu, "scaling": scaling}
 
 
 STUDIES = ("uni_opd", "camopd")
@@ -236,7 +250,7 @@ def render(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [ROOT / "README.md", ROOT / "benchmarks" / "NOTES.md", *sorted((ROOT / "docs").glob("*.md"))]
     before = [page.read_text() for page in pages]
     after = [render(text) for text in before]
     if "--check" in arguments:

@@ -1,8 +1,9 @@
 """What the machine can do, and the open questions of the kernels' design, each answered by numbers.
 
 1. fp32-output against bf16-output GEMMs for logits.  2. The library's choice for dX, whose inner
-dimension is the vocabulary, against sums over blocks of it.  3. Bandwidth of the row kernels.
-4. What one read instead of two could save.  5. A Triton GEMM against the library.  6. Sustained clocks.
+dimension is the vocabulary, against splits of it.  3. Bandwidth of the row kernels.
+4. A cooperative kernel that reads logits once against two reads.  5. A Triton GEMM against the
+library.  6. Sustained clocks.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from measure import clocks, median_ms, synchronise
+from measure import clocks, kernels, median_ms, synchronise
 
 Case = tuple[str, Callable[[], dict[str, Any]]]
 CUDA = torch.cuda.is_available()
@@ -54,18 +55,22 @@ def logits(rows: int, vocab: int, width: int) -> dict[str, Any]:
         wide = torch.empty(rows, vocab, device=DEVICE)
         call = lambda: torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=wide)  # noqa: E731
         out["float32_tflops"] = rate(flops, median_ms(call))
+        out["library"] = kernels(call)
     return out
 
 
 def hidden_gradient(rows: int, vocab: int, width: int) -> dict[str, Any]:
-    """Question 2: dX = dZ W in one product, or as sums over blocks of the vocabulary."""
+    """Question 2: dX = dZ W in one product, as sums over blocks of the vocabulary, and as a batch of
+    products over blocks whose results are added."""
     dz, weight = normal(rows, vocab), normal(vocab, width)
     flops = 2 * rows * vocab * width
     out: dict[str, Any] = {"rows": rows, "width": width}
-    narrow = torch.empty(rows, width, device=DEVICE, dtype=NARROW)
-    out["one_tflops"] = rate(flops, median_ms(lambda: torch.mm(dz, weight, out=narrow)))
-    wide = torch.zeros(rows, width, device=DEVICE)
     more = {"out_dtype": torch.float32} if CUDA else {}
+    calls: dict[str, Callable[[], object]] = {
+        "narrow": lambda: torch.mm(dz, weight),
+        "float32": lambda: torch.mm(dz, weight, **more),
+    }
+    wide = torch.zeros(rows, width, device=DEVICE)
     for parts in (4, 16):
         step = -(-vocab // parts)
 
@@ -73,7 +78,16 @@ def hidden_gradient(rows: int, vocab: int, width: int) -> dict[str, Any]:
             for start in range(0, vocab, step):
                 torch.addmm(wide, dz[:, start : start + step], weight[start : start + step], out=wide, **more)
 
-        out[f"{parts}_blocks_tflops"] = rate(flops, median_ms(blocks))
+        def batch(parts: int = parts) -> torch.Tensor:
+            left = dz.view(rows, parts, -1).transpose(0, 1)
+            return torch.bmm(left, weight.view(parts, -1, width), **more).sum(0)
+
+        calls[f"{parts}_blocks"] = blocks
+        if vocab % parts == 0:
+            calls[f"{parts}_split"] = batch
+    for name, call in calls.items():
+        out[f"{name}_tflops"] = rate(flops, median_ms(call))
+    out["library"] = kernels(calls["float32"])
     return out
 
 
@@ -86,16 +100,46 @@ def weight_gradient(rows: int, vocab: int, width: int) -> dict[str, Any]:
 
 
 def row_kernels(rows: int, vocab: int) -> dict[str, Any]:
-    """Questions 3 and 4: every sweep at the setting in use; a kernel that reads the logits once
-    would save the second read of the gradient sweep."""
+    """Question 3: every sweep at the setting in use."""
     from gpu_rows import sweeps
 
     out = {}
     for name, size, call in sweeps(rows, vocab):
         ms = median_ms(call)
         out[name] = {"ms": ms, "bytes_per_logit": size, "TB/s": size * rows * vocab / ms / 1e9}
-    two = out["student and first teacher"]["ms"] + out["gradient of one teacher, reverse_kl"]["ms"]
-    return {"sweeps": out, "two_reads_ms": two, "one_read_bound_ms": two * 10 / 18}
+    return {"sweeps": out}
+
+
+def one_read(rows: int, vocab: int, kind: str, teachers: int) -> dict[str, Any]:
+    """Question 4: the row work of one chunk by the library's sweeps and by one cooperative kernel."""
+    from gpu_rows import two_reads
+    from one_read import SETTINGS, OneRead
+
+    width = -(-vocab // 16) * 16
+    z, *theirs = torch.randn(1 + teachers, rows, width, device=DEVICE)[..., :vocab]
+    weight, scale = torch.rand(teachers, rows, device=DEVICE), torch.ones(rows, device=DEVICE)
+    want, got = torch.empty(2, rows, width, device=DEVICE, dtype=torch.bfloat16)[..., :vocab]
+
+    def library() -> torch.Tensor:
+        return two_reads(kind, z, theirs, weight, scale, want)
+
+    sizes = {1: (18, 10), 2: (30, 14)}[teachers]
+    out: dict[str, Any] = {"two_reads_ms": median_ms(library)}
+    out["two_reads_TB/s"] = sizes[0] * rows * vocab / out["two_reads_ms"] / 1e9
+    values, best = library(), {}
+    for block, warps in SETTINGS:
+        kernel = OneRead(rows, vocab, z, block, warps)
+        got.fill_(float("nan"))
+        value = kernel(kind, z, theirs, weight, scale, got)
+        error = ((got.float() - want.float()).norm() / want.float().norm()).item()
+        wrong = ((value - values).abs().max() / values.abs().max()).item()
+        ms = median_ms(lambda kernel=kernel: kernel(kind, z, theirs, weight, scale, got))
+        out[f"{block} columns, {warps} warps"] = {"ms": ms, "error": error, "value_error": wrong}
+        best[ms] = max(error, wrong)
+    out["one_read_ms"] = min(best)
+    out["one_read_TB/s"] = sizes[1] * rows * vocab / out["one_read_ms"] / 1e9
+    out["error"] = max(best.values())
+    return out
 
 
 def triton_gemm(rows: int, vocab: int, width: int) -> dict[str, Any]:
@@ -152,3 +196,6 @@ def cases(smoke: bool) -> Iterator[Case]:
         yield "row kernels", lambda: row_kernels(rows[0], vocab)
         yield "Triton GEMM", lambda: triton_gemm(1024, vocab, width)
     yield "sustained", lambda: sustained(0.01 if smoke else 5.0, size)
+    # Last: programs that wait for each other could wait for ever.
+    for kind, teachers in (("reverse_kl", 1), ("reverse_kl", 2), ("forward_kl", 2)) if CUDA else ():
+        yield f"one read, {kind}, K={teachers}", lambda k=kind, t=teachers: one_read(rows[0], vocab, k, t)

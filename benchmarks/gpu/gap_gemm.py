@@ -46,20 +46,23 @@ def gap_kernel(
     column_block, row_block = first + inside % width, inside // width
     m = row_block * BM + tl.arange(0, BM)
     n = column_block * BN + tl.arange(0, BN)
-    z = product(x_ptr, w_ptr, m % rows, n % vocab, z_width, BM, BN, BK)
-    place = m.to(tl.int64)[:, None] * out_stride + n[None, :]
+    z = product(tl.zeros((BM, BN), dtype=tl.float32), x_ptr, w_ptr, m % rows, n % vocab, z_width, BK)
+    # From the block's first element, where 32 bits are enough and half as many registers.
+    corner = (row_block * BM).to(tl.int64) * out_stride + column_block * BN
+    place = tl.arange(0, BM)[:, None] * out_stride + tl.arange(0, BN)[None, :]
     inside_both = (m < rows)[:, None] & (n < vocab)[None, :]
-    tl.store(z_ptr + place, z.to(z_ptr.dtype.element_ty), mask=inside_both)
-    gap = z - product(y_ptr, v_ptr, m % rows, n % vocab, t_width, BM, BN, BK)
-    tl.store(gap_ptr + place, gap.to(gap_ptr.dtype.element_ty), mask=inside_both)
+    tl.store(z_ptr + corner + place, z.to(z_ptr.dtype.element_ty), mask=inside_both)
+    # One accumulator: two would not fit in the registers.
+    gap = -product(-z, y_ptr, v_ptr, m % rows, n % vocab, t_width, BK)
+    tl.store(gap_ptr + corner + place, gap.to(gap_ptr.dtype.element_ty), mask=inside_both)
 
 
 @triton.jit
-def product(a_ptr, b_ptr, m, n, width, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def product(total, a_ptr, b_ptr, m, n, width, BK: tl.constexpr):
+    """total + a b^T on the rows m of a and n of b."""
     k = tl.arange(0, BK)
     a = a_ptr + m.to(tl.int64)[:, None] * width + k[None, :]
     b = b_ptr + n.to(tl.int64)[None, :] * width + k[:, None]
-    total = tl.zeros((BM, BN), dtype=tl.float32)
     for _ in range(0, tl.cdiv(width, BK)):
         total = tl.dot(tl.load(a), tl.load(b), total)
         a += BK

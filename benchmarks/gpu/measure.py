@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import subprocess
 import time
@@ -16,6 +17,13 @@ Call = Callable[[], Any]
 def synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def release() -> None:
+    """Give memory back that nothing uses."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def rotate(calls: Mapping[str, Call], *, warmups: int, rounds: int) -> dict[str, list[float]]:
@@ -113,8 +121,8 @@ def _traced_bytes(call: Call) -> int:
     return peak
 
 
-def launches(call: Call) -> int | None:
-    """Kernels and copies that one call puts on the device."""
+def kernels(call: Call) -> list[str] | None:
+    """Names of the kernels and copies that one call puts on the device."""
     if not torch.cuda.is_available():
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -122,7 +130,12 @@ def launches(call: Call) -> int | None:
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         call()
         synchronise()
-    return sum(1 for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return [e.name for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def launches(call: Call) -> int | None:
+    found = kernels(call)
+    return None if found is None else len(found)
 
 
 def clocks() -> dict[str, str] | None:

@@ -122,9 +122,15 @@ def neighbours(shape: Shape, device: str, dtype: torch.dtype, sigma: float, seed
     return Problem(shape, hidden.requires_grad_(), weight.requires_grad_(), heads)
 
 
-def peaked(shape: Shape, device: str, dtype: torch.dtype, live: int = 20, seed: int = 0) -> Problem:
-    """Rows with ``live`` live columns drawn by Zipf's law over a Zipf background, and teachers that
-    disagree about them: the shape of a trained model's distributions.
+PEAKS = [(20, 1.1), (10, 1.2), (30, 1.0)]
+"""(live columns of a row, exponent of Zipf's law) of distributions like those of real models."""
+
+
+def peaked(
+    shape: Shape, device: str, dtype: torch.dtype, live: int = 20, exponent: float = 1.1, seed: int = 0
+) -> Problem:
+    """Rows with ``live`` live columns drawn by Zipf's law over a Zipf background, and teachers as wide as
+    the student that disagree about them: the shape of a trained model's distributions.
 
     Coordinate 0 of the head holds the background, -log(rank); the others are random, and the
     hidden state solves for the wanted logits of the live columns.
@@ -140,7 +146,7 @@ def peaked(shape: Shape, device: str, dtype: torch.dtype, live: int = 20, seed: 
     for start in range(0, shape.rows, 64):
         stop = min(start + 64, shape.rows)
         noise = torch.rand(stop - start, shape.vocab, generator=source.generator, device=device).clamp_(1e-20)
-        columns = (-1.1 * rank.log() - noise.log().neg_().log_()).topk(live, dim=1).indices
+        columns = (-exponent * rank.log() - noise.log().neg_().log_()).topk(live, dim=1).indices
         wanted = 11 - 0.35 * torch.arange(live, device=device) + source.normal(stop - start, live)
         system, goal = weight[columns][..., 1:], wanted - weight[columns][..., 0]
         gram = system @ system.transpose(1, 2) + 1e-4 * torch.eye(live, device=device)
@@ -150,4 +156,5 @@ def peaked(shape: Shape, device: str, dtype: torch.dtype, live: int = 20, seed: 
     nudges = [source.normal(shape.rows, shape.width, scale=0.3) for _ in shape.teachers]
     weight, student = weight.to(dtype), hidden.to(dtype)
     heads = [TeacherHead((hidden + nudge).to(dtype), weight) for nudge in nudges]
+    shape = replace(shape, teachers=(shape.width,) * len(heads))
     return Problem(shape, student.requires_grad_(), weight.clone().requires_grad_(), heads)

@@ -1,16 +1,19 @@
-"""The whole GPU session, unattended: tests, ceilings, correctness, speed; one JSON and a table.
+"""The whole GPU session, unattended; one JSON and a table.
 
-    python benchmarks/gpu/run.py [--out FILE] [--minutes 9] [--smoke]
+    python benchmarks/gpu/run.py [--out FILE] [--minutes 9] [--smoke]    tests, ceilings, correctness, speed
+    python benchmarks/gpu/run.py --more                                  a whole step, peers, the rest
 
-Needs torch, triton and pytest; TRL and Liger are measured where they can be imported. Every section
-runs in a process of its own and within its share of the time; each case is written to the file as
-soon as it is done, so nothing is lost when time runs out. ``--smoke`` runs everything at tiny sizes
-on whatever device is there.
+Needs torch, triton and pytest, and transformers for the whole step; TRL and Liger are measured where
+they can be imported. Every section runs in a process of its own and within its share of the time;
+each case is written to the file as soon as it is done, so nothing is lost when time runs out.
+``--more`` and ``--section`` add to the file of an earlier run with the same versions. ``--smoke``
+runs everything at tiny sizes on whatever device is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -24,12 +27,13 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT / "kernels"), str(HERE.parent)]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(HERE.parent)]
 
 from conftest import device_name, environment
 from table import lines
 
-SECTIONS = {"tests": 150, "ceilings": 60, "correctness": 90, "speed": 600}
+SECTIONS = {"tests": 150, "ceilings": 75, "correctness": 90, "speed": 600}
+MORE = {"step": 240, "screened": 40, "peers": 120, "sanitizer": 600}
 """Seconds each may take; the last one has what is left."""
 GRACE = 30
 
@@ -39,7 +43,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="default benchmarks/results/<device>/loss.json")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--section", choices=SECTIONS, help="run one of them only")
+    parser.add_argument("--more", action="store_true", help=f"the second half: {', '.join(MORE)}")
+    parser.add_argument("--section", choices=[*SECTIONS, *MORE], help="run one of them only")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     out = options.out or HERE.parent / "results" / device_name() / "loss.json"
@@ -47,18 +52,31 @@ def main(arguments: list[str]) -> int:
         run_section(options.section, out, options.deadline, options.smoke)
         return 0
     out.parent.mkdir(parents=True, exist_ok=True)
-    write(out, {**environment(), "driver": driver(), "smoke": options.smoke, "results": {}})
+    begin(out, {**environment(), "driver": driver(), "smoke": options.smoke}, options.more or bool(options.section))
     end = time.time() + 60 * options.minutes - GRACE
-    for name, seconds in SECTIONS.items():
-        if options.section in (None, name):
-            start_section(name, out, min(end, time.time() + seconds), options.smoke)
+    every = SECTIONS | MORE
+    for name in [options.section] if options.section else MORE if options.more else SECTIONS:
+        start_section(name, out, min(end, time.time() + every[name]), options.smoke)
     print("\n".join(lines(json.loads(out.read_text()))))
     print(f"written to {out}")
     return int(failed(json.loads(out.read_text())["results"]))
 
 
+def begin(out: Path, about: dict[str, Any], add: bool) -> None:
+    """An empty file, or with ``add`` the one that is there if it was measured with the same software."""
+    kept: dict[str, Any] = {}
+    if add and out.is_file():
+        before = json.loads(out.read_text())
+        if all(before.get(key) == about[key] for key in ("device", "versions", "driver", "smoke")):
+            kept = before["results"]
+    write(out, {**about, "results": kept})
+
+
 def start_section(name: str, out: Path, deadline: float, smoke: bool) -> None:
     """Run a section in a child process that is ended soon after the deadline."""
+    document = json.loads(out.read_text())
+    document["results"].pop(name, None)
+    write(out, document)
     if name == "tests":
         record(out, name, "gpu", test_run(deadline, smoke))
         return
@@ -75,6 +93,8 @@ def start_section(name: str, out: Path, deadline: float, smoke: bool) -> None:
 
 def run_section(name: str, out: Path, deadline: float, smoke: bool) -> None:
     """Run the cases of a section one by one; those after the deadline are recorded as left out."""
+    from measure import release
+
     for case, function in cases(name, out, smoke):
         if time.time() > deadline:
             record(out, name, case, {"skipped": "no time left"})
@@ -90,17 +110,15 @@ def run_section(name: str, out: Path, deadline: float, smoke: bool) -> None:
 
 
 def cases(name: str, out: Path, smoke: bool) -> Iterator[tuple[str, Any]]:
-    import ceilings
-    import correctness
-    import speed
-
-    if name == "ceilings":
-        return ceilings.cases(smoke)
+    module = importlib.import_module("speed" if name == "peers" else name)
     if name == "correctness":
-        return correctness.cases(smoke, seed=int(time.time()))
+        return module.cases(smoke, seed=int(time.time()))
+    if name not in ("speed", "peers"):
+        return module.cases(smoke)
     measured = json.loads(out.read_text())["results"].get("ceilings", {})
     squares = [figures.get("tflops") for case, figures in measured.items() if case.startswith("matmul")]
-    return speed.cases(smoke, squares[0] if squares else None)
+    ceiling = squares[0] if squares else None
+    return module.cases(smoke, ceiling) if name == "speed" else module.best_cases(smoke, ceiling)
 
 
 def test_run(deadline: float, smoke: bool) -> dict[str, Any]:
@@ -140,7 +158,7 @@ def failed(results: dict[str, Any]) -> bool:
     """Whether a test, a bound on an error or a whole section failed."""
     if results.get("tests", {}).get("gpu", {}).get("exit", 0) != 0:
         return True
-    checks = results.get("correctness", {}).values()
+    checks = [c for name in ("correctness", "sanitizer") for c in results.get(name, {}).values()]
     return any("error" in c or not c.get("passed", True) for c in checks) or any("exit" in s for s in results.values())
 
 
@@ -151,16 +169,6 @@ def driver() -> str | None:
     if clocks() is None:
         return None
     return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or None
-
-
-def release() -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Time, peak memory and launches of S1 to S7, ours beside the peers at equal memory and at defaults."""
+"""Time, peak memory and launches of S1 to S7: ours beside the peers at their defaults and at their
+best chunk, and ours with the memory that each of them takes."""
 
 from __future__ import annotations
 
@@ -7,8 +8,10 @@ from typing import Any
 
 import providers
 import torch
-from measure import launches, rotate, summary, temporary_bytes
-from problems import KINDS, S1, S2, S3, S4, S5, S6, S7, Problem, Shape, peaked, strangers
+from measure import launches, median_ms, release, rotate, summary, temporary_bytes
+from problems import KINDS, PEAKS, S1, S2, S3, S4, S5, S6, S7, Problem, Shape, peaked, strangers
+
+from opd_kernels.chunking import DEFAULT_WORKSPACE_BYTES
 
 Case = tuple[str, Callable[[], dict[str, Any]]]
 Step = providers.Step
@@ -19,8 +22,8 @@ def setting() -> tuple[str, torch.dtype]:
 
 
 def steps_of(problem: Problem, kind: str, names: list[str]) -> dict[str, Callable[[], Step]]:
-    """Makers of the named providers; the peers' best chunks are the largest that were found to help."""
-    rows, cuda = problem.shape.rows, problem.device == "cuda"
+    """Makers of the named providers that are installed."""
+    cuda = problem.device == "cuda"
     makers: dict[str, Callable[[], Step]] = {
         "ours": lambda: providers.ours(problem, kind),
         "gemms": lambda: providers.gemms(problem, kind),
@@ -28,12 +31,23 @@ def steps_of(problem: Problem, kind: str, names: list[str]) -> dict[str, Callabl
         "eager": lambda: providers.eager(problem, kind),
         "compile": lambda: providers.compiled(problem, kind),
         "trl": lambda: providers.trl(problem, kind),
-        "trl, whole batch": lambda: providers.trl(problem, kind, token_chunk=rows),
         "liger": lambda: providers.liger(problem, kind, compile_=cuda),
-        "liger, whole batch": lambda: providers.liger(problem, kind, chunk=rows, compile_=cuda),
     }
     there = providers.available()
-    return {n: makers[n] for n in names if there.get(n.split(",")[0], True)}
+    return {n: makers[n] for n in names if there.get(n, True)}
+
+
+def tried(problem: Problem, kind: str, peer: str) -> dict[str, Callable[[], Step]]:
+    """A peer at its default chunk and at others, by what they are called in the tables."""
+    rows, vocab, cuda = problem.shape.rows, problem.shape.vocab, problem.device == "cuda"
+    if peer == "trl":
+        sizes = [(None, None), (rows // 4, None), (rows, None), (rows // 4, vocab), (None, vocab)]
+        return {
+            f"{t or 'default'} x {v or 'default'}": lambda t=t, v=v: providers.trl(problem, kind, t, v)
+            for t, v in sizes
+        }
+    chunks = (256, 1024, rows // 2, rows)
+    return {f"{c} rows": lambda c=c: providers.liger(problem, kind, chunk=c, compile_=cuda) for c in chunks}
 
 
 def measure(
@@ -50,8 +64,7 @@ def measure(
             }
         except Exception as problem_found:
             out[name] = {"error": f"{type(problem_found).__name__}: {problem_found}"[:300]}
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release()
     working = {name: step for name, step in steps.items() if "error" not in out[name]}
     for name, times in rotate(working, warmups=warmups, rounds=rounds).items():
         out[name] |= summary(times)
@@ -61,19 +74,51 @@ def measure(
     return out
 
 
+def rounds_of(smoke: bool) -> dict[str, int]:
+    return {"warmups": 1, "rounds": 2} if smoke else {"warmups": 5, "rounds": 20}
+
+
 def compare(shape: Shape, kind: str, names: list[str], ceiling: float | None, smoke: bool) -> dict[str, Any]:
     problem = strangers(shape, *setting())
     steps = {name: make() for name, make in steps_of(problem, kind, names).items()}
-    rounds = {"warmups": 1, "rounds": 2} if smoke else {"warmups": 5, "rounds": 20}
-    out = measure(problem, steps, ceiling, **rounds)
-    # Ours with the memory of each peer, where that differs from its own.
+    out = measure(problem, steps, ceiling, **rounds_of(smoke))
+    return out | at_their_memory(problem, kind, out, ceiling, smoke)
+
+
+def at_their_memory(
+    problem: Problem, kind: str, found: dict[str, Any], ceiling: float | None, smoke: bool
+) -> dict[str, Any]:
+    """Ours with the peak memory of each peer; what ours takes beside its workspace is part of it."""
+    beside = max(0, found["ours"].get("peak_bytes", 0) - DEFAULT_WORKSPACE_BYTES)
     budgets = {
-        f"ours at the memory of {name}": figures["peak_bytes"]
-        for name, figures in out.items()
-        if name in ("trl", "liger") and "error" not in figures
+        f"ours at the memory of {name}": max(figures["peak_bytes"] - beside, 1 << 20)
+        for name, figures in found.items()
+        if name.split(",")[0] in providers.PACKAGES and "error" not in figures
     }
-    equal = {n: providers.ours(problem, kind, workspace_bytes=max(b, 1 << 20)) for n, b in budgets.items()}
-    return out | (measure(problem, equal, ceiling, **rounds) if equal else {})
+    equal = {n: providers.ours(problem, kind, workspace_bytes=b) for n, b in budgets.items()}
+    return measure(problem, equal, ceiling, **rounds_of(smoke)) if equal else {}
+
+
+def at_their_best(shape: Shape, kind: str, ceiling: float | None, smoke: bool) -> dict[str, Any]:
+    """Every peer at the fastest of several chunks; what was tried is kept."""
+    problem, out = strangers(shape, *setting()), {}
+    steps = {name: make() for name, make in steps_of(problem, kind, ["ours", "gemms"]).items()}
+    for peer in [name for name, there in providers.available().items() if there]:
+        times: dict[str, float] = {}
+        for chunk, make in tried(problem, kind, peer).items():
+            try:
+                step = make()
+                step()
+                times[chunk] = median_ms(step, warmups=1, rounds=2 if smoke else 5)
+            except Exception as problem_found:
+                out[f"{peer}, {chunk}"] = {"error": f"{type(problem_found).__name__}: {problem_found}"[:200]}
+            release()
+        if times:
+            best = min(times, key=times.__getitem__)
+            steps[f"{peer}, {best}"] = tried(problem, kind, peer)[best]()
+            out[f"{peer} tried"] = {"ms_by_chunk": times}
+    found = measure(problem, steps, ceiling, **rounds_of(smoke))
+    return out | found | at_their_memory(problem, kind, found, ceiling, smoke)
 
 
 def memory(shape: Shape, kind: str) -> dict[str, Any]:
@@ -82,13 +127,13 @@ def memory(shape: Shape, kind: str) -> dict[str, Any]:
     return {"ours": {"peak_bytes": temporary_bytes(step, problem.gradient_bytes)}}
 
 
-def compaction(shape: Shape, ceiling: float | None, smoke: bool) -> dict[str, Any]:
+def compaction(shape: Shape, live: int, exponent: float, ceiling: float | None, smoke: bool) -> dict[str, Any]:
     """The compacted backward on distributions like those of trained models."""
-    problem = peaked(shape, *setting())
+    problem = peaked(shape, *setting(), live=live, exponent=exponent)
     tolerances = (0.0, 1e-3, 1e-2)
     steps = {f"ours, tolerance {t}": providers.ours(problem, "reverse_kl", backward_tolerance=t) for t in tolerances}
     rounds = {"warmups": 1, "rounds": 2} if smoke else {"warmups": 3, "rounds": 10}
-    out = measure(problem, steps, ceiling, **rounds)
+    out = measure(problem, {"gemms": providers.gemms(problem, "reverse_kl"), **steps}, ceiling, **rounds)
     dense = steps["ours, tolerance 0.0"]()[1]
     exact = tuple(x.double() for x in dense)
     for name, step in steps.items():
@@ -108,8 +153,18 @@ def cases(smoke: bool, ceiling: float | None) -> Iterator[Case]:
         yield f"S2 {kind}", lambda kind=kind: compare(two, kind, several, ceiling, smoke)
     yield "S7 reverse_kl", lambda: compare(half, "reverse_kl", peers[:4], ceiling, smoke)
     yield "S6 memory", lambda: memory(long, "reverse_kl")
-    yield "S1 compacted", lambda: compaction(one, ceiling, smoke)
+    for live, exponent in PEAKS:
+        yield (
+            f"S1 compacted, {live} live columns, exponent {exponent}",
+            lambda live=live, exponent=exponent: compaction(one, live, exponent, ceiling, smoke),
+        )
     for shape in (short, narrow, llama):
         yield f"{shape.name} reverse_kl", lambda s=shape: compare(s, "reverse_kl", peers[:4], ceiling, smoke)
-    best = ["ours", "trl, whole batch", "liger, whole batch"] + ([] if smoke else ["compile"])
-    yield "S1 reverse_kl, peers at their best", lambda: compare(one, "reverse_kl", best, ceiling, smoke)
+
+
+def best_cases(smoke: bool, ceiling: float | None) -> Iterator[Case]:
+    one = S1.smaller() if smoke else S1
+    for kind in ("reverse_kl", "jsd"):
+        yield f"S1 {kind}, peers at their best", lambda kind=kind: at_their_best(one, kind, ceiling, smoke)
+    if not smoke:
+        yield "S1 reverse_kl, torch.compile", lambda: compare(one, "reverse_kl", ["ours", "compile"], ceiling, smoke)

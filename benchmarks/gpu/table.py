@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from targets import tables
+
 HEADER = "| case | provider | ms | of the floor | memory, GB | kernels | gradient error |"
 
 
@@ -13,18 +15,49 @@ def lines(document: Mapping[str, Any]) -> list[str]:
     results = document["results"]
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
     out = [f"{document['device']}: {versions}", ""]
-    for case, figures in results.get("tests", {}).items():
-        out.append(f"tests {case}: " + ", ".join(f"{k} {v}" for k, v in figures.items() if k != "tail" and v != []))
+    for section in ("tests", "sanitizer", "screened"):
+        for case, figures in results.get(section, {}).items():
+            out.append(f"{section}, {case}: " + ", ".join(f"{k} {number(v)}" for k, v in flat(figures)))
+    out += step_lines(results.get("step", {}))
     for case, figures in results.get("ceilings", {}).items():
         plain = {k: v for k, v in figures.items() if isinstance(v, (int, float, str)) and k != "seconds"}
         out.append(f"{case}: " + ", ".join(f"{k} {number(v)}" for k, v in plain.items()))
         out += [f"  {name}: {s['TB/s']:.2f} TB/s" for name, s in figures.get("sweeps", {}).items()]
     out += ["", HEADER, "|---|---|---:|---:|---:|---:|---:|"]
-    for case, figures in results.get("speed", {}).items():
+    for case, figures in [*results.get("speed", {}).items(), *results.get("peers", {}).items()]:
         out += rows(case, figures, results.get("correctness", {}))
     bad = [case for case, figures in results.get("correctness", {}).items() if not figures.get("passed", False)]
     out += ["", "correctness: " + ("failed: " + "; ".join(bad) if bad else "passed")]
+    return [*out, "", *tables(results)]
+
+
+def flat(figures: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What fits a line; parts of a case by their names."""
+    out: list[tuple[str, Any]] = []
+    for key, value in figures.items():
+        if isinstance(value, Mapping):
+            out += [(f"{key}: {inner}", x) for inner, x in value.items()]
+        elif key not in ("tail", "seconds") and value != []:
+            out.append((key, value))
     return out
+
+
+def step_lines(step: Mapping[str, Any]) -> list[str]:
+    """Seconds and peak memory of every phase of the whole step."""
+    if not step:
+        return []
+    out = ["", "| case | phase | seconds | peak, GB |", "|---|---|---:|---:|"]
+    for case, figures in step.items():
+        for phase, found in figures.get("phases", {}).items():
+            peak = f"{found['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in found else ""
+            out.append(f"| {case} | {phase} | {found['seconds']:.3f} | {peak} |")
+        if "update_seconds" in figures:
+            share = f"loss {100 * figures['loss_share']:.1f} % of it"
+            out.append(f"| {case} | the update, {share} | {figures['update_seconds']:.3f} | |")
+        for word in ("out_of_memory", "error", "skipped"):
+            if word in figures:
+                out.append(f"| {case} | {word}: {str(figures[word]).splitlines()[-1]} | | |")
+    return [*out, ""]
 
 
 def rows(case: str, figures: Mapping[str, Any], correctness: Mapping[str, Any]) -> list[str]:
@@ -35,7 +68,7 @@ def rows(case: str, figures: Mapping[str, Any], correctness: Mapping[str, Any]) 
     errors = correctness.get(f"{kind}, KL 2e-2", {})
     out = []
     for provider, found in figures.items():
-        if not isinstance(found, Mapping):
+        if not isinstance(found, Mapping) or "ms_by_chunk" in found:
             continue
         if "error" in found:
             out.append(f"| {case} | {provider} | {found['error']} | | | | |")

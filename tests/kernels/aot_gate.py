@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +25,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from opd_kernels import rows
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
+
+from gap_gemm import gap_kernel
+from one_read import OPTIONS, SETTINGS, one_read_kernel
 
 ARCHITECTURES = (80, 90, 100)
 KINDS = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
@@ -72,9 +78,29 @@ VARIANTS = {
 }
 """Every way the row operations launch each kernel, as constants and pointer types that matter."""
 
-POINTERS = {"label_ptr": "*i64", "finite_ptr": "*i1", "z_bias_ptr": "*bf16", "t_bias_ptr": "*bf16"}
+POINTERS = {
+    "label_ptr": "*i64",
+    "ticket_ptr": "*i32",
+    "finite_ptr": "*i1",
+    "z_bias_ptr": "*bf16",
+    "t_bias_ptr": "*bf16",
+}
+SESSION = {
+    "one_read_kernel": [
+        {"KIND": kind, "TWO": two, "WAIT": True, "SPLITS": 128, "BLOCK": block, "num_warps": warps, "out_ptr": "*bf16"}
+        for block, warps in SETTINGS
+        for kind in ("reverse_kl", "forward_kl")
+        for two in (False, True)
+    ],
+    "gap_kernel": [
+        {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages, "pointers": "*bf16"}
+        for config in gap_kernel.configs
+    ],
+}
+"""The kernels that only the GPU session uses, at each of its settings."""
+
 NUMBERS = ("parameter", "cap", "z_cap", "t_cap", "z_factor", "t_factor")
-ALIGNED = ("width", "z_stride", "t_stride", "acc_stride", "out_stride")
+ALIGNED = ("width", "z_width", "t_width", "z_stride", "t_stride", "u_stride", "acc_stride", "out_stride")
 
 
 def kernels() -> dict[str, triton.JITFunction]:
@@ -84,21 +110,25 @@ def kernels() -> dict[str, triton.JITFunction]:
 
 def build(name: str, variant: dict, capability: int):
     """The compiled kernel, with the divisibility that the launches of ``TritonRowOps`` have."""
-    kernel, variant = kernels()[name], dict(variant)
+    session = {"one_read_kernel": one_read_kernel, "gap_kernel": gap_kernel.fn}
+    kernel, variant = {**kernels(), **session}[name], dict(variant)
+    options = {**(OPTIONS if name in SESSION else rows.OPTIONS)}
+    options |= {key: variant.pop(key) for key in ("num_warps", "num_stages") if key in variant}
+    pointers = variant.pop("pointers", None)
     signature, constants, hints = {}, {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument.isupper() or (argument in ONES and argument in variant):
             signature[argument] = "constexpr"
-            constants[(index,)] = rows.BLOCK if argument == "BLOCK" else variant.pop(argument)
+            constants[(index,)] = variant.pop(argument) if argument in variant else getattr(rows, argument)
         elif argument.endswith("_ptr"):
-            signature[argument] = variant.pop(argument, POINTERS.get(argument, "*fp32"))
+            signature[argument] = variant.pop(argument, pointers or POINTERS.get(argument, "*fp32"))
         else:
             signature[argument] = "fp32" if argument in NUMBERS else "i32"
-        if argument.endswith("_ptr") or argument in ALIGNED:
+        if argument.endswith("_ptr") or argument in ALIGNED or (name, argument) == ("gap_kernel", "vocab"):
             hints[(index,)] = [["tt.divisibility", 16]]
     assert not variant, f"{name} has no arguments {sorted(variant)}"
     source = ASTSource(kernel, signature, constants, hints)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(rows.OPTIONS))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -124,6 +154,7 @@ def measure(name: str, variant: dict, capability: int) -> dict:
         "shared": compiled.metadata.shared,
         "loads": Counter(re.findall(r"\bLDG\.E[.\w]*", sass)),
         "stores": Counter(re.findall(r"\bSTG\.E[.\w]*", sass)),
+        "tensor_cores": len(re.findall(r"\b(?:HGMMA|UTCHMMA|HMMA)\b", sass)),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
     }
 
@@ -131,11 +162,13 @@ def measure(name: str, variant: dict, capability: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, action="append", help="80, 90, 100; default all three")
+    parser.add_argument("--session", action="store_true", help="the kernels of the GPU session instead")
     parser.add_argument("--quick", action="store_true", help="only the first and the last variant of each kernel")
     options = parser.parse_args()
     assert sorted(kernels()) == sorted(VARIANTS), "every kernel needs its variants here"
-    for capability, name in itertools.product(options.capability or ARCHITECTURES, VARIANTS):
-        variants = VARIANTS[name]
+    table = SESSION if options.session else VARIANTS
+    for capability, name in itertools.product(options.capability or ARCHITECTURES, table):
+        variants = table[name]
         for variant in (variants[0], variants[-1]) if options.quick else variants:
             result = measure(name, variant, capability)
             print(json.dumps({"triton": triton.__version__, **result}), flush=True)

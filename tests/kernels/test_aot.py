@@ -59,6 +59,19 @@ def test_machine_code(capability, quick):
     check(run_gate("--capability", str(capability), *(["--quick"] if quick else [])))
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_machine_code_of_the_gpu_session(capability):
+    """The one-read kernel loads each logit once and keeps it in registers; the GEMM runs on tensor cores."""
+    for result in run_gate("--session", "--quick", "--capability", str(capability)):
+        variant = result["variant"]
+        if result["kernel"] == "gap_kernel":
+            assert result["tensor_cores"], result
+            continue
+        wide = variant["BLOCK"] // (4 * 32 * variant["num_warps"])
+        assert result["spilled"] == 0 and result["registers"] <= MOST_REGISTERS, result
+        assert result["loads"]["LDG.E.128"] == wide * (2 + variant["TWO"]), result
+
+
 @pytest.mark.slow
 def test_machine_code_on_the_oldest_triton(tmp_path):
     """The Triton of current GPU images; downloads it."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "benchmarks" / "gpu" / "run.py"
+CASES = Path(__file__).with_name("gpu_kernel_cases.py")
 
 
 def session(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, dict]:
@@ -20,21 +21,42 @@ def session(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, di
 
 
 def test_every_case_leaves_its_figures(tmp_path):
-    run, document = session(tmp_path / "loss.json")
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    """Both halves; the second adds to the file of the first."""
+    for half in ((), ("--more",)):
+        run, document = session(tmp_path / "loss.json", *half)
+        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     results = document["results"]
     assert {case.split()[0] for case in results["speed"]} == {f"S{i}" for i in range(1, 8)}
-    for section in ("ceilings", "correctness", "speed"):
+    for section in ("ceilings", "correctness", "speed", "step", "screened", "peers", "sanitizer"):
         assert results[section]
         for case, figures in results[section].items():
             assert "error" not in figures, (case, figures)
             assert "skipped" not in figures, case
     assert all(figures["passed"] for figures in results["correctness"].values())
-    for case, figures in results["speed"].items():
+    for case, figures in [*results["speed"].items(), *results["peers"].items()]:
         for name, found in figures.items():
             assert name == "seconds" or "error" not in found, (case, name, found)
     assert "| S2 jsd | ours |" in run.stdout
     assert "correctness: passed" in run.stdout
+    losses = [figures["loss"] for case, figures in results["step"].items() if case.startswith("update")]
+    assert len(losses) == 3 and max(losses) - min(losses) <= 1e-5 * max(losses)
+    for peer in ("trl", "liger"):
+        assert f"ours at the memory of {peer}" in results["speed"]["S1 reverse_kl"]
+        assert any(
+            name.startswith(f"ours at the memory of {peer}, ")
+            for name in results["peers"]["S1 jsd, peers at their best"]
+        )
+    # A target is either read from the file or named as open.
+    assert "| half of the rows masked, over all rows | at most 0.55 | not measured" not in run.stdout
+    assert "| gap-domain GEMM over the library | time 1.1 to 1.3 | not measured" in run.stdout
+
+
+def test_kernels_of_the_session():
+    """The interpreter is chosen when Triton is imported, so the cases need their own process."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", CASES]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
 def test_a_session_without_time_says_what_it_left_out(tmp_path):

@@ -1,0 +1,220 @@
+"""What the kernels are to reach and what was predicted before the first run, beside what was measured.
+
+Every line reads its number from the results of ``run.py``; a case that was not run, or that failed,
+leaves it open.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Results = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One expectation.
+
+    Args:
+        name: what is measured.
+        expected: in words.
+        read: the number in the results; a missing case is a KeyError.
+        holds: whether a number is as expected.
+        form: how the number is written.
+    """
+
+    name: str
+    expected: str
+    read: Callable[[Results], float]
+    holds: Callable[[float], bool]
+    form: str = "{:.2f}"
+
+    def measured(self, results: Results) -> float | None:
+        try:
+            return self.read(results)
+        except (KeyError, TypeError, ZeroDivisionError, ValueError):
+            return None
+
+    def row(self, results: Results, yes: str, no: str) -> str:
+        value = self.measured(results)
+        if value is None:
+            return f"| {self.name} | {self.expected} | not measured | |"
+        return f"| {self.name} | {self.expected} | {self.form.format(value)} | {yes if self.holds(value) else no} |"
+
+
+def ours(results: Results, case: str, figure: str = "ms") -> float:
+    return results["speed"][case]["ours"][figure]
+
+
+def advantage(results: Results, peer: str, case: str = "S1 reverse_kl") -> float:
+    """Time of a peer over ours at no more than its memory."""
+    mine, theirs = results["speed"][case][f"ours at the memory of {peer}"], results["speed"][case][peer]
+    if mine["peak_bytes"] > 1.02 * theirs["peak_bytes"]:
+        return math.nan  # it cannot be had at that memory
+    return theirs["ms"] / mine["ms"]
+
+
+def compacted(results: Results, most: float = 1e-3) -> float:
+    """Time of the fastest compacted call with gradient errors of at most ``most``, over the dense floor's,
+    at its worst distribution."""
+    found = []
+    for case, figures in results["speed"].items():
+        if not case.startswith("S1 compacted"):
+            continue
+        dense = figures["ours, tolerance 0.0"]
+        floor = dense["ms"] * dense["of_floor"]
+        good = [f for f in figures.values() if isinstance(f, Mapping) and "error_against_dense" in f]
+        found.append(min(f["ms"] for f in good if max(f["error_against_dense"].values()) <= most) / floor)
+    return max(found)
+
+
+def gradient_error(results: Results) -> float:
+    kinds = ("reverse_kl", "forward_kl", "jsd")
+    errors = [results["correctness"][f"{kind}, KL 8e-4"]["ours"] for kind in kinds]
+    return max(max(e["hidden"], e["weight"]) for e in errors)
+
+
+def split_gain(results: Results, rows: int) -> float:
+    """Rate of the best split dX over that of one product."""
+    found = results["ceilings"][f"dX {rows}"]
+    return max(v for k, v in found.items() if k.endswith(("blocks_tflops", "split_tflops"))) / found["float32_tflops"]
+
+
+def sweep(results: Results, name: str) -> float:
+    """Bandwidth over a copy's."""
+    ceilings = results["ceilings"]
+    return ceilings["row kernels"]["sweeps"][name]["TB/s"] / ceilings["copy"]["TB/s"]
+
+
+def saved(results: Results, teachers: int) -> float:
+    found = results["ceilings"][f"one read, reverse_kl, K={teachers}"]
+    if not found["error"] <= 1e-2:
+        return math.nan
+    return found["one_read_ms"] / found["two_reads_ms"]
+
+
+def whole_step(results: Results, figure: str, case: str = "update, fused loss") -> float:
+    return results["step"][case][figure]
+
+
+TARGETS = [
+    Line(
+        "K=1, share of the FLOP floor (S1)",
+        "at least 0.85",
+        lambda r: ours(r, "S1 reverse_kl", "of_floor"),
+        lambda x: x >= 0.85,
+    ),
+    Line("K=2 (S2), ms", "at most 62", lambda r: ours(r, "S2 reverse_kl"), lambda x: x <= 62, "{:.1f}"),
+    Line(
+        "JSD over reverse KL, K=1",
+        "at most 1.07",
+        lambda r: ours(r, "S1 jsd") / ours(r, "S1 reverse_kl"),
+        lambda x: x <= 1.07,
+    ),
+    Line(
+        "JSD over reverse KL, K=2",
+        "at most 1.07",
+        lambda r: ours(r, "S2 jsd") / ours(r, "S2 reverse_kl"),
+        lambda x: x <= 1.07,
+    ),
+    Line(
+        "half of the rows masked, over all rows",
+        "at most 0.55",
+        lambda r: ours(r, "S7 reverse_kl") / ours(r, "S1 reverse_kl"),
+        lambda x: x <= 0.55,
+    ),
+    Line(
+        "32,768 tokens, GB beyond inputs and gradients",
+        "at most 2.5",
+        lambda r: ours(r, "S6 memory", "peak_bytes") / 1e9,
+        lambda x: x <= 2.5,
+    ),
+    Line("as fast as TRL 1.16 at its memory, times", "at least 1.8", lambda r: advantage(r, "trl"), lambda x: x >= 1.8),
+    Line(
+        "as fast as Liger 0.8.5 at its memory, times",
+        "at least 2.5",
+        lambda r: advantage(r, "liger"),
+        lambda x: x >= 2.5,
+    ),
+    Line("largest gradient error at KL 8e-4", "at most 1e-3", gradient_error, lambda x: x <= 1e-3, "{:.1e}"),
+    Line("compacted K=1 with errors up to 1e-3, over the dense floor", "at most 0.75", compacted, lambda x: x <= 0.75),
+]
+
+PREDICTIONS = [
+    Line(
+        "logits of 1024 rows, float32 over bfloat16 results",
+        "rate 0.93 to 1",
+        lambda r: r["ceilings"]["logits 1024"]["float32_tflops"] / r["ceilings"]["logits 1024"]["narrow_tflops"],
+        lambda x: x >= 0.93,
+    ),
+    Line(
+        "dX of 512 rows, best split over one product",
+        "rate 1.2 or more: 40 tiles for 132 multiprocessors",
+        lambda r: split_gain(r, 512),
+        lambda x: x >= 1.2,
+    ),
+    Line(
+        "dX of 4096 rows, best split over one product",
+        "rate at most 1.05",
+        lambda r: split_gain(r, 4096),
+        lambda x: x <= 1.05,
+    ),
+    Line(
+        "statistics of student and teacher, over a copy",
+        "bandwidth 0.85 or more",
+        lambda r: sweep(r, "student and first teacher"),
+        lambda x: x >= 0.85,
+    ),
+    Line(
+        "gradient of one teacher, over a copy",
+        "bandwidth 0.85 or more",
+        lambda r: sweep(r, "gradient of one teacher, reverse_kl"),
+        lambda x: x >= 0.85,
+    ),
+    Line("one read over two, K=1", "time 0.56 (bytes) to 0.8 (waiting)", lambda r: saved(r, 1), lambda x: x <= 0.8),
+    Line("one read over two, K=2", "time 0.47 (bytes) to 0.7 (waiting)", lambda r: saved(r, 2), lambda x: x <= 0.7),
+    Line(
+        "gap-domain GEMM over the library",
+        "time 1.1 to 1.3",
+        lambda r: r["ceilings"]["Triton GEMM"]["ratio"],
+        lambda x: 1.1 <= x <= 1.3,
+    ),
+    Line("K=2 (S2), ms", "67 to 71", lambda r: ours(r, "S2 reverse_kl"), lambda x: 67 <= x <= 71, "{:.1f}"),
+    Line("K=2 JSD (S2), ms", "71 to 75", lambda r: ours(r, "S2 jsd"), lambda x: 71 <= x <= 75, "{:.1f}"),
+    Line(
+        "largest gradient error at KL 8e-4",
+        "1.5e-3 to 2.5e-3: dZ and results are rounded to bfloat16",
+        gradient_error,
+        lambda x: 1.5e-3 <= x <= 2.5e-3,
+        "{:.1e}",
+    ),
+    Line(
+        "screened logits over bfloat16, columns from probability 1e-3",
+        "time 0.6 to 0.7",
+        lambda r: r["screened"]["20 live columns, exponent 1.1"]["probability 0.001"]["over_bfloat16"],
+        lambda x: x <= 0.7,
+    ),
+    Line(
+        "fused loss, share of a real update",
+        "0.05 to 0.1",
+        lambda r: whole_step(r, "loss_share"),
+        lambda x: 0.05 <= x <= 0.1,
+    ),
+    Line(
+        "update with logits of 2048 tokens over the fused one",
+        "time 1.05 or more",
+        lambda r: whole_step(r, "update_seconds", "update, logits of 2048 tokens") / whole_step(r, "update_seconds"),
+        lambda x: x >= 1.05,
+    ),
+]
+
+
+def tables(results: Results) -> list[str]:
+    """Both tables as Markdown."""
+    out = ["| target | asked | measured | reached |", "|---|---|---:|---|"]
+    out += [line.row(results, "yes", "no") for line in TARGETS]
+    out += ["", "| prediction | predicted | measured | held |", "|---|---|---:|---|"]
+    return out + [line.row(results, "yes", "no") for line in PREDICTIONS]
