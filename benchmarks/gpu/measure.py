@@ -20,9 +20,9 @@ def synchronise() -> None:
 
 
 def release() -> None:
-    """Give memory back that nothing uses."""
-    gc.collect()
+    """Give device memory back that nothing uses."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
