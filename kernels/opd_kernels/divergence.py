@@ -51,6 +51,13 @@ def linear_divergence(
     ``student_hidden``, ``student_weight`` and ``student_bias``, whichever require them; teachers
     are constants.
 
+    On a GPU the host waits for the device a few times a call, to check values and to select rows, and
+    never for a chunk; with ``backward_tolerance`` also for every block of rows whose columns are chosen.
+    Forward and backward can be captured in a CUDA graph, where nothing is read: values are not checked,
+    every teacher works on every row, rows of weight 0 have to be finite and have a ``token_loss``, each
+    row needs a teacher with "mixture", and a tolerance is refused. Warm up with the same shapes and no
+    weight of 0, so that no kernel is compiled within the capture.
+
     Args:
         student_hidden: [N, d_s] float32, bfloat16, float16 (float64 for tests), row-major.
         student_weight: [V, d_s], same dtype.

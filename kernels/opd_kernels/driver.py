@@ -18,7 +18,7 @@ from .chunking import ChunkPlan, plan_chunks, spans
 from .compaction import Compactor, block_bytes, scratch_bytes
 from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast
 from .row_ops import make_row_ops, row_layout
-from .selection import RowPlan
+from .selection import RowPlan, capturing
 from .torch_impl import StudentRows, TeacherRows
 from .types import Head, Problem, TokenStats
 
@@ -346,11 +346,12 @@ def make_workspace(
 
 
 def report_bad_teacher(problem: Problem, rows: RowPlan, finite: Tensor) -> None:
-    """Raise for the first teacher row whose logits are NaN or inf while the student's are finite.
+    """Raise for the first teacher row whose logits are NaN or inf while the student's are finite; not
+    while a CUDA graph is captured.
 
     A student that is not finite makes its own loss NaN instead: gradient scalers rely on seeing it.
     """
-    if bool(finite.all()):
+    if capturing(finite.device) or bool(finite.all()):
         return
     places = torch.arange(rows.count, device=finite.device) if rows.index is None else rows.index
     for k, teacher in enumerate(problem.teachers):

@@ -21,7 +21,7 @@ from .chunking import plan_chunks, spans
 from .driver import GradientSink, Outcome, Workspace
 from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast
 from .row_ops import make_row_ops, row_layout
-from .selection import RowPlan
+from .selection import RowPlan, capturing
 from .shards import Shards
 from .torch_impl import TorchRowOps, dot, softcap_slope
 from .types import Head
@@ -130,7 +130,7 @@ class LabelSets:
         ``lse`` as ``forward`` returned them. With ``shards`` one collective, the sum of the hidden
         states' gradient."""
         used = upstream.used()
-        index = None if bool(used.all()) else torch.nonzero(used)[:, 0]
+        index = None if capturing(used.device) or bool(used.all()) else torch.nonzero(used)[:, 0]
         rows = RowPlan(index, used.shape[0] if index is None else index.numel(), ())
         gradient = (
             HeadGradient(self.head, wants, rows, entropy.dtype)

@@ -12,6 +12,7 @@ from .types import FLOOR as FLOOR_LOGIT
 # Stands in for a missing logit: exp gives exactly 0, differences stay finite.
 ABSENT = tl.constexpr(-1.0e30)
 FLOOR_VALUE = tl.constexpr(FLOOR_LOGIT)
+LEAST_WEIGHT = tl.constexpr(1.0e-37)
 # exp of it is finite in float32; where it acts, the probability it multiplies is 0.
 CLAMP = tl.constexpr(83.0)
 
@@ -122,9 +123,10 @@ def term(z, t, table_ptr, table_stride, row, parameter, KIND: tl.constexpr, SIDE
 
 @triton.jit
 def side_log(x, table_ptr, table_stride, row, SIDE: tl.constexpr):
-    """log (w q) of a raw teacher."""
+    """log (w q) of a raw teacher; a weight of 0 is a tiny one, since two of them would make inf - inf."""
     top, log = normaliser(table_ptr, table_stride, row, SIDE)
-    return (x - top) - (log - tl.log(tl.load(table_ptr + (SIDE + SIDE_WEIGHT) * table_stride + row)))
+    weight = tl.load(table_ptr + (SIDE + SIDE_WEIGHT) * table_stride + row)
+    return (x - top) - (log - tl.log(tl.maximum(weight, LEAST_WEIGHT)))
 
 
 @triton.jit

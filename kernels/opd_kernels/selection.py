@@ -87,8 +87,14 @@ def joined(parts: Iterable[tuple[int, int, Tag]]) -> Iterator[tuple[int, int, Ta
         yield pending
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: the host cannot read what is on the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def plan_rows(mix: Tensor, uniform: bool, row_weight: Tensor | None) -> RowPlan:
-    """Drop rows without weight or teacher and group the rest by the set of their teachers.
+    """Drop rows without weight or teacher and group the rest by the set of their teachers. In a CUDA
+    graph every teacher works on every row, whatever the weights of a replay.
 
     Args:
         mix: [N, K] teacher weights.
@@ -96,6 +102,8 @@ def plan_rows(mix: Tensor, uniform: bool, row_weight: Tensor | None) -> RowPlan:
         row_weight: [N] or None; rows with 0 are not computed.
     """
     rows, teachers = mix.shape
+    if capturing(mix.device):
+        return RowPlan(None, rows, (Run(0, rows, (1 << teachers) - 1),))
     if uniform:
         code = sum(1 << k for k, used in enumerate((mix[0] > 0).tolist()) if used)
         index = None if row_weight is None else torch.nonzero(row_weight)[:, 0]
@@ -104,14 +112,13 @@ def plan_rows(mix: Tensor, uniform: bool, row_weight: Tensor | None) -> RowPlan:
             index = None
         return RowPlan(index, count, (Run(0, count, code),) if count else ())
 
-    bits = torch.tensor([1 << k for k in range(teachers)], device=mix.device)
-    codes = ((mix > 0) * bits).sum(1)
+    codes = ((mix > 0) * (1 << torch.arange(teachers, device=mix.device))).sum(1)
     active = codes != 0 if row_weight is None else (codes != 0) & (row_weight != 0)
     index = torch.nonzero(active)[:, 0]
     codes, order = torch.sort(codes[index], stable=True)
     kinds, counts = torch.unique_consecutive(codes, return_counts=True)
     runs, start = [], 0
-    for code, length in zip(kinds.tolist(), counts.tolist(), strict=True):
+    for code, length in torch.stack([kinds, counts], 1).tolist():
         runs.append(Run(start, start + length, code))
         start += length
     whole = start == rows and len(runs) == 1

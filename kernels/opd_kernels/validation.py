@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .chunking import DEFAULT_WORKSPACE_BYTES
+from .selection import capturing
 from .shards import Shards, check_group, make_shards
 from .types import DIVERGENCES, IMPLS, MAX_TEACHERS, REDUCTIONS, TEACHER_REDUCTIONS, Head, Problem, Rule, TeacherHead
 
@@ -103,11 +104,12 @@ def make_head(
     floor = False
     if bias is not None:
         check_vector(f"{name}bias", bias, weight.shape[0], hidden.device)
-        if bool((torch.isnan(bias) | torch.isposinf(bias)).any()):
+        blind = capturing(bias.device)
+        if not blind and bool((torch.isnan(bias) | torch.isposinf(bias)).any()):
             raise ValueError(
                 f"{name}bias holds NaN or +inf: only finite values and -inf (a column switched off) are allowed"
             )
-        floor = softcap is None and bool(torch.isneginf(bias).any())
+        floor = softcap is None and (blind or bool(torch.isneginf(bias).any()))
     return Head(hidden, weight, bias, float(scale), softcap, float(temperature), weight.shape[0], floor)
 
 
@@ -219,7 +221,10 @@ def make_mix(
     if mix is None:
         return torch.full((1, teachers), 1.0 / teachers, dtype=dtype, device=device).expand(rows, teachers), True
     if not isinstance(mix, Tensor):
-        mix = torch.tensor(mix, dtype=dtype, device=device)
+        flat = not any(isinstance(weight, (Sequence, Tensor)) for weight in mix)
+        # Filled on the device: a copy from the host would wait for it.
+        fill = [torch.full((), float(weight), dtype=dtype, device=device) for weight in mix] if flat and mix else None
+        mix = torch.stack(fill) if fill else torch.tensor(mix, dtype=dtype, device=device)
     if tuple(mix.shape) not in ((teachers,), (rows, teachers)):
         raise ValueError(f"mix has shape {list(mix.shape)}: pass [K] = [{teachers}] or [N, K] = [{rows}, {teachers}]")
     if not mix.is_floating_point():
@@ -243,14 +248,17 @@ def make_token_weight(weight: Tensor | None, rows: int, dtype: torch.dtype, devi
 
 
 def check_values(mix: Tensor, token_weight: Tensor | None, reduction: str, labels: Tensor | None, vocab: int) -> None:
-    """Checks that read data, with one device synchronisation while everything is in order."""
+    """Checks that read data, with one device synchronisation while everything is in order; left out
+    while a CUDA graph is captured."""
+    if capturing(mix.device):
+        return
     bad_mix = ~(torch.isfinite(mix) & (mix >= 0))
     flags = {"mix": bad_mix.any()}
     active = (mix > 0).any(1)
     if token_weight is not None:
         flags["weight"] = (~torch.isfinite(token_weight)).any()
-        total = token_weight.sum()
-        flags["total"] = (total <= 0) & (token_weight != 0).any() & torch.tensor(reduction == "mean", device=mix.device)
+        if reduction == "mean":
+            flags["total"] = (token_weight.sum() <= 0) & (token_weight != 0).any()
         active = active & (token_weight != 0)
     if labels is not None:
         bad_label = active & ((labels < 0) | (labels >= vocab))
@@ -265,7 +273,7 @@ def check_values(mix: Tensor, token_weight: Tensor | None, reduction: str, label
         raise ValueError(
             f"token_weight[{row}] = {token_weight[row].item()}: weights must be finite; use 0 to skip a row"
         )
-    if token_weight is not None and bool(flags["total"]):
+    if token_weight is not None and "total" in flags and bool(flags["total"]):
         raise ValueError(
             f"token_weight sums to {token_weight.sum().item()}, no denominator for reduction='mean': "
             "use reduction='sum' and normalise the weights yourself"
@@ -285,7 +293,7 @@ def check_labels(labels: object, vocab: int, hidden: Tensor) -> None:
         raise ValueError(f"labels must have shape [{hidden.shape[0]}] or [{hidden.shape[0]}, L], got {[*labels.shape]}")
     check_vector("labels", labels.flatten(), labels.numel(), hidden.device, integer=True)
     bad = (labels < 0) | (labels >= vocab)
-    if bool(bad.any()):
+    if not capturing(hidden.device) and bool(bad.any()):
         place = torch.nonzero(bad)[0].tolist()
         raise ValueError(
             f"labels{place} = {labels[tuple(place)].item()} is outside [0, {vocab}): pass only rows with a token"
@@ -337,6 +345,11 @@ def make_problem(
             f"backward_tolerance={backward_tolerance} needs the whole vocabulary in one process: pass 0 with a group"
         )
     dtype, device = compute_dtype_of((student, *others)), student.hidden.device
+    if backward_tolerance and capturing(device):
+        raise ValueError(
+            f"backward_tolerance={backward_tolerance} chooses columns by their values, which cannot be read while a "
+            "CUDA graph is captured: pass 0"
+        )
     rows = student.hidden.shape[0]
     weights, uniform = make_mix(mix, rows, len(others), dtype, device)
     token_weight = make_token_weight(token_weight, rows, dtype, device)

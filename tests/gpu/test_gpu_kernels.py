@@ -5,7 +5,9 @@ PYTHONPATH=kernels python -m pytest -m gpu tests/gpu/test_gpu_kernels.py
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +17,14 @@ from torch import Tensor
 
 pytestmark = pytest.mark.gpu
 
+# Read at the first product; what deterministic algorithms ask for.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from triton_cases import *  # noqa: E402, F403
 from triton_cases import KINDS, REDUCTIONS, head  # noqa: E402
 
-from opd_kernels import TeacherHead, linear_divergence, linear_logprob  # noqa: E402
+from opd_kernels import TeacherHead, linear_divergence, linear_logprob, token_stats, topk_divergence  # noqa: E402
 from opd_kernels.triton_impl import TritonRowOps  # noqa: E402
 
 DEVICE = "cuda"
@@ -63,6 +67,14 @@ def neighbour(hidden: Tensor, weight: Tensor, sigma: float, seed: int = 30) -> T
     return TeacherHead(torch.cat([hidden.detach(), extra], 1), torch.cat([weight.detach(), noise], 1))
 
 
+def masked(teachers: int) -> dict[str, Tensor]:
+    """Per-token teacher weights, some of them 0, and rows without weight."""
+    mix = torch.rand(ROWS, teachers, generator=torch.Generator(DEVICE).manual_seed(5), device=DEVICE)
+    token_weight = torch.linspace(0.5, 2.0, ROWS, device=DEVICE)
+    token_weight[::3] = 0.0
+    return {"mix": mix * (mix > 0.3), "token_weight": token_weight}
+
+
 def fused(hidden: Tensor, weight: Tensor, teachers: list[TeacherHead], **options) -> list[Tensor]:
     out = linear_divergence(hidden, weight, teachers, impl="triton", **options)
     return [out.token_loss, *torch.autograd.grad(out.loss, (hidden, weight))]
@@ -101,11 +113,7 @@ def assert_near(got: list[Tensor], want: list[Tensor], values: float, gradients:
 def test_bfloat16(kind, teachers, teacher_reduction):
     """Rows without weight, rows without some of the teachers; bfloat16 rounds dZ and the
     results."""
-    mix = torch.rand(ROWS, teachers, generator=torch.Generator(DEVICE).manual_seed(5), device=DEVICE)
-    mix[mix < 0.3] = 0.0
-    token_weight = torch.linspace(0.5, 2.0, ROWS, device=DEVICE)
-    token_weight[::3] = 0.0
-    options = {"divergence": kind, "teacher_reduction": teacher_reduction, "mix": mix, "token_weight": token_weight}
+    options = {"divergence": kind, "teacher_reduction": teacher_reduction, **masked(teachers)}
     call = (*student(), strangers(teachers))
     got = fused(*call, temperature=1.5, workspace_bytes=300 << 20, **options)
     assert_near(got, exact(*call, temperature=1.5, **options), values=2e-5, gradients=1e-2)
@@ -176,7 +184,121 @@ def test_same_result_inside_autocast_and_compile():
     torch.testing.assert_close(compiled[1] * 2, plain[2])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_graph(kind):
+    """A captured step, replayed on other data, gives what an eager call gives."""
+    (hidden, weight), teachers, options = student(), strangers(2), masked(2)
+    call = {"divergence": kind, "workspace_bytes": 300 << 20, **options}
+    whole = call | {name: torch.ones_like(x) for name, x in options.items()}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):  # the same shapes: no kernel may be compiled within the capture
+            fused(hidden, weight, teachers, **whole)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = fused(hidden, weight, teachers, **call)
+    other = student(seed=7)
+    with torch.no_grad():
+        hidden.copy_(other[0])
+        weight.copy_(other[1])
+        options["mix"].copy_(options["mix"].roll(100, 0))
+        options["token_weight"].copy_(options["token_weight"].roll(1))
+    graph.replay()
+    want = fused(hidden, weight, teachers, **call)
+    used = ~want[0].isnan()
+    torch.testing.assert_close(got[0][used], want[0][used])
+    # The rows lie in other chunks, so that the sums round differently.
+    assert_near([x.float() for x in got[1:]], [x.double() for x in want[1:]], values=1e-2, gradients=1e-2)
+
+
+def test_host_waits_as_often_for_many_chunks_as_for_one():
+    call = (*student(), strangers(2))
+    counts = []
+    for budget in (100 << 20, 4 << 30):
+        fused(*call, workspace_bytes=budget, **masked(2))
+        options = masked(2)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                fused(*call, workspace_bytes=budget, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(len([w for w in seen if "synchroniz" in str(w.message)]))
+    assert counts[0] == counts[1] <= 8, counts
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-2])
+def test_deterministic_algorithms(tolerance):
+    """Nothing refuses to run, and two calls agree to the last bit."""
+    (hidden, weight), teachers = student(), strangers(2)
+    hidden = (4.0 * hidden[torch.arange(ROWS, device=DEVICE) % 16]).detach().requires_grad_()
+    torch.use_deterministic_algorithms(True)
+    try:
+        one, two = (fused(hidden, weight, teachers, backward_tolerance=tolerance, **masked(2)) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for mine, other in zip(one, two, strict=True):
+        assert torch.equal(mine.nan_to_num(), other.nan_to_num())
+
+
+def test_the_last_device_while_the_first_is_current():
+    """Kernels start where the tensors are."""
+    last = f"cuda:{torch.cuda.device_count() - 1}"
+    call = (*student(), strangers(2))
+    want = fused(*call)
+    moved = [x.detach().to(last).requires_grad_() for x in call[:2]]
+    teachers = [TeacherHead(t.hidden.to(last), t.weight.to(last)) for t in call[2]]
+    with torch.cuda.device(0):
+        got = fused(*moved, teachers)
+    for mine, other in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.to(other.device), other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_torch_operations(kind, dtype):
+    """impl="torch" on the device: the same products, plain torch in between."""
+    call, options = (*student(dtype), strangers(2, dtype)), masked(2)
+    out = linear_divergence(*call, divergence=kind, impl="torch", workspace_bytes=300 << 20, **options)
+    got = [out.token_loss, *torch.autograd.grad(out.loss, call[:2])]
+    limit = 1e-2 if dtype == torch.bfloat16 else 2e-4
+    assert_near(got, exact(*call, divergence=kind, **options), values=2e-5, gradients=limit)
+
+
+def test_token_statistics():
+    """Every statistic against float64, with labels, on the rows that are computed."""
+    (hidden, weight), teachers, options = student(), strangers(2), masked(2)
+    labels = torch.arange(ROWS, device=DEVICE) * 29 % VOCAB
+    got = token_stats(hidden.detach(), weight.detach(), teachers, labels=labels, impl="triton", **options)
+    wide = [TeacherHead(t.hidden.double(), t.weight.double()) for t in teachers]
+    call = (hidden.detach().double(), weight.detach().double(), wide)
+    want = token_stats(*call, labels=labels, impl="reference", **options)
+    for name, truth in vars(want).items():
+        mine = getattr(got, name)
+        if truth is not None:
+            torch.testing.assert_close(mine.double(), truth, rtol=1e-4, atol=2e-5, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_known_by_its_largest_log_probs(kind):
+    (hidden, weight), (teacher,) = student(), strangers(1)
+    logprobs, ids = (teacher.hidden.float() @ teacher.weight.float().t()).log_softmax(1).topk(64, 1)
+    options = {"divergence": kind, "token_weight": masked(1)["token_weight"]}
+
+    def call(impl: str, hidden: Tensor, weight: Tensor, logprobs: Tensor) -> list[Tensor]:
+        out = topk_divergence(hidden, weight, ids, logprobs, impl=impl, **options)
+        return [out.token_loss, *torch.autograd.grad(out.loss, (hidden, weight))]
+
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    want = call("reference", *wide, logprobs.double())
+    assert_near(call("auto", hidden, weight, logprobs), want, values=1e-4, gradients=1e-2)
+
+
 def test_two_streams():
+    """Also while the default stream fills what it can get with NaN."""
     calls = [(*student(seed=seed), strangers(2)) for seed in (0, 7)]
     alone = [fused(*call) for call in calls]
     torch.cuda.synchronize()
@@ -186,6 +308,7 @@ def test_two_streams():
         for stream, call in zip(streams, calls, strict=True):
             with torch.cuda.stream(stream):
                 together.append(fused(*call))
+            torch.full((POISON_BYTES // 16,), torch.nan, device=DEVICE)
     torch.cuda.synchronize()
     for place, result in enumerate(together):
         for mine, other in zip(result, alone[place % 2], strict=True):

@@ -13,7 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_kernels import DivergenceOutput, TeacherHead, linear_divergence, linear_logprob, rows, token_stats
+from opd_kernels import (
+    DivergenceOutput,
+    TeacherHead,
+    driver,
+    linear_divergence,
+    linear_logprob,
+    rows,
+    selection,
+    token_stats,
+    validation,
+)
 from opd_kernels.triton_impl import TritonRowOps, TritonRows
 from opd_kernels.types import Head, Rule
 
@@ -123,6 +133,22 @@ def test_weights(kind, teachers, teacher_reduction):
         "workspace_bytes": SMALL,
     }
     check(make(teachers), **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("teacher_reduction", REDUCTIONS)
+def test_as_in_a_cuda_graph(kind, teacher_reduction, monkeypatch):
+    """Every teacher on every row, whatever the weights, as while a graph is captured."""
+    case, mix = make(3), torch.tensor([[0.3, 0.5, 0.2], [0, 0.4, 0], [0.7, 0, 0], [0, 0, 1], [0.2, 0.9, 0], [1, 2, 3]])
+    token_weight = torch.tensor([0.5, 2.0, 0.0, 1.0, 1.5, 0.3], device=DEVICE)
+    options = {"divergence": kind, "teacher_reduction": teacher_reduction, "mix": mix.to(DEVICE)}
+    want = solve(case.double(), "reference", token_weight=token_weight, **options)
+    for module in (selection, validation, driver):
+        monkeypatch.setattr(module, "capturing", lambda device: True)
+    got = solve(case, "triton", token_weight=token_weight, workspace_bytes=SMALL, **options)
+    assert got[1].isfinite().all()
+    got[1][2] = torch.nan  # the row without weight was computed
+    assert_close(got, want)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
