@@ -268,6 +268,8 @@ def trl_chunked_divergence_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``trl.trainer.distillation_trainer._chunked_divergence_loss`` on this package's op.
 
+    As there, the products run in autocast's dtype where it is on, else in that of the hidden states.
+
     Args:
         student_hidden_states: [B, T, d_s], aligned with the completion tokens.
         teacher_hidden_states: [B, T, d_t].
@@ -290,9 +292,10 @@ def trl_chunked_divergence_loss(
         ValueError: as ``linear_divergence``.
     """
     hidden, teacher_hidden = flat(student_hidden_states), flat(teacher_hidden_states).detach()
-    weight, teacher_weight = whole(student_lm_head_weight, hidden), whole(teacher_lm_head_weight, teacher_hidden)
-    # Under autocast the weights stay float32; raising the hidden states loses nothing.
-    hidden, teacher_hidden = hidden.to(weight.dtype), teacher_hidden.to(teacher_weight.dtype)
+    dtype, teacher_dtype = product_dtype(hidden), product_dtype(teacher_hidden)
+    hidden, teacher_hidden = hidden.to(dtype), teacher_hidden.to(teacher_dtype)
+    weight = whole(student_lm_head_weight).to(dtype)
+    teacher_weight = whole(teacher_lm_head_weight).detach().to(teacher_dtype)
     counted = completion_mask.flatten() != 0
     output = linear_divergence(
         hidden,
@@ -300,7 +303,7 @@ def trl_chunked_divergence_loss(
         [
             TeacherHead(
                 teacher_hidden,
-                teacher_weight.detach(),
+                teacher_weight,
                 whole(teacher_lm_head_bias),
                 teacher_logit_scale,
                 teacher_final_logit_softcapping,
@@ -327,9 +330,12 @@ def flat(hidden: Tensor) -> Tensor:
     return hidden.flatten(0, -2) if hidden.dim() > 2 else hidden
 
 
-def whole(tensor: Tensor | None, like: Tensor | None = None) -> Any:
-    """A plain tensor, from a ``DTensor`` by one gather, in the dtype of ``like``."""
-    if tensor is not None and hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-        return tensor if like is None else tensor.to(like.dtype)
-    return tensor
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """What a linear layer multiplies in: autocast's dtype within it, else that of the hidden states."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def whole(tensor: Tensor | None) -> Any:
+    """A plain tensor, from a ``DTensor`` by one gather."""
+    return tensor.full_tensor() if tensor is not None and hasattr(tensor, "full_tensor") else tensor

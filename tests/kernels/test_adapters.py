@@ -109,19 +109,22 @@ def test_beta_outside_its_range(beta):
             module(**{"beta" if module is LigerFusedLinearJSDLoss else "jsd_beta": beta})
 
 
-def test_trl_loss_with_float32_heads_under_autocast(case):
-    """bfloat16 hidden states and float32 weights, as mixed precision makes them."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trl_loss_with_float32_heads(case, dtype):
+    """Products run in autocast's dtype, without it in that of the hidden states; gradients are float32."""
     teacher = case.teachers[0]
-    hidden, other = case.hidden.detach().bfloat16(), teacher.hidden.bfloat16()
-    weight, other_weight = case.weight.detach().float(), teacher.weight.float()
-    mask = torch.ones(3, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, _, tokens = trl_chunked_divergence_loss(
-            hidden.view(3, 4, -1), other.view(3, 4, -1), weight, other_weight, mask, 1.0
-        )
-    want = linear_divergence(hidden.float(), weight, [TeacherHead(other.float(), other_weight)], reduction="mean").loss
-    torch.testing.assert_close(loss, want)
-    assert tokens == 12
+    hidden, other = case.hidden.detach().to(dtype), teacher.hidden.to(dtype)
+    weight, other_weight = case.weight.detach().float().requires_grad_(), teacher.weight.float()
+    for on, used in ((True, torch.bfloat16), (False, dtype)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            loss, _, tokens = trl_chunked_divergence_loss(
+                hidden.view(3, 4, -1), other.view(3, 4, -1), weight, other_weight, torch.ones(3, 4), 1.0
+            )
+        judge = TeacherHead(other.to(used), other_weight.to(used))
+        want = linear_divergence(hidden.to(used), weight.to(used), [judge], reduction="mean").loss
+        torch.testing.assert_close(loss, want)
+        assert tokens == 12
+        assert torch.autograd.grad(loss, weight)[0].dtype == torch.float32
 
 
 def test_trl_loss_gathers_a_sharded_weight(case, tmp_path):
