@@ -76,6 +76,8 @@ def loss_results() -> list[tuple[str, dict[str, Any]]]:
     found = []
     for file in sorted((ROOT / "benchmarks" / "results").glob("*/loss.json"), reverse=True):
         document = json.loads(file.read_text())
+        if document.get("smoke"):
+            continue
         cases = document["results"].get("speed", document["results"])
         timed = {name: c for name, c in cases.items() if "ms" in c.get("ours", {}) and name.split()[-1] in KINDS}
         if timed:
@@ -88,22 +90,38 @@ def loss() -> str:
     lines = []
     for device, cases in loss_results():
         peers = [name for name in PEERS if any("ms" in case.get(name, {}) for case in cases.values())]
+        floor = [" of the floor |"] if any("of_floor" in case["ours"] for case in cases.values()) else []
         lines += [
-            f"| {device} | ours | " + " | ".join(PEERS[name] for name in peers) + " | memory, share of full logits' |",
-            "|---|" + "---:|" * (len(peers) + 2),
+            f"| {device} | ours |{''.join(floor)} "
+            + " | ".join(PEERS[name] for name in peers)
+            + " | memory, share of full logits' |",
+            "|---|" + "---:|" * (len(peers) + 2 + len(floor)),
         ]
         for name, case in cases.items():
             shape, kind = name.rsplit(" ", 1)
             ours = case["ours"]
             cells = [f"{ours['ms']:.0f} ms" if ours["ms"] >= 100 else f"{ours['ms']:.1f} ms"]
+            cells += [f"{100 * ours['of_floor']:.0f} %" if "of_floor" in ours else ""] if floor else []
             cells += [f"{case[n]['ms'] / ours['ms']:.2f}×" if "ms" in case.get(n, {}) else "" for n in peers]
             whole = case.get("eager", {}).get("peak_bytes")
             cells.append(f"{100 * ours['peak_bytes'] / whole:.0f} %" if whole else "")
-            lines.append(f"| {shape}, {KINDS[kind]} | " + " | ".join(cells) + " |")
+            lines.append(f"| {in_words(shape)}, {KINDS[kind]} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(
         [*lines, "Times of the others are multiples of ours; memory is what inputs and gradients leave out."]
     )
+
+
+def in_words(name: str) -> str:
+    """A shape of the GPU protocol by its sizes."""
+    if not re.fullmatch(r"S\d", name):
+        return name
+    import problems
+
+    shape = getattr(problems, name)
+    widths = ", ".join(map(str, shape.teachers))
+    half = ", half of them masked" if shape.masked else ""
+    return f"{shape.rows} tokens{half}, {shape.width} <- {widths}, V = {shape.vocab}"
 
 
 def draw_loss(results: list[tuple[str, dict[str, Any]]], file: Path) -> None:
@@ -191,7 +209,7 @@ def gpu() -> str:
     lines: list[str] = []
     for file in sorted((ROOT / "benchmarks" / "results").glob("*/loss.json")):
         document = json.loads(file.read_text())
-        if document.get("driver") and not document["smoke"]:
+        if not document.get("smoke", True):
             lines += [f"{document['device'].replace('_', ' ')}, driver {document['driver']}:", ""]
             lines += [*tables(document["results"]), ""]
     return "\n".join(lines or tables({})).rstrip()

@@ -46,7 +46,7 @@ def tried(problem: Problem, kind: str, peer: str) -> dict[str, Callable[[], Step
             f"{t or 'default'} x {v or 'default'}": lambda t=t, v=v: providers.trl(problem, kind, t, v)
             for t, v in sizes
         }
-    chunks = (256, 1024, rows // 2, rows)
+    chunks = (1024, rows // 2, rows)
     return {f"{c} rows": lambda c=c: providers.liger(problem, kind, chunk=c, compile_=cuda) for c in chunks}
 
 

@@ -2,8 +2,7 @@
 
 Everything the drivers allocate besides outputs and gradients is counted: the [c, V] buffers, the
 scratch of the row sweeps, gathered hidden states and up-cast tiles of a weight. Not counted,
-because it holds a gradient: the float32 accumulator of a half-precision weight gradient, which
-exists only when the rows do not fit one chunk of gradients.
+because it holds a gradient: the float32 accumulator of a half-precision weight gradient.
 """
 
 from __future__ import annotations

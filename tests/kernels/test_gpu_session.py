@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -49,6 +50,30 @@ def test_every_case_leaves_its_figures(tmp_path):
     # A target is either read from the file or named as open.
     assert "| half of the rows masked, over all rows | at most 0.55 | not measured" not in run.stdout
     assert "| gap-domain GEMM over the library | time 1.1 to 1.3 | not measured" in run.stdout
+
+
+def test_pages_and_figure_of_a_result(tmp_path, monkeypatch):
+    """What ``report.py`` makes of a file of the session."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    report = importlib.import_module("report")
+    figures = {"ms": 40.0, "iqr": 0.1, "peak_bytes": 2e9, "of_floor": 0.9}
+    case = {"ours": figures, "gemms": {**figures, "ms": 38.0}, "trl": {**figures, "ms": 80.0}}
+    speed = {"S1 reverse_kl": case | {"ours at the memory of trl": {**figures, "ms": 42.0}}, "S7 reverse_kl": case}
+    document = {"device": "some_gpu", "driver": "1.0", "smoke": False, "results": {"speed": speed}}
+    file = tmp_path / "benchmarks" / "results" / "some_gpu" / "loss.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(document))
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    row = "| 8192 tokens, half of them masked, 2560 <- 4096, V = 151936, reverse KL | 40.0 ms | 90 % | 0.95× | 2.00× |"
+    assert row in report.loss()
+    page = report.gpu()
+    assert "some gpu, driver 1.0" in page
+    assert "| as fast as TRL 1.16 at its memory, times | at least 1.8 | 1.90 | yes |" in page
+    assert "| half of the rows masked, over all rows | at most 0.55 | 1.00 | no |" in page
+    assert "| as fast as Liger 0.8.5 at its memory, times | at least 2.5 | not measured | |" in page
+    report.draw_loss(report.loss_results(), tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 0
 
 
 def test_kernels_of_the_session():
