@@ -127,11 +127,25 @@ def memory(shape: Shape, kind: str) -> dict[str, Any]:
     return {"ours": {"peak_bytes": temporary_bytes(step, problem.gradient_bytes)}}
 
 
+def fused_choice_step(problem: Problem, tolerance: float) -> Step:
+    from choose_columns import fused_choice
+
+    plain = providers.ours(problem, "reverse_kl", backward_tolerance=tolerance)
+
+    def step():
+        with fused_choice():
+            return plain()
+
+    return step
+
+
 def compaction(shape: Shape, live: int, exponent: float, ceiling: float | None, smoke: bool) -> dict[str, Any]:
     """The compacted backward on distributions like those of trained models."""
     problem = peaked(shape, *setting(), live=live, exponent=exponent)
-    tolerances = (0.0, 1e-3, 1e-2)
+    tolerances = (0.0, 3e-4, 1e-3, 1e-2)
     steps = {f"ours, tolerance {t}": providers.ours(problem, "reverse_kl", backward_tolerance=t) for t in tolerances}
+    if problem.device == "cuda":
+        steps |= {f"ours, tolerance {t}, fused choice": fused_choice_step(problem, t) for t in tolerances[1:]}
     rounds = {"warmups": 1, "rounds": 2} if smoke else {"warmups": 3, "rounds": 10}
     out = measure(problem, {"gemms": providers.gemms(problem, "reverse_kl"), **steps}, ceiling, **rounds)
     dense = steps["ours, tolerance 0.0"]()[1]

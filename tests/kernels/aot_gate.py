@@ -28,6 +28,7 @@ from opd_kernels import rows
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 
+import choose_columns
 from gap_gemm import gap_kernel
 from one_read import OPTIONS, SETTINGS, one_read_kernel
 
@@ -96,11 +97,17 @@ SESSION = {
         {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages, "pointers": "*bf16"}
         for config in gap_kernel.configs
     ],
+    "mass_kernel": [{"BLOCK": choose_columns.BLOCK, "dz_ptr": "*bf16"}],
+    "score_kernel": [{"BLOCK": choose_columns.BLOCK, "ROWS": 256, "dz_ptr": "*bf16"}],
+    "dropped_kernel": [
+        {"ROWS": 16, "COLUMNS": 128, "TILES": 64, "LEVELS": 16, "dz_ptr": "*bf16", "below_ptr": "*u8"},
+    ],
 }
 """The kernels that only the GPU session uses, at each of its settings."""
 
 NUMBERS = ("parameter", "cap", "z_cap", "t_cap", "z_factor", "t_factor")
 ALIGNED = ("width", "z_width", "t_width", "z_stride", "t_stride", "u_stride", "acc_stride", "out_stride")
+ALIGNED += ("stride",)
 
 
 def kernels() -> dict[str, triton.JITFunction]:
@@ -111,7 +118,7 @@ def kernels() -> dict[str, triton.JITFunction]:
 def build(name: str, variant: dict, capability: int):
     """The compiled kernel, with the divisibility that the launches of ``TritonRowOps`` have."""
     session = {"one_read_kernel": one_read_kernel, "gap_kernel": gap_kernel.fn}
-    kernel, variant = {**kernels(), **session}[name], dict(variant)
+    kernel, variant = {**kernels(), **vars(choose_columns), **session}[name], dict(variant)
     options = {**(OPTIONS if name in SESSION else rows.OPTIONS)}
     options |= {key: variant.pop(key) for key in ("num_warps", "num_stages") if key in variant}
     pointers = variant.pop("pointers", None)

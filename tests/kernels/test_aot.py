@@ -64,11 +64,14 @@ def test_machine_code_of_the_gpu_session(capability):
     """The one-read kernel loads each logit once and keeps it in registers; the GEMM runs on tensor cores."""
     for result in run_gate("--session", "--quick", "--capability", str(capability)):
         variant = result["variant"]
-        if result["kernel"] == "gap_kernel":
+        if result["kernel"] in ("gap_kernel", "dropped_kernel"):
             assert result["tensor_cores"], result
+        if result["kernel"] == "gap_kernel":
+            continue  # some of its settings spill, and lose against the others
+        assert result["spilled"] == 0 and result["registers"] <= MOST_REGISTERS, result
+        if result["kernel"] != "one_read_kernel":
             continue
         wide = variant["BLOCK"] // (4 * 32 * variant["num_warps"])
-        assert result["spilled"] == 0 and result["registers"] <= MOST_REGISTERS, result
         assert result["loads"]["LDG.E.128"] == wide * (2 + variant["TWO"]), result
 
 
