@@ -17,7 +17,10 @@ def lines(document: Mapping[str, Any]) -> list[str]:
     out = [f"{document['device']}: {versions}", ""]
     for section in ("tests", "sanitizer", "screened"):
         for case, figures in results.get(section, {}).items():
-            out.append(f"{section}, {case}: " + ", ".join(f"{k} {number(v)}" for k, v in flat(figures)))
+            parts = {key: value for key, value in figures.items() if isinstance(value, Mapping)}
+            plain = {k: v for k, v in figures.items() if k not in (*parts, "tail", "seconds") and v != []}
+            for name, found in [(f"{section}, {case}", plain), *((f"  {k}", v) for k, v in parts.items())]:
+                out.append(f"{name}: " + ", ".join(f"{k} {number(v)}" for k, v in found.items()))
     out += step_lines(results.get("step", {}))
     for case, figures in results.get("ceilings", {}).items():
         plain = {k: v for k, v in figures.items() if isinstance(v, (int, float, str)) and k != "seconds"}
@@ -29,17 +32,6 @@ def lines(document: Mapping[str, Any]) -> list[str]:
     bad = [case for case, figures in results.get("correctness", {}).items() if not figures.get("passed", False)]
     out += ["", "correctness: " + ("failed: " + "; ".join(bad) if bad else "passed")]
     return [*out, "", *tables(results)]
-
-
-def flat(figures: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What fits a line; parts of a case by their names."""
-    out: list[tuple[str, Any]] = []
-    for key, value in figures.items():
-        if isinstance(value, Mapping):
-            out += [(f"{key}: {inner}", x) for inner, x in value.items()]
-        elif key not in ("tail", "seconds") and value != []:
-            out.append((key, value))
-    return out
 
 
 def step_lines(step: Mapping[str, Any]) -> list[str]:
