@@ -34,7 +34,7 @@ from conftest import device_name, environment
 from table import lines
 
 SECTIONS = {"tests": 150, "ceilings": 100, "correctness": 90, "speed": 600}
-MORE = {"step": 240, "screened": 40, "peers": 200, "sanitizer": 600}
+MORE = {"step": 240, "engine": 100, "screened": 40, "peers": 180, "sanitizer": 600}
 """Seconds each may take; the last one has what is left."""
 GRACE = 30
 
@@ -161,7 +161,7 @@ def failed(results: dict[str, Any]) -> bool:
     """Whether a test, a bound on an error or a whole section failed."""
     if results.get("tests", {}).get("gpu", {}).get("exit", 0) != 0:
         return True
-    checks = [c for name in ("correctness", "sanitizer") for c in results.get(name, {}).values()]
+    checks = [c for name in ("correctness", "sanitizer", "engine") for c in results.get(name, {}).values()]
     return any("error" in c or not c.get("passed", True) for c in checks) or any("exit" in s for s in results.values())
 
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "benchmarks" / "gpu" / "run.py"
 CASES = Path(__file__).with_name("gpu_kernel_cases.py")
@@ -28,12 +30,12 @@ def test_every_case_leaves_its_figures(tmp_path):
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     results = document["results"]
     assert {case.split()[0] for case in results["speed"]} == {f"S{i}" for i in range(1, 8)}
-    for section in ("ceilings", "correctness", "speed", "step", "screened", "peers", "sanitizer"):
+    for section in ("ceilings", "correctness", "speed", "step", "engine", "screened", "peers", "sanitizer"):
         assert results[section]
         for case, figures in results[section].items():
             assert "error" not in figures, (case, figures)
             assert "skipped" not in figures, case
-    assert all(figures["passed"] for figures in results["correctness"].values())
+    assert all(figures["passed"] for s in ("correctness", "engine") for figures in results[s].values())
     for case, figures in [*results["speed"].items(), *results["peers"].items()]:
         for name, found in figures.items():
             assert name == "seconds" or "error" not in found, (case, name, found)
@@ -82,6 +84,15 @@ def test_kernels_of_the_session():
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+def test_models_of_the_whole_step(monkeypatch):
+    """The published sizes, without their memory."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    models = importlib.import_module("models")
+    for shape, billions in ((models.QWEN3_4B, 4.02), (models.QWEN3_8B, 8.19), (models.QWEN3_14B, 14.77)):
+        model = models.make_model(shape, models.REAL.vocab, torch.bfloat16, "meta")
+        assert round(models.parameters(model) / 1e9, 2) == billions
 
 
 def test_a_session_without_time_says_what_it_left_out(tmp_path):
