@@ -139,6 +139,14 @@ def fused_choice_step(problem: Problem, tolerance: float) -> Step:
     return step
 
 
+def workspaces(shape: Shape, ceiling: float | None, smoke: bool) -> dict[str, Any]:
+    """Ours at several budgets: what larger chunks would buy."""
+    problem = strangers(shape, *setting())
+    sizes = (0.5, 1, 2, 4) if not smoke else (0.001, 0.01)
+    steps = {f"ours, {g} GiB": providers.ours(problem, "reverse_kl", workspace_bytes=int(g * 2**30)) for g in sizes}
+    return measure(problem, steps, ceiling, **rounds_of(smoke))
+
+
 def compaction(shape: Shape, live: int, exponent: float, ceiling: float | None, smoke: bool) -> dict[str, Any]:
     """The compacted backward on distributions like those of trained models."""
     problem = peaked(shape, *setting(), live=live, exponent=exponent)
@@ -166,6 +174,8 @@ def cases(smoke: bool, ceiling: float | None) -> Iterator[Case]:
     for kind in KINDS:
         yield f"S2 {kind}", lambda kind=kind: compare(two, kind, several, ceiling, smoke)
     yield "S7 reverse_kl", lambda: compare(half, "reverse_kl", peers[:4], ceiling, smoke)
+    for shape in (one, two):
+        yield f"{shape.name} workspaces", lambda s=shape: workspaces(s, ceiling, smoke)
     yield "S6 memory", lambda: memory(long, "reverse_kl")
     for live, exponent in PEAKS:
         yield (

@@ -19,6 +19,9 @@ SCRATCH_TILES = 3
 # memory.
 CPU_CHUNK_ROWS = 64
 CPU_CHUNK_ELEMENTS = 10 << 20
+# Rows of a chunk on a GPU are a multiple of this: a matrix product works on tiles of as many rows, and
+# one that is only partly filled costs as much as a full one.
+CUDA_TILE_ROWS = 128
 # Weight or result of one block of a CPU's matrix product, see ``cpu_gemm``.
 PRODUCT_BLOCK_BYTES = 8 << 20
 # Elements of one row-sweep tile: on a CPU small enough to stay in the last-level cache between
@@ -113,7 +116,8 @@ def plan_chunks(
     most = min(rows, max(CPU_CHUNK_ROWS, CPU_CHUNK_ELEMENTS // vocab)) if device.type == "cpu" else rows
     # In half precision dZ gathers about four chunks of logits: the weight gradient is read and
     # written less often.
-    chunk_rows = balanced(rows, max(1, min(most, budget // (logits_row + 4 * gradient_row))))
+    step = CUDA_TILE_ROWS if device.type == "cuda" else 1
+    chunk_rows = balanced(rows, max(1, min(most, budget // (logits_row + 4 * gradient_row))), step)
     gradient_rows = 0
     if half_gradient:
         fitting = (budget - chunk_rows * logits_row) // (chunk_rows * gradient_row)
@@ -121,10 +125,14 @@ def plan_chunks(
     return ChunkPlan(chunk_rows, tile_rows, weight_rows, gradient_rows, blocks)
 
 
-def balanced(rows: int, largest: int) -> int:
-    """Chunk size of the same number of chunks as ``largest`` gives, without a thin last one."""
-    chunks = -(-rows // largest)
-    return -(-rows // chunks)
+def balanced(rows: int, largest: int, step: int = 1) -> int:
+    """Chunk size of about as many chunks as ``largest`` gives, without a thin last one; a multiple of
+    ``step`` where there are several chunks and one fits."""
+    if rows <= largest:
+        return rows
+    largest = largest - largest % step or largest
+    even = -(-rows // -(-rows // largest))
+    return min(largest, -(-even // step) * step)
 
 
 def spans(stop: int, step: int) -> Iterator[tuple[int, int]]:

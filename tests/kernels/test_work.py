@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from opd_kernels import TeacherHead, linear_divergence, linear_logprob, token_stats
+from opd_kernels.chunking import balanced, plan_chunks
 
 ROWS, VOCAB, WIDTH, WIDTHS = 32, 101, 16, (24, 8, 40)
 
@@ -130,3 +131,34 @@ def test_workspace_does_not_grow_with_teachers(peak_bytes):
     for options in ({}, {"divergence": "jsd"}, {"teacher_reduction": "mixture"}):
         two, eight = peak(2, **options), peak(8, **options)
         assert eight < 1.02 * two
+
+
+@pytest.mark.parametrize("buffers", [2, 3])
+@pytest.mark.parametrize("gigabytes", [0.5, 1, 2, 4, 100])
+@pytest.mark.parametrize("rows", [100, 770, 8192])
+def test_chunks_on_a_gpu_fill_the_tiles_of_a_product(rows, gigabytes, buffers):
+    """At the size of real models; within the budget."""
+    budget, vocab, widest = int(gigabytes * 2**30), 151936, 5120
+    plan = plan_chunks(
+        rows=rows,
+        vocab=vocab,
+        hidden_sizes=(2560, widest),
+        buffers=buffers,
+        scratch_tiles=0,
+        upcast=False,
+        half_gradient=True,
+        dtype=torch.float32,
+        device=torch.device("cuda"),
+        workspace_bytes=budget,
+    )
+    assert plan.chunk_rows == rows or plan.chunk_rows % 128 == 0
+    assert plan.gradient_rows % plan.chunk_rows == 0
+    assert 4 * buffers * vocab * plan.chunk_rows + 2 * vocab * plan.gradient_rows <= budget
+    if gigabytes == 100:
+        assert plan.chunk_rows == rows
+
+
+def test_chunk_sizes():
+    """No thin last chunk; steps where they fit."""
+    assert [balanced(100, n) for n in (100, 99, 40, 1)] == [100, 50, 34, 1]
+    assert [balanced(1000, n, 128) for n in (1000, 999, 400, 128, 100)] == [1000, 512, 384, 128, 100]
