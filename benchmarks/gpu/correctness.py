@@ -12,7 +12,7 @@ from measure import poison
 from problems import KINDS, S1, S2, Problem, Shape, neighbours, peaked
 
 Case = tuple[str, Callable[[], dict[str, Any]]]
-SIGMAS = {"KL 9e-2": 0.42, "KL 2e-2": 0.2, "KL 8e-4": 0.04}
+SIGMAS = {"KL 8e-4": 0.04, "KL 2e-2": 0.2, "KL 9e-2": 0.42}
 LIMIT = 3e-3
 """Largest relative error of a gradient in bfloat16; what rounding the results alone costs is 2e-3."""
 
@@ -24,7 +24,7 @@ def compare(problem: Problem, kind: str, names: list[str], **options: Any) -> di
         "ours": lambda: providers.ours(problem, kind, **options),
         "eager": lambda: providers.eager(problem, kind),
         "trl": lambda: providers.trl(problem, kind),
-        "liger": lambda: providers.liger(problem, kind, compile_=problem.device == "cuda"),
+        "liger": lambda: providers.liger(problem, kind, compile_=False),
     }
     for name in names:
         poison()
@@ -60,18 +60,10 @@ def compacted(problem: Problem, kind: str, tolerance: float) -> dict[str, Any]:
 
 
 def cases(smoke: bool, seed: int) -> Iterator[Case]:
-    """Fresh data from ``seed``; 1024 rows, since errors do not depend on their number."""
+    """Fresh data from ``seed``; 1024 rows, since errors do not depend on their number. Ours alone first."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     one, two = (s.smaller() if smoke else dataclasses.replace(s, rows=1024) for s in (S1, S2))
     peers = [name for name, there in providers.available().items() if there]
-    for kind in KINDS:
-        for name, sigma in SIGMAS.items():
-            yield (
-                f"{kind}, {name}",
-                lambda kind=kind, sigma=sigma: compare(
-                    neighbours(one, device, dtype, sigma, seed), kind, ["ours", "eager", *peers]
-                ),
-            )
     odd = dataclasses.replace(two, vocab=two.vocab - 3)
 
     def make(shape: Shape) -> Problem:
@@ -85,3 +77,11 @@ def cases(smoke: bool, seed: int) -> Iterator[Case]:
             f"compacted backward, tolerance {tolerance}",
             lambda tolerance=tolerance: compacted(peaked(one, device, dtype, seed=seed), "reverse_kl", tolerance),
         )
+    for name, sigma in SIGMAS.items():
+        for kind in KINDS:
+            yield (
+                f"{kind}, {name}",
+                lambda kind=kind, sigma=sigma: compare(
+                    neighbours(one, device, dtype, sigma, seed), kind, ["ours", "eager", *peers]
+                ),
+            )
