@@ -132,7 +132,8 @@ def draw_loss(results: list[tuple[str, dict[str, Any]]], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(len(results), 1, figsize=(9, 3.2 * len(results)), squeeze=False)
-    for axis, (device, cases) in zip(axes[:, 0], results, strict=True):
+    for axis, (device, found) in zip(axes[:, 0], results, strict=True):
+        cases = {name: case for name, case in found.items() if "ms" in case.get("gemms", {})}
         providers = ["ours", *(n for n in PEERS if n != "gemms" and any("ms" in c.get(n, {}) for c in cases.values()))]
         for place, provider in enumerate(providers):
             there = [(x, case) for x, case in enumerate(cases.values()) if "ms" in case.get(provider, {})]

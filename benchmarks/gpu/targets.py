@@ -57,6 +57,13 @@ def advantage(results: Results, peer: str, case: str = "S1 reverse_kl") -> float
     return theirs["ms"] / mine["ms"]
 
 
+def best_advantage(results: Results, peer: str) -> float:
+    """Time of a peer at its best chunk over ours at no more than its memory."""
+    case = "S1 reverse_kl, peers at their best"
+    (name,) = (n for n in results["peers"][case] if n.startswith(f"{peer}, ") and "ms" in results["peers"][case][n])
+    return advantage({"speed": results["peers"]}, name, case)
+
+
 def compacted(results: Results, fused: bool = False, most: float = 1e-3) -> float:
     """Time of the fastest compacted call with gradient errors of at most ``most``, over the dense floor's,
     at its worst distribution; ``fused`` with the kernels of ``choose_columns``."""
@@ -185,6 +192,18 @@ PREDICTIONS = [
     ),
     Line("K=2 (S2), ms", "67 to 71", lambda r: ours(r, "S2 reverse_kl"), lambda x: 67 <= x <= 71, "{:.1f}"),
     Line("K=2 JSD (S2), ms", "71 to 75", lambda r: ours(r, "S2 jsd"), lambda x: 71 <= x <= 75, "{:.1f}"),
+    Line(
+        "as fast as TRL at its best chunk and at its memory, times",
+        "1.3 or more: it computes 1.57 times the products",
+        lambda r: best_advantage(r, "trl"),
+        lambda x: x >= 1.3,
+    ),
+    Line(
+        "as fast as Liger at its best chunk and at its memory, times",
+        "1.5 or more: 140 bytes a logit between the products",
+        lambda r: best_advantage(r, "liger"),
+        lambda x: x >= 1.5,
+    ),
     Line(
         "largest gradient error at KL 8e-4",
         "1.5e-3 to 2.5e-3: dZ and results are rounded to bfloat16",

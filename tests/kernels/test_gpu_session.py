@@ -49,6 +49,9 @@ def test_every_case_leaves_its_figures(tmp_path):
             name.startswith(f"ours at the memory of {peer}, ")
             for name in results["peers"]["S1 jsd, peers at their best"]
         )
+    assert "| as fast as TRL at its best chunk and at its memory, times | 1.3 or more: it computes" in run.stdout
+    lines = [line for line in run.stdout.splitlines() if "at its best chunk" in line]
+    assert len(lines) == 2 and not any("not measured" in line for line in lines)
     # A target is either read from the file or named as open.
     assert "| half of the rows masked, over all rows | at most 0.55 | not measured" not in run.stdout
     assert "| gap-domain GEMM over the library | time 1.1 to 1.3 | not measured" in run.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from teacher_helpers import Server, context, served
 
+from opdengine.backbone import Backbone
 from opdengine.config import TeacherConfig
 from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.offload import Offload
@@ -137,6 +139,15 @@ def test_local_teachers_take_turns_in_the_order_of_the_calls(models: dict[str, s
 
     asyncio.run(all_at_once())
     assert log == [f"{name} {what}" for name in ("small", "big", "student") for what in ("begins", "ends")]
+
+
+def test_an_offloaded_teacher_works_in_the_thread_of_its_device(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between calls its weights are elsewhere; a call from there would run beside one on the device."""
+    teacher = LocalTeacher(TeacherConfig(models["big"], name="t"))
+    monkeypatch.setattr(Backbone, "device", property(lambda self: torch.device("meta")))
+    assert asyncio.run(teacher._run(lambda: threading.current_thread().name)).startswith("teachers on cpu")
 
 
 def test_hidden_states_keep_the_dtype_of_the_teacher(models: dict[str, str]) -> None:
