@@ -185,9 +185,10 @@ class Measurer:
             states[torch.from_numpy(mask).to(states.device)] for (_, states), mask in zip(parts, masks, strict=True)
         ]
         labels = np.concatenate([item.rollout.targets[mask] for (item, _), mask in zip(parts, masks, strict=True)])
+        hidden = torch.cat(rows).to(device)
         output = linear_logprob(
-            torch.cat(rows).to(device, head.weight.dtype),
-            head.weight.detach(),
+            hidden,
+            head.weight.detach().to(hidden.dtype),  # as in the loss: bfloat16 under autocast
             torch.from_numpy(labels).to(device),
             bias=head.bias,
             logit_scale=head.logit_scale,

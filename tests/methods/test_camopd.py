@@ -14,6 +14,8 @@ from engine_helpers import assert_same_gradients, loss_and_gradient, make_config
 from method_helpers import make_batch, make_rollout
 from torch.utils.flop_counter import FlopCounterMode
 
+from opd_kernels import linear_logprob
+from opdengine import objective, scoring
 from opdengine.coherence import Coherence, coherence, coherence_gain, probed_parameters, rollout_gradients, sketch
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.data import DataError, PromptSet, ScheduledStream, load_prompts
@@ -181,6 +183,26 @@ def gather(engine: Engine, prompts: list[Prompt]) -> tuple[list[Any], list[Any],
 
 def code_prompts(prompt_file: str) -> list[Prompt]:
     return [p for p in load_prompts([prompt_file]).prompts if p.key == "code"]
+
+
+def test_bf16_covers_the_products_with_the_heads(
+    models: Models, prompt_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of measurement and update; a float32 teacher keeps its own dtype."""
+    seen: dict[str, list[torch.dtype]] = {"scoring": [], "objective": []}
+    for name, module in (("scoring", scoring), ("objective", objective)):
+
+        def spied(hidden: torch.Tensor, weight: torch.Tensor, *rest: Any, name: str = name, **options: Any) -> Any:
+            assert hidden.dtype == weight.dtype
+            seen[name].append(hidden.dtype)
+            return linear_logprob(hidden, weight, *rest, **options)
+
+        monkeypatch.setattr(module, "linear_logprob", spied)
+    engine = make_engine(camopd_config(models, prompt_file, tmp_path, bf16=True))
+    loss_and_gradient(engine, gather(engine, code_prompts(prompt_file))[2])
+    assert seen["scoring"][0] == torch.bfloat16  # the student comes first
+    assert set(seen["scoring"][1:]) == {torch.float32}
+    assert set(seen["objective"]) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("key", ["agentic", "code"])
