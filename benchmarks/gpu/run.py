@@ -127,7 +127,7 @@ def test_run(deadline: float, smoke: bool) -> dict[str, Any]:
     if smoke:
         return {"skipped": "smoke"}
     paths = os.pathsep.join([str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "4"]  # most of their time is Triton's compiler
     env = {**os.environ, "PYTHONPATH": paths}
