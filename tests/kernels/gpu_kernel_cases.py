@@ -16,7 +16,9 @@ import triton
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "gpu")]
 
+import ceilings  # noqa: E402
 import choose_columns  # noqa: E402
+import gpu_rows  # noqa: E402
 from gap_gemm import gap_kernel  # noqa: E402
 from gpu_rows import two_reads  # noqa: E402
 from one_read import OneRead  # noqa: E402
@@ -113,3 +115,21 @@ def test_calls_with_the_fused_choice():
         got = step()
     for mine, other in zip(got, want, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+def test_ceilings_of_the_row_kernels(monkeypatch):
+    """What the session asks of them on a device; one block a row, so that nothing waits."""
+
+    def once(call) -> float:
+        call()
+        return 1.0
+
+    monkeypatch.setattr(rows, "BLOCK", 2048)
+    monkeypatch.setattr(gpu_rows, "DEVICE", "cpu")
+    monkeypatch.setattr(ceilings, "median_ms", once)
+    assert set(ceilings.row_kernels(2, 515)["sweeps"]) >= {
+        "student and first teacher",
+        "another teacher and value, jsd",
+    }
+    for kind, teachers in (("reverse_kl", 1), ("forward_kl", 2)):
+        assert ceilings.one_read(2, 515, kind, teachers)["error"] <= 1e-3
