@@ -19,6 +19,7 @@ sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "gpu")]
 import ceilings  # noqa: E402
 import choose_columns  # noqa: E402
 import gpu_rows  # noqa: E402
+import one_read_call  # noqa: E402
 from gap_gemm import gap_kernel  # noqa: E402
 from gpu_rows import two_reads  # noqa: E402
 from one_read import OneRead  # noqa: E402
@@ -133,3 +134,31 @@ def test_ceilings_of_the_row_kernels(monkeypatch):
     }
     for kind, teachers in (("reverse_kl", 1), ("forward_kl", 2)):
         assert ceilings.one_read(2, 515, kind, teachers)["error"] <= 1e-3
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl"])
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_calls_with_one_read(kind, teachers, monkeypatch):
+    """One block a row, so that nothing waits; several chunks, rows without weight."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 8).requires_grad_(), torch.randn(37, 8).requires_grad_()
+    heads = [TeacherHead(torch.randn(9, 5 + k), torch.randn(37, 5 + k)) for k in range(teachers)]
+    options = {
+        "divergence": kind,
+        "token_weight": torch.arange(9) % 3 / 2,
+        "mix": torch.rand(9, teachers) + 0.1,
+        "temperature": 1.3,
+    }
+
+    def step(impl: str, **more) -> list[torch.Tensor]:
+        out = linear_divergence(hidden, weight, heads, impl=impl, **options, **more)
+        return [out.token_loss, *torch.autograd.grad(out.loss, (hidden, weight))]
+
+    chunks, plain = [], one_read_call.OneReadPass._chunk
+    monkeypatch.setattr(one_read_call.OneReadPass, "_chunk", lambda *a: (chunks.append(a[1:]), plain(*a)))
+    want = step("reference")
+    with one_read_call.one_read_calls(64, 4):
+        got = step("triton", workspace_bytes=16_000)
+    assert len(chunks) > 1
+    for mine, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-5, equal_nan=True)
