@@ -213,7 +213,7 @@ PREDICTIONS = [
     ),
     Line(
         "K=2 (S2) in 2 GiB over 1 GiB",
-        "time 0.85 to 0.95: 640 rows a chunk instead of 256, which read every weight 32 times",
+        "time 0.85 to 0.95: 640 rows a chunk instead of 320, which read every weight 26 times",
         lambda r: in_gib(r, "S2", 2) / in_gib(r, "S2", 1),
         lambda x: 0.85 <= x <= 0.95,
     ),

@@ -19,9 +19,9 @@ SCRATCH_TILES = 3
 # memory.
 CPU_CHUNK_ROWS = 64
 CPU_CHUNK_ELEMENTS = 10 << 20
-# Rows of a chunk on a GPU are a multiple of this: a matrix product works on tiles of as many rows, and
+# Rows of a chunk on a GPU are a multiple of this: a matrix product works on tiles of 64 or 128 rows, and
 # one that is only partly filled costs as much as a full one.
-CUDA_TILE_ROWS = 128
+CUDA_TILE_ROWS = 64
 # Weight or result of one block of a CPU's matrix product, see ``cpu_gemm``.
 PRODUCT_BLOCK_BYTES = 8 << 20
 # Elements of one row-sweep tile: on a CPU small enough to stay in the last-level cache between
