@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from opdengine.distributed import whole
+from opdengine.method_sections import CaMOPDConfig
 from opdengine.objective import Item, make_item
 from opdengine.packing import pack
 from opdengine.recipe import Batch, Schedule, Stats, Weigher, combine
 from opdengine.scoring import Judged
-from opdengine.sections import CaMOPDConfig
 from opdengine.types import Prompt
 
 if TYPE_CHECKING:

@@ -14,20 +14,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from opdengine.errors import ConfigError
-from opdengine.sections import (
+from opdengine.method_sections import (
     AdvantageConfig,
     CaMOPDConfig,
-    DataConfig,
     DebateConfig,
     EntropyConfig,
-    EnvironmentConfig,
-    LoRAConfig,
     OpadConfig,
     SageConfig,
     TcodConfig,
     UniOPDConfig,
-    by_key,
 )
+from opdengine.sections import DataConfig, EnvironmentConfig, LoRAConfig, Section, TeacherConfig, by_key
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -35,56 +32,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
-    """One teacher: a model in this process, or one that a server offers (``base_url``).
-
-    Args:
-        model: model folder or hub name; with ``base_url`` the name under which it is served.
-        name: used in metrics, logs and caches; default: the last part of ``model``.
-        weight: fixed mixing weight (MT-OPD) or share of the data (MT-SeqKD); relative.
-        key: routing keys (``data_source``) that this teacher answers for; empty: all prompts.
-        dtype: "auto" keeps the dtype of the checkpoint.
-        chat_template: Jinja text or file in place of the tokenizer's own.
-        chat_template_kwargs: handed to the chat template, for example ``enable_thinking: false``; what the
-            student has and this template knows must be stated here, too.
-        offload: keep a local teacher's weights on the CPU while it neither writes nor judges.
-        shard: with several processes, split a local teacher's weights over them (FSDP2); its head stays
-            whole. Judging costs little more; writing gathers all weights for every token.
-        base_url: OpenAI-compatible endpoint, such as ``http://host:8000/v1``. It writes debates and
-            answers; it judges by top-k log-probs, a lower bound of the exact divergence.
-        writer_base_url: an OpenAI-compatible endpoint that serves a local teacher's model, too: it writes
-            the teacher's text, and the weights here judge, exactly.
-        writer_model: the name under which it is served there; default: ``model``.
-        tokenizer: with ``base_url``: folder or hub name of the tokenizer; default: ``model``.
-        api_key_env: of an endpoint: the environment variable that holds the key (never the key).
-        max_concurrency: most calls at the same time.
-        timeout: seconds that one call may take.
-        max_retries: further attempts of a call that failed for a reason that may pass.
-        score_top_k: log-probs per token (vLLM: start the server with ``--max-logprobs`` as large).
-    """
-
-    model: str
-    name: str = ""
-    weight: float = 1.0
-    key: list[str] = field(default_factory=list)
-    dtype: str = "auto"
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    offload: bool = False
-    shard: bool = False
-    base_url: str | None = None
-    writer_base_url: str | None = None
-    writer_model: str | None = None
-    tokenizer: str | None = None
-    api_key_env: str | None = None
-    max_concurrency: int = 32
-    timeout: float = 600.0
-    max_retries: int = 5
-    score_top_k: int = 64
-
-
-@dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     """Everything a run depends on.
 
     Args:
@@ -292,6 +240,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_values(self)
+        _check_numbers(self)
         object.__setattr__(self, "teachers", _named(self.teachers))
 
 
@@ -305,13 +254,7 @@ def _named(teachers: Sequence[TeacherConfig]) -> list[TeacherConfig]:
 
 
 def _check_values(config: TrainConfig) -> None:
-    def need(ok: bool, key: str, remedy: str) -> None:
-        if not ok:
-            raise ConfigError(f"{key}={getattr(config, key)!r} is not possible; {remedy}")
-
-    def one_of(key: str, choices: Sequence[str]) -> None:
-        need(getattr(config, key) in choices, key, f"choose one of {list(choices)}")
-
+    need, one_of = config.need, config.one_of
     kinds = config.divergence if isinstance(config.divergence, dict) else {"": config.divergence}
     need(
         bool(kinds) and all(kind in DIVERGENCES for kind in kinds.values()),
@@ -355,6 +298,17 @@ def _check_values(config: TrainConfig) -> None:
     )
     for tracker in config.report_to:
         need(tracker == "tensorboard", "report_to", "only 'tensorboard' is known; [] is metrics.jsonl alone")
+    for i, teacher in enumerate(config.teachers):
+        _check_teacher(config, teacher, f"teachers.{i}")
+    if config.environment.name:
+        need(not config.train_data, "train_data", "the tasks come from the environment; leave it out")
+        need(not config.eval_data, "eval_data", "use environment.eval_splits")
+    else:
+        need(bool(config.train_data), "train_data", "name at least one file, or an environment")
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    need = config.need
     for key in (
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
@@ -395,13 +349,6 @@ def _check_values(config: TrainConfig) -> None:
         need(bool(getattr(config, key)), key, "it must not be empty")
     for key in ("eval_steps", "save_steps"):
         need(getattr(config, key) >= 0, key, "it must not be negative; 0 is never")
-    for i, teacher in enumerate(config.teachers):
-        _check_teacher(config, teacher, f"teachers.{i}")
-    if config.environment.name:
-        need(not config.train_data, "train_data", "the tasks come from the environment; leave it out")
-        need(not config.eval_data, "eval_data", "use environment.eval_splits")
-    else:
-        need(bool(config.train_data), "train_data", "name at least one file, or an environment")
 
 
 def _check_teacher(config: TrainConfig, teacher: TeacherConfig, where: str) -> None:

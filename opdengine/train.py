@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,38 +103,13 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
             folder.claim()
         writer = MetricsWriter(folder.path, config.report_to, last_step) if ranks.is_first else NoWriter()
 
-    def measure(step: int) -> dict[str, float]:
-        if engine.episodes is not None:
-            metrics, rows = evaluate_episodes(
-                engine.episodes,
-                engine.sampler,
-                episodes,
-                config.environment.eval_temperatures,
-                turn_params(config),
-                config.seed,
-                ranks,
-            )
-        elif held_out:
-            result = evaluate(engine.sampler, held_out, engine.encode, grader, config.max_completion_length, ranks)
-            metrics = result.metrics()
-            rows = [
-                {"prompt_id": p.id, "score": s, "text": t}
-                for p, s, t in zip(held_out, result.scores.tolist(), result.texts, strict=True)
-            ]
-        else:
-            return {}
-        with ranks.agree():
-            if ranks.is_first:
-                write_jsonl(folder.path / "evaluations" / f"step_{step}.jsonl", rows)
-        return metrics
-
     interrupts = Interrupts(ranks)
     loop = Loop(
         engine,
         stream,
         folder.path,
         writer,
-        measure,
+        _evaluation(config, engine, held_out, episodes, grader, folder.path),
         step=begin,
         metrics=dict(saved.get("metrics", {})),
         first=_dropped(prompts),
@@ -163,6 +138,45 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
         if engine.grader is not None:
             engine.grader.close()
     return TrainResult(folder.path, final, loop.metrics)
+
+
+def _evaluation(
+    config: TrainConfig,
+    engine: Engine,
+    held_out: Sequence[Prompt],
+    episodes: Mapping[str, Sequence[Prompt]],
+    grader: Grader,
+    folder: Path,
+) -> Callable[[int], dict[str, float]]:
+    """A function of the step: the metrics of its evaluation, whose answers it writes down."""
+
+    def measure(step: int) -> dict[str, float]:
+        if engine.episodes is not None:
+            metrics, rows = evaluate_episodes(
+                engine.episodes,
+                engine.sampler,
+                episodes,
+                config.environment.eval_temperatures,
+                turn_params(config),
+                config.seed,
+                engine.ranks,
+            )
+        elif held_out:
+            limit = config.max_completion_length
+            result = evaluate(engine.sampler, held_out, engine.encode, grader, limit, engine.ranks)
+            metrics = result.metrics()
+            rows = [
+                {"prompt_id": p.id, "score": s, "text": t}
+                for p, s, t in zip(held_out, result.scores.tolist(), result.texts, strict=True)
+            ]
+        else:
+            return {}
+        with engine.ranks.agree():
+            if engine.ranks.is_first:
+                write_jsonl(folder / "evaluations" / f"step_{step}.jsonl", rows)
+        return metrics
+
+    return measure
 
 
 def _check_needs(config: TrainConfig) -> None:

@@ -34,7 +34,7 @@ class PolicyGradient:
 
     Args:
         use_gap: the gap is part of the advantage; off where the exact divergence takes its place.
-        importance, low, high, max_gap: see :class:`opdengine.sections.AdvantageConfig`.
+        importance, low, high, max_gap: see :class:`opdengine.method_sections.AdvantageConfig`.
     """
 
     use_gap: bool = True

@@ -21,11 +21,11 @@ import numpy as np
 
 from opdengine.coherence import Coherence
 from opdengine.config import ConfigError, TrainConfig
+from opdengine.method_sections import CaMOPDConfig
 from opdengine.methods.advantage import MEASURES, PolicyGradient, gaps, resolve
 from opdengine.methods.gap_selection import branch_metrics, gap_score, select
 from opdengine.methods.opd import need_teachers, plain_note
 from opdengine.recipe import Annotations, Batch, Recipe, Weighed, route
-from opdengine.sections import CaMOPDConfig
 from opdengine.teachers import Teacher
 from opdengine.types import Prompt, Rollout
 

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from opdengine.config import TrainConfig
+from opdengine.method_sections import UniOPDConfig
 from opdengine.methods import outcome
 from opdengine.methods.advantage import MEASURES, PolicyGradient, gaps, resolve
 from opdengine.methods.mad_opd import contexts_of
 from opdengine.methods.opd import need_teachers
 from opdengine.recipe import Batch, Note, Recipe, Weighed
-from opdengine.sections import UniOPDConfig
 from opdengine.types import Rollout
 
 

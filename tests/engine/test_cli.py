@@ -11,7 +11,7 @@ import yaml
 from engine_helpers import make_config
 
 import opdengine
-from opdengine import sections
+from opdengine import method_sections, sections
 from opdengine.cli import main
 from opdengine.config import TeacherConfig, TrainConfig
 from opdengine.describe import annotated, common, meanings
@@ -20,7 +20,7 @@ from opdengine.progress import Progress
 from opdengine.settings import ELSEWHERE, from_mapping
 from opdengine.train import train
 
-SECTIONS = [c for c in vars(sections).values() if dataclasses.is_dataclass(c)]
+SECTIONS = [c for c in {**vars(sections), **vars(method_sections)}.values() if dataclasses.is_dataclass(c)]
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, TeacherConfig, *SECTIONS])

@@ -20,13 +20,13 @@ from opdengine.coherence import Coherence, coherence, coherence_gain, probed_par
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.data import DataError, PromptSet, ScheduledStream, load_prompts
 from opdengine.engine import Engine
+from opdengine.method_sections import CaMOPDConfig
 from opdengine.methods import build_recipe
 from opdengine.methods.advantage import PolicyGradient
 from opdengine.methods.camopd import Branches, Selected
 from opdengine.methods.gap_selection import gap_score, mass_prefix, select
 from opdengine.metrics import read_metrics
 from opdengine.objective import Item
-from opdengine.sections import CaMOPDConfig
 from opdengine.tally import Tally
 from opdengine.train import train
 from opdengine.types import Prompt

@@ -19,6 +19,7 @@ from opdengine.chat import encode_chat, load_tokenizer
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.data import load_prompts
 from opdengine.engine import Engine
+from opdengine.method_sections import UniOPDConfig
 from opdengine.methods.advantage import PolicyGradient
 from opdengine.methods.outcome import (
     balanced_counts,
@@ -32,7 +33,6 @@ from opdengine.methods.outcome import (
 )
 from opdengine.methods.uni_opd import Balance, Calibrated
 from opdengine.recipe import Note
-from opdengine.sections import UniOPDConfig
 from opdengine.settings import from_mapping
 from opdengine.train import check_routing
 from opdengine.types import Prompt, Rollout, Turn
