@@ -166,7 +166,7 @@ def _train(config: TrainConfig) -> int:
 
 def _eval(config: TrainConfig) -> int:
     from opdengine.environments.setup import held_out_tasks, open_episodes
-    from opdengine.evaluate import evaluate, evaluate_episodes, turn_params
+    from opdengine.evaluate import answer_params, evaluate, evaluate_episodes, turn_params
 
     tasks = held_out_tasks(config.environment)
     if config.environment.name and not tasks:
@@ -188,7 +188,7 @@ def _eval(config: TrainConfig) -> int:
             return encode_chat(tokenizer, prompt.messages, prompt.tools, config.chat_template_kwargs)
 
         with grader:
-            metrics = evaluate(sampler, prompts, encode, grader, config.max_completion_length).metrics()
+            metrics = evaluate(sampler, prompts, encode, grader, answer_params(config)).metrics()
     sys.stdout.write(json.dumps(metrics, indent=1) + "\n")
     return 0
 

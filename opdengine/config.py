@@ -73,6 +73,8 @@ class TrainConfig(Section):
         chat_template: Jinja text or file in place of the student tokenizer's own.
         chat_template_kwargs: handed to the student's chat template.
         eval_data: like ``train_data``, with an ``answer`` column.
+        eval_temperature: of the answers to ``eval_data``; 0 is greedy.
+        eval_num_generations: answers to each evaluation prompt; the accuracy is their mean.
         eval_max_prompts: evaluate on at most this many prompts.
         max_prompt_length: prompts with more tokens are left out and counted.
         skip_bad_rows: leave out malformed rows (counted) instead of refusing the file.
@@ -166,6 +168,8 @@ class TrainConfig(Section):
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     eval_data: list[str | DataConfig] = field(default_factory=list)
+    eval_temperature: float = 0.0
+    eval_num_generations: int = 1
     eval_max_prompts: int | None = None
     max_prompt_length: int = 4096
     skip_bad_rows: bool = False
@@ -316,6 +320,7 @@ def _check_numbers(config: TrainConfig) -> None:
         "max_steps",
         "max_completion_length",
         "num_generations",
+        "eval_num_generations",
         "max_prompt_length",
         "verifier_workers",
         "vllm_tensor_parallel_size",
@@ -330,6 +335,12 @@ def _check_numbers(config: TrainConfig) -> None:
         config.num_generations == 1 or config.temperature > 0,
         "num_generations",
         "with temperature 0 all generations are equal: use 1",
+    )
+    need(config.eval_temperature >= 0, "eval_temperature", "it must be 0 (greedy) or positive")
+    need(
+        config.eval_num_generations == 1 or config.eval_temperature > 0,
+        "eval_num_generations",
+        "with eval_temperature 0 all answers are equal: use 1",
     )
     need(config.learning_rate >= 0, "learning_rate", "it must not be negative")
     need(0 <= config.warmup_ratio <= 1, "warmup_ratio", "it is a share between 0 and 1")

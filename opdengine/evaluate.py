@@ -27,9 +27,9 @@ class Evaluation:
     """Scores of one evaluation.
 
     Args:
-        scores: float64 [N], one per prompt.
+        scores: float64 [N, n], of n answers to each prompt.
         keys: the prompts' routing keys.
-        texts: what was written.
+        texts: [N][n] what was written.
         mean_length: in tokens.
         clipped_ratio: share that ran into the length limit.
         failed: number of verifiers that failed (and count as score 0), by reason.
@@ -37,7 +37,7 @@ class Evaluation:
 
     scores: np.ndarray
     keys: tuple[str, ...]
-    texts: tuple[str, ...]
+    texts: tuple[tuple[str, ...], ...]
     mean_length: float
     clipped_ratio: float
     failed: Mapping[str, int] = field(default_factory=dict)
@@ -60,6 +60,8 @@ class Evaluation:
             "eval/clipped_ratio": self.clipped_ratio,
             **{f"eval/verifier_failed/{reason}": float(n) for reason, n in self.failed.items()},
         }
+        if (n := self.scores.shape[1]) > 1:  # prompts that at least one answer solves
+            values[f"eval/pass@{n}"] = float((self.scores.max(axis=1) >= 1).mean())
         keyed = self.by_key()
         if len(keyed) > 1:
             values.update({f"eval/accuracy/{key}": score for key, score in keyed.items()})
@@ -87,6 +89,19 @@ def turn_params(config: TrainConfig) -> SamplingParams:
         top_p=config.top_p,
         top_k=config.top_k,
         stop=tuple(config.environment.stop),
+    )
+
+
+def answer_params(config: TrainConfig) -> SamplingParams:
+    """How evaluation prompts are answered: greedily, or as the student is sampled at ``eval_temperature``."""
+    greedy = config.eval_temperature == 0
+    return SamplingParams(
+        max_tokens=config.max_completion_length,
+        temperature=config.eval_temperature,
+        top_p=1.0 if greedy else config.top_p,
+        top_k=0 if greedy else config.top_k,
+        n=config.eval_num_generations,
+        seed=config.seed,
     )
 
 
@@ -169,36 +184,35 @@ def evaluate(
     prompts: Sequence[Prompt],
     encode: Callable[[Prompt], list[int]],
     verifier: Verifier | Grader,
-    max_tokens: int,
+    params: SamplingParams,
     ranks: Ranks | None = None,
 ) -> Evaluation:
-    """Greedy decoding, one answer per prompt, graded by the verifier.
+    """``params.n`` answers to every prompt, graded by the verifier.
 
     Args:
         sampler: the policy.
         prompts: with answers.
         encode: prompt -> token ids.
         verifier: grades text against answer; a plain function is called in this process.
-        max_tokens: most new tokens.
+        params: how they are sampled.
         ranks: share the prompts; all get the whole result.
     """
     ranks = ranks or Ranks()
     with ranks.agree():
-        mine = [prompts[i] for i in ranks.share(len(prompts))]
-        requests = [Request(p.id, tuple(encode(p))) for p in mine]
-        params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        answers = [completions[0] for completions in sampler.generate(requests, params)]
+        mine = [(i, prompts[i]) for i in ranks.share(len(prompts))]
+        requests = [Request(p.id, tuple(encode(p)), seed=i) for i, p in mine]
+        answers = [answer for completions in sampler.generate(requests, params) for answer in completions]
         grader = verifier if isinstance(verifier, Grader) else Grader(verifier)
-        scores = grader.grade([a.text for a in answers], mine)
+        scores = grader.grade([a.text for a in answers], [p for _, p in mine for _ in range(params.n)])
     answers, scores = ranks.join(answers), ranks.join(scores)
     failed = Counter(score.failure for score in scores if score.failure)
     if failed:
         example = next(score for score in scores if score.failure)
         logger.warning("%d verifiers failed: %s, e.g. %s", failed.total(), dict(failed), example.detail)
     return Evaluation(
-        scores=np.array([score.value for score in scores], dtype=np.float64),
+        scores=np.array([score.value for score in scores], dtype=np.float64).reshape(-1, params.n),
         keys=tuple(p.key for p in prompts),
-        texts=tuple(a.text for a in answers),
+        texts=tuple(tuple(a.text for a in answers[i : i + params.n]) for i in range(0, len(answers), params.n)),
         mean_length=float(np.mean([len(a.token_ids) for a in answers])),
         clipped_ratio=float(np.mean([a.stop_reason == "length" for a in answers])),
         failed=failed,

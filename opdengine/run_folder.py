@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = {
     "resume_from_checkpoint", "max_tokens_per_batch", "workspace_bytes", "loss_impl", "vocab_parallel_head",
     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "log_completions",
-    "report_to", "run_name", "output_dir", "eval_data", "eval_max_prompts",
+    "report_to", "run_name", "output_dir", "eval_data", "eval_max_prompts", "eval_temperature", "eval_num_generations",
     "attn_implementation", "on_teacher_failure", "vllm_server_base_url", "vllm_sync_dir",
     "vllm_response_timeout", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode",
     "per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout", "max_bad_steps",

@@ -22,7 +22,7 @@ from opdengine.data import PromptSet, PromptStream, ScheduledStream, as_source, 
 from opdengine.distributed import Ranks, start
 from opdengine.engine import Engine
 from opdengine.environments.setup import held_out_tasks, load_tasks
-from opdengine.evaluate import evaluate, evaluate_episodes, require_answers, turn_params
+from opdengine.evaluate import answer_params, evaluate, evaluate_episodes, require_answers, turn_params
 from opdengine.interrupts import Interrupted, Interrupts
 from opdengine.loop import Loop
 from opdengine.methods import build_recipe
@@ -162,12 +162,12 @@ def _evaluation(
                 engine.ranks,
             )
         elif held_out:
-            limit = config.max_completion_length
-            result = evaluate(engine.sampler, held_out, engine.encode, grader, limit, engine.ranks)
+            result = evaluate(engine.sampler, held_out, engine.encode, grader, answer_params(config), engine.ranks)
             metrics = result.metrics()
             rows = [
-                {"prompt_id": p.id, "score": s, "text": t}
-                for p, s, t in zip(held_out, result.scores.tolist(), result.texts, strict=True)
+                {"prompt_id": p.id, "score": score, "text": text}
+                for p, scores, texts in zip(held_out, result.scores.tolist(), result.texts, strict=True)
+                for score, text in zip(scores, texts, strict=True)
             ]
         else:
             return {}

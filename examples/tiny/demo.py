@@ -164,6 +164,7 @@ def grade_teachers(test: Path) -> dict[str, dict[str, float]]:
     from opdengine.data import load_prompts
     from opdengine.evaluate import evaluate
     from opdengine.rollout.transformers import TransformersSampler
+    from opdengine.types import SamplingParams
 
     transformers_logging.disable_progress_bar()
     prompts = load_prompts([str(test)]).prompts
@@ -171,9 +172,8 @@ def grade_teachers(test: Path) -> dict[str, dict[str, float]]:
     for path in (CONVERT, COMPILE):
         tokenizer = load_tokenizer(path)
         sampler = TransformersSampler(load_model(path, dtype="float32"), tokenizer)
-        graded = evaluate(
-            sampler, prompts, lambda p, t=tokenizer: encode_chat(t, p.messages), task.verify, max_tokens=14
-        )
+        greedy = SamplingParams(max_tokens=14, temperature=0.0)
+        graded = evaluate(sampler, prompts, lambda p, t=tokenizer: encode_chat(t, p.messages), task.verify, greedy)
         result[Path(path).name] = graded.metrics()
     return result
 

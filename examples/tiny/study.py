@@ -199,15 +199,17 @@ def grade(models: Mapping[str, str], test: Path, verifier: Any) -> dict[str, dic
     from opdengine.data import load_prompts
     from opdengine.evaluate import evaluate
     from opdengine.rollout.transformers import TransformersSampler
+    from opdengine.types import SamplingParams
     from opdengine.verifiers.grader import Grader
 
     logging.disable_progress_bar()
+    greedy = SamplingParams(max_tokens=14, temperature=0.0)
     prompts, found = load_prompts([str(test)]).prompts, {}
     with Grader(verifier) as grader:
         for title, path in models.items():
             tokenizer = load_tokenizer(path)
             sampler = TransformersSampler(load_model(path, dtype="float32"), tokenizer)
-            graded = evaluate(sampler, prompts, lambda p, t=tokenizer: encode_chat(t, p.messages), grader, 14)
+            graded = evaluate(sampler, prompts, lambda p, t=tokenizer: encode_chat(t, p.messages), grader, greedy)
             found[title] = graded.metrics()
     return found
 
