@@ -151,7 +151,7 @@ def test_a_turn_that_is_empty_or_cut_off_is_a_failure_whatever_the_environment_m
     for turn, reason in zip(rollout.turns[1::2], ("stop", "length", "stop", "stop"), strict=True):
         turn.info["stop_reason"] = reason  # type: ignore[index]
     teacher = ScriptedTeacher("t", lambda call, request: "SKIP")
-    found = asyncio.run(Intervention(SageConfig(), PlainContexts(), 0).annotate([rollout], [teacher]))
+    found = asyncio.run(Intervention(SageConfig(), PlainContexts()).annotate([rollout], [teacher]))
     assert [len(call) for call in teacher.calls] == [2]
     assert found.notes[0].turn_weight is not None
     np.testing.assert_array_equal(found.notes[0].turn_weight[1::2], [0, 1, 0, 1])
@@ -185,7 +185,7 @@ def test_the_judge_sees_tool_calls() -> None:
     for turn in rollout.turns[1::2]:
         turn.messages[0]["tool_calls"] = [call]  # type: ignore[index]
     teacher = ScriptedTeacher("t", lambda call, request: "SKIP")
-    asyncio.run(Intervention(SageConfig(judge_history=True), PlainContexts(), 0).annotate([rollout], [teacher]))
+    asyncio.run(Intervention(SageConfig(judge_history=True), PlainContexts()).annotate([rollout], [teacher]))
     said = '<tool_call>\n{"name": "take", "arguments": {"thing": "coin"}}\n</tool_call>'
     assert f"What the agent wrote: I look.\n{said}\n" in teacher.asked(0, 0)
     assert f"What the agent wrote: {said}\n" in teacher.asked(0, 1)
@@ -198,7 +198,7 @@ def test_a_judge_that_is_sampled_draws_anew_for_every_turn_and_step() -> None:
     teacher = ScriptedTeacher("t", lambda call, request: "SKIP")
     for version in (0, 1):
         now = [dataclasses.replace(r, policy_version=version) for r in rollouts]
-        asyncio.run(Intervention(SageConfig(judge_temperature=1.0), PlainContexts(), 0).annotate(now, [teacher]))
+        asyncio.run(Intervention(SageConfig(judge_temperature=1.0), PlainContexts()).annotate(now, [teacher]))
     assert len({request.seed for call in teacher.calls for request in call}) == 8
 
 
