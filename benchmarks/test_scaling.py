@@ -27,7 +27,7 @@ from opdengine.settings import from_mapping
 from tiny import task
 from tiny.demo import STUDENT
 
-PROMPTS, STEPS = 32, 3
+PROMPTS, STEPS = 64, 3
 SPLITS = {
     "": {},
     "split_head": {"vocab_parallel_head": True},
@@ -66,7 +66,7 @@ def launch(processes: int, *arguments: str) -> dict:
 
 
 def test_step_on_processes(tmp_path, record):
-    """The same 32 prompts on all numbers of processes; with two also a split head, and a teacher that is split."""
+    """The same 64 prompts on all numbers of processes; with two also a split head, and a teacher that is split."""
     rows = [r for skill in task.SKILLS for r in task.prompts("train", skill, PROMPTS // 3 + 1, seed=5)]
     write_jsonl(tmp_path / "train.jsonl", rows[:PROMPTS])
     student, teacher = make_model(tmp_path / "student", 384, 6), make_model(tmp_path / "teacher", 512, 8)
@@ -76,10 +76,10 @@ def test_step_on_processes(tmp_path, record):
         "method": "opd",
         "train_data": [str(tmp_path / "train.jsonl")],
         "output_dir": str(tmp_path / "run"),
-        "max_completion_length": 24,
+        "max_completion_length": 48,
         "learning_rate": 0.0,
         "max_steps": STEPS,
-        "max_tokens_per_batch": 2048,
+        "max_tokens_per_batch": 8192,
     }
     found: dict[int, dict] = {}
     for processes, split in ((1, ""), (2, ""), (4, ""), (2, "split_head"), (2, "sharded_teacher")):
