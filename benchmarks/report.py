@@ -216,7 +216,29 @@ def gpu() -> str:
     return "\n".join(lines or tables({})).rstrip()
 
 
-TABLES = {"demo": demo, "loss": loss, "agents": agents, "gpu": gpu, "scaling": scaling}
+TRAINERS = {"ours": "opdengine", "trl": "TRL `DistillationTrainer`", "trl gkd": "TRL `GKDTrainer`"}
+
+
+def trainers() -> str:
+    """A whole step of ours and of TRL's trainers."""
+    lines: list[str] = []
+    for file in sorted((ROOT / "benchmarks" / "results").glob("*/trainers.json")):
+        document = json.loads(file.read_text())
+        case, version = document["results"]["step"], document["versions"]["trl"]
+        lines += [
+            f"| {document['device'].replace('_', ' ')}, TRL {version} | a step | | memory | |",
+            "|---|" + "---:|" * 4,
+        ]
+        for name, title in TRAINERS.items():
+            mine, theirs = case["ours"], case[name]
+            time, room = (theirs[key] / mine[key] for key in ("step_s", "peak_bytes"))
+            cells = f"{theirs['step_s']:.1f} s | {time:.1f}× | {theirs['peak_bytes'] / 1e6:.0f} MB | {room:.1f}×"
+            lines.append(f"| {title} | {cells} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+TABLES = {"demo": demo, "loss": loss, "agents": agents, "gpu": gpu, "scaling": scaling, "trainers": trainers}
 
 
 STUDIES = ("uni_opd", "camopd")

@@ -98,4 +98,9 @@ def test_step_beside_other_trainers(tmp_path, record, guard):
         print(name, case[name])
     record("step", case)
     assert abs(case["trl"]["loss"] / case["ours"]["loss"] - 1) < 0.1  # the same work
-    guard("step", {"over_trl": (case["ours"]["step_s"] / case["trl"]["step_s"], 0.15)})
+    ours, theirs = case["ours"], case["trl"]
+    figures = {
+        "over_trl": ours["step_s"] / theirs["step_s"],
+        "memory_over_trl": ours["peak_bytes"] / theirs["peak_bytes"],
+    }
+    guard("step", {name: (value, 0.15) for name, value in figures.items()})
