@@ -199,8 +199,8 @@ class Coherence:
     async def probe(self, engine: Engine, prompts: Sequence[Prompt]) -> list[Judged]:
         """This rank's share of the prompts, answered and judged."""
         dropped = Counter[str]()
-        rollouts, _ = await engine.rollout(prompts, PROBE_NUMBER, dropped)
-        notes, _ = await engine.annotate(rollouts)
+        rollouts, _ = await engine.settled(engine.rollout(prompts, PROBE_NUMBER, dropped))
+        notes, _ = await engine.settled(engine.annotate(rollouts))
         return await engine.judge(rollouts, notes, dropped)
 
     def gradients(self, engine: Engine, judged: Sequence[Judged], stats: Sequence[Stats]) -> np.ndarray:

@@ -98,12 +98,13 @@ class Ranks:
             if error is not None:
                 raise error
             return
-        reports = self.gather(None if error is None else (type(error), str(error)))
+        settled = isinstance(error, PeerError)  # by an agreement within this one
+        reports = self.gather(None if error is None or settled else (type(error), str(error)))
         failed = [(rank, *report) for rank, report in enumerate(reports) if report is not None]
         if not failed:
             return
         rank, kind, message = failed[0]
-        if rank == self.rank and error is not None:
+        if error is not None and (settled or rank == self.rank):
             raise error
         # The first rank's error decides, so that all ranks do the same about it.
         raise PeerError(f"rank {rank} failed ({kind.__name__}): {message}", kind) from error

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -97,10 +97,10 @@ class Engine:
         clock, dropped = Clock(), Counter[str]()
         number = self.version if batch is None else batch
         with clock("rollout"):
-            rollouts, metrics = await self.rollout(prompts, number, dropped)
+            rollouts, metrics = await self.settled(self.rollout(prompts, number, dropped))
         if self.recipe.needs_reward and self.grader is not None:
             with clock("reward"):
-                rollouts = await asyncio.to_thread(self.reward, rollouts, metrics)
+                rollouts = await self.settled(asyncio.to_thread(self.reward, rollouts, metrics))
         if self.recipe.split is not None:
             whole = rollouts
             rollouts = self.recipe.split(whole, number)
@@ -324,6 +324,10 @@ class Engine:
     def calls(self) -> AbstractAsyncContextManager[None]:
         """Teachers are called within; all ranks come here equally often."""
         return nullcontext() if self.session is None else self.session.open()
+
+    async def settled(self, work: Awaitable[T]) -> T:
+        """What comes before such calls: in a session the others would wait for a rank that failed here."""
+        return await (work if self.session is None else self.ranks.agreed(work))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The prompt in the student's chat template."""

@@ -110,6 +110,14 @@ def test_when_one_process_fails_all_stop_with_a_checkpoint(world: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_where_teachers_are_split_the_others_do_not_wait_for_one_that_failed(world: Path) -> None:
+    split = [word for k in (0, 1) for word in (f"--teachers.{k}.shard", "true")]
+    failed = train(world, 2, "split", *split, FAIL_AT="2")
+    assert failed.returncode != 0
+    assert "(rank 0): rank 1 failed (ServiceError): the service of one rank is gone" in failed.stderr
+    assert [p.name for p in list_checkpoints(world / "split" / "checkpoints")] == ["step_1"]
+
+
 def test_when_one_sampler_cannot_be_updated_all_stop_with_a_checkpoint(world: Path) -> None:
     failed = train(world, 2, "unsynced", SYNC_FAIL_AT="2")
     assert failed.returncode != 0

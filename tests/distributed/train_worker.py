@@ -1,6 +1,6 @@
 """``opdengine train`` whose second rank may fail, as the environment says.
 
-FAIL_AT=2: a service of the second rank fails while it prepares the second batch. KILL_AT=2: the rank is killed there.
+FAIL_AT=2: a service of the second rank fails while it samples the second batch. KILL_AT=2: the rank is killed there.
 TERM_AT=2: it alone gets SIGTERM there.
 SYNC_FAIL_AT=2: its sampler fails to take the weights of the second version.
 """
@@ -17,20 +17,24 @@ from opdengine.engine import Engine
 from opdengine.errors import ServiceError
 from opdengine.rollout.transformers import TransformersSampler
 
-prepare = Engine.prepare
+rollout = Engine.rollout
 
 
-async def failing(self: Engine, prompts: Any, batch: int | None = None) -> Any:
-    if self.ranks.rank == 1 and batch == int(os.environ.get("FAIL_AT", "0")) - 1:
+def is_due(name: str, number: int) -> bool:
+    return os.environ.get("RANK") == "1" and number == int(os.environ.get(name, "-1")) - 1
+
+
+async def failing(self: Engine, prompts: Any, number: int, dropped: Any) -> Any:
+    if is_due("FAIL_AT", number):
         raise ServiceError("the service of one rank is gone")
-    if self.ranks.rank == 1 and batch == int(os.environ.get("KILL_AT", "0")) - 1:
+    if is_due("KILL_AT", number):
         os.kill(os.getpid(), signal.SIGKILL)
-    if self.ranks.rank == 1 and batch == int(os.environ.get("TERM_AT", "0")) - 1:
+    if is_due("TERM_AT", number):
         os.kill(os.getpid(), signal.SIGTERM)
-    return await prepare(self, prompts, batch)
+    return await rollout(self, prompts, number, dropped)
 
 
-Engine.prepare = failing  # type: ignore[method-assign]
+Engine.rollout = failing  # type: ignore[method-assign]
 
 load_policy = TransformersSampler.load_policy
 

@@ -52,6 +52,15 @@ def test_the_error_of_the_first_rank_that_failed_decides() -> None:
         pass
     with scripted([None], [None]).agree():
         pass
+    # Within another agreement the rank that failed still decides.
+    known = PeerError("rank 1 failed (OSError): full", OSError)
+    with (
+        pytest.raises(PeerError, match=r"^rank 1 failed \(OSError\): full$"),
+        scripted([], [(OSError, "full")]).agree(),
+    ):
+        raise known
+    with pytest.raises(OSError, match="full"), scripted([None], []).agree():
+        raise OSError("full")
 
 
 def test_what_is_awaited_fails_on_all_ranks() -> None:
