@@ -283,7 +283,7 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
 
 
 def load_copy(config: TrainConfig) -> Any:
-    """The student for sampling alone, where the trained one is split."""
+    """The student for sampling alone: where the trained one is split, or nothing is trained."""
     model = load_model(
         config.model,
         dtype=student_dtype(config),

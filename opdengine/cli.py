@@ -206,23 +206,14 @@ def _graded_prompts(config: TrainConfig) -> tuple[Grader, Sequence[Prompt]]:
 
 
 def _load_student(config: TrainConfig) -> tuple[TransformersSampler, Any]:
-    from opdengine.backbone import default_device, load_model
-    from opdengine.build import student_dtype
+    from opdengine.build import load_copy
     from opdengine.chat import load_tokenizer
     from opdengine.rollout.transformers import TransformersSampler
 
     tokenizer = load_tokenizer(
         config.model, trust_remote_code=config.trust_remote_code, chat_template=config.chat_template
     )
-    model = load_model(
-        config.model,
-        dtype=student_dtype(config),
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-        device=default_device(),
-        bf16=config.bf16,
-    )
-    return TransformersSampler(model, tokenizer, 4 * config.max_tokens_per_batch, config.bf16), tokenizer
+    return TransformersSampler(load_copy(config), tokenizer, 4 * config.max_tokens_per_batch, config.bf16), tokenizer
 
 
 def _balance(config: TrainConfig, options: argparse.Namespace) -> int:
