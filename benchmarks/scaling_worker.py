@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from opdengine.build import build_engine
-from opdengine.chat import load_tokenizer
-from opdengine.config import TrainConfig
-from opdengine.data import load_prompts
+from opdengine.config.loading import from_mapping
+from opdengine.config.train import TrainConfig
+from opdengine.data.prompts import load_prompts
 from opdengine.distributed import start
 from opdengine.methods import build_recipe
-from opdengine.settings import from_mapping
+from opdengine.models.chat import load_tokenizer
+from opdengine.training.build import build_engine
 
 
 def main(file: str, prompts: int, steps: int) -> None:

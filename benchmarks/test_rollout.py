@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from opdengine.config import TrainConfig
+from opdengine.config.loading import from_mapping
+from opdengine.config.train import TrainConfig
 from opdengine.metrics import read_metrics, write_jsonl
 from opdengine.rollout.vllm import VLLMSampler, engine_environment
 from opdengine.rollout.vllm_base import _seed
-from opdengine.settings import from_mapping
-from opdengine.train import train
+from opdengine.training.run import train
 from opdengine.types import Request, SamplingParams
 
 pytestmark = pytest.mark.vllm

@@ -18,12 +18,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from opdengine.build import build_optimizer, build_scheduler
-from opdengine.chat import load_tokenizer
-from opdengine.checkpoint import restore_optimizer, save_checkpoint
-from opdengine.config import TrainConfig
+from opdengine.config.loading import from_mapping
+from opdengine.config.train import TrainConfig
 from opdengine.metrics import write_jsonl
-from opdengine.settings import from_mapping
+from opdengine.models.chat import load_tokenizer
+from opdengine.models.checkpoint import restore_optimizer, save_checkpoint
+from opdengine.training.build import build_optimizer, build_scheduler
 from tiny import task
 from tiny.demo import STUDENT
 

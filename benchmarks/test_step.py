@@ -18,14 +18,14 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from opdengine.build import build_engine
-from opdengine.chat import load_tokenizer
-from opdengine.config import TrainConfig
-from opdengine.data import load_prompts
+from opdengine.config.loading import from_mapping
+from opdengine.config.train import TrainConfig
+from opdengine.data.prompts import load_prompts
 from opdengine.methods import build_recipe
+from opdengine.methods.method import Stats
 from opdengine.metrics import write_jsonl
-from opdengine.recipe import Stats
-from opdengine.settings import from_mapping
+from opdengine.models.chat import load_tokenizer
+from opdengine.training.build import build_engine
 from tiny import task
 from tiny.demo import COMPILE, CONVERT, STUDENT, _debate
 
@@ -100,7 +100,7 @@ def test_update_against_materialised_logits(prompts, tmp_path, interleaved, reco
             return engine.weigh(judged, [Stats() for _ in judged], Counter())[0]
 
         engine.sampler.policy_version = engine.version
-        from opdengine.tally import Tally
+        from opdengine.loss.statistics import Tally
 
         engine.update(asyncio.run(run()), Tally())
 

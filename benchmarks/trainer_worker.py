@@ -53,12 +53,12 @@ class Stopwatch:
 def ours(settings: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
     import asyncio
 
-    from opdengine.build import build_engine
-    from opdengine.chat import load_tokenizer
-    from opdengine.config import TrainConfig
-    from opdengine.data import load_prompts
+    from opdengine.config.loading import from_mapping
+    from opdengine.config.train import TrainConfig
+    from opdengine.data.prompts import load_prompts
     from opdengine.methods import build_recipe
-    from opdengine.settings import from_mapping
+    from opdengine.models.chat import load_tokenizer
+    from opdengine.training.build import build_engine
 
     config = from_mapping(
         TrainConfig,

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opdengine import __version__
-from opdengine.chat import encode_chat
-from opdengine.checkpoint import CheckpointError
-from opdengine.config import TrainConfig
-from opdengine.describe import annotated, common
+from opdengine.config.loading import load_config
+from opdengine.config.train import TrainConfig
 from opdengine.distributed import PeerError
 from opdengine.errors import ServiceError, VLLMMissingError, WriteError
-from opdengine.interrupts import Interrupted
-from opdengine.settings import load_config
+from opdengine.models.chat import encode_chat
+from opdengine.models.checkpoint import CheckpointError
+from opdengine.tools.explain import annotated, common
+from opdengine.training.signals import Interrupted
 from opdengine.types import Prompt
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "doctor":
         return doctor()
-    from opdengine.probes import ProbeError
     from opdengine.teachers import TeacherError
+    from opdengine.training.sanity import ProbeError
 
     try:
         return _run(options, rest)
@@ -156,7 +156,7 @@ def _hide_bars() -> None:
 
 
 def _train(config: TrainConfig) -> int:
-    from opdengine.train import train
+    from opdengine.training.run import train
 
     result = train(config)
     if os.environ.get("RANK", "0") == "0":
@@ -166,7 +166,7 @@ def _train(config: TrainConfig) -> int:
 
 def _eval(config: TrainConfig) -> int:
     from opdengine.environments.setup import held_out_tasks, open_episodes
-    from opdengine.evaluate import answer_params, evaluate, evaluate_episodes, turn_params
+    from opdengine.training.evaluate import answer_params, evaluate, evaluate_episodes, turn_params
 
     tasks = held_out_tasks(config.environment)
     if config.environment.name and not tasks:
@@ -194,8 +194,8 @@ def _eval(config: TrainConfig) -> int:
 
 
 def _graded_prompts(config: TrainConfig) -> tuple[Grader, Sequence[Prompt]]:
-    from opdengine.data import load_prompts
-    from opdengine.evaluate import require_answers
+    from opdengine.data.prompts import load_prompts
+    from opdengine.training.evaluate import require_answers
     from opdengine.verifiers.grader import Grader
 
     grader = Grader.from_config(config)
@@ -206,9 +206,9 @@ def _graded_prompts(config: TrainConfig) -> tuple[Grader, Sequence[Prompt]]:
 
 
 def _load_student(config: TrainConfig) -> tuple[TransformersSampler, Any]:
-    from opdengine.build import load_copy
-    from opdengine.chat import load_tokenizer
+    from opdengine.models.chat import load_tokenizer
     from opdengine.rollout.transformers import TransformersSampler
+    from opdengine.training.build import load_copy
 
     tokenizer = load_tokenizer(
         config.model, trust_remote_code=config.trust_remote_code, chat_template=config.chat_template
@@ -217,7 +217,7 @@ def _load_student(config: TrainConfig) -> tuple[TransformersSampler, Any]:
 
 
 def _balance(config: TrainConfig, options: argparse.Namespace) -> int:
-    from opdengine.balance import BalanceSettings, balance
+    from opdengine.tools.balance import BalanceSettings, balance
 
     names = ("output", "rollouts", "cap", "target", "chunk")
     settings = BalanceSettings(**{name: getattr(options, name) for name in names})
@@ -230,10 +230,10 @@ def _balance(config: TrainConfig, options: argparse.Namespace) -> int:
 
 
 def _debate(config: TrainConfig, text: str, key: str) -> int:
-    from opdengine.backbone import default_device
-    from opdengine.build import serve_teachers, teacher_tokenizer
     from opdengine.methods.mad_opd import DebateContexts
+    from opdengine.models.backbone import default_device
     from opdengine.teachers.local import LocalTeacher
+    from opdengine.training.build import serve_teachers, teacher_tokenizer
 
     if not text.strip():
         raise ValueError("--prompt is empty; give what the teachers are to debate")
@@ -261,7 +261,7 @@ def _debate(config: TrainConfig, text: str, key: str) -> int:
 
 
 def _plan(config: TrainConfig, options: argparse.Namespace) -> int:
-    from opdengine.plan import GPUS, Lengths, plan
+    from opdengine.tools.plan import GPUS, Lengths, plan
 
     if options.gpu not in GPUS:
         raise ValueError(f"--gpu {options.gpu} is unknown; choose one of {sorted(GPUS)}")
@@ -277,7 +277,7 @@ def _plan(config: TrainConfig, options: argparse.Namespace) -> int:
 
 def doctor() -> int:
     """Print what is here and what is missing; always succeeds."""
-    from opdengine.doctor import examine
+    from opdengine.tools.doctor import examine
 
     sys.stdout.write("\n".join(map(str, examine())) + "\n")
     return 0

@@ -22,9 +22,9 @@ from measure import release, synchronise
 from models import QWEN3_4B, QWEN3_8B, QWEN3_14B, REAL, TINY, NoText, make_model, parameters, smaller
 from torch import Tensor
 
-from opdengine.backbone import Backbone
-from opdengine.objective import Item, Objective
-from opdengine.packing import Packed, pack
+from opdengine.loss.objective import Item, Objective
+from opdengine.models.backbone import Backbone
+from opdengine.models.packing import Packed, pack
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.teachers.offload import Offload
 from opdengine.types import Hidden, SamplingParams

@@ -159,11 +159,11 @@ def grade_teachers(test: Path) -> dict[str, dict[str, float]]:
     """Each teacher on the test set, asked plainly."""
     from transformers.utils import logging as transformers_logging
 
-    from opdengine.backbone import load_model
-    from opdengine.chat import encode_chat, load_tokenizer
-    from opdengine.data import load_prompts
-    from opdengine.evaluate import evaluate
+    from opdengine.data.prompts import load_prompts
+    from opdengine.models.backbone import load_model
+    from opdengine.models.chat import encode_chat, load_tokenizer
     from opdengine.rollout.transformers import TransformersSampler
+    from opdengine.training.evaluate import evaluate
     from opdengine.types import SamplingParams
 
     transformers_logging.disable_progress_bar()

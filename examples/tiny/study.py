@@ -148,10 +148,10 @@ def run(arm: str, seed: int, settings: Mapping[str, Any], reported: Sequence[str
     """Train one arm in this process; returns its accuracies by step."""
     import torch
 
-    from opdengine.config import TrainConfig
+    from opdengine.config.loading import from_mapping
+    from opdengine.config.train import TrainConfig
     from opdengine.metrics import read_metrics
-    from opdengine.settings import from_mapping
-    from opdengine.train import train
+    from opdengine.training.run import train
 
     torch.set_num_threads(1)
     started = time.perf_counter()
@@ -194,11 +194,11 @@ def grade(models: Mapping[str, str], test: Path, verifier: Any) -> dict[str, dic
     """Accuracy of each model by skill, greedy."""
     from transformers.utils import logging
 
-    from opdengine.backbone import load_model
-    from opdengine.chat import encode_chat, load_tokenizer
-    from opdengine.data import load_prompts
-    from opdengine.evaluate import evaluate
+    from opdengine.data.prompts import load_prompts
+    from opdengine.models.backbone import load_model
+    from opdengine.models.chat import encode_chat, load_tokenizer
     from opdengine.rollout.transformers import TransformersSampler
+    from opdengine.training.evaluate import evaluate
     from opdengine.types import SamplingParams
     from opdengine.verifiers.grader import Grader
 
@@ -350,7 +350,7 @@ def main(study: Study, description: str, arguments: Sequence[str]) -> int:
 
 def _changes(arguments: Sequence[str]) -> dict[str, Any]:
     """``--key value`` settings of the engine for all arms, such as ``--max_steps 20``."""
-    from opdengine.settings import _assign, _parse_overrides
+    from opdengine.config.loading import _assign, _parse_overrides
 
     data: dict[str, Any] = {}
     for key, value in _parse_overrides(arguments):

@@ -45,9 +45,9 @@ def problem(rng: random.Random) -> tuple[str, str, str]:
 
 def prepare(folder: Path, seeds: Sequence[int], split: str) -> dict[str, str]:
     """The teachers; raw and balanced prompts for every seed; the held-out prompts."""
-    from opdengine.balance import BalanceSettings, balance
-    from opdengine.config import TrainConfig
-    from opdengine.settings import from_mapping
+    from opdengine.config.loading import from_mapping
+    from opdengine.config.train import TrainConfig
+    from opdengine.tools.balance import BalanceSettings, balance
 
     expert = specialise("student", problem, EXPERT_STEPS, 2e-3, folder / "expert", corrupt=0.3)
     made = {name: damage(expert, amount, seed, folder / name) for name, (amount, seed) in NOISE.items()}

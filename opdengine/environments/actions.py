@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from opdengine.chat import text_of
+from opdengine.models.chat import text_of
 from opdengine.types import Message
 
 THINK = re.compile(r"<think>.*?</think>", re.DOTALL)

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from opdengine.environments.process import WorkerEnded, WorkerProcess
 from opdengine.environments.protocol import Broken, InfrastructureError, Observation, Step, Task
 from opdengine.metrics import Mean
 from opdengine.types import Message
+from opdengine.workers.process import WorkerEnded, WorkerProcess
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from opdengine.data import DataError, Undecodable, read_rows
+from opdengine.data.prompts import DataError, Undecodable, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ def checked_rows(path: str, check: Callable[[str, Mapping[str, Any]], T], *, ski
     """What ``check`` makes of each row of a file.
 
     Args:
-        path: as :func:`opdengine.data.read_rows` reads it.
+        path: as :func:`opdengine.data.prompts.read_rows` reads it.
         check: (row number, row) -> the result; raises ValueError with what is wrong with the row.
         skip_bad_rows: leave bad rows out, counted by reason in the log, instead of refusing the file.
 

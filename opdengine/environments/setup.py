@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from opdengine.data import DataError, PromptSet
+from opdengine.data.prompts import DataError, PromptSet
 from opdengine.environments.registry import POOL_OPTIONS, check_options, load_environment
 from opdengine.types import Prompt
 
 if TYPE_CHECKING:
-    from opdengine.config import EnvironmentConfig, TrainConfig
-    from opdengine.rollout.episodes import Episodes
+    from opdengine.config.train import EnvironmentConfig, TrainConfig
+    from opdengine.environments.episodes import Episodes
 
 
 def load_tasks(config: EnvironmentConfig, split: str) -> PromptSet:
@@ -58,8 +58,8 @@ def open_episodes(config: TrainConfig, tokenizer: Any, window: int | None) -> Ep
         window: of the student, in tokens.
     """
     from opdengine.environments.actions import with_tool_calls
+    from opdengine.environments.episodes import Episodes
     from opdengine.environments.pool import EnvironmentPool
-    from opdengine.rollout.episodes import Episodes
 
     c = config.environment
     limits = [limit for limit in (c.max_trajectory_tokens, window) if limit is not None]

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from opdengine.chat import text_of
 from opdengine.environments.actions import visible_text, with_tool_calls
 from opdengine.environments.pool import EnvironmentPool
 from opdengine.environments.protocol import Broken, InfrastructureError, Observation, Step, Task
 from opdengine.environments.registry import POOL_OPTIONS, load_environment
 from opdengine.environments.rows import checked_rows, file_of
+from opdengine.models.chat import text_of
 from opdengine.plugins import load_object
 from opdengine.types import Message
 

@@ -10,9 +10,9 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from opdengine.environments.isolation import leave_network
 from opdengine.environments.protocol import FAILURES, Observation, Step
 from opdengine.environments.registry import load_environment
+from opdengine.workers.isolation import leave_network
 
 Answer = dict[str, Any]
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from opdengine.config import ConfigError, TrainConfig
+from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.methods.agent_baselines import entropy_opd, tcod
 from opdengine.methods.camopd import camopd
 from opdengine.methods.mad_opd import mad_opd
+from opdengine.methods.method import Recipe
 from opdengine.methods.mt_seqkd import mt_seqkd
 from opdengine.methods.opad import opad
 from opdengine.methods.opd import mt_opd, opd
 from opdengine.methods.sage_opd import sage_opd
 from opdengine.methods.uni_opd import uni_opd
 from opdengine.plugins import load_object
-from opdengine.recipe import Recipe
 
 METHODS: dict[str, Callable[[TrainConfig], Recipe]] = {
     "opd": opd,
@@ -56,5 +56,5 @@ def build_recipe(config: TrainConfig) -> Recipe:
         raise ConfigError(f"method {name!r} cannot be called with (config, **method_options): {error}") from error
     recipe = method(config, **options)
     if not isinstance(recipe, Recipe):
-        raise ConfigError(f"method {name!r} returned a {type(recipe).__name__}, not an opdengine.recipe.Recipe")
+        raise ConfigError(f"method {name!r} returned a {type(recipe).__name__}, not an opdengine.methods.method.Recipe")
     return recipe

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opdengine.config import ConfigError, TrainConfig
-from opdengine.importance import banded, clipped, truncated
-from opdengine.recipe import Batch, Note, Stats, Weighed, Weigher, distill
+from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.loss.importance import banded, clipped, truncated
+from opdengine.methods.method import Batch, Note, Stats, Weighed, Weigher, distill
 from opdengine.types import TokenSignal
 
 MEASURES = ("student_logprob", "teacher_logprob", "teacher_entropy")
@@ -34,7 +34,7 @@ class PolicyGradient:
 
     Args:
         use_gap: the gap is part of the advantage; off where the exact divergence takes its place.
-        importance, low, high, max_gap: see :class:`opdengine.method_sections.AdvantageConfig`.
+        importance, low, high, max_gap: see :class:`opdengine.config.method_sections.AdvantageConfig`.
     """
 
     use_gap: bool = True

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opdengine.config import ConfigError, SageConfig, TcodConfig, TrainConfig
+from opdengine.config.train import ConfigError, SageConfig, TcodConfig, TrainConfig
+from opdengine.environments.episodes import turns_of
+from opdengine.methods.method import Annotations, Batch, Note, Recipe, Weighed, distill
 from opdengine.methods.opd import PlainContexts, opd
 from opdengine.methods.sage_opd import Selective
 from opdengine.metrics import Mean
-from opdengine.recipe import Annotations, Batch, Note, Recipe, Weighed, distill
-from opdengine.rollout.episodes import turns_of
 from opdengine.teachers import Teacher
 from opdengine.types import Rollout, TokenSignal
 

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opdengine.coherence import Coherence
-from opdengine.config import ConfigError, TrainConfig
-from opdengine.method_sections import CaMOPDConfig
+from opdengine.config.method_sections import CaMOPDConfig
+from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.methods.advantage import MEASURES, PolicyGradient, gaps, resolve
 from opdengine.methods.gap_selection import branch_metrics, gap_score, select
+from opdengine.methods.method import Annotations, Batch, Recipe, Weighed, route
 from opdengine.methods.opd import need_teachers, plain_note
-from opdengine.recipe import Annotations, Batch, Recipe, Weighed, route
 from opdengine.teachers import Teacher
+from opdengine.tools.gradient_diagnostics import Coherence
 from opdengine.types import Prompt, Rollout
 
 

@@ -33,7 +33,7 @@ def mass_prefix(scores: np.ndarray, rho: float) -> np.ndarray:
 
 
 def select(scores: np.ndarray, rho: float, how: str, seed: Sequence[int]) -> np.ndarray:
-    """bool [N]: see ``selection`` in :class:`opdengine.method_sections.CaMOPDConfig`."""
+    """bool [N]: see ``selection`` in :class:`opdengine.config.method_sections.CaMOPDConfig`."""
     chosen = np.ones(len(scores), dtype=bool)
     if how == "none" or not len(scores):
         return chosen

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from opdengine.config import ConfigError, DebateConfig, TrainConfig
-from opdengine.debate import Debate, Debater
-from opdengine.debate_prompts import DebatePrompts, debate_prompts
+from opdengine.config.train import ConfigError, DebateConfig, TrainConfig
+from opdengine.methods.debate import Debate, Debater
+from opdengine.methods.debate_prompts import DebatePrompts, debate_prompts
+from opdengine.methods.method import Annotations, Annotator, Note, Recipe, distill, route
 from opdengine.methods.opd import PlainContexts, need_teachers, read_by
 from opdengine.metrics import mean
-from opdengine.recipe import Annotations, Annotator, Note, Recipe, distill, route
 from opdengine.teachers import Teacher
 from opdengine.types import Rollout, SamplingParams
 

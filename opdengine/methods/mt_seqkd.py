@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from opdengine.config import ConfigError, TrainConfig
+from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.methods.method import Annotations, Batch, Note, Recipe, Weighed, route
 from opdengine.methods.opd import need_teachers
-from opdengine.recipe import Annotations, Batch, Note, Recipe, Weighed, route
 from opdengine.teachers import Teacher
 from opdengine.types import Completion, Failure, Prompt, Request, Rollout, SamplingParams, TokenSignal, Turn
 

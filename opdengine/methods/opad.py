@@ -13,11 +13,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from opdengine.chat import written
-from opdengine.config import ConfigError, OpadConfig, TrainConfig
+from opdengine.config.train import ConfigError, OpadConfig, TrainConfig
+from opdengine.environments.episodes import turns_of
 from opdengine.methods.mad_opd import mad_opd
-from opdengine.recipe import Recipe
-from opdengine.rollout.episodes import turns_of
+from opdengine.methods.method import Recipe
+from opdengine.models.chat import written
 from opdengine.types import Rollout, Turn
 
 

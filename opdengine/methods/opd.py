@@ -11,9 +11,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from opdengine.chat import append_answer
-from opdengine.config import ConfigError, TrainConfig
-from opdengine.recipe import Annotations, Note, Recipe, distill, route
+from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.methods.method import Annotations, Note, Recipe, distill, route
+from opdengine.models.chat import append_answer
 from opdengine.teachers import Teacher
 from opdengine.types import Message, Rollout, TeacherContext
 

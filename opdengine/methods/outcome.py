@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from opdengine.method_sections import UniOPDConfig
+from opdengine.config.method_sections import UniOPDConfig
 from opdengine.types import Rollout
 
 ROUNDING = 1e-9

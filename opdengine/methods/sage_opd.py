@@ -18,14 +18,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from opdengine.chat import written
-from opdengine.config import ConfigError, SageConfig, TrainConfig
-from opdengine.judge import FAILED, Judge, Verdict, turn_metrics
+from opdengine.config.train import ConfigError, SageConfig, TrainConfig
+from opdengine.environments.episodes import turns_of
 from opdengine.methods.advantage import MEASURES, gaps, need_reverse_kl
+from opdengine.methods.judge import FAILED, Judge, Verdict, turn_metrics
 from opdengine.methods.mad_opd import contexts_of
+from opdengine.methods.method import Annotations, Annotator, Batch, Note, Recipe, Stats, Weighed, plain_signal, route
 from opdengine.methods.opd import need_teachers
-from opdengine.recipe import Annotations, Annotator, Batch, Note, Recipe, Stats, Weighed, plain_signal, route
-from opdengine.rollout.episodes import turns_of
+from opdengine.models.chat import written
 from opdengine.teachers import Teacher
 from opdengine.types import Rollout, TokenSignal, Turn
 

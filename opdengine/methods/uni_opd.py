@@ -22,13 +22,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opdengine.config import TrainConfig
-from opdengine.method_sections import UniOPDConfig
+from opdengine.config.method_sections import UniOPDConfig
+from opdengine.config.train import TrainConfig
 from opdengine.methods import outcome
 from opdengine.methods.advantage import MEASURES, PolicyGradient, gaps, resolve
 from opdengine.methods.mad_opd import contexts_of
+from opdengine.methods.method import Batch, Note, Recipe, Weighed
 from opdengine.methods.opd import need_teachers
-from opdengine.recipe import Batch, Note, Recipe, Weighed
 from opdengine.types import Rollout
 
 

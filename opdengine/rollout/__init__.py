@@ -10,7 +10,7 @@ from opdengine.types import Completion, Request, SamplingParams
 if TYPE_CHECKING:
     import torch
 
-    from opdengine.lora import LowRank
+    from opdengine.models.lora import LowRank
 
 
 class Sampler(Protocol):
@@ -40,7 +40,7 @@ class Sampler(Protocol):
             version: optimiser steps taken.
             weights: the whole model by its ``state_dict`` names. With ``low_rank`` they are a base that
                 never changes: a sampler may read them at the first call only.
-            low_rank: what is added to them; see :data:`opdengine.lora.LowRank`.
+            low_rank: what is added to them; see :data:`opdengine.models.lora.LowRank`.
         """
         ...
 

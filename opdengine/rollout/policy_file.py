@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opdengine.lora import LowRank
+    from opdengine.models.lora import LowRank
 
 LEFT, RIGHT = "::left", "::right"
 

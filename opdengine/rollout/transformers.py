@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdengine.chat import stop_token_ids, vocabulary_size
-from opdengine.lora import LowRank
+from opdengine.models.chat import stop_token_ids, vocabulary_size
+from opdengine.models.lora import LowRank
 from opdengine.types import Completion, Request, SamplingParams
 
 

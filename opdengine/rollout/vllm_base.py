@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from opdengine.lora import LowRank
+    from opdengine.models.lora import LowRank
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0
 
@@ -102,7 +102,7 @@ class VLLMBase(ABC):
             version: optimiser steps taken by the weights.
             weights: the whole model, ``state_dict().items()``; a tied head may be left out. With
                 ``low_rank`` only read at the first call: the base must not change.
-            low_rank: what is added to them; see :data:`opdengine.lora.LowRank`.
+            low_rank: what is added to them; see :data:`opdengine.models.lora.LowRank`.
 
         Raises:
             ValueError: a name or shape is not the model's; nothing was sent.

@@ -29,7 +29,7 @@ from opdengine.rollout.vllm_server import is_loopback
 if TYPE_CHECKING:
     import torch
 
-    from opdengine.lora import LowRank
+    from opdengine.models.lora import LowRank
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from opdengine.backbone import Head
+    from opdengine.models.backbone import Head
 
 
 class TeacherError(ServiceError):
@@ -59,7 +59,7 @@ class Teacher(Protocol):
         ...
 
     def encode_answer(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Token ids between one reply and the next in this template; see :func:`opdengine.chat.encode_answer`."""
+        """Token ids between one reply and the next in this template; see :func:`opdengine.models.chat.encode_answer`."""
         ...
 
     async def generate(self, requests: Sequence[Request], params: SamplingParams) -> Sequence[Completion | Failure]:

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from opdengine.backbone import Backbone, Head, load_model
-from opdengine.chat import encode_answer, encode_chat, load_tokenizer
-from opdengine.config import TeacherConfig
+from opdengine.config.train import TeacherConfig
+from opdengine.models.backbone import Backbone, Head, load_model
+from opdengine.models.chat import encode_answer, encode_chat, load_tokenizer
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.teachers.offload import Offload
 from opdengine.teachers.prefix import PrefixScorer
@@ -35,7 +35,7 @@ class LocalTeacher:
     Args:
         config: what to load.
         device: where it lives.
-        attn_implementation: see :func:`opdengine.backbone.load_model`.
+        attn_implementation: see :func:`opdengine.models.backbone.load_model`.
         trust_remote_code: run code that comes with the model.
         max_tokens: token budget of one scoring or generation batch.
         tokenizer: of the model; None loads it.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from opdengine.backbone import Backbone
+from opdengine.models.backbone import Backbone
 
 logger = logging.getLogger(__name__)
 

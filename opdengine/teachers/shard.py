@@ -20,7 +20,7 @@ import torch
 from torch import distributed as dist
 
 from opdengine.distributed import Ranks, Sharded
-from opdengine.lora import base_of
+from opdengine.models.lora import base_of
 from opdengine.teachers.threads import work_on
 
 T = TypeVar("T")

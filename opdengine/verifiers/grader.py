@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 
-from opdengine.config import TrainConfig, by_key
+from opdengine.config.train import TrainConfig, by_key
 from opdengine.types import Prompt
 from opdengine.verifiers import VERIFIERS, Verifier, load_verifier
 from opdengine.verifiers.pool import Task, WorkerPool

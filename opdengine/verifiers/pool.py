@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opdengine.environments.process import WorkerEnded, WorkerProcess
 from opdengine.types import Message
 from opdengine.verifiers.score import Score, VerifierSettings
+from opdengine.workers.process import WorkerEnded, WorkerProcess
 
 START_SECONDS = 120.0
 MAX_REPLY_BYTES = 1 << 16

@@ -1,4 +1,4 @@
-"""The ``code`` verifier: does the program pass its tests? Programs run in :mod:`opdengine.sandbox`.
+"""The ``code`` verifier: does the program pass its tests? Programs run in :mod:`opdengine.verifiers.sandbox`.
 
 A program is never told what is expected of it. It gets one input at a time and what it answers is compared
 outside of its sandbox, so it can forge its answer but not the verdict.
@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opdengine.sandbox.plain import decode, encode
-from opdengine.sandbox.session import SandboxError, Session, find_tier
-from opdengine.sandbox.tiers import Limits
 from opdengine.types import Message
+from opdengine.verifiers.sandbox.plain import decode, encode
+from opdengine.verifiers.sandbox.session import SandboxError, Session, find_tier
+from opdengine.verifiers.sandbox.tiers import Limits
 from opdengine.verifiers.score import Score, VerifierSettings
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class CodeVerifier:
         settings: the whole grading of one program takes no longer than its time limit.
 
     Raises:
-        ValueError: this system offers no isolation (see :func:`opdengine.sandbox.session.find_tier`).
+        ValueError: this system offers no isolation (see :func:`opdengine.verifiers.sandbox.session.find_tier`).
     """
 
     def __init__(self, settings: VerifierSettings) -> None:

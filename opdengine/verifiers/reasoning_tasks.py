@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import parse_qsl
 
-from opdengine.data import GENERATED
-from opdengine.sandbox.plain import decode, encode
+from opdengine.data.prompts import GENERATED
 from opdengine.types import Message
+from opdengine.verifiers.sandbox.plain import decode, encode
 from opdengine.verifiers.score import Score, VerifierSettings
 
 THRESHOLD = 0.99

@@ -12,9 +12,9 @@ import pytest
 from agent_helpers import make_rollout
 from engine_helpers import PROMPTS, ScriptedTeacher, make_config
 
-from opdengine.config import ConfigError
+from opdengine.config.train import ConfigError
 from opdengine.methods import build_recipe
-from opdengine.train import train
+from opdengine.training.run import train
 
 
 def test_a_gatekept_agent_under_a_debate(models: dict[str, str], tmp_path: Path) -> None:

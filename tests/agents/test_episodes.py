@@ -14,12 +14,12 @@ import torch
 from agent_helpers import Countdown, LocalPool, Scripted
 from engine_helpers import make_config, make_engine
 
-from opdengine.chat import append_answer, encode_answer, encode_chat
+from opdengine.environments.episodes import Episodes, Job, episode_metrics, turns_of
 from opdengine.environments.protocol import Broken, Observation, Step
-from opdengine.evaluate import evaluate_episodes, wilson
+from opdengine.loss.statistics import Tally
 from opdengine.methods.opad import steps_of
-from opdengine.rollout.episodes import Episodes, Job, episode_metrics, turns_of
-from opdengine.tally import Tally
+from opdengine.models.chat import append_answer, encode_answer, encode_chat
+from opdengine.training.evaluate import evaluate_episodes, wilson
 from opdengine.types import Prompt, Rollout, SamplingParams
 
 PARAMS = SamplingParams(max_tokens=8)

@@ -12,12 +12,12 @@ from agent_helpers import make_rollout
 from engine_helpers import make_config
 
 from opdengine.cli import main
-from opdengine.config import ConfigError, OpadConfig
+from opdengine.config.train import ConfigError, OpadConfig
+from opdengine.environments.episodes import Episodes
 from opdengine.errors import ServiceError
 from opdengine.methods import build_recipe
 from opdengine.methods.opad import Steps, steps_of, surprise
-from opdengine.rollout.episodes import Episodes
-from opdengine.train import train
+from opdengine.training.run import train
 from opdengine.types import SamplingParams
 
 

@@ -17,17 +17,17 @@ from agent_helpers import context, make_rollout
 from engine_helpers import ScriptedTeacher, make_config, make_engine
 from torch.utils.flop_counter import FlopCounterMode
 
-from opdengine.config import ConfigError, SageConfig, TcodConfig, TrainConfig
-from opdengine.judge import Judge, Verdict, turn_metrics
+from opdengine.config.train import ConfigError, SageConfig, TcodConfig, TrainConfig
+from opdengine.loss.objective import normalisers
+from opdengine.loss.statistics import Tally
 from opdengine.methods import build_recipe
 from opdengine.methods.agent_baselines import FirstTurns, KeptMean
+from opdengine.methods.judge import Judge, Verdict, turn_metrics
+from opdengine.methods.method import Batch, Note, Stats
 from opdengine.methods.opad import steps_of
 from opdengine.methods.opd import PlainContexts
 from opdengine.methods.sage_opd import Control, Intervention, Selective
-from opdengine.objective import normalisers
-from opdengine.recipe import Batch, Note, Stats
-from opdengine.report import Clock, Prepared, summarise
-from opdengine.tally import Tally
+from opdengine.training.step_result import Clock, Prepared, summarise
 from opdengine.types import Rollout
 
 LENGTHS, KL, TOP1 = (4, 6, 10), (0.5, 0.2, 0.3), (0.9, 0.8, 0.6)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdengine.config import TeacherConfig
+from opdengine.config.train import TeacherConfig
 from opdengine.distributed import Ranks, start
 from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.shard import Session

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdengine.build import build_engine
-from opdengine.chat import load_tokenizer
-from opdengine.config import TrainConfig
-from opdengine.data import load_prompts
+from opdengine.config.loading import from_mapping
+from opdengine.config.train import TrainConfig
+from opdengine.data.prompts import load_prompts
 from opdengine.distributed import Ranks, start, whole, whole_weights
 from opdengine.environments.setup import load_tasks
-from opdengine.judge import Query, Verdict
 from opdengine.methods import build_recipe
-from opdengine.recipe import Batch, Recipe, Weighed
-from opdengine.settings import from_mapping
+from opdengine.methods.judge import Query, Verdict
+from opdengine.methods.method import Batch, Recipe, Weighed
+from opdengine.models.chat import load_tokenizer
+from opdengine.training.build import build_engine
 from opdengine.types import Prompt, Rollout
 
 

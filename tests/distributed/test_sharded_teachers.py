@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from ranks_helpers import torchrun
 
-from opdengine.config import ConfigError, TrainConfig
-from opdengine.settings import from_mapping
+from opdengine.config.loading import from_mapping
+from opdengine.config.train import ConfigError, TrainConfig
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
 

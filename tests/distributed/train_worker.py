@@ -13,9 +13,9 @@ import sys
 from typing import Any
 
 from opdengine.cli import main
-from opdengine.engine import Engine
 from opdengine.errors import ServiceError
 from opdengine.rollout.transformers import TransformersSampler
+from opdengine.training.step import Engine
 
 rollout = Engine.rollout
 

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdengine.build import build_engine
-from opdengine.chat import load_tokenizer
-from opdengine.config import TrainConfig
-from opdengine.engine import Engine
+from opdengine.config.loading import from_mapping
+from opdengine.config.train import TrainConfig
+from opdengine.loss.objective import Item
+from opdengine.loss.statistics import Tally
 from opdengine.methods import build_recipe
-from opdengine.objective import Item
-from opdengine.settings import from_mapping
-from opdengine.tally import Tally
+from opdengine.models.chat import load_tokenizer
+from opdengine.training.build import build_engine
+from opdengine.training.step import Engine
 from opdengine.types import Completion, Message, Prompt, Request, SamplingParams
 
 PROMPTS = {

@@ -22,10 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import opdengine.build
-import opdengine.train  # noqa: F401
-from opdengine import checkpoint, cli, debate, engine
+import opdengine.training.build
+import opdengine.training.run  # noqa: F401
+from opdengine import cli
+from opdengine.methods import debate
+from opdengine.models import checkpoint
 from opdengine.rollout.transformers import TransformersSampler
+from opdengine.training import step as engine
 
 PHASES = {
     "rollout": (engine.Engine, "sample"),

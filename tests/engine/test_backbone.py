@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers as hf
 
-from opdengine.backbone import Backbone
-from opdengine.objective import Item, Objective
-from opdengine.packing import LAYOUTS, pack, split_by_tokens
+from opdengine.loss.objective import Item, Objective
+from opdengine.models.backbone import Backbone
+from opdengine.models.packing import LAYOUTS, pack, split_by_tokens
 from opdengine.types import Hidden, Prompt, Rollout, Turn
 
 VOCAB = 120

@@ -14,13 +14,13 @@ import pytest
 from engine_helpers import make_config
 from transformers import AutoModelForCausalLM
 
-from opdengine.backbone import load_model
 from opdengine.cli import main
-from opdengine.config import ConfigError
-from opdengine.data import DataError, PromptSet, PromptStream, load_prompts
+from opdengine.config.loading import load_config
+from opdengine.config.train import ConfigError
+from opdengine.data.prompts import DataError, PromptSet, PromptStream, load_prompts
 from opdengine.errors import VLLMMissingError
-from opdengine.settings import load_config
-from opdengine.train import train
+from opdengine.models.backbone import load_model
+from opdengine.training.run import train
 
 
 @pytest.fixture(autouse=True)

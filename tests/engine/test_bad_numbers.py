@@ -12,12 +12,12 @@ import torch
 from engine_helpers import make_config
 from safetensors.torch import load_file
 
-from opdengine.checkpoint import list_checkpoints
-from opdengine.engine import Engine
 from opdengine.metrics import read_metrics
-from opdengine.probes import ProbeError
+from opdengine.models.checkpoint import list_checkpoints
 from opdengine.teachers.local import LocalTeacher
-from opdengine.train import train
+from opdengine.training.run import train
+from opdengine.training.sanity import ProbeError
+from opdengine.training.step import Engine
 from opdengine.types import Hidden, TeacherContext
 
 Models = dict[str, str]
@@ -103,7 +103,7 @@ def test_states_of_a_teacher_that_are_not_finite(
 def test_a_gradient_that_is_not_finite_counts_like_a_loss(
     models: Models, prompt_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from opdengine import update
+    from opdengine.training import optimizer_step as update
 
     plain, calls = update.gradient_norm, [0]
 
@@ -113,7 +113,7 @@ def test_a_gradient_that_is_not_finite_counts_like_a_loss(
             next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = float("inf")
         return plain(model)
 
-    monkeypatch.setattr("opdengine.engine.gradient_norm", norm)
+    monkeypatch.setattr("opdengine.training.step.gradient_norm", norm)
     train(make_config(models, prompt_file, tmp_path, max_steps=2), progress=False)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert ["bad_steps" in line for line in lines] == [True, False]

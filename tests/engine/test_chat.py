@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from engine_helpers import PROMPTS, make_config, make_engine
 
-from opdengine.chat import encode_chat, load_tokenizer, require_same_tokenizer, text_of
-from opdengine.data import load_prompts
+from opdengine.data.prompts import load_prompts
+from opdengine.models.chat import encode_chat, load_tokenizer, require_same_tokenizer, text_of
 from opdengine.verifiers import load_verifier
 
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}]

@@ -24,14 +24,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from opdengine import checkpoint as module
-from opdengine import loop
-from opdengine.checkpoint import CheckpointError, list_checkpoints, read_state, restore_optimizer, save_checkpoint
-from opdengine.data import DataError
-from opdengine.engine import Engine
+from opdengine.data.prompts import DataError
 from opdengine.errors import WriteError
-from opdengine.random_state import random_state, set_random_state
-from opdengine.run_folder import InputFiles
-from opdengine.train import train
+from opdengine.models.checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    read_state,
+    restore_optimizer,
+    save_checkpoint,
+)
+from opdengine.models.random_state import random_state, set_random_state
+from opdengine.training import loop
+from opdengine.training.run import train
+from opdengine.training.run_folder import InputFiles
+from opdengine.training.step import Engine
 
 ROOT = Path(__file__).parents[2]
 

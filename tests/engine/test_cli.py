@@ -11,14 +11,13 @@ import yaml
 from engine_helpers import make_config
 
 import opdengine
-from opdengine import method_sections, sections
 from opdengine.cli import main
-from opdengine.config import TeacherConfig, TrainConfig
-from opdengine.describe import annotated, common, meanings
+from opdengine.config.loading import ELSEWHERE, from_mapping
+from opdengine.config.train import TeacherConfig, TrainConfig, method_sections, sections
 from opdengine.environments import ENVIRONMENTS, load_environment
-from opdengine.progress import Progress
-from opdengine.settings import ELSEWHERE, from_mapping
-from opdengine.train import train
+from opdengine.tools.explain import annotated, common, meanings
+from opdengine.training.progress import Progress
+from opdengine.training.run import train
 
 SECTIONS = [c for c in {**vars(sections), **vars(method_sections)}.values() if dataclasses.is_dataclass(c)]
 

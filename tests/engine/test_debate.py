@@ -15,12 +15,12 @@ import pytest
 import torch
 from engine_helpers import PROMPTS, ScriptedTeacher, make_config, make_engine
 
-from opdengine.config import DebateConfig
-from opdengine.data import load_prompts
-from opdengine.debate import Debate, Debater
-from opdengine.debate_prompts import FAMILIES, DebatePrompts, debate_prompts, parse_confidence
+from opdengine.config.loading import from_mapping
+from opdengine.config.train import DebateConfig
+from opdengine.data.prompts import load_prompts
+from opdengine.methods.debate import Debate, Debater
+from opdengine.methods.debate_prompts import FAMILIES, DebatePrompts, debate_prompts, parse_confidence
 from opdengine.methods.mad_opd import DebateContexts
-from opdengine.settings import from_mapping
 from opdengine.types import Prompt, Rollout, SamplingParams, Turn
 
 

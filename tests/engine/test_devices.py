@@ -16,16 +16,16 @@ import torch
 from engine_helpers import make_config, make_engine
 
 from opdengine import engine as engine_module
-from opdengine import scoring
-from opdengine.backbone import Backbone, default_device, load_model
-from opdengine.build import build_optimizer
-from opdengine.checkpoint import restore_optimizer, save_checkpoint
-from opdengine.config import TeacherConfig, TrainConfig
-from opdengine.data import load_prompts
-from opdengine.engine import Engine
-from opdengine.scoring import Judged
+from opdengine.config.train import TeacherConfig, TrainConfig
+from opdengine.data.prompts import load_prompts
+from opdengine.models.backbone import Backbone, default_device, load_model
+from opdengine.models.checkpoint import restore_optimizer, save_checkpoint
 from opdengine.teachers import local
 from opdengine.teachers.prefix import PrefixScorer
+from opdengine.training import scoring
+from opdengine.training.build import build_optimizer
+from opdengine.training.scoring import Judged
+from opdengine.training.step import Engine
 from opdengine.types import Hidden, Prompt, TeacherContext
 
 Models = dict[str, str]

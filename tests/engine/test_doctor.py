@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from opdengine import doctor
 from opdengine.cli import main
-from opdengine.sandbox.session import SandboxError, find_tier
+from opdengine.tools import doctor
+from opdengine.verifiers.sandbox.session import SandboxError, find_tier
 
 
 def report(monkeypatch: pytest.MonkeyPatch, **versions: str) -> str:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from engine_helpers import make_config
 
-from opdengine.backbone import load_model
-from opdengine.chat import encode_chat, load_tokenizer
-from opdengine.config import ConfigError
+from opdengine.config.train import ConfigError
 from opdengine.distributed import Ranks
-from opdengine.evaluate import answer_params, evaluate
+from opdengine.models.backbone import load_model
+from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.rollout.transformers import TransformersSampler
+from opdengine.training.evaluate import answer_params, evaluate
 from opdengine.types import Completion, Prompt, Request, SamplingParams
 
 WRITTEN = {"a": ["1", "0", "0", "1"], "b": ["0", "0", "0", "0"], "c": ["1", "1", "1", "1"]}

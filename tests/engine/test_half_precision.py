@@ -11,12 +11,13 @@ import pytest
 import torch
 from engine_helpers import loss_and_gradient, make_config, make_engine, make_items
 
-from opdengine import objective, scoring
-from opdengine.backbone import Backbone, avoid_flash, load_model
-from opdengine.build import halve_products
-from opdengine.data import load_prompts
-from opdengine.packing import pack
+from opdengine.data.prompts import load_prompts
+from opdengine.loss import objective
+from opdengine.models.backbone import Backbone, avoid_flash, load_model
+from opdengine.models.packing import pack
 from opdengine.rollout.transformers import TransformersSampler
+from opdengine.training import scoring
+from opdengine.training.build import halve_products
 from opdengine.types import Request, SamplingParams
 
 IDS = np.arange(1, 30, dtype=np.int64)

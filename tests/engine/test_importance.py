@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from opdengine.importance import banded, clipped, ratio, truncated
+from opdengine.loss.importance import banded, clipped, ratio, truncated
 
 RNG = np.random.default_rng(0)
 DIFFERENCE = RNG.normal(0, 0.5, 400)

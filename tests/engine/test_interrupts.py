@@ -14,10 +14,10 @@ import yaml
 from engine_helpers import PROMPTS
 from safetensors.torch import load_file
 
-from opdengine.checkpoint import list_checkpoints
 from opdengine.cli import main
-from opdengine.engine import Engine
 from opdengine.metrics import read_metrics
+from opdengine.models.checkpoint import list_checkpoints
+from opdengine.training.step import Engine
 
 
 @pytest.fixture

@@ -21,18 +21,18 @@ from test_sampler import Digits
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opdengine.backbone import Backbone, load_model
-from opdengine.build import build_engine
-from opdengine.chat import load_tokenizer
-from opdengine.checkpoint import list_checkpoints
 from opdengine.cli import main
-from opdengine.config import ConfigError, LoRAConfig
-from opdengine.data import load_prompts
-from opdengine.lora import add_adapter, architecture, base_of, load_adapter, merge_adapter, policy, save_model
+from opdengine.config.loading import from_mapping
+from opdengine.config.train import ConfigError, LoRAConfig
+from opdengine.data.prompts import load_prompts
 from opdengine.methods import build_recipe
+from opdengine.models.backbone import Backbone, load_model
+from opdengine.models.chat import load_tokenizer
+from opdengine.models.checkpoint import list_checkpoints
+from opdengine.models.lora import add_adapter, architecture, base_of, load_adapter, merge_adapter, policy, save_model
 from opdengine.rollout.transformers import TransformersSampler
-from opdengine.settings import from_mapping
-from opdengine.train import train
+from opdengine.training.build import build_engine
+from opdengine.training.run import train
 from opdengine.types import Prompt, Request, SamplingParams
 
 Models = dict[str, str]

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from opdengine.cli import main
-from opdengine.data import load_prompts
-from opdengine.plan import Lengths, Machine, Plan, loss_flops, memory_of, plan
-from opdengine.shapes import QWEN3, shape_of
-from opdengine.tally import Tally
+from opdengine.data.prompts import load_prompts
+from opdengine.loss.statistics import Tally
+from opdengine.tools.plan import Lengths, Machine, Plan, loss_flops, memory_of, plan
+from opdengine.tools.shapes import QWEN3, shape_of
 
 Models = dict[str, str]
 
@@ -92,7 +92,7 @@ def test_bytes_of_the_student_are_those_of_a_trained_one(models: Models, prompt_
 
 
 def test_a_plan_scales_as_it_should() -> None:
-    from opdengine.config import TeacherConfig, TrainConfig
+    from opdengine.config.train import TeacherConfig, TrainConfig
 
     def make(gpus: int, **changes: object) -> object:
         config = TrainConfig(
@@ -118,7 +118,7 @@ def test_a_plan_scales_as_it_should() -> None:
 
 
 def test_a_plan_of_split_teachers_and_of_a_split_head() -> None:
-    from opdengine.config import TeacherConfig, TrainConfig
+    from opdengine.config.train import TeacherConfig, TrainConfig
 
     shape = QWEN3["Qwen3-32B"]
     head = 2 * shape.head_parameters
@@ -150,7 +150,7 @@ def test_a_plan_of_split_teachers_and_of_a_split_head() -> None:
 
 
 def test_decoding_is_bound_by_memory_for_few_sequences_and_by_products_for_many() -> None:
-    from opdengine.plan import _decode
+    from opdengine.tools.plan import _decode
 
     shape, machine = QWEN3["Qwen3-4B"], Machine()
     single = _decode(shape, machine, 1, 10, 1000)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from engine_helpers import make_config, make_engine
 
-from opdengine.data import load_prompts
-from opdengine.engine import Engine
-from opdengine.probes import ProbeError, fresh, sampler_agrees, self_distillation_is_zero
+from opdengine.data.prompts import load_prompts
+from opdengine.training.sanity import ProbeError, fresh, sampler_agrees, self_distillation_is_zero
+from opdengine.training.step import Engine
 from opdengine.types import Prompt, Rollout, Turn
 
 

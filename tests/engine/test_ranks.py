@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from engine_helpers import make_config
 
-from opdengine.build import check_ranks
-from opdengine.config import ConfigError, TrainConfig
+from opdengine.config.loading import from_mapping, to_mapping
+from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.distributed import PeerError, Ranks, start
 from opdengine.metrics import Mean, mean, merge
-from opdengine.settings import from_mapping, to_mapping
+from opdengine.training.build import check_ranks
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])

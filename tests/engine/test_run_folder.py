@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opdengine.config import ConfigError, TrainConfig
-from opdengine.run_folder import RunFolder
-from opdengine.settings import from_mapping, to_mapping
+from opdengine.config.loading import from_mapping, to_mapping
+from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.training.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("jsd_beta", [0.5, 0.3])

@@ -11,9 +11,9 @@ import torch
 from engine_helpers import make_config
 from safetensors.torch import load_file
 
-from opdengine.backbone import load_model
-from opdengine.config import ConfigError
-from opdengine.train import train
+from opdengine.config.train import ConfigError
+from opdengine.models.backbone import load_model
+from opdengine.training.run import train
 
 Models = dict[str, str]
 

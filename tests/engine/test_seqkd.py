@@ -20,7 +20,7 @@ from engine_helpers import (
 )
 from transformers import AutoModelForCausalLM
 
-from opdengine.data import load_prompts
+from opdengine.data.prompts import load_prompts
 from opdengine.methods.mt_seqkd import TeacherAnswers
 from opdengine.types import Prompt, Request, SamplingParams
 

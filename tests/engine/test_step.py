@@ -24,10 +24,10 @@ from engine_helpers import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opdengine.chat import load_tokenizer, vocabulary_size
-from opdengine.data import load_prompts
-from opdengine.objective import Item
-from opdengine.tally import Tally
+from opdengine.data.prompts import load_prompts
+from opdengine.loss.objective import Item
+from opdengine.loss.statistics import Tally
+from opdengine.models.chat import load_tokenizer, vocabulary_size
 from opdengine.types import Completion, Prompt, Request, SamplingParams, TeacherContext
 
 Models = dict[str, str]

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd_kernels
 import opdengine
-from opdengine.checkpoint import list_checkpoints
 from opdengine.cli import main
-from opdengine.engine import Engine
 from opdengine.errors import ServiceError
 from opdengine.metrics import read_metrics
+from opdengine.models.checkpoint import list_checkpoints
+from opdengine.training.step import Engine
 
 KILLER = '''
 """Grades like "numeric"; kills the training process at the call that the environment names."""

@@ -194,7 +194,7 @@ def test_it_plays_in_a_pool_as_it_plays_here():
 
 
 def test_the_pools_own_options_do_not_reach_the_tasks():
-    from opdengine.config import EnvironmentConfig
+    from opdengine.config.train import EnvironmentConfig
     from opdengine.environments.setup import load_tasks
 
     prompts = load_tasks(EnvironmentConfig(name="house", options={"count": 3, "network": True}), "train")

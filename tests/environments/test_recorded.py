@@ -10,11 +10,11 @@ from random import Random
 
 import pytest
 
-from opdengine.chat import encode_answer, encode_chat
-from opdengine.data import load_prompts
+from opdengine.data.prompts import load_prompts
 from opdengine.environments import FAILURES, Environment, HasExpert
 from opdengine.environments.pool import EnvironmentPool
 from opdengine.environments.recorded import Recorded, load_records, prompt_rows
+from opdengine.models.chat import encode_answer, encode_chat
 
 TOOLACE = {
     "system": 'You can call functions: [{"name": "weather"}]. Write [func(arg=value)].',

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from opdengine.config import EnvironmentConfig
-from opdengine.data import DataError
+from opdengine.config.train import EnvironmentConfig
+from opdengine.data.prompts import DataError
 from opdengine.environments import ENVIRONMENTS, load_environment
 from opdengine.environments.house import House
 from opdengine.environments.setup import load_tasks

@@ -18,14 +18,14 @@ sys.path.insert(0, str(EXAMPLES))
 
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from opdengine.config import SageConfig  # noqa: E402
+from opdengine.config.loading import load_config  # noqa: E402
+from opdengine.config.train import SageConfig  # noqa: E402
+from opdengine.environments.episodes import Episodes, Job, turns_of  # noqa: E402
 from opdengine.environments.house import House  # noqa: E402
 from opdengine.environments.recorded import Recorded  # noqa: E402
-from opdengine.judge import Judge  # noqa: E402
 from opdengine.methods import build_recipe  # noqa: E402
-from opdengine.rollout.episodes import Episodes, Job, turns_of  # noqa: E402
+from opdengine.methods.judge import Judge  # noqa: E402
 from opdengine.rollout.transformers import TransformersSampler  # noqa: E402
-from opdengine.settings import load_config  # noqa: E402
 from opdengine.types import Prompt, SamplingParams  # noqa: E402
 from tiny.agents import lessons, measure, opad, results, sage, world  # noqa: E402
 from tiny.agents.arms import MODELS, parser, shared_settings  # noqa: E402

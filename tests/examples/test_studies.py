@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opdengine.config import TrainConfig
+from opdengine.config.loading import from_mapping, load_config
+from opdengine.config.train import TrainConfig
 from opdengine.methods import build_recipe
 from opdengine.metrics import write_jsonl
-from opdengine.settings import from_mapping, load_config
 from tiny import camopd_study, study, task, uni_study
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"

@@ -15,14 +15,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
 from engine_helpers import assert_same_gradients, loss_and_gradient, make_config, make_items
 
-from opdengine import build
-from opdengine.chat import load_tokenizer
-from opdengine.checkpoint import read_state, restore_optimizer, save_checkpoint
-from opdengine.data import load_prompts
-from opdengine.engine import Engine
+from opdengine.data.prompts import load_prompts
 from opdengine.methods import build_recipe
-from opdengine.random_state import random_state
-from opdengine.report import StepResult
+from opdengine.models.chat import load_tokenizer
+from opdengine.models.checkpoint import read_state, restore_optimizer, save_checkpoint
+from opdengine.models.random_state import random_state
+from opdengine.training import build
+from opdengine.training.step import Engine
+from opdengine.training.step_result import StepResult
 from opdengine.types import Hidden, Prompt, TeacherContext
 
 DEBATE: dict[str, Any] = {"method": "mad_opd", "divergence": {"code": "reverse_kl", "agentic": "jsd"}}

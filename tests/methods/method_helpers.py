@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opdengine.recipe import Batch, Note, Stats
+from opdengine.methods.method import Batch, Note, Stats
 from opdengine.types import Prompt, Rollout, Turn
 
 

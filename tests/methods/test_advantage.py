@@ -14,15 +14,15 @@ import torch
 from engine_helpers import assert_same_gradients, loss_and_gradient, make_config, make_engine
 from method_helpers import make_batch, make_rollout
 
-import opdengine.objective
-from opdengine.backbone import Head
-from opdengine.config import ConfigError
-from opdengine.data import load_prompts
-from opdengine.engine import Engine
+import opdengine.loss.objective
+from opdengine.config.train import ConfigError
+from opdengine.data.prompts import load_prompts
+from opdengine.loss.objective import Item, Objective, make_item
 from opdengine.methods import build_recipe
 from opdengine.methods.advantage import PolicyGradient, gaps, no_divergence
-from opdengine.objective import Item, Objective, make_item
-from opdengine.recipe import Batch, Note, Stats, distill
+from opdengine.methods.method import Batch, Note, Stats, distill
+from opdengine.models.backbone import Head
+from opdengine.training.step import Engine
 from opdengine.types import Rollout, TokenSignal
 
 VOCAB, WIDTH = 7, 5
@@ -200,11 +200,13 @@ def test_only_tokens_with_an_advantage_go_through_the_head(
         dataclasses.replace(i, advantage=np.where(np.arange(len(i.advantage)) % 2, i.advantage, 0)) for i in items
     ]
     rows = []
-    plain = opdengine.objective.linear_logprob
+    plain = opdengine.loss.objective.linear_logprob
     monkeypatch.setattr(
-        opdengine.objective, "linear_logprob", lambda h, *a, **k: (rows.append(len(h)), plain(h, *a, **k))[1]
+        opdengine.loss.objective, "linear_logprob", lambda h, *a, **k: (rows.append(len(h)), plain(h, *a, **k))[1]
     )
-    monkeypatch.setattr(opdengine.objective, "linear_divergence", lambda *a, **k: pytest.fail("no divergence asked"))
+    monkeypatch.setattr(
+        opdengine.loss.objective, "linear_divergence", lambda *a, **k: pytest.fail("no divergence asked")
+    )
     _, ours = loss_and_gradient(engine, sparse)
     assert sum(rows) == sum(len(i.advantage) // 2 for i in items)
     whole = [dataclasses.replace(i, advantage=np.where(i.advantage == 0, 1e-30, i.advantage)) for i in sparse]
@@ -223,7 +225,7 @@ def test_sampled_steps_still_report_teachers_and_sampler(models: Models, prompt_
 
 
 def test_a_dead_teacher_stops_a_sampled_run(models: Models, prompt_file: str, tmp_path: Path) -> None:
-    from opdengine.probes import ProbeError
+    from opdengine.training.sanity import ProbeError
 
     config = make_config(
         models, prompt_file, tmp_path / "run", method="camopd", camopd={"domain": ["code"]},

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opdengine.balance import (
+from opdengine.data.prompts import DataError, load_prompts
+from opdengine.errors import ConfigError
+from opdengine.tools.balance import (
     BalanceSettings,
     chosen,
     histogram,
@@ -22,8 +24,6 @@ from opdengine.balance import (
     shape,
     write,
 )
-from opdengine.data import DataError, load_prompts
-from opdengine.errors import ConfigError
 from opdengine.types import Prompt
 
 

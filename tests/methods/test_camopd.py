@@ -15,20 +15,28 @@ from method_helpers import make_batch, make_rollout
 from torch.utils.flop_counter import FlopCounterMode
 
 from opd_kernels import linear_logprob
-from opdengine import objective, scoring
-from opdengine.coherence import Coherence, coherence, coherence_gain, probed_parameters, rollout_gradients, sketch
-from opdengine.config import ConfigError, TrainConfig
-from opdengine.data import DataError, PromptSet, ScheduledStream, load_prompts
-from opdengine.engine import Engine
-from opdengine.method_sections import CaMOPDConfig
+from opdengine.config.method_sections import CaMOPDConfig
+from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.data.prompts import DataError, PromptSet, ScheduledStream, load_prompts
+from opdengine.loss import objective
+from opdengine.loss.objective import Item
+from opdengine.loss.statistics import Tally
 from opdengine.methods import build_recipe
 from opdengine.methods.advantage import PolicyGradient
 from opdengine.methods.camopd import Branches, Selected
 from opdengine.methods.gap_selection import gap_score, mass_prefix, select
 from opdengine.metrics import read_metrics
-from opdengine.objective import Item
-from opdengine.tally import Tally
-from opdengine.train import train
+from opdengine.tools.gradient_diagnostics import (
+    Coherence,
+    coherence,
+    coherence_gain,
+    probed_parameters,
+    rollout_gradients,
+    sketch,
+)
+from opdengine.training import scoring
+from opdengine.training.run import train
+from opdengine.training.step import Engine
 from opdengine.types import Prompt
 
 Models = dict[str, str]

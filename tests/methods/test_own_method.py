@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from engine_helpers import make_config, make_engine, make_items
 
-from opdengine.config import ConfigError
-from opdengine.data import load_prompts
+from opdengine.config.train import ConfigError
+from opdengine.data.prompts import load_prompts
 from opdengine.methods import build_recipe
 from opdengine.metrics import read_metrics
-from opdengine.train import train
+from opdengine.training.run import train
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +52,7 @@ def test_its_options_decide_the_weights(models: dict[str, str], prompt_file: str
         ({"method": "nowhere.py:f"}, "method 'nowhere.py:f' cannot be loaded: there is no Python file"),
         ({"method": "opdengine.methods.opd:nothing"}, "cannot be loaded: .*'nothing'"),
         ({"method": "opdengine.methods.opd:opd", "method_options": {"x": 1}}, "unexpected keyword argument 'x'"),
-        ({"method": "opdengine.settings:to_mapping"}, "returned a dict, not an opdengine.recipe.Recipe"),
+        ({"method": "opdengine.config.loading:to_mapping"}, "returned a dict, not an opdengine.methods.method.Recipe"),
         ({"method": "opdengine.methods.opd:MAX_TEACHERS"}, "cannot be called with .*not a callable object"),
         ({"method": "mt_opd", "method_options": {"x": 1}}, "method_options=.'x': 1. is not possible"),
     ],

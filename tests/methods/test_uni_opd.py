@@ -15,12 +15,12 @@ import pytest
 from engine_helpers import make_config, make_engine
 from method_helpers import make_batch, make_rollout
 
-from opdengine.chat import encode_chat, load_tokenizer
-from opdengine.config import ConfigError, TrainConfig
-from opdengine.data import load_prompts
-from opdengine.engine import Engine
-from opdengine.method_sections import UniOPDConfig
+from opdengine.config.loading import from_mapping
+from opdengine.config.method_sections import UniOPDConfig
+from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.data.prompts import load_prompts
 from opdengine.methods.advantage import PolicyGradient
+from opdengine.methods.method import Note
 from opdengine.methods.outcome import (
     balanced_counts,
     capped_counts,
@@ -32,9 +32,9 @@ from opdengine.methods.outcome import (
     shifts,
 )
 from opdengine.methods.uni_opd import Balance, Calibrated
-from opdengine.recipe import Note
-from opdengine.settings import from_mapping
-from opdengine.train import check_routing
+from opdengine.models.chat import encode_chat, load_tokenizer
+from opdengine.training.run import check_routing
+from opdengine.training.step import Engine
 from opdengine.types import Prompt, Rollout, Turn
 
 INF = math.inf

@@ -22,10 +22,10 @@ import torch
 from engine_helpers import assert_same_gradients, divergence, make_config, make_engine
 from transformers import AutoModelForCausalLM
 
-from opdengine.data import load_prompts
+from opdengine.data.prompts import load_prompts
 from opdengine.environments.protocol import Step
 from opdengine.environments.setup import load_tasks
-from opdengine.report import StepResult
+from opdengine.training.step_result import StepResult
 from opdengine.types import Completion, Message, Request, Rollout, SamplingParams
 
 sys.path.append(str(Path(__file__).parents[1] / "agents"))

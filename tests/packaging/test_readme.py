@@ -34,7 +34,7 @@ def test_the_settings_that_the_readme_shows_are_real():
 
     import yaml
 
-    from opdengine.config import DebateConfig, TeacherConfig, TrainConfig
+    from opdengine.config.train import DebateConfig, TeacherConfig, TrainConfig
 
     known = {f.name for c in (TrainConfig, DebateConfig, TeacherConfig) for f in dataclasses.fields(c)}
     blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)

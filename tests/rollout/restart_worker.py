@@ -14,7 +14,7 @@ from typing import Any
 from vllm_helpers import VLLMServer
 
 from opdengine.cli import main
-from opdengine.engine import Engine
+from opdengine.training.step import Engine
 
 prepare = Engine.prepare
 

@@ -24,23 +24,23 @@ from safetensors.torch import load_file
 from server_helpers import PARAMS, REQUESTS, Server, ids, settings
 from transformers import AutoModelForCausalLM
 
-from opdengine.build import build_sampler
-from opdengine.checkpoint import list_checkpoints
 from opdengine.cli import main
-from opdengine.config import ConfigError, TrainConfig
-from opdengine.data import PromptStream, load_prompts
+from opdengine.config.loading import from_mapping
+from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.data.prompts import PromptStream, load_prompts
 from opdengine.distributed import Ranks
-from opdengine.engine import Engine
-from opdengine.loop import prepared
 from opdengine.metrics import read_metrics
+from opdengine.models.checkpoint import list_checkpoints
 from opdengine.rollout import vllm_client
 from opdengine.rollout.engine_process import EngineDiedError, EngineError
 from opdengine.rollout.vllm import engine_environment
 from opdengine.rollout.vllm_base import private_folders
 from opdengine.rollout.vllm_client import VLLMServerSampler
 from opdengine.rollout.vllm_server import server_command
-from opdengine.settings import from_mapping
-from opdengine.train import train
+from opdengine.training.build import build_sampler
+from opdengine.training.loop import prepared
+from opdengine.training.run import train
+from opdengine.training.step import Engine
 from opdengine.types import SamplingParams
 
 
@@ -300,9 +300,9 @@ def test_update_leaves_the_event_loop_free(engine_at: Callable[..., Engine]) -> 
 def engine_at(
     server: Server, models: dict[str, str], prompt_file: str, tmp_path: Path
 ) -> Iterator[Callable[..., Engine]]:
-    from opdengine.build import build_engine
-    from opdengine.chat import load_tokenizer
     from opdengine.methods import build_recipe
+    from opdengine.models.chat import load_tokenizer
+    from opdengine.training.build import build_engine
 
     engines: list[Engine] = []
 

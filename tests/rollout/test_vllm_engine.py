@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from vllm_helpers import after, alive, open_sampler, requests, same, save_model, train, worst_gap
 
-from opdengine.config import LoRAConfig
-from opdengine.lora import add_adapter, base_of, policy
+from opdengine.config.train import LoRAConfig
+from opdengine.models.lora import add_adapter, base_of, policy
 from opdengine.rollout.vllm import EngineDiedError, EngineError, VLLMSampler
 from opdengine.types import SamplingParams
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from opdengine.environments.episodes import Episodes, Job, turns_of
 from opdengine.environments.house import House
-from opdengine.rollout.episodes import Episodes, Job, turns_of
 from opdengine.rollout.vllm import VLLMSampler
 from opdengine.types import Prompt, SamplingParams
 

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from vllm_helpers import open_sampler, requests, same, train, worst_gap
 
-from opdengine.config import LoRAConfig
-from opdengine.lora import LowRank, add_adapter, base_of, policy
+from opdengine.config.train import LoRAConfig
+from opdengine.models.lora import LowRank, add_adapter, base_of, policy
 from opdengine.rollout.policy_file import check_low_rank, pack_low_rank, read_policy, write_policy
 from opdengine.rollout.vllm import VLLMSampler
 from opdengine.rollout.vllm_base import VLLMBase

@@ -23,17 +23,17 @@ from safetensors.torch import load_file, save_file
 from server_helpers import PARAMS, REQUESTS, SCRIPT, Server, ThreadRanks, ids, on_ranks, settings
 from transformers import AutoModelForCausalLM
 
-from opdengine.build import _gpus
-from opdengine.checkpoint import list_checkpoints
-from opdengine.config import LoRAConfig
+from opdengine.config.train import LoRAConfig
 from opdengine.distributed import PeerError, Ranks
-from opdengine.lora import add_adapter, policy
 from opdengine.metrics import read_metrics
+from opdengine.models.checkpoint import list_checkpoints
+from opdengine.models.lora import add_adapter, policy
 from opdengine.rollout import vllm_client, vllm_group
 from opdengine.rollout.engine_process import EngineDiedError, EngineError
 from opdengine.rollout.vllm_client import VLLMServerSampler
 from opdengine.rollout.vllm_extension import PolicyLoader
 from opdengine.rollout.vllm_group import VLLMGroupSampler
+from opdengine.training.build import _gpus
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from opdengine.sandbox.runtime import Runtime, find_runtime
-from opdengine.sandbox.session import SandboxError, check_tier
-from opdengine.sandbox.tiers import Tier, candidates
+from opdengine.verifiers.sandbox.runtime import Runtime, find_runtime
+from opdengine.verifiers.sandbox.session import SandboxError, check_tier
+from opdengine.verifiers.sandbox.tiers import Tier, candidates
 
 PR_SET_CHILD_SUBREAPER = 36
 SYSTEM_PYTHON = Path("/usr/bin/python3")

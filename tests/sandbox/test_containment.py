@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from hostile import CORPUS
 
-from opdengine.sandbox.runtime import Runtime
-from opdengine.sandbox.session import Session
-from opdengine.sandbox.tiers import Limits, Tier
+from opdengine.verifiers.sandbox.runtime import Runtime
+from opdengine.verifiers.sandbox.session import Session
+from opdengine.verifiers.sandbox.tiers import Limits, Tier
 
 LIMITS = Limits(memory=400 << 20, cpu=10, processes=16, output=100_000, scratch=20 << 20, files=500)
 PLACES = (

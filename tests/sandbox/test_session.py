@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 from conftest import available
 
-from opdengine.sandbox import session as module
-from opdengine.sandbox.filter import AUDIT_ARCHITECTURE, build_filter
-from opdengine.sandbox.plain import decode, encode
-from opdengine.sandbox.runtime import Runtime, find_runtime
-from opdengine.sandbox.session import SandboxError, Session, find_tier
-from opdengine.sandbox.tiers import NONE, Limits, Tier, spare_uid
+from opdengine.verifiers.sandbox import session as module
+from opdengine.verifiers.sandbox.filter import AUDIT_ARCHITECTURE, build_filter
+from opdengine.verifiers.sandbox.plain import decode, encode
+from opdengine.verifiers.sandbox.runtime import Runtime, find_runtime
+from opdengine.verifiers.sandbox.session import SandboxError, Session, find_tier
+from opdengine.verifiers.sandbox.tiers import NONE, Limits, Tier, spare_uid
 
 OWNER = """
 import sys
 from conftest import available
-from opdengine.sandbox.session import Session
+from opdengine.verifiers.sandbox.session import Session
 tier, runtime = available()[sys.argv[1]]
 session = Session(tier, runtime=runtime)
 code = "import os, time\\nif os.fork() == 0: os.setsid(); time.sleep(1000)\\ndef f(): time.sleep(1000)"
@@ -215,7 +215,7 @@ def test_unknown_processors_are_refused() -> None:
 
 def test_the_filter_denies_every_call_it_names() -> None:
     """Each in a process of its own: an error number, or the process would not have returned."""
-    from opdengine.sandbox.filter import CLONE3, DENIED, EPERM
+    from opdengine.verifiers.sandbox.filter import CLONE3, DENIED, EPERM
 
     column = list(AUDIT_ARCHITECTURE).index(os.uname().machine)
     names = {name: numbers[column] for name, numbers in DENIED.items() if numbers[column] is not None}

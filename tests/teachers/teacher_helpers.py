@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from opdengine.config import TeacherConfig
+from opdengine.config.train import TeacherConfig
 from opdengine.teachers.server import ServedTeacher
 from opdengine.types import TeacherContext
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from teacher_helpers import Server, context, serve, served
 
-from opdengine.config import ConfigError
+from opdengine.config.train import ConfigError
 from opdengine.teachers import TeacherError
 from opdengine.types import Completion, Failure, Request, SamplingParams, TopK
 

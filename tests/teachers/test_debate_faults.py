@@ -10,8 +10,8 @@ import pytest
 from engine_helpers import PROMPTS
 from teacher_helpers import Server, served
 
-from opdengine.debate import Debater
-from opdengine.debate_prompts import debate_prompts
+from opdengine.methods.debate import Debater
+from opdengine.methods.debate_prompts import debate_prompts
 from opdengine.methods.mad_opd import debate_metrics
 from opdengine.teachers import TeacherError
 from opdengine.types import Prompt, SamplingParams

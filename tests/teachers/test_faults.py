@@ -14,13 +14,13 @@ from engine_helpers import make_config
 from safetensors.torch import load_file
 from teacher_helpers import Server, serve
 
-from opdengine.checkpoint import list_checkpoints
 from opdengine.cli import main
-from opdengine.config import TrainConfig
+from opdengine.config.loading import to_mapping
+from opdengine.config.train import TrainConfig
 from opdengine.metrics import read_metrics
-from opdengine.settings import to_mapping
+from opdengine.models.checkpoint import list_checkpoints
 from opdengine.teachers import TeacherError
-from opdengine.train import train
+from opdengine.training.run import train
 
 SAY = "so it is <<CONFIDENCE=90>>"
 PER_STEP = 2

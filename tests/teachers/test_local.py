@@ -12,8 +12,8 @@ import pytest
 import torch
 from teacher_helpers import Server, context, served
 
-from opdengine.backbone import Backbone
-from opdengine.config import TeacherConfig
+from opdengine.config.train import TeacherConfig
+from opdengine.models.backbone import Backbone
 from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.offload import Offload
 from opdengine.types import Failure, Request, SamplingParams

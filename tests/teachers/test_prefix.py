@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers as hf
 
-from opdengine.backbone import Backbone
-from opdengine.config import TeacherConfig
+from opdengine.config.train import TeacherConfig
+from opdengine.models.backbone import Backbone
 from opdengine.teachers import prefix
 from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.prefix import PrefixScorer

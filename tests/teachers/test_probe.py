@@ -16,11 +16,11 @@ from engine_helpers import make_config, make_engine
 from teacher_helpers import Server, context, served
 from transformers import AutoModelForCausalLM
 
-from opdengine.build import teacher_tokenizer
-from opdengine.config import ConfigError, TeacherConfig
-from opdengine.probes import ProbeError
-from opdengine.run_folder import RunFolder
-from opdengine.train import train
+from opdengine.config.train import ConfigError, TeacherConfig
+from opdengine.training.build import teacher_tokenizer
+from opdengine.training.run import train
+from opdengine.training.run_folder import RunFolder
+from opdengine.training.sanity import ProbeError
 from opdengine.types import Failure
 
 

@@ -13,10 +13,10 @@ import torch
 from engine_helpers import assert_same_gradients, loss_and_gradient, make_config, make_engine, make_items
 from teacher_helpers import Server
 
-from opdengine.chat import vocabulary_size
-from opdengine.data import load_prompts
-from opdengine.recipe import Note
-from opdengine.tally import Tally
+from opdengine.data.prompts import load_prompts
+from opdengine.loss.statistics import Tally
+from opdengine.methods.method import Note
+from opdengine.models.chat import vocabulary_size
 from opdengine.teachers.endpoint import BadAnswer
 from opdengine.teachers.top_k import read_top_k
 from opdengine.types import TeacherContext, TopK

@@ -19,10 +19,10 @@ import torch
 from engine_helpers import make_config, make_engine
 from teacher_helpers import context
 
-from opdengine.config import TeacherConfig
-from opdengine.data import load_prompts
-from opdengine.probes import ProbeError
+from opdengine.config.train import TeacherConfig
+from opdengine.data.prompts import load_prompts
 from opdengine.teachers.server import ServedTeacher
+from opdengine.training.sanity import ProbeError
 from opdengine.types import Completion, Failure, Request, SamplingParams, TopK
 
 pytestmark = pytest.mark.vllm

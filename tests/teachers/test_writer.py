@@ -12,10 +12,10 @@ import torch
 from engine_helpers import make_config, make_engine
 from teacher_helpers import Server, context
 
-from opdengine.config import ConfigError, TeacherConfig
-from opdengine.data import load_prompts
-from opdengine.probes import ProbeError
+from opdengine.config.train import ConfigError, TeacherConfig
+from opdengine.data.prompts import load_prompts
 from opdengine.teachers.local import LocalTeacher
+from opdengine.training.sanity import ProbeError
 
 SAY = "written by the server <<CONFIDENCE=80>>"
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from opdengine.sandbox import session as sandbox
-from opdengine.sandbox.session import SandboxError
 from opdengine.types import Prompt
 from opdengine.verifiers import load_verifier
 from opdengine.verifiers.grader import Grader
 from opdengine.verifiers.program import CodeTests, CodeVerifier, extract_program, free_names, same_text, same_value
+from opdengine.verifiers.sandbox import session as sandbox
+from opdengine.verifiers.sandbox.session import SandboxError
 from opdengine.verifiers.score import Score, VerifierSettings
 
 CALLS = {

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from opdengine.config import ConfigError, TrainConfig
-from opdengine.data import DataError, PromptSet, load_prompts
-from opdengine.sections import DataConfig
-from opdengine.settings import from_mapping, load_config, to_mapping
+from opdengine.config.loading import from_mapping, load_config, to_mapping
+from opdengine.config.sections import DataConfig
+from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.data.prompts import DataError, PromptSet, load_prompts
 from opdengine.types import Prompt
 from opdengine.verifiers.grader import Grader
 from opdengine.verifiers.score import VerifierSettings

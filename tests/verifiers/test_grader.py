@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from opdengine.config import ConfigError, TrainConfig
-from opdengine.settings import from_mapping
-from opdengine.train import train
+from opdengine.config.loading import from_mapping
+from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.training.run import train
 from opdengine.types import Prompt
 from opdengine.verifiers.grader import Grader
 from opdengine.verifiers.score import Score, VerifierSettings
@@ -255,7 +255,7 @@ def test_what_cannot_be_loaded_is_refused_at_once(tmp_path: Path) -> None:
 def test_a_data_source_without_verifier_is_refused_before_models_are_loaded(
     source: str, models: dict[str, str], prompt_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("opdengine.train.load_tokenizer", None)  # would be next
+    monkeypatch.setattr("opdengine.training.run.load_tokenizer", None)  # would be next
     graded = tmp_path / "graded.jsonl"
     graded.write_text('{"prompt": "1 + 1?", "answer": "2", "data_source": "code"}\n')
     config = {

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from opdengine.config import TrainConfig
-from opdengine.data import DataError, load_prompts
-from opdengine.sandbox.plain import decode
-from opdengine.sections import DataConfig
-from opdengine.settings import from_mapping
-from opdengine.train import train
+from opdengine.config.loading import from_mapping
+from opdengine.config.sections import DataConfig
+from opdengine.config.train import TrainConfig
+from opdengine.data.prompts import DataError, load_prompts
+from opdengine.training.run import train
 from opdengine.types import Prompt
 from opdengine.verifiers import load_verifier
 from opdengine.verifiers.grader import Grader
 from opdengine.verifiers.reasoning_tasks import DENIED, EVALUATED, allowed, extract_answer, generate, split_of
+from opdengine.verifiers.sandbox.plain import decode
 from opdengine.verifiers.score import VerifierSettings
 
 JUNK = (

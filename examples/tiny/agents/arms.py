@@ -99,8 +99,8 @@ def play_student(console: Console, options: argparse.Namespace) -> tuple[dict[st
     """The student before training, greedy; and whether it succeeds often enough to learn from its episodes."""
     from transformers.utils import logging as transformers_logging
 
-    from opdengine.backbone import load_model
-    from opdengine.chat import load_tokenizer
+    from opdengine.models.backbone import load_model
+    from opdengine.models.chat import load_tokenizer
     from tiny.agents.measure import play
 
     transformers_logging.disable_progress_bar()
@@ -128,10 +128,10 @@ def run_arm(arm: Arm, seed: int, folder: Path, shared: Mapping[str, Any], games:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from opdengine.backbone import load_model
-    from opdengine.chat import load_tokenizer
-    from opdengine.settings import load_config
-    from opdengine.train import train
+    from opdengine.config.loading import load_config
+    from opdengine.models.backbone import load_model
+    from opdengine.models.chat import load_tokenizer
+    from opdengine.training.run import train
     from tiny.agents.measure import play
 
     torch.set_num_threads(1)

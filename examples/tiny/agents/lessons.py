@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerFast
 
-from opdengine.debate_prompts import debate_prompts
 from opdengine.environments.house import House
 from opdengine.environments.protocol import Task
+from opdengine.methods.debate_prompts import debate_prompts
 from opdengine.types import Message
 from tiny.agents import world as house
 from tiny.lessons import IGNORE, TAG, Lesson

@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from opdengine.environments.episodes import Episodes
 from opdengine.environments.house import House
 from opdengine.environments.protocol import Observation, Step, Task
-from opdengine.evaluate import evaluate_episodes
-from opdengine.rollout.episodes import Episodes
 from opdengine.rollout.transformers import TransformersSampler
+from opdengine.training.evaluate import evaluate_episodes
 from opdengine.types import Message, Prompt, Request, SamplingParams
 from tiny.agents import lessons, world
 from tiny.agents.lessons import PROMPTS
@@ -51,7 +51,7 @@ def play(
     games: Mapping[str, Sequence[Task]],
     temperature: float = 0.0,
 ) -> dict[str, float]:
-    """The metrics of :func:`opdengine.evaluate.evaluate_episodes` over some games.
+    """The metrics of :func:`opdengine.training.evaluate.evaluate_episodes` over some games.
 
     Args:
         model: the agent.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from opdengine.evaluate import wilson
+from opdengine.training.evaluate import wilson
 
 SPLITS = ("valid_seen", "valid_unseen")
 HEALTH = {

@@ -1,0 +1,163 @@
+"""A teacher as gatekeeper: does a turn of the student deserve supervision? (SAGE-OPD, section 3.3)"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opdengine.config.train import SageConfig
+from opdengine.metrics import Mean, mean
+from opdengine.models.chat import written
+from opdengine.teachers import Teacher
+from opdengine.types import Completion, Failure, Message, Request, Rollout, SamplingParams, Turn
+
+LABELS = ("skip", "weak", "strong")
+
+TURN_BIN = 5
+"""Turns per bin of the shares by turn."""
+
+SYSTEM = """You decide where a smaller agent needs teaching. It acts step by step in a text environment; you see \
+one action that it proposes and say whether that action should be corrected."""
+
+QUESTION = """Task ({task_type}): {task_goal}
+Where it began: {scene_description}
+{history}What the agent sees: {last_obs}
+Possible actions (at most {admissible_count} shown): {admissible}
+What the agent wrote: {llm_text}
+{next_obs}
+Choose one word.
+SKIP: a sensible action, as good as yours would be, or a case too unclear to correct with confidence.
+WEAK: maybe not the best action, but you are not sure or it matters little.
+STRONG: clearly wrong, off the task, repeated without need, or likely to make the task fail.
+Reply with SKIP, WEAK or STRONG and nothing else."""
+
+Query = tuple[Rollout, int, Turn, tuple[Message, ...]]
+"""A rollout, the index of one of its turns, the turn, and the chat before it."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is decided about one turn.
+
+    Args:
+        label: "skip", "weak", "strong", "det_fail" (without asking), or why no answer could be used:
+            "unparsed", "judge_failed", "judge_window".
+        weight: i_t.
+    """
+
+    label: str
+    weight: float
+
+
+FAILED = Verdict("det_fail", 1.0)
+
+
+class Judge:
+    """Asks teachers about turns, all at once."""
+
+    def __init__(self, config: SageConfig) -> None:
+        self.config = config
+        self.params = SamplingParams(max_tokens=config.judge_max_tokens, temperature=config.judge_temperature)
+
+    async def ask(self, queries: Sequence[Query], judges: Sequence[Teacher]) -> list[Verdict]:
+        """One verdict per query, each from its own judge."""
+        fallback = self.config.judge_fallback
+        verdicts = [Verdict("judge_window", fallback)] * len(queries)
+
+        async def ask_one(teacher: Teacher) -> None:
+            asked = []
+            for place, (query, judge) in enumerate(zip(queries, judges, strict=True)):
+                if judge is teacher:
+                    ids = tuple(teacher.encode(self.messages(query)))
+                    if teacher.window is None or len(ids) + self.params.max_tokens <= teacher.window:
+                        asked.append((place, Request(f"judge {query[0].id} turn {query[1]}", ids, _seed(query))))
+            replies = await teacher.generate([request for _, request in asked], self.params) if asked else []
+            for (place, _), reply in zip(asked, replies, strict=True):
+                verdicts[place] = self.read(reply)
+
+        await asyncio.gather(*(ask_one(t) for t in {id(j): j for j in judges}.values()))
+        return verdicts
+
+    def messages(self, query: Query) -> list[Message]:
+        """The question about one turn: the state before it and what the student wrote."""
+        rollout, index, turn, chat = query
+        before = _info_before(rollout, index)
+        shown = list(before.get("admissible") or ())[: self.config.admissible_count]
+        following = rollout.turns[index + 1].messages if index + 1 < len(rollout.turns) else ()
+        next_obs = turn.info.get("observation") or _text(following)
+        fields = {
+            "task_type": rollout.prompt.key or "task",
+            "task_goal": str(rollout.info.get("goal") or _text(rollout.prompt.messages[-1:])),
+            "scene_description": str(rollout.info.get("observation") or _text(rollout.prompt.messages[-1:])),
+            "last_obs": str(before.get("observation") or _text(chat[-1:])),
+            "admissible": ", ".join(map(str, shown)) or "not listed",
+            "admissible_count": self.config.admissible_count,
+            "llm_text": _text(turn.messages),
+            "history": f"So far:\n{_history(rollout, chat)}\n" if self.config.judge_history else "",
+            "next_obs": f"What happened: {next_obs}" if self.config.judge_next_observation else "",
+        }
+        question = (self.config.judge_prompt or QUESTION).format(**fields)
+        system = SYSTEM if self.config.judge_prompt is None else ""
+        return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": question}]
+
+    def read(self, reply: Completion | Failure) -> Verdict:
+        """The verdict of a reply; anything but exactly one of the words falls back to full supervision."""
+        if isinstance(reply, Failure):
+            return Verdict("judge_failed", self.config.judge_fallback)
+        text = re.sub(r"<think>.*?(</think>|$)", "", reply.text, flags=re.DOTALL)
+        text = text.rpartition("</think>")[2]  # a template that begins the reply inside the thought
+        found = set(re.findall(r"\b(SKIP|WEAK|STRONG)\b", text.upper()))
+        if len(found) != 1:
+            return Verdict("unparsed", self.config.judge_fallback)
+        label = found.pop().lower()
+        return Verdict(label, {"skip": 0.0, "weak": self.config.alpha, "strong": 1.0}[label])
+
+
+def turn_metrics(verdicts: Sequence[Verdict], places: Sequence[int]) -> dict[str, float]:
+    """Shares of the labels, of all turns and by turn of the episode, and the mean intervention.
+
+    Args:
+        verdicts: one per turn.
+        places: which turn of its episode each is, from 0.
+    """
+    if not verdicts:
+        return {}
+    shares = Counter(v.label for v in verdicts)
+    labels = (*LABELS, "det_fail", *sorted(set(shares) - {*LABELS, "det_fail"}))
+    count = len(verdicts)
+    metrics: dict[str, float] = {f"sage/{label}": Mean(shares[label] / count, count) for label in labels}
+    metrics["sage/intervention"] = mean([v.weight for v in verdicts])
+    bins = [place // TURN_BIN for place in places]
+    for number in sorted(set(bins)):
+        members = [v.label for v, b in zip(verdicts, bins, strict=True) if b == number]
+        name = f"turns_{number * TURN_BIN}-{number * TURN_BIN + TURN_BIN - 1}"
+        for label in (*LABELS, "det_fail"):
+            metrics[f"sage/{label}/{name}"] = mean([member == label for member in members])
+    return metrics
+
+
+def _info_before(rollout: Rollout, index: int) -> Mapping[str, Any]:
+    """What the environment reported last before a turn."""
+    earlier = [t.info for t in rollout.turns[:index] if t.role == "assistant"]
+    return earlier[-1] if earlier else rollout.info
+
+
+def _text(messages: Sequence[Message]) -> str:
+    return "\n".join(map(written, messages))
+
+
+def _history(rollout: Rollout, chat: Sequence[Message]) -> str:
+    since = chat[len(rollout.prompt.messages) :]
+    lines = [f"{'agent' if m['role'] == 'assistant' else 'environment'}: {written(m)}" for m in since]
+    return "\n".join(lines) or "nothing yet"
+
+
+def _seed(query: Query) -> int:
+    """Of the judge's sampling, where its temperature is not 0: another one for every turn of every step."""
+    rollout, index, *_ = query
+    return zlib.crc32(f"{rollout.policy_version}:{rollout.id}:{index}".encode())

@@ -1,0 +1,403 @@
+"""A causal language model split into backbone and head, so that its head is never called.
+
+The fused loss wants final hidden states and the head's weight. What the model does between the two
+and the logits (scale, bias, soft cap) is read from its configuration and *proved* at load time by
+comparing with the model's own logits; a head that cannot be reproduced is refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from opdengine.distributed import Sharded
+from opdengine.models.lora import architecture, base_of, merge_adapter, read_adapted
+from opdengine.models.packing import Packed, pack
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Head:
+    """``logits = softcap(logit_scale * (hidden @ weight.T + bias))``.
+
+    Args:
+        weight: [V, d].
+        bias: [V] or None.
+        logit_scale: multiplies the logits.
+        softcap: c in c * tanh(logits / c), or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, d] -> [n, V]; for probes only."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def to(self, dtype: torch.dtype) -> Head:
+        """The same head in another dtype; gradients reach its parameters."""
+        return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str = "auto",
+    attn_implementation: str = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+    bf16: bool = False,
+) -> Any:
+    """Load any causal LM that ``AutoModelForCausalLM`` knows, from a folder or a hub name.
+
+    A folder that holds a LoRA adapter stands for its base with the adapter merged in. ``bf16``: its passes
+    will run under autocast to bfloat16, so that flash-attn can be used with float32 parameters.
+
+    Raises:
+        ValueError: the folder does not exist or holds no model in safetensors, or the attention
+            implementation is not installed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_model_path(path)
+    if base := read_adapted(path):
+        plain = load_model(
+            base,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            device=device,
+            bf16=bf16,
+        )
+        return merge_adapter(plain, Path(path))
+    logger.info("loading %s", path)
+    attn_implementation = choose_attention(attn_implementation, device)
+    # Pickled weights (*.bin) can run code when they are read.
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "revision": revision, "use_safetensors": True}
+    model: Any
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attn_implementation, **options)
+    except ValueError as error:
+        if "attention" not in str(error).lower() or attn_implementation not in ("sdpa", "flash_attention_2"):
+            raise
+        logger.warning("%s does not support %s attention: using eager", path, attn_implementation)
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
+    except (OSError, ImportError) as error:
+        remedy = "; only safetensors are read: save it with save_pretrained" if "safetensors" in str(error) else ""
+        raise ValueError(f"the model {path!r} cannot be loaded: {error}{remedy}") from error
+    if not bf16:
+        avoid_flash(model)
+    return model.to(device)
+
+
+def avoid_flash(model: Any) -> None:
+    """Use SDPA where flash-attn, which computes in half precision only, would refuse float32."""
+    implementation = getattr(model.config, "_attn_implementation", None) or ""
+    if "flash" in implementation and model.dtype == torch.float32:
+        logger.warning("%s: parameters are float32 and bf16 is off, so its attention is SDPA", model.name_or_path)
+        model.set_attn_implementation("sdpa")
+
+
+def choose_attention(wanted: str, device: str | torch.device) -> str:
+    """What "auto" stands for on a device: flash-attn on a GPU where it is installed, else SDPA."""
+    if wanted != "auto":
+        return wanted
+    has_flash = torch.device(device).type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if has_flash else "sdpa"
+
+
+def default_device() -> torch.device:
+    """This process's GPU, by number (threads start on the first one), or the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def read_window(path: str, *, trust_remote_code: bool = False) -> int | None:
+    """Longest sequence of a model, in tokens, from its configuration alone; None if unbounded."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(architecture(path), trust_remote_code=trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def read_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype | None:
+    """What a model's weights are stored in, from its configuration alone; None if it does not say."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(architecture(path), trust_remote_code=trust_remote_code)
+    return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+
+
+def check_model_path(path: str) -> None:
+    """Raise ValueError for a local model folder that is missing or has no ``config.json``."""
+    folder = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise ValueError(
+                f"model folder {path!r} has no config.json; save a model there with "
+                "model.save_pretrained(...) or name another folder"
+            )
+    elif looks_local or folder.exists():
+        raise ValueError(
+            f"model folder {path!r} does not exist; give a folder written by save_pretrained or "
+            "a hub name such as 'Qwen/Qwen3-4B'"
+        )
+
+
+class Backbone:
+    """A loaded causal LM whose final hidden states and head are used separately.
+
+    Args:
+        model: what :func:`load_model` returns, with an adapter or without.
+        name: appears in errors.
+        max_tokens: token budget of one forward pass without gradient.
+        sharded: splits the model's parameters over ranks; its passes are then collective.
+        bf16: passes run under autocast to bfloat16, and hidden states are bfloat16.
+
+    Raises:
+        ValueError: the head cannot be reproduced from weight, bias, scale and soft cap.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        name: str = "model",
+        max_tokens: int = 16384,
+        sharded: Sharded | None = None,
+        bf16: bool = False,
+    ) -> None:
+        self.model = model
+        self.sharded = sharded
+        self.bf16 = bf16
+        self._whole = False
+        self.name = name
+        self.max_tokens = max_tokens
+        inner = base_of(model)
+        self.trunk = inner.base_model
+        if self.trunk is inner or model.get_output_embeddings() is None:
+            raise ValueError(
+                f"{name}: {type(inner).__name__} has no separate backbone and output embedding; "
+                "only decoder language models with an LM head can be used"
+            )
+        self._scale, self._softcap = _head_constants(model.config.get_text_config())
+        self.within(self._prove_head)
+        self.layout = self.within(self._choose_layout)
+
+    @property
+    def device(self) -> torch.device:
+        return self.trunk.get_input_embeddings().weight.device
+
+    @property
+    def window(self) -> int | None:
+        """Longest sequence the model was built for, in tokens."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether its log-probs in training are not those of the model that is sampled."""
+        return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.model.modules())
+
+    @property
+    def has_split_head(self) -> bool:
+        """Whether every rank keeps its rows of the head; then the loss needs :attr:`head_rows`."""
+        return self.sharded is not None and self.sharded.head == "rows"
+
+    @property
+    def head(self) -> Head:
+        """The current head; its weight is the live parameter. A split one is gathered, detached: all ranks ask."""
+        layer = self.model.get_output_embeddings()
+        weight, bias = layer.weight, getattr(layer, "bias", None)
+        if self.sharded is not None and self.has_split_head:
+            weight, bias = self.sharded.gather(weight), None if bias is None else self.sharded.gather(bias)
+        return Head(weight, bias, self._scale, self._softcap)
+
+    @property
+    def head_rows(self) -> Head:
+        """This rank's rows of a split head; gradients reach its parameter."""
+        layer = self.model.get_output_embeddings()
+        bias = getattr(layer, "bias", None)
+        return Head(layer.weight.to_local(), None if bias is None else bias.to_local(), self._scale, self._softcap)
+
+    def within(self, function: Callable[[], T]) -> T:
+        """Call what uses the weights. Where ranks split them, the head is whole meanwhile."""
+        if self.sharded is None or self._whole:
+            return function()
+        self._whole = True
+        try:
+            result = self.sharded(function)
+        finally:
+            self._whole = False
+        if not (isinstance(result, torch.Tensor) and result.requires_grad):
+            self.sharded.release()
+        return result
+
+    def in_step(self, batches: Iterable[Packed]) -> Iterator[Packed | None]:
+        """The batches; where ranks split the model, then None until every rank has had as many.
+
+        For each None :meth:`idle` takes part in the others' pass.
+        """
+        batches = list(batches)
+        most = len(batches) if self.sharded is None else self.sharded.ranks.max(len(batches))
+        yield from batches
+        for _ in range(most - len(batches)):
+            yield None
+
+    def idle(self) -> torch.Tensor:
+        """Hidden state [1, d] of a pass over one token, which takes part in a pass of other ranks."""
+        batch = pack([np.zeros(2, dtype=np.int64)], max_tokens=2, layout="padded")[0]
+        return self.hidden(batch, [np.array([1])])
+
+    def nothing(self, hidden: torch.Tensor) -> torch.Tensor:
+        """0, whose gradient of every parameter is 0, from the result of :meth:`idle`."""
+        if self.has_split_head:  # its gradient is none of this pass's
+            return 0.0 * hidden.float().sum()
+        return 0.0 * self.head.logits(hidden.to(self.head.weight.dtype)).float().sum()
+
+    def autocast(self) -> torch.autocast:
+        """Around the model's own code: bfloat16 where asked."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+    def forward(self, batch: Packed) -> torch.Tensor:
+        """Final hidden states [B * L, d] of a packed batch, after the last norm."""
+        with self.autocast():
+            output = self.trunk(
+                input_ids=batch.input_ids.to(self.device),
+                position_ids=batch.position_ids.to(self.device),
+                use_cache=False,
+            )
+        # With float32 parameters the last norm gives float32 under autocast, too; the head would follow.
+        states = output.last_hidden_state.flatten(0, 1)
+        return states.to(torch.bfloat16) if self.bf16 else states
+
+    def hidden(self, batch: Packed, target_positions: Sequence[np.ndarray]) -> torch.Tensor:
+        """Hidden states [T, d] that predict the targets of the batch's members, in their order."""
+        rows = batch.predictors(target_positions).to(self.device)
+        return self.forward(batch).index_select(0, rows)
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[np.ndarray], target_positions: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Hidden states [T_i, d] predicting the targets of every sequence, without gradient, on the host.
+
+        Those of a whole step would fill a GPU; the loss takes those of a micro-batch back.
+        """
+        return self.within(lambda: self._score(sequences, target_positions))
+
+    def _score(self, sequences: Sequence[np.ndarray], target_positions: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        result: list[torch.Tensor | None] = [None] * len(sequences)
+        for batch in self.in_step(pack(sequences, max_tokens=self.max_tokens, layout=self.layout)):
+            if batch is None:
+                self.idle()
+                continue
+            positions = [target_positions[i] for i in batch.members]
+            hidden = self.hidden(batch, positions).cpu()
+            for i, rows in zip(batch.members, hidden.split([len(p) for p in positions]), strict=True):
+                result[i] = rows
+        return [rows for rows in result if rows is not None]
+
+    def _probe_sequences(self) -> list[np.ndarray]:
+        vocabulary = self.trunk.get_input_embeddings().weight.shape[0]
+        ids = (np.arange(1, 24, dtype=np.int64) * 7919) % min(vocabulary, 32000)
+        return [ids[:5], ids[5:16], ids[16:23]]
+
+    @torch.no_grad()
+    def _prove_head(self) -> None:
+        training = self.model.training
+        self.model.eval()
+        ids = torch.from_numpy(self._probe_sequences()[1])[None].to(self.device)
+        with self.autocast():
+            with self._head_in_place():
+                theirs = self.model(input_ids=ids, use_cache=False).logits[0].float()
+            hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
+            ours = self.head.logits(hidden).float()
+        self.model.train(training)
+        scale = theirs.abs().max().clamp(min=1e-6)
+        error = ((ours - theirs).abs().max() / scale).item()
+        limit = 1e-4 if hidden.dtype == torch.float32 and not self.bf16 else 3e-2
+        if not error <= limit:
+            raise ValueError(
+                f"{self.name}: {type(self.model).__name__} computes its logits in a way that is not "
+                f"softcap(scale * (hidden @ W.T + b)) (relative difference {error:.2g}, allowed "
+                f"{limit:g}); its head cannot be used in a fused loss"
+            )
+
+    @contextmanager
+    def _head_in_place(self) -> Iterator[None]:
+        """The model's own forward pass can be run within; for this a split head is put together."""
+        layer = self.model.get_output_embeddings()
+        split = dict(layer.named_parameters(recurse=False)) if self.has_split_head else {}
+        for name, parameter in split.items():
+            assert self.sharded is not None
+            setattr(layer, name, torch.nn.Parameter(self.sharded.gather(parameter), requires_grad=False))
+        try:
+            yield
+        finally:
+            for name, parameter in split.items():
+                setattr(layer, name, parameter)
+
+    @torch.no_grad()
+    def _choose_layout(self) -> str:
+        """Packed input if the model treats it exactly like separate sequences, else padded.
+
+        SDPA on a GPU takes padded input: its fast kernels take no mask, and the others keep one of [L, L] per layer
+        and row for the backward pass.
+        """
+        implementation = getattr(self.model.config, "_attn_implementation", "")
+        if implementation == "sdpa" and self.device.type == "cuda":
+            return "padded"
+        layout = "one_row" if "flash" in implementation else "rows"
+        training = self.model.training
+        self.model.eval()
+        sequences = self._probe_sequences()
+        positions = [np.arange(1, len(s)) for s in sequences]
+        try:
+            batch = pack([np.concatenate(sequences)], max_tokens=64, layout="padded")[0]
+            restarts = np.concatenate([np.arange(len(s)) for s in sequences])
+            offsets = tuple(int(x) for x in np.cumsum([0] + [len(s) for s in sequences])[:-1])
+            packed = Packed((0, 1, 2), batch.input_ids, torch.from_numpy(restarts)[None], offsets)
+            together = self.hidden(packed, positions).float()
+            apart = torch.cat(
+                [
+                    self.hidden(pack([s], max_tokens=64, layout="padded")[0], [p])
+                    for s, p in zip(sequences, positions, strict=True)
+                ]
+            ).float()
+        finally:
+            self.model.train(training)
+        error = ((together - apart).abs().max() / apart.abs().max().clamp(min=1e-6)).item()
+        limit = 1e-4 if self.trunk.dtype == torch.float32 and not self.bf16 else 5e-2
+        if error <= limit:
+            return layout
+        logger.warning(
+            "%s: packed sequences see each other (difference %.2g): using padded batches",
+            self.name,
+            error,
+        )
+        return "padded"
+
+
+def _head_constants(config: Any) -> tuple[float, float | None]:
+    """Scale and soft cap of the logits, by the names that transformers' models use."""
+    scale = 1.0
+    if getattr(config, "logit_scale", None):  # Cohere
+        scale = float(config.logit_scale)
+    elif getattr(config, "logits_scaling", None):  # Granite divides
+        scale = 1.0 / float(config.logits_scaling)
+    elif getattr(config, "lm_head_multiplier", None):  # Falcon-H1
+        scale = float(config.lm_head_multiplier)
+    return scale, getattr(config, "final_logit_softcapping", None)

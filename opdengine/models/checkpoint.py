@@ -1,0 +1,217 @@
+"""Save and resume a run: safetensors and JSON only, written whole or not at all.
+
+A checkpoint does not know on how many ranks it was written: every tensor is whole and stored by the
+name of its parameter. Only the states of the random generators are those of each rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from opdengine.distributed import Ranks, split_like, whole
+from opdengine.errors import WriteError
+from opdengine.models.lora import save_model
+from opdengine.models.random_state import random_state, set_random_state
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message says why and what to do."""
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    model: Any,
+    tokenizer: Any,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    keep: int | None = None,
+    ranks: Ranks | None = None,
+) -> Path:
+    """Write ``folder/step_N`` atomically, then remove what is older beyond ``keep``. All ranks call this.
+
+    Checkpoints of later steps, left by a run that was continued from an earlier one, are removed, too.
+
+    Args:
+        folder: of the checkpoints.
+        step: optimiser steps taken.
+        model, tokenizer: saved under ``model/``, of an adapted model the adapter alone.
+        optimizer: its state goes to ``optimizer.safetensors``.
+        state: JSON-able rest (scheduler, data stream, versions).
+        keep: number of checkpoints to keep; None keeps all.
+        ranks: of the run; the first one writes.
+
+    Raises:
+        WriteError: nothing was written (a full disk, say); the checkpoints before are as they were.
+    """
+    ranks = ranks or Ranks()
+    final = folder / f"step_{step}"
+    moments = _optimizer_tensors(model, optimizer, ranks.is_first)
+    states = ranks.gather(random_state())
+    randoms = {f"{rank}.{name}": value for rank, part in enumerate(states) for name, value in part.items()}
+
+    def write(partial: Path) -> None:
+        tokenizer.save_pretrained(partial / "model")
+        save_file(moments, partial / "optimizer.safetensors")
+        save_file(randoms, partial / "rng.safetensors")
+        (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+
+    write_model(final, model, ranks, write, place="model")
+    if ranks.is_first:
+        saved = list_checkpoints(folder)
+        at = saved.index(final)
+        old = saved[: max(at + 1 - keep, 0)] if keep is not None else []
+        for path in (*old, *saved[at + 1 :]):
+            _remove(path)
+    return final
+
+
+def write_model(
+    final: Path, model: Any, ranks: Ranks, also: Callable[[Path], object], place: str = "", save: Any = save_model
+) -> None:
+    """Write a folder with a model in it, whole or not at all. All ranks call this; the first one writes.
+
+    Args:
+        final: the folder; what is there is replaced.
+        model: possibly split over the ranks.
+        ranks: of the run.
+        also: writes the rest into the folder that it is given.
+        place: of the model in the folder.
+        save: (model, folder, ranks) -> None, called by all ranks.
+
+    Raises:
+        WriteError: names the remedy.
+    """
+    partial = _hidden(final, "partial")
+    with ranks.agree():
+        if ranks.is_first:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            for left_by_a_killed_run in final.parent.glob(f".{final.name.split('_')[0]}*.partial"):
+                shutil.rmtree(left_by_a_killed_run)
+    try:
+        save(model, partial / place, ranks)
+        with ranks.agree():
+            if ranks.is_first:
+                also(partial)
+                for file in partial.rglob("*"):
+                    if file.is_file():
+                        _flush(file)
+                _replace(partial, final)
+    except Exception as error:  # of the file system, or of a library in its own words
+        if ranks.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise WriteError(
+            f"{str(final)!r} could not be written ({error}). Whatever was saved before is whole: make room (or allow "
+            "writing), then continue the run with --resume_from_checkpoint latest"
+        ) from error
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first; what a killed save left behind is not one."""
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.glob("step_*") if (p / "state.json").is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
+    """The checkpoint named by ``resume_from_checkpoint``; None for "latest" where there is none yet.
+
+    Raises:
+        CheckpointError: the named one is none.
+    """
+    if wanted != "latest":
+        path = Path(wanted)
+        if not (path / "state.json").is_file():
+            raise CheckpointError(f"{wanted!r} is not a checkpoint: it has no state.json")
+        return path
+    found = list_checkpoints(output_dir / "checkpoints")
+    return found[-1] if found else None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    return dict(json.loads((checkpoint / "state.json").read_text()))
+
+
+def restore_optimizer(
+    checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None
+) -> None:
+    """Load optimiser state and random states. A rank that the saved run did not have keeps its own of the latter.
+
+    Raises:
+        CheckpointError: the parameters are not those of the checkpoint.
+    """
+    parameters = _trained(model)
+    # A fused optimiser counts its steps on the device, any other on the host.
+    counts = {p: p.device if group["fused"] else "cpu" for group in optimizer.param_groups for p in group["params"]}
+    with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            name, _, moment = key.rpartition(".")
+            value = file.get_tensor(key)
+            parameter = parameters.get(name)
+            if parameter is None or (value.dim() and value.shape != parameter.shape):
+                raise CheckpointError(
+                    f"{checkpoint}: optimiser state {key} of shape {tuple(value.shape)} fits no "
+                    "parameter of this model; resume with the same model and settings"
+                )
+            optimizer.state[parameter][moment] = (
+                value.to(counts[parameter]) if moment == "step" else split_like(value, parameter)
+            )
+    prefix = f"{(ranks or Ranks()).rank}."
+    randoms = load_file(checkpoint / "rng.safetensors")
+    own = {key.removeprefix(prefix): value for key, value in randoms.items() if key.startswith(prefix)}
+    if own:
+        set_random_state(own)
+
+
+def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, torch.Tensor]:
+    """``"<parameter>.<state name>" -> whole tensor on the host``; empty before the first step, or unless ``keep``."""
+    tensors = {}
+    for name, parameter in _trained(model).items():
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            tensor = whole(value)
+            if keep:
+                tensors[f"{name}.{moment}"] = tensor.cpu().contiguous()
+    return tensors
+
+
+def _hidden(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _replace(partial: Path, final: Path) -> None:
+    """Put a finished folder in its place; at no time is there a half one."""
+    if final.exists():
+        _remove(final)
+    partial.rename(final)
+    _flush(final.parent)
+
+
+def _remove(path: Path) -> None:
+    """Take a folder away as a whole, then delete it."""
+    gone = _hidden(path, "old.partial")
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,227 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on a frozen student, with ``peft``.
+
+Only the adapter is trained, saved and sent to the sampler: a weight W of the base becomes
+``W + left @ right``, with ``left = scaling * B`` [out, r] and ``right = A`` [r, in].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opdengine.config.train import ConfigError, LoRAConfig
+from opdengine.distributed import Ranks, whole, whole_weights
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "default"
+BASE_FILE = "base_model.json"
+SAMPLES = 256
+
+LowRank = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""Name of a weight -> (left [..., a, r], right [..., r, b]), float32: their product is added to the weight."""
+
+
+def add_adapter(model: Any, config: LoRAConfig) -> Any:
+    """Freeze a model and give it a new adapter, which changes nothing yet.
+
+    Args:
+        model: a loaded causal LM; its linear layers are replaced in place.
+        config: of the adapter.
+
+    Returns:
+        The ``PeftModel`` around it. Adapters of models below float32 are float32.
+
+    Raises:
+        ConfigError: the target modules do not exist, or are the input or output embedding.
+    """
+    require_peft()
+    from peft import LoraConfig, get_peft_model
+
+    targets = config.target_modules
+    try:
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=config.r,
+                lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+                lora_dropout=config.lora_dropout,
+                use_rslora=config.use_rslora,
+                target_modules=targets if isinstance(targets, str) else list(targets),
+            ),
+        )
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules={targets!r} is not possible: {error}") from error
+    _refuse_embeddings(base_of(adapted), targets)
+    return adapted
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """Like :func:`add_adapter`, with the adapter that :func:`save_model` wrote.
+
+    Raises:
+        ConfigError: the adapter belongs to another base model.
+    """
+    if trained_on := _other_base(model, folder):
+        raise ConfigError(
+            f"the adapter in {str(folder)!r} was trained on other weights ({trained_on!r}) than those of "
+            f"{model.name_or_path!r} now; it is only valid on its own base: put that model back, or start a new run"
+        )
+    return _with_adapter(model, folder, trained=True)
+
+
+def merge_adapter(model: Any, folder: Path) -> Any:
+    """A plain model from a base and an adapter's folder, under the name of that folder."""
+    if trained_on := _other_base(model, folder):
+        logger.warning("the adapter in %s was trained on other weights or another dtype (%s)", folder, trained_on)
+    merged = _with_adapter(model, folder, trained=False).merge_and_unload().requires_grad_(True)
+    merged.name_or_path = str(folder)
+    return merged
+
+
+def _with_adapter(model: Any, folder: Path, trained: bool) -> Any:
+    require_peft()
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"{str(folder)!r} has no adapter_model.safetensors; adapters are read from safetensors only")
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=trained, torch_device=str(model.device))
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether the model came from :func:`add_adapter` or :func:`load_adapter`."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model itself, with the adapter's layers inside where there is one."""
+    return model.get_base_model() if is_adapted(model) else model
+
+
+def freeze_head(model: Any) -> None:
+    """Train no weight of the output embedding; where it is tied, the input embedding is the same matrix."""
+    model.get_output_embeddings().requires_grad_(False)
+
+
+def save_model(model: Any, folder: Path, ranks: Ranks | None = None) -> None:
+    """Save a model, or its adapter alone with a note on the base that it belongs to.
+
+    All ranks call this; the first one writes.
+    """
+    ranks = ranks or Ranks()
+    adapted = is_adapted(model)
+    split = {"state_dict": _on_first(model, ranks, adapted)} if ranks.world_size > 1 else {}
+    identity = fingerprint(model) if adapted else ""
+    with ranks.agree():
+        if ranks.is_first and not adapted:
+            model.save_pretrained(folder, **split)
+        elif ranks.is_first:
+            _save_adapter(model, folder, identity, split)
+
+
+def _on_first(model: Any, ranks: Ranks, adapted: bool) -> dict[str, torch.Tensor]:
+    """Whole weights, of an adapted model the adapter's, on the first rank's host."""
+    weights = whole_weights(model, host=True)
+    return {name: w for name, w in weights if ranks.is_first and (not adapted or ".lora_" in name)}
+
+
+def _save_adapter(model: Any, folder: Path, identity: str, split: Mapping[str, Any]) -> None:
+    base = base_of(model)
+    name = str(base.name_or_path)
+    config = model.peft_config[ADAPTER]
+    config.base_model_name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
+    model.save_pretrained(folder, save_embedding_layers=False, **split)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
+    note = {"name": config.base_model_name_or_path, "fingerprint": identity}
+    (folder / BASE_FILE).write_text(json.dumps(note, indent=1), "utf-8")
+
+
+def read_adapted(folder: str) -> str | None:
+    """The base model of a folder that holds an adapter; None for any other path."""
+    file = Path(folder).expanduser() / "adapter_config.json"
+    return str(json.loads(file.read_text("utf-8"))["base_model_name_or_path"]) if file.is_file() else None
+
+
+def architecture(path: str) -> str:
+    """The folder or hub name with the configuration of a model: of an adapter, that of its base."""
+    while base := read_adapted(path):
+        path = base
+    return path
+
+
+def policy(model: Any) -> tuple[Iterable[tuple[str, torch.Tensor]], LowRank | None]:
+    """What a sampler needs: the whole model by its ``state_dict`` names, and what an adapter adds.
+
+    Returns:
+        All weights (of the base, which never change, where there is an adapter; nothing is read before
+        it is asked for), and the adapter's factors or None.
+    """
+    if not is_adapted(model):
+        return whole_weights(model), None
+    return _base_weights(model), {name: factors for name, factors in _factors(model)}
+
+
+def fingerprint(model: Any) -> str:
+    """Identifies the weights of a base, with or without adapter, by 256 values of each."""
+    parts = []
+    for name, tensor in _base_weights(model):  # one whole tensor at a time, where they are split over ranks
+        flat = tensor.detach().reshape(-1)
+        chosen = torch.arange(SAMPLES, device=flat.device) * flat.numel() // SAMPLES
+        values = flat[chosen] if flat.numel() else flat
+        part = hashlib.sha256(f"{name}:{tuple(tensor.shape)}".encode())
+        part.update(values.float().cpu().numpy().tobytes())
+        parts.append(part.digest())
+    return hashlib.sha256(b"".join(sorted(parts))).hexdigest()[:16]
+
+
+def _other_base(model: Any, folder: Path) -> str:
+    """The name of the base that the adapter was trained on, if its weights differ from the model's."""
+    file = folder / BASE_FILE
+    note = json.loads(file.read_text("utf-8")) if file.is_file() else None
+    return "" if note is None or note["fingerprint"] == fingerprint(model) else str(note["name"])
+
+
+def require_peft() -> None:
+    """Raise ConfigError unless peft is installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError('lora needs the package peft: pip install "opdengine[train]"')
+
+
+def _refuse_embeddings(model: Any, targets: object) -> None:
+    """The loss reads the head's weight itself, and a tied input embedding is the same matrix."""
+    for layer in (model.get_output_embeddings(), model.get_input_embeddings()):
+        if hasattr(layer, "base_layer"):
+            raise ConfigError(
+                f"lora.target_modules={targets!r} takes in an embedding; leave the input and output embeddings "
+                "('embed_tokens', 'lm_head') out: the loss needs the head as one matrix"
+            )
+
+
+def _base_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in whole_weights(base_of(model)):
+        if ".lora_" not in name:
+            yield name.replace(".base_layer", ""), tensor
+
+
+def _factors(model: Any) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+    for name, layer in base_of(model).named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        if getattr(layer, "num_experts", 1) > 1:  # the weights of all experts are one tensor
+            left, right, _ = layer.get_delta_factors(ADAPTER)
+        else:
+            left, right = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
+        left, right = whole(left), whole(right)
+        if layer.fan_in_fan_out:  # such layers store their weight as [in, out]
+            left, right = right.T, left.T
+        left = left.float() * layer.scaling[ADAPTER]
+        weight = getattr(layer, "parameter_name", "weight")
+        yield f"{name.replace('.base_layer', '')}.{weight}", (left, right.float())

@@ -1,0 +1,80 @@
+"""The trainer's log-probs under the sampler's own processing, for a few rollouts of a step.
+
+The statistics of the loss are log-probs of the model itself. When the student is sampled at another
+temperature or with top-k, top-p or a penalty, the sampler's log-probs are of that other distribution, and
+only the trainer's full logits, processed alike, can be compared with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from opdengine.models.backbone import Backbone, Head
+from opdengine.rollout.transformers import penalise, truncate
+from opdengine.types import Rollout, SamplingParams
+
+ROLLOUTS, TOKENS = 2, 128
+"""How much is compared in a step: the logits of these tokens are held at a time."""
+
+
+def processed_differences(
+    student: Backbone, rollouts: Sequence[Rollout], params: SamplingParams, vocab_size: int
+) -> np.ndarray:
+    """float32 [T]: trainer minus sampler log-prob of the first tokens of the shortest rollouts.
+
+    Args:
+        student: in evaluation mode.
+        rollouts: of the step; those without the sampler's log-probs are passed over.
+        params: how they were sampled.
+        vocab_size: valid leading columns of the head.
+
+    Returns:
+        -inf where the trainer's distribution excludes what was sampled.
+    """
+    known = [(r, r.logprobs) for r in rollouts if r.logprobs is not None and len(r.targets)]
+    chosen = sorted(known, key=lambda pair: len(pair[0].token_ids))[:ROLLOUTS]
+    ids, positions = zip(*(_start(r) for r, _ in chosen), strict=True) if chosen else ((), ())
+    states, head = student.score(ids, positions), student.head
+    differences = [
+        _processed(head, tokens, places, hidden, params, vocab_size) - logprobs[:TOKENS]
+        for (_, logprobs), tokens, places, hidden in zip(chosen, ids, positions, states, strict=True)
+    ]
+    return np.concatenate(differences) if differences else np.zeros(0, dtype=np.float32)
+
+
+def processed_logprobs(student: Backbone, rollout: Rollout, params: SamplingParams, vocab_size: int) -> np.ndarray:
+    """float32 [min(T, TOKENS)]: log-probs of a rollout's first targets after penalty, temperature, top-k, top-p."""
+    ids, positions = _start(rollout)
+    (states,) = student.score([ids], [positions])
+    return _processed(student.head, ids, positions, states, params, vocab_size)
+
+
+def _start(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids up to the last target that is compared, and the positions of those targets."""
+    positions = rollout.target_positions[:TOKENS]
+    return rollout.token_ids[: positions[-1] + 1], positions
+
+
+@torch.no_grad()
+def _processed(
+    head: Head,
+    ids: np.ndarray,
+    positions: np.ndarray,
+    hidden: torch.Tensor,
+    params: SamplingParams,
+    vocab_size: int,
+) -> np.ndarray:
+    logits = head.logits(hidden.to(head.weight.device, head.weight.dtype))[:, :vocab_size].float()
+    sequence = torch.from_numpy(ids).to(logits.device)
+    if params.repetition_penalty != 1.0:
+        seen = torch.zeros(len(positions), vocab_size + 1, dtype=torch.bool, device=logits.device)
+        for row, position in enumerate(positions.tolist()):
+            seen[row, sequence[:position].clamp(max=vocab_size)] = True
+        logits = penalise(logits, seen, params.repetition_penalty)
+    if params.temperature:
+        logits = truncate(logits / params.temperature, params)
+    targets = sequence[torch.from_numpy(positions).to(sequence.device)]
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].cpu().numpy()

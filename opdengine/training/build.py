@@ -1,0 +1,378 @@
+"""From a configuration to an engine: the only place that loads models."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from opdengine.config.train import ConfigError, TeacherConfig, TrainConfig
+from opdengine.distributed import Ranks, Sharded
+from opdengine.environments.setup import open_episodes
+from opdengine.loss.vocab_parallel import VocabParallel
+from opdengine.methods.method import Recipe
+from opdengine.models.backbone import Backbone, choose_attention, default_device, load_model, read_dtype, read_window
+from opdengine.models.chat import load_tokenizer, require_same_mode, require_same_tokenizer, vocabulary_size
+from opdengine.models.lora import add_adapter, architecture, base_of, freeze_head, load_adapter, require_peft
+from opdengine.rollout import Sampler
+from opdengine.teachers.local import LocalTeacher
+from opdengine.teachers.server import ServedTeacher
+from opdengine.teachers.shard import Session
+from opdengine.training.step import Engine
+
+if TYPE_CHECKING:
+    from opdengine.verifiers.grader import Grader
+
+logger = logging.getLogger(__name__)
+
+NO_FLOAT16 = (
+    "gives the student float16 parameters, in which AdamW breaks down; set dtype: float32 (and bf16: true on a GPU "
+    "that has it)"
+)
+
+
+def build_engine(
+    config: TrainConfig, recipe: Recipe, tokenizer: Any, checkpoint: Path | None = None, ranks: Ranks | None = None
+) -> Engine:
+    """Load student, teachers and sampler.
+
+    Args:
+        config: of the run.
+        recipe: of its method.
+        tokenizer: the student's.
+        checkpoint: take the student's weights from here.
+        ranks: split the student's parameters.
+
+    Raises:
+        ValueError: a teacher does not share the tokenizer, or a head is narrower than it.
+    """
+    if config.lora is not None:
+        require_peft()
+    ranks = ranks or Ranks()
+    device = default_device()
+    vocab_size = vocabulary_size(tokenizer)
+    tokenizers = [teacher_tokenizer(config, teacher) for teacher in config.teachers]
+    for teacher, its_tokenizer in zip(config.teachers, tokenizers, strict=True):
+        require_same_tokenizer(tokenizer, its_tokenizer, teacher.name)
+        require_same_mode(
+            tokenizer, config.chat_template_kwargs, its_tokenizer, teacher.chat_template_kwargs, teacher.name
+        )
+    served = serve_teachers(config, tokenizers, judges=recipe.demonstrations is None)
+    many = ranks.world_size > 1
+    split_head = many and config.vocab_parallel_head
+    mesh = ranks.mesh(device) if many else None
+
+    def load() -> tuple[Any, Sharded | None]:
+        model = load_student(config, device, checkpoint, on_host=many)
+        head = "rows" if split_head else "gathered"
+        return model, Sharded(model, ranks, device, config.bf16, head, mesh) if many else None
+
+    model, sharded = ranks.in_turn(load)
+    student = Backbone(model, "student", config.max_tokens_per_batch, sharded, config.bf16)
+    session = Session(ranks) if many and any(t.shard for t in config.teachers) else None
+    teachers = [
+        served[teacher.name]
+        if teacher.base_url is not None
+        else LocalTeacher(
+            teacher,
+            device=device,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+            max_tokens=config.max_tokens_per_batch,
+            tokenizer=its_tokenizer,
+            writer=served.get(teacher.name),
+            session=session,
+        )
+        for teacher, its_tokenizer in zip(config.teachers, tokenizers, strict=True)
+    ]
+    for name, head in [("student", student.head), *((t.name, t.head) for t in teachers)]:
+        if head is not None and head.weight.shape[0] < vocab_size:
+            raise ConfigError(
+                f"{name}: its head has {head.weight.shape[0]} rows, but the tokenizer knows "
+                f"{vocab_size} ids; model and tokenizer do not belong together"
+            )
+    optimizer = build_optimizer(config, model)
+    return Engine(
+        config=config,
+        recipe=recipe,
+        student=student,
+        tokenizer=tokenizer,
+        teachers=teachers,
+        sampler=build_sampler(config, model, tokenizer, ranks),
+        optimizer=optimizer,
+        ranks=ranks,
+        scheduler=build_scheduler(config, optimizer),
+        vocab_size=vocab_size,
+        episodes=open_episodes(config, tokenizer, student.window) if config.environment.name else None,
+        grader=build_grader(config) if recipe.needs_reward and not config.environment.name else None,
+        session=session,
+        vocabulary=VocabParallel(ranks) if split_head else None,
+    )
+
+
+def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise ConfigError for what several processes cannot do."""
+    size = config.vllm_tensor_parallel_size
+    if ranks.world_size == 1 or not config.use_vllm or config.vllm_mode == "server" or size == 1:
+        return
+    if ranks.local_world_size % size:
+        raise ConfigError(
+            f"vllm_tensor_parallel_size={size} is not possible with {ranks.local_world_size} processes on a machine, "
+            "which share engines in groups of that size: use a divisor of their number"
+        )
+    if config.vllm_enable_sleep_mode:
+        raise ConfigError(
+            f"vllm_enable_sleep_mode is not possible with vllm_tensor_parallel_size={size} and several processes, one "
+            "of which may still sample when another is done: lower vllm_gpu_memory_utilization instead"
+        )
+
+
+def student_dtype(config: TrainConfig) -> str:
+    """The dtype of the student's parameters: for "auto" the checkpoint's, or float32 where that is float16.
+
+    Reads no weights.
+
+    Raises:
+        ConfigError: float16 was asked for.
+    """
+    if config.dtype == "float16":
+        raise ConfigError(f"dtype='float16' {NO_FLOAT16}")
+    if config.dtype != "auto":
+        return config.dtype
+    stored = read_dtype(config.model, trust_remote_code=config.trust_remote_code)
+    return "float32" if stored == torch.float16 else "auto"
+
+
+def load_student(
+    config: TrainConfig, device: torch.device, checkpoint: Path | None = None, on_host: bool = False
+) -> Any:
+    """The student as it is trained: its own weights, or an adapter on them.
+
+    Args:
+        config: of the run.
+        device: where it will compute.
+        checkpoint: take the weights from here.
+        on_host: leave it on the CPU, to be split.
+
+    Raises:
+        ConfigError: float16 was asked for, or an adapter does not fit.
+    """
+    saved = None if checkpoint is None else checkpoint / "model"
+    dtype = student_dtype(config)
+    if dtype != config.dtype:
+        logger.info("%s is stored in float16, in which AdamW breaks down: it is trained in float32", config.model)
+    model = load_model(
+        config.model if saved is None or config.lora is not None else str(saved),
+        dtype=dtype,
+        attn_implementation=choose_attention(config.attn_implementation, device),
+        trust_remote_code=config.trust_remote_code,
+        device="cpu" if on_host else device,
+        bf16=config.bf16,
+    )
+    if model.dtype == torch.float16:  # its configuration did not say so
+        raise ConfigError(f"dtype={config.dtype!r} {NO_FLOAT16}")
+    if model.dtype == torch.bfloat16 and config.lora is None:
+        logger.warning(
+            "the student's parameters are bfloat16: updates of less than about 1/256 of a weight are lost; "
+            "dtype: float32 with bf16: true keeps them"
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.freeze_head:
+        freeze_head(model)
+    if config.lora is None:
+        return model
+    return add_adapter(model, config.lora) if saved is None else load_adapter(model, saved)
+
+
+def build_grader(config: TrainConfig) -> Grader:
+    """The verifiers of the run, for methods that grade rollouts."""
+    from opdengine.verifiers.grader import Grader
+
+    return Grader.from_config(config)
+
+
+def build_optimizer(config: TrainConfig, model: Any) -> torch.optim.AdamW:
+    """AdamW; norms and biases are not decayed. On a GPU it is fused: else a step needs as much memory again."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    plain = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    return torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=any(p.is_cuda for p in decayed) or None,
+    )
+
+
+def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning-rate schedule by its transformers name."""
+    from transformers import get_scheduler
+
+    return get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=round(config.warmup_ratio * config.max_steps),
+        num_training_steps=config.max_steps,
+    )
+
+
+def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks | None = None) -> Sampler:
+    """The student's sampler: vLLM where asked, else the trainer's own model, or a copy where that is split."""
+    ranks = ranks or Ranks()
+    # Under autocast the trainer's own forward pass is bfloat16 as well.
+    dtype = "bfloat16" if config.bf16 else str(model.dtype).removeprefix("torch.")
+    if config.use_vllm and config.vllm_mode == "server":
+        from opdengine.rollout.vllm_client import VLLMServerSampler
+
+        return VLLMServerSampler(
+            config.vllm_server_base_url,
+            tokenizer,
+            dtype=dtype,
+            sync_dir=config.vllm_sync_dir,
+            response_timeout=config.vllm_response_timeout,
+            ranks=ranks,
+        )
+    size = config.vllm_tensor_parallel_size
+    if config.use_vllm and ranks.world_size > 1 and size > 1:
+        from opdengine.rollout.vllm_group import VLLMGroupSampler
+
+        return VLLMGroupSampler(
+            architecture(config.model),
+            tokenizer,
+            ranks=ranks,
+            size=size,
+            devices=_gpus(ranks, size),
+            dtype=dtype,
+            max_model_len=_longest(config),
+            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+            seed=config.seed,
+            trust_remote_code=config.trust_remote_code,
+            response_timeout=config.vllm_response_timeout,
+        )
+    if config.use_vllm:
+        from opdengine.rollout.vllm import VLLMSampler
+
+        return VLLMSampler(
+            architecture(config.model),
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            seed=config.seed,
+            max_model_len=_longest(config),
+            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+            tensor_parallel_size=size,
+            enable_sleep_mode=config.vllm_enable_sleep_mode,
+            response_timeout=config.vllm_response_timeout,
+            devices=_gpus(ranks, 1),
+        )
+    from opdengine.rollout.transformers import TransformersSampler
+
+    sampled = base_of(model)
+    if ranks.world_size > 1:
+        sampled = ranks.in_turn(lambda: load_copy(config))
+    return TransformersSampler(sampled, tokenizer, 4 * config.max_tokens_per_batch, config.bf16)
+
+
+def load_copy(config: TrainConfig) -> Any:
+    """The student for sampling alone: where the trained one is split, or nothing is trained."""
+    model = load_model(
+        config.model,
+        dtype=student_dtype(config),
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        device=default_device(),
+        bf16=config.bf16,
+    ).requires_grad_(False)
+    if config.bf16:
+        halve_products(model)
+    return model
+
+
+def halve_products(model: Any) -> None:
+    """Keep weights of linear layers in bfloat16, as autocast casts them in every pass: the results stay the same."""
+    embedding = model.get_input_embeddings().weight
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear) and layer.weight is not embedding:
+            layer.to(torch.bfloat16)
+
+
+def _gpus(ranks: Ranks, size: int) -> str | None:
+    """CUDA_VISIBLE_DEVICES of the engine of this rank's group of ``size`` neighbours; None: this process's."""
+    if ranks.world_size == 1 or not torch.cuda.is_available():
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(ranks.local_world_size)]
+    first = ranks.local_rank - ranks.local_rank % size
+    return ",".join(names[first : first + size])
+
+
+def _longest(config: TrainConfig) -> int | None:
+    """Most tokens of one sequence of the student; None is unbounded. vLLM refuses more than the model's window."""
+    longest: int | None = config.max_prompt_length + config.max_completion_length
+    if config.environment.name:
+        longest = config.environment.max_trajectory_tokens
+    window = read_window(config.model, trust_remote_code=config.trust_remote_code)
+    return min((limit for limit in (longest, window) if limit is not None), default=None)
+
+
+def serve_teachers(config: TrainConfig, tokenizers: Sequence[Any], *, judges: bool) -> dict[str, ServedTeacher]:
+    """The endpoints of the teachers by name, each asked whether it answers what will be needed.
+
+    Args:
+        config: of the run.
+        tokenizers: of all teachers, in their order.
+        judges: whether teachers score; else they only write, as the writer of a local teacher does.
+
+    Raises:
+        ConfigError: the variable of an API key is not set.
+        ProbeError: a server cannot be reached, serves another model or lacks an ability.
+    """
+    stop = config.on_teacher_failure == "stop"
+    teachers = [
+        ServedTeacher(_as_served(teacher), tokenizer, vocabulary_size(tokenizer), stop_on_failure=stop)
+        for teacher, tokenizer in zip(config.teachers, tokenizers, strict=True)
+        if teacher.base_url is not None or teacher.writer_base_url is not None
+    ]
+    scoring = {t.name for t in config.teachers if judges and t.base_url is not None}
+
+    async def probe() -> None:
+        await asyncio.gather(*(teacher.probe(judges=teacher.name in scoring) for teacher in teachers))
+
+    if teachers:
+        asyncio.run(probe())
+    return {teacher.name: teacher for teacher in teachers}
+
+
+def _as_served(teacher: TeacherConfig) -> TeacherConfig:
+    """How a teacher is called at its endpoint."""
+    if teacher.base_url is not None:
+        return teacher
+    model = teacher.writer_model or teacher.model
+    return replace(teacher, base_url=teacher.writer_base_url, model=model, tokenizer=teacher.model)
+
+
+def teacher_tokenizer(config: TrainConfig, teacher: TeacherConfig) -> Any:
+    """The tokenizer that belongs to a teacher's model.
+
+    Raises:
+        ConfigError: there is none under the name of a served model.
+    """
+    try:
+        return load_tokenizer(
+            teacher.tokenizer or teacher.model,
+            trust_remote_code=config.trust_remote_code,
+            chat_template=teacher.chat_template,
+        )
+    except ValueError as error:
+        if teacher.base_url is None or teacher.tokenizer is not None:
+            raise
+        raise ConfigError(f"{error}; set 'tokenizer' of the teacher {teacher.name!r} to the model's folder") from error

@@ -1,0 +1,252 @@
+"""The steps of a run, one after the other or with the next batches in preparation."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opdengine.data.prompts import PromptStream, ScheduledStream
+from opdengine.distributed import PeerError
+from opdengine.errors import ServiceError, WriteError
+from opdengine.metrics import MetricsWriter, NoWriter, write_jsonl
+from opdengine.models.checkpoint import list_checkpoints, save_checkpoint
+from opdengine.teachers import TeacherError
+from opdengine.training.progress import Progress
+from opdengine.training.run_folder import InputFiles
+from opdengine.training.sanity import ProbeError
+from opdengine.training.signals import Interrupts
+from opdengine.training.step import Engine
+from opdengine.training.step_result import Prepared, StepResult
+
+logger = logging.getLogger(__name__)
+
+RESUMABLE = (ServiceError, TeacherError, ProbeError, FloatingPointError)
+"""What ends a step before anything wrong has reached the weights."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+async def prepared(
+    engine: Engine, stream: PromptStream | ScheduledStream, start: int, stop: int, ahead: int
+) -> AsyncGenerator[tuple[int, Prepared, dict[str, Any]], None]:
+    """Batches ``start + 1`` to ``stop`` in order, with up to ``ahead`` more in preparation.
+
+    A batch is begun no earlier than when batch ``number - ahead - 1`` has been finished, so it is updated
+    at most ``ahead`` versions after it was sampled. With ``ahead`` 0 nothing runs beside the consumer.
+
+    Yields:
+        The batch's number, the batch, and the state of the stream after it was drawn.
+    """
+    count = engine.config.prompts_per_step * engine.ranks.world_size
+    tasks: deque[tuple[asyncio.Task[Prepared], dict[str, Any]]] = deque()
+    begun = start
+    try:
+        for number in range(start + 1, stop + 1):
+            while begun < min(stop, number + ahead):
+                begun += 1
+                batch = stream.next(count)
+                tasks.append((asyncio.create_task(engine.prepare(batch, begun - 1)), stream.state_dict()))
+            task, state = tasks.popleft()
+            yield number, await engine.ranks.agreed(task), state
+    finally:
+        for task, _ in tasks:
+            task.cancel()
+
+
+@dataclass
+class Loop:
+    """Runs the steps, writes what they report, saves and evaluates. Of several ranks the first one writes.
+
+    Args:
+        engine: of the run.
+        stream: of its prompts.
+        folder: of the run.
+        writer: of its metrics.
+        measure: step -> evaluation metrics; writes the answers down.
+        step: steps finished so far.
+        metrics: the last value of every metric.
+        first: metrics to write at step 0.
+        interrupts: tells when to end early.
+        inputs: the files that the prompts were read from.
+    """
+
+    engine: Engine
+    stream: PromptStream | ScheduledStream
+    folder: Path
+    writer: MetricsWriter | NoWriter
+    measure: Callable[[int], dict[str, float]]
+    step: int
+    metrics: dict[str, float]
+    first: Mapping[str, float]
+    interrupts: Interrupts
+    inputs: InputFiles = field(default_factory=InputFiles)
+    bad_steps: int = 0
+    broken_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.position = self.stream.state_dict()
+
+    async def run(self, bar: Progress) -> None:
+        """All steps up to ``max_steps``; when a service fails, the last finished one is saved.
+
+        Closes the sampler at the end.
+        """
+        config = self.engine.config
+        try:
+            await self.engine.sync()
+            if self.step == 0 and (config.eval_data or config.environment.eval_splits or self.first):
+                self.metrics |= {**(await self._measure(0)), **self.first}
+                with self.engine.ranks.agree():
+                    self.writer.write(0, self.metrics)
+                bar.advance(0, self.metrics, self.metrics)
+            batches = prepared(self.engine, self.stream, self.step, config.max_steps, config.max_staleness)
+            last = time.perf_counter()
+            async with aclosing(batches):
+                async for number, batch, position in batches:
+                    with self.interrupts.whole():
+                        result = await self.engine.finish(batch)
+                        self.step, self.position = number, position
+                        self.metrics |= result.metrics
+                        try:
+                            result.metrics |= await self.engine.sync()
+                        except Exception:
+                            self._log(dict(result.metrics), result)  # the step itself is finished
+                            raise
+                        now = time.perf_counter()
+                        result.metrics["timing/step"] = now - last
+                        last = now
+                        line = await self._report(result)
+                        bar.advance(number, line, self.metrics)
+        except OSError as error:
+            if error.errno in FULL:
+                raise WriteError(
+                    f"step {self.step + 1}: a file could not be written ({error}); make room, then continue the run "
+                    "with --resume_from_checkpoint latest"
+                ) from error
+            raise
+        except Exception as error:
+            if issubclass(error.kind if isinstance(error, PeerError) else type(error), RESUMABLE):
+                self.rescue(type(error).__name__)
+            raise
+        finally:
+            self.engine.sampler.close()  # ends what is still being sampled
+
+    async def _report(self, result: StepResult) -> dict[str, float]:
+        config, step = self.engine.config, self.step
+        line = dict(result.metrics)
+        if _due(step, config.eval_steps) or step == config.max_steps:
+            line |= await self._measure(step)
+        self.metrics |= line
+        self._log(line, result)
+        if _due(step, config.save_steps):
+            self._save()
+        self._count_bad(result)
+        self._count_broken(result)
+        return line
+
+    def _log(self, line: dict[str, float], result: StepResult) -> None:
+        """Write a step's metrics and what was sampled in it."""
+        config, step = self.engine.config, self.step
+        with self.engine.ranks.agree():
+            if _due(step, config.logging_steps) or len(line) > len(result.metrics):
+                self.writer.write(step, line)
+            if config.log_completions and self.engine.ranks.is_first:
+                _log_completions(self.folder, step, result)
+
+    def _count_broken(self, result: StepResult) -> None:
+        """Stop when no episode of several steps in a row came to its end."""
+        if result.rollouts or self.engine.episodes is None:
+            self.broken_steps = 0
+            return
+        self.broken_steps += 1
+        if self.broken_steps > self.engine.config.max_bad_steps:
+            reasons = sorted(name for name in result.metrics if name.startswith("dropped/environment/"))
+            raise ServiceError(
+                f"every episode of {self.broken_steps} steps in a row broke, up to step {self.step} "
+                f"({', '.join(reasons)}; max_bad_steps={self.engine.config.max_bad_steps}); nothing was trained on "
+                "them. Try the environment alone: opdengine eval with the same settings"
+            )
+
+    def _count_bad(self, result: StepResult) -> None:
+        """Keep what made a step's numbers go wrong; stop when it does not pass."""
+        if not result.bad:
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        with self.engine.ranks.agree():
+            if self.engine.ranks.is_first:
+                write_jsonl(self.folder / "bad_steps" / f"step_{self.step}.jsonl", result.bad)
+        if self.bad_steps > self.engine.config.max_bad_steps:
+            raise FloatingPointError(
+                f"loss or gradient was not finite in {self.bad_steps} steps in a row, up to step {self.step} "
+                f"(max_bad_steps={self.engine.config.max_bad_steps}); the weights are those before the first of them. "
+                f"Look at {self.folder / 'bad_steps'} and at the rollouts; a lower learning_rate may help in a new run"
+            )
+
+    async def _measure(self, step: int) -> dict[str, float]:
+        return await self.engine.beside(self.measure, step)
+
+    def rescue(self, reason: str) -> None:
+        """Keep the last finished step: its weights are whole whatever failed after it."""
+        saved = list_checkpoints(self.folder / "checkpoints")
+        if self.step and not (saved and saved[-1].name == f"step_{self.step}"):
+            saved = [self._save()]
+        if saved:
+            logger.error(
+                "%s: the run ends; continue it from %s with --resume_from_checkpoint latest", reason, saved[-1]
+            )
+        else:
+            logger.error("%s: the run ends; no step was finished, so there is nothing to continue from", reason)
+
+    def _save(self) -> Path:
+        engine = self.engine
+        self.inputs.check()
+        return save_checkpoint(
+            self.folder / "checkpoints",
+            step=self.step,
+            model=engine.student.model,
+            tokenizer=engine.tokenizer,
+            optimizer=engine.optimizer,
+            state={
+                "version": engine.version,
+                "scheduler": engine.scheduler.state_dict(),
+                "stream": self.position,
+                "metrics": self.metrics,
+                "prompts_per_step": engine.config.prompts_per_step * engine.ranks.world_size,
+            },
+            keep=engine.config.save_total_limit,
+            ranks=engine.ranks,
+        )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _log_completions(folder: Path, step: int, result: StepResult) -> None:
+    rows = [
+        {
+            "id": r.id,
+            "prompt_id": r.prompt.id,
+            "data_source": r.prompt.key,
+            "text": r.text,
+            "tokens": len(r.targets),
+            "stop_reason": r.stop_reason,
+            "policy_version": r.policy_version,
+        }
+        for r in result.rollouts
+    ]
+    write_jsonl(folder / "rollouts" / f"step_{step}.jsonl", rows)
+    verdicts = [dict(r) for r in result.records if "verdict" in r]
+    debates = [dict(r) for r in result.records if "verdict" not in r]
+    for name, records in (("debates", debates), ("verdicts", verdicts)):
+        if records:
+            write_jsonl(folder / name / f"step_{step}.jsonl", records)

@@ -1,0 +1,298 @@
+"""From a configuration to a finished run: checks, models, resume; the steps are in :mod:`opdengine.training.loop`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.data.prompts import PromptSet, PromptStream, ScheduledStream, as_source, drop_long, load_prompts
+from opdengine.distributed import Ranks, start
+from opdengine.environments.setup import held_out_tasks, load_tasks
+from opdengine.methods import build_recipe
+from opdengine.methods.method import Recipe
+from opdengine.metrics import MetricsWriter, NoWriter, require_trackers, write_jsonl
+from opdengine.models.backbone import check_model_path, load_model, read_window
+from opdengine.models.chat import encode_chat, load_tokenizer
+from opdengine.models.checkpoint import restore_optimizer, write_model
+from opdengine.rollout.vllm import require_vllm
+from opdengine.training.build import build_engine, check_ranks, student_dtype
+from opdengine.training.evaluate import answer_params, evaluate, evaluate_episodes, require_answers, turn_params
+from opdengine.training.loop import Loop
+from opdengine.training.progress import Progress
+from opdengine.training.run_folder import InputFiles, RunFolder, require_writable
+from opdengine.training.signals import Interrupted, Interrupts
+from opdengine.training.step import Engine
+from opdengine.types import Prompt
+from opdengine.verifiers.grader import Grader
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a finished run is and how it ended."""
+
+    output_dir: Path
+    final_model: Path
+    metrics: dict[str, float]
+
+
+def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
+    """Train a student as configured; everything that can be checked is checked first.
+
+    Under ``torchrun`` every process calls this, and together they train one student.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before any model is loaded, where possible.
+        PeerError: another process failed.
+        Interrupted: SIGINT or SIGTERM; the last finished step has been saved.
+    """
+    with start(config.ddp_timeout) as ranks:
+        if not ranks.is_first:
+            logging.getLogger("opdengine").setLevel(logging.WARNING)
+        return _train(config, ranks, progress and ranks.is_first)
+
+
+def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
+    recipe = build_recipe(config)
+    _check_needs(config)
+    grader = Grader.from_config(config)
+    folder = RunFolder(config, ranks.world_size)
+    held_out, episodes = _held_out(config), held_out_tasks(config.environment)
+    if config.environment.name:
+        prompts = load_tasks(config.environment, config.environment.train_split)
+    else:
+        prompts = load_prompts(config.train_data, skip_bad_rows=config.skip_bad_rows)
+    check_ranks(config, ranks)
+    check_routing(config, recipe, prompts)
+    rewarded = prompts.prompts if recipe.needs_reward and not config.environment.name else ()
+    grader.check([*held_out, *rewarded])
+    tokenizer = load_tokenizer(
+        config.model,
+        trust_remote_code=config.trust_remote_code,
+        chat_template=config.chat_template,
+    )
+    student_dtype(config)  # refuses what cannot be trained
+    if not config.environment.name:
+        prompts = fit_prompts(config, tokenizer, prompts, held_out)
+    _warn_of_repeats(config.prompts_per_step * ranks.world_size, len(prompts.prompts))
+    if recipe.inspector is not None:
+        recipe.inspector.watch(prompts.prompts)
+    saved = folder.state
+    stream = _open_stream(config, recipe, prompts, saved)
+    _seed_everything(config.seed)
+    ranks.settle()  # everything that can be refused has been, on every rank
+    engine = build_engine(config, recipe, tokenizer, folder.checkpoint, ranks)
+    if ranks.rank:
+        _seed_everything(config.seed + ranks.rank)  # dropout differs between ranks, what is loaded does not
+    begin = saved.get("step", 0)
+    if folder.checkpoint is not None:
+        _restore(engine, folder.checkpoint, saved)
+    last_step = begin if saved else -1
+    with ranks.agree():
+        if ranks.is_first:
+            folder.claim()
+        writer = MetricsWriter(folder.path, config.report_to, last_step) if ranks.is_first else NoWriter()
+
+    interrupts = Interrupts(ranks)
+    loop = Loop(
+        engine,
+        stream,
+        folder.path,
+        writer,
+        _evaluation(config, engine, held_out, episodes, grader, folder.path),
+        step=begin,
+        metrics=dict(saved.get("metrics", {})),
+        first=_dropped(prompts),
+        interrupts=interrupts,
+        inputs=InputFiles([as_source(d).path for d in config.train_data] if ranks.is_first else ()),
+    )
+    final = folder.path / "final"
+    try:
+        with interrupts, Progress(config, begin, enabled=progress) as bar:
+            try:
+                asyncio.run(loop.run(bar))
+            except Interrupted as signal:
+                loop.rescue(str(signal))
+                raise
+        write_model(final, engine.student.model, ranks, tokenizer.save_pretrained)
+        if config.lora is not None and config.lora.merge_final and ranks.is_first:
+            merged = load_model(str(final), dtype=student_dtype(config), trust_remote_code=config.trust_remote_code)
+            write_model(folder.path / "merged", merged, Ranks(), tokenizer.save_pretrained)
+    finally:
+        folder.release()
+        writer.close()
+        grader.close()
+        engine.sampler.close()
+        if engine.episodes is not None:
+            engine.episodes.close()
+        if engine.grader is not None:
+            engine.grader.close()
+    return TrainResult(folder.path, final, loop.metrics)
+
+
+def _evaluation(
+    config: TrainConfig,
+    engine: Engine,
+    held_out: Sequence[Prompt],
+    episodes: Mapping[str, Sequence[Prompt]],
+    grader: Grader,
+    folder: Path,
+) -> Callable[[int], dict[str, float]]:
+    """A function of the step: the metrics of its evaluation, whose answers it writes down."""
+
+    def measure(step: int) -> dict[str, float]:
+        if engine.episodes is not None:
+            metrics, rows = evaluate_episodes(
+                engine.episodes,
+                engine.sampler,
+                episodes,
+                config.environment.eval_temperatures,
+                turn_params(config),
+                config.seed,
+                engine.ranks,
+            )
+        elif held_out:
+            result = evaluate(engine.sampler, held_out, engine.encode, grader, answer_params(config), engine.ranks)
+            metrics = result.metrics()
+            rows = [
+                {"prompt_id": p.id, "score": score, "text": text}
+                for p, scores, texts in zip(held_out, result.scores.tolist(), result.texts, strict=True)
+                for score, text in zip(scores, texts, strict=True)
+            ]
+        else:
+            return {}
+        with engine.ranks.agree():
+            if engine.ranks.is_first:
+                write_jsonl(folder / "evaluations" / f"step_{step}.jsonl", rows)
+        return metrics
+
+    return measure
+
+
+def _check_needs(config: TrainConfig) -> None:
+    """Packages and model folders that the run needs are here."""
+    require_trackers(config.report_to)
+    if config.debate.cache_dir is not None:
+        require_writable("debate.cache_dir", config.debate.cache_dir)
+    if config.use_vllm and config.vllm_mode == "colocate":
+        require_vllm("set use_vllm to false to sample without it")
+    for path in [config.model, *(t.model for t in config.teachers if t.base_url is None)]:
+        check_model_path(path)
+
+
+def _open_stream(
+    config: TrainConfig, recipe: Recipe, prompts: PromptSet, saved: Mapping[str, Any]
+) -> PromptStream | ScheduledStream:
+    """The order of the prompts, from where the saved run stopped."""
+    stream: PromptStream | ScheduledStream = PromptStream(prompts, config.seed)
+    if recipe.schedule is not None:
+        stream = ScheduledStream(prompts, config.seed, recipe.schedule)
+    if saved:
+        stream.load_state_dict(saved["stream"])
+    return stream
+
+
+def _restore(engine: Engine, checkpoint: Path, saved: Mapping[str, Any]) -> None:
+    """Versions, schedule, optimiser and random states of a checkpoint; its weights are loaded already."""
+    engine.version = saved["version"]
+    engine.scheduler.load_state_dict(saved["scheduler"])
+    # A scheduler sets the rate only when it steps, and does not when it is loaded.
+    for group, rate in zip(engine.optimizer.param_groups, engine.scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+    restore_optimizer(checkpoint, engine.student.model, engine.optimizer, engine.ranks)
+
+
+def check_routing(config: TrainConfig, recipe: Recipe, prompts: PromptSet) -> None:
+    """Every routing key of the data needs a divergence, debate prompts and enough teachers.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for key in prompts.keys:
+        config.divergence_of(key)
+        if config.debates:
+            config.debate.prompts_of(key)
+        routed = [t.name for t in config.teachers if not t.key or key in t.key]
+        if len(routed) < recipe.teachers_per_prompt:
+            raise ConfigError(
+                f"method {config.method!r} needs {recipe.teachers_per_prompt} teacher(s) for every "
+                f"prompt, but data_source {key!r} is answered by {routed or 'none'}; set the "
+                "teachers' 'key'"
+            )
+    ungraded = [p.id for p in prompts.prompts if p.answer is None] if recipe.needs_reward else []
+    if ungraded and not config.environment.name:
+        raise ConfigError(
+            f"method {config.method!r} grades rollouts, but {len(ungraded)} training prompts have no 'answer' (e.g. "
+            f"{ungraded[:3]}); add the column or choose a method without outcomes"
+        )
+    named = {key for t in config.teachers for key in t.key}
+    if isinstance(config.divergence, dict):
+        named |= set(config.divergence) - {"default"}
+    if unused := sorted(named - set(prompts.keys)):
+        logger.warning("no prompt has the data_source %s named in the settings (it has %s)", unused, list(prompts.keys))
+
+
+def fit_prompts(config: TrainConfig, tokenizer: Any, prompts: PromptSet, held_out: Sequence[Prompt]) -> PromptSet:
+    """Leave out prompts that are too long for the settings or the student's window.
+
+    Raises:
+        ConfigError: the completion alone fills the window, or an evaluation prompt does not fit.
+        DataError: no prompt is left.
+    """
+    limit, reason = config.max_prompt_length, "max_prompt_length"
+    window = read_window(config.model, trust_remote_code=config.trust_remote_code)
+    if window is not None and window - config.max_completion_length < limit:
+        limit = window - config.max_completion_length
+        reason = f"the student's window of {window} less max_completion_length={config.max_completion_length}"
+    if limit < 1:
+        raise ConfigError(
+            f"max_completion_length={config.max_completion_length} is not possible; the student's "
+            f"window has {window} tokens for prompt and completion together"
+        )
+
+    def length_of(prompt: Prompt) -> int:
+        return len(encode_chat(tokenizer, prompt.messages, prompt.tools, config.chat_template_kwargs))
+
+    if too_long := [p.id for p in held_out if length_of(p) > limit]:
+        raise ConfigError(
+            f"{len(too_long)} evaluation prompts are longer than {limit} tokens ({reason}), e.g. "
+            f"{too_long[:3]}; raise the limit or leave them out of eval_data"
+        )
+    return drop_long(prompts, length_of, limit, reason)
+
+
+def _held_out(config: TrainConfig) -> Sequence[Prompt]:
+    if not config.eval_data:
+        return ()
+    prompts = load_prompts(config.eval_data, skip_bad_rows=config.skip_bad_rows).prompts
+    return require_answers(prompts)[: config.eval_max_prompts]
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _warn_of_repeats(per_step: int, prompts: int) -> None:
+    if per_step > prompts:
+        logger.warning(
+            "a step takes %d prompts and there are only %d, so it has the same ones several times; lower "
+            "per_device_train_batch_size or gradient_accumulation_steps",
+            per_step,
+            prompts,
+        )
+
+
+def _dropped(prompts: PromptSet) -> dict[str, float]:
+    return {f"data/dropped/{reason}": float(n) for reason, n in prompts.dropped.items()}

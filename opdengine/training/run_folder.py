@@ -1,0 +1,249 @@
+"""The output folder of a run: an existing run is resumed or refused, never overwritten.
+
+A run that ended before its first step was finished has trained nothing: the next one takes its place and
+finds its cached debates.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from opdengine.config.loading import from_mapping, to_mapping
+from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.errors import WriteError
+from opdengine.metrics import read_metrics
+from opdengine.models.checkpoint import find_checkpoint, list_checkpoints, read_state
+
+logger = logging.getLogger(__name__)
+
+MAY_CHANGE = {
+    "resume_from_checkpoint", "max_tokens_per_batch", "workspace_bytes", "loss_impl", "vocab_parallel_head",
+    "logging_steps", "eval_steps", "save_steps", "save_total_limit", "log_completions",
+    "report_to", "run_name", "output_dir", "eval_data", "eval_max_prompts", "eval_temperature", "eval_num_generations",
+    "attn_implementation", "on_teacher_failure", "vllm_server_base_url", "vllm_sync_dir",
+    "vllm_response_timeout", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout", "max_bad_steps",
+}  # fmt: skip
+"""Settings that a resumed run may have differently: they do not change what is learned.
+
+The prompts of a step, over all processes, are compared instead of the batch size of one."""
+
+
+TEACHER_MAY_CHANGE = {
+    "base_url", "writer_base_url", "writer_model", "api_key_env", "timeout", "max_retries", "max_concurrency",
+    "offload", "shard", "tokenizer",
+}  # fmt: skip
+"""The same of a teacher: where it lives and how it is called."""
+
+LOCK = ".lock"
+"""Locked by the process that writes to the folder."""
+
+OWN = ("config.yaml", "metrics.jsonl", "checkpoints", "final")
+"""What shows that a folder holds a run."""
+
+TRAINED = ("checkpoints/*", "checkpoints/.*.partial", "rollouts/*", "final", "merged")
+"""What shows that a run has finished a step, besides its metrics."""
+
+
+class RunFolder:
+    """Checks the folder before any model is loaded; :meth:`claim` writes to it.
+
+    Args:
+        config: of the run.
+        processes: that share the prompts of a step.
+
+    Raises:
+        ConfigError: the folder holds another run, or the run to resume had other settings.
+        CheckpointError: the checkpoint to resume from is none.
+    """
+
+    def __init__(self, config: TrainConfig, processes: int = 1) -> None:
+        self.path = Path(config.output_dir)
+        self.config = config
+        self.checkpoint: Path | None = None
+        self._held: IO[str] | None = None
+        require_writable("output_dir", config.output_dir)
+        if (self.path / LOCK).exists():
+            self._lock(fcntl.LOCK_SH).close()  # refuse what another process is writing before anything is loaded
+        occupied = any((self.path / name).exists() for name in OWN)
+        if config.resume_from_checkpoint is None:
+            if occupied and self._has_trained():
+                raise ConfigError(f"output_dir={config.output_dir!r} already holds a run; {self._way_out()}")
+            return
+        self.checkpoint = find_checkpoint(self.path, config.resume_from_checkpoint)
+        if self.checkpoint is None:
+            self._start_again(occupied)
+            return
+        origin = self.checkpoint.resolve().parent.parent
+        if occupied and origin != self.path.resolve():
+            raise ConfigError(
+                f"output_dir={config.output_dir!r} holds another run than the checkpoint "
+                f"{str(self.checkpoint)!r}; choose a new folder, or resume from a checkpoint of this one"
+            )
+        if (origin / "config.yaml").is_file():
+            stored = yaml.safe_load((origin / "config.yaml").read_text("utf-8"))
+            # Read like any configuration, so that a setting newer than the run has its default.
+            _require_same(to_mapping(from_mapping(TrainConfig, stored)), to_mapping(config))
+        _require_batch(self.state.get("prompts_per_step"), config, processes)
+
+    def _start_again(self, occupied: bool) -> None:
+        """A run that was interrupted before its first checkpoint, or never begun, starts from the beginning."""
+        stored = self.path / "config.yaml"
+        if (self.path / "final").exists() or (occupied and not stored.is_file()):
+            raise ConfigError(
+                f"output_dir={self.config.output_dir!r} has no checkpoint to continue from, and what it holds is not "
+                "an interrupted run; choose another folder (save_steps writes checkpoints)"
+            )
+        if stored.is_file():
+            before = from_mapping(TrainConfig, yaml.safe_load(stored.read_text("utf-8")))
+            _require_same(to_mapping(before), to_mapping(self.config))
+        logger.info("no checkpoint in %s yet: starting from the beginning", self.path / "checkpoints")
+
+    def claim(self) -> None:
+        """Make the folder this run's; called once everything that can be refused has been checked.
+
+        Raises:
+            ConfigError: another process is writing to it.
+            WriteError: it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._held = self._lock(fcntl.LOCK_EX)
+        except OSError as error:
+            raise WriteError(f"output_dir={self.config.output_dir!r} cannot be written ({error})") from error
+        if self.config.resume_from_checkpoint is None and self._has_trained():  # since it was looked at first
+            raise ConfigError(f"output_dir={self.config.output_dir!r} already holds a run; {self._way_out()}")
+        if self.config.resume_from_checkpoint is None:  # what a run that trained nothing has left
+            for name in ("config.yaml", "metrics.jsonl"):
+                (self.path / name).unlink(missing_ok=True)
+        if not (self.path / "config.yaml").exists():
+            text = yaml.safe_dump(to_mapping(self.config), sort_keys=False, allow_unicode=True)
+            partial = self.path / "config.yaml.tmp"
+            partial.write_text(text, "utf-8")
+            partial.replace(self.path / "config.yaml")
+
+    def _lock(self, kind: int) -> IO[str]:
+        """Lock the folder until the file is closed or this process has ended, however it ends."""
+        try:
+            file = open(self.path / LOCK, "a")  # noqa: SIM115 - closed by release()
+        except OSError as error:
+            raise WriteError(f"output_dir={self.config.output_dir!r} cannot be written ({error})") from error
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ConfigError(
+                f"output_dir={self.config.output_dir!r} is being written by another process; choose another folder, or "
+                "end that process first"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("%s cannot be locked (%s): start no second run in it", self.path, error)
+        return file
+
+    def release(self) -> None:
+        """Let another run have the folder."""
+        if self._held is not None:
+            self._held.close()
+
+    def _way_out(self) -> str:
+        if list_checkpoints(self.path / "checkpoints"):
+            return "continue it with --resume_from_checkpoint latest, or choose another folder"
+        return (
+            "it has finished steps, but no checkpoint to continue from: choose another folder or remove this one "
+            "(save_steps writes checkpoints)"
+        )
+
+    def _has_trained(self) -> bool:
+        metrics = self.path / "metrics.jsonl"
+        steps = [line["step"] for line in read_metrics(metrics)] if metrics.is_file() else []
+        return max(steps, default=0) > 0 or any(any(self.path.glob(pattern)) for pattern in TRAINED)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the checkpoint to resume from holds; empty for a new run."""
+        return {} if self.checkpoint is None else read_state(self.checkpoint)
+
+
+def require_writable(name: str, folder: str) -> None:
+    """Raise ConfigError unless a folder can be made, or written to, where a setting wants it."""
+    path = Path(folder)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{name}={folder!r} is not possible: {str(there)!r} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{name}={folder!r} is not possible: {str(there)!r} cannot be written to")
+
+
+class InputFiles:
+    """Notices when a file that a run was started from changes under it.
+
+    The run goes on with what it has read, but can be resumed only with that.
+
+    Args:
+        paths: files; what is none (a hub data set, say) is passed over.
+    """
+
+    def __init__(self, paths: Sequence[str] = ()) -> None:
+        self._seen = {path: _stamp(path) for path in paths}
+
+    def check(self) -> None:
+        """Warn about every file that has changed since the last time."""
+        for path, before in self._seen.items():
+            now = _stamp(path)
+            if now != before:
+                logger.warning(
+                    "%s has %s while the run was using it: the run goes on with what it read at its start, but it "
+                    "can be resumed only when the file is as it was",
+                    path,
+                    "changed" if now else "disappeared",
+                )
+                self._seen[path] = now
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        return None
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def _require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    before, now = _lasting(before), _lasting(now)
+    changed = [
+        f"  {key}: {before.get(key)!r} then, {now.get(key)!r} now"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        listing = "\n".join(changed)
+        raise ConfigError(
+            f"the run to resume had other settings:\n{listing}\n"
+            "Resume with the same settings, or start a new run in another output_dir."
+        )
+
+
+def _require_batch(before: int | None, config: TrainConfig, processes: int) -> None:
+    now = config.prompts_per_step * processes
+    if before is not None and before != now:
+        raise ConfigError(
+            f"the run to resume had {before} prompts in a step, this one has {now} (per_device_train_batch_size="
+            f"{config.per_device_train_batch_size} x gradient_accumulation_steps={config.gradient_accumulation_steps} "
+            f"x {processes} processes); change the first two so that their product with the processes is {before}"
+        )
+
+
+def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that must be the same in a resumed run."""
+    teachers = [
+        {key: value for key, value in teacher.items() if key not in TEACHER_MAY_CHANGE}
+        for teacher in settings.get("teachers") or ()
+    ]
+    return {key: value for key, value in settings.items() if key not in MAY_CHANGE} | {"teachers": teachers}
