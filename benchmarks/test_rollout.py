@@ -18,10 +18,11 @@ import torch
 
 from opdengine.config.loading import from_mapping
 from opdengine.config.train import TrainConfig
-from opdengine.metrics import read_metrics, write_jsonl
+from opdengine.metrics import write_jsonl
 from opdengine.rollout.vllm import VLLMSampler, engine_environment
 from opdengine.rollout.vllm_base import _seed
 from opdengine.training.run import train
+from opdengine.training.writer import read_metrics
 from opdengine.types import Request, SamplingParams
 
 pytestmark = pytest.mark.vllm

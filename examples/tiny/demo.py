@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from opdengine.metrics import read_metrics, write_jsonl
+from opdengine.metrics import write_jsonl
+from opdengine.training.writer import read_metrics
 from tiny import task
 
 HERE = Path(__file__).parent

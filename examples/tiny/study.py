@@ -150,8 +150,8 @@ def run(arm: str, seed: int, settings: Mapping[str, Any], reported: Sequence[str
 
     from opdengine.config.loading import from_mapping
     from opdengine.config.train import TrainConfig
-    from opdengine.metrics import read_metrics
     from opdengine.training.run import train
+    from opdengine.training.writer import read_metrics
 
     torch.set_num_threads(1)
     started = time.perf_counter()

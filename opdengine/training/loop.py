@@ -16,7 +16,7 @@ from typing import Any
 from opdengine.data.prompts import PromptStream, ScheduledStream
 from opdengine.distributed import PeerError
 from opdengine.errors import ServiceError, WriteError
-from opdengine.metrics import MetricsWriter, NoWriter, write_jsonl
+from opdengine.metrics import write_jsonl
 from opdengine.models.checkpoint import list_checkpoints, save_checkpoint
 from opdengine.teachers import TeacherError
 from opdengine.training.progress import Progress
@@ -25,6 +25,7 @@ from opdengine.training.sanity import ProbeError
 from opdengine.training.signals import Interrupts
 from opdengine.training.step import Engine
 from opdengine.training.step_result import Prepared, StepResult
+from opdengine.training.writer import MetricsWriter, NoWriter
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from opdengine.distributed import Ranks, start
 from opdengine.environments.setup import held_out_tasks, load_tasks
 from opdengine.methods import build_recipe
 from opdengine.methods.method import Recipe
-from opdengine.metrics import MetricsWriter, NoWriter, require_trackers, write_jsonl
+from opdengine.metrics import write_jsonl
 from opdengine.models.backbone import check_model_path, load_model, read_window
 from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.models.checkpoint import restore_optimizer, write_model
@@ -31,6 +31,7 @@ from opdengine.training.progress import Progress
 from opdengine.training.run_folder import InputFiles, RunFolder, require_writable
 from opdengine.training.signals import Interrupted, Interrupts
 from opdengine.training.step import Engine
+from opdengine.training.writer import MetricsWriter, NoWriter, require_trackers
 from opdengine.types import Prompt
 from opdengine.verifiers.grader import Grader
 

@@ -18,8 +18,8 @@ import yaml
 from opdengine.config.loading import from_mapping, to_mapping
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.errors import WriteError
-from opdengine.metrics import read_metrics
 from opdengine.models.checkpoint import find_checkpoint, list_checkpoints, read_state
+from opdengine.training.writer import read_metrics
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from opdengine.environments import guard
+from opdengine.workers import guard
 
 END_SECONDS = 30.0
 CHUNK = 1 << 16

@@ -13,8 +13,8 @@ import yaml
 from ranks_helpers import torchrun
 from safetensors.torch import load_file
 
-from opdengine.metrics import read_metrics
 from opdengine.models.checkpoint import list_checkpoints
+from opdengine.training.writer import read_metrics
 
 WORKER = str(Path(__file__).with_name("train_worker.py"))
 STEPS = 4

@@ -15,9 +15,9 @@ from engine_helpers import PROMPTS
 from safetensors.torch import load_file
 
 from opdengine.cli import main
-from opdengine.metrics import read_metrics
 from opdengine.models.checkpoint import list_checkpoints
 from opdengine.training.step import Engine
+from opdengine.training.writer import read_metrics
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ import yaml
 from engine_helpers import PROMPTS
 from safetensors.torch import load_file
 
-from opdengine.metrics import read_metrics
 from opdengine.models.checkpoint import list_checkpoints
+from opdengine.training.writer import read_metrics
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("kill_run.py")

@@ -22,9 +22,9 @@ import opd_kernels
 import opdengine
 from opdengine.cli import main
 from opdengine.errors import ServiceError
-from opdengine.metrics import read_metrics
 from opdengine.models.checkpoint import list_checkpoints
 from opdengine.training.step import Engine
+from opdengine.training.writer import read_metrics
 
 KILLER = '''
 """Grades like "numeric"; kills the training process at the call that the environment names."""

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from opdengine.cli import main
-from opdengine.metrics import read_metrics
+from opdengine.training.writer import read_metrics
 from tiny import task
 
 ROOT = Path(__file__).parents[2]

@@ -25,7 +25,6 @@ from opdengine.methods import build_recipe
 from opdengine.methods.advantage import PolicyGradient
 from opdengine.methods.camopd import Branches, Selected
 from opdengine.methods.gap_selection import gap_score, mass_prefix, select
-from opdengine.metrics import read_metrics
 from opdengine.tools.gradient_diagnostics import (
     Coherence,
     coherence,
@@ -37,6 +36,7 @@ from opdengine.tools.gradient_diagnostics import (
 from opdengine.training import scoring
 from opdengine.training.run import train
 from opdengine.training.step import Engine
+from opdengine.training.writer import read_metrics
 from opdengine.types import Prompt
 
 Models = dict[str, str]

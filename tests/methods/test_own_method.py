@@ -13,8 +13,8 @@ from engine_helpers import make_config, make_engine, make_items
 from opdengine.config.train import ConfigError
 from opdengine.data.prompts import load_prompts
 from opdengine.methods import build_recipe
-from opdengine.metrics import read_metrics
 from opdengine.training.run import train
+from opdengine.training.writer import read_metrics
 
 ROOT = Path(__file__).parents[2]
 

@@ -29,7 +29,6 @@ from opdengine.config.loading import from_mapping
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.data.prompts import PromptStream, load_prompts
 from opdengine.distributed import Ranks
-from opdengine.metrics import read_metrics
 from opdengine.models.checkpoint import list_checkpoints
 from opdengine.rollout import vllm_client
 from opdengine.rollout.engine_process import EngineDiedError, EngineError
@@ -41,6 +40,7 @@ from opdengine.training.build import build_sampler
 from opdengine.training.loop import prepared
 from opdengine.training.run import train
 from opdengine.training.step import Engine
+from opdengine.training.writer import read_metrics
 from opdengine.types import SamplingParams
 
 

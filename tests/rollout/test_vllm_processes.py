@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM
 from vllm_helpers import VLLMServer, alive, members_of, requests, same, save_model, train, worst_gap
 
 from opdengine.distributed import Ranks
-from opdengine.metrics import read_metrics
 from opdengine.rollout.engine_process import EngineError
 from opdengine.rollout.http_client import JSONClient
 from opdengine.rollout.vllm_client import VLLMServerSampler
 from opdengine.rollout.vllm_group import VLLMGroupSampler
+from opdengine.training.writer import read_metrics
 from opdengine.types import SamplingParams
 
 pytestmark = pytest.mark.vllm

@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM
 
 from opdengine.config.train import LoRAConfig
 from opdengine.distributed import PeerError, Ranks
-from opdengine.metrics import read_metrics
 from opdengine.models.checkpoint import list_checkpoints
 from opdengine.models.lora import add_adapter, policy
 from opdengine.rollout import vllm_client, vllm_group
@@ -34,6 +33,7 @@ from opdengine.rollout.vllm_client import VLLMServerSampler
 from opdengine.rollout.vllm_extension import PolicyLoader
 from opdengine.rollout.vllm_group import VLLMGroupSampler
 from opdengine.training.build import _gpus
+from opdengine.training.writer import read_metrics
 
 
 @pytest.fixture(autouse=True)

@@ -17,10 +17,10 @@ from teacher_helpers import Server, serve
 from opdengine.cli import main
 from opdengine.config.loading import to_mapping
 from opdengine.config.train import TrainConfig
-from opdengine.metrics import read_metrics
 from opdengine.models.checkpoint import list_checkpoints
 from opdengine.teachers import TeacherError
 from opdengine.training.run import train
+from opdengine.training.writer import read_metrics
 
 SAY = "so it is <<CONFIDENCE=90>>"
 PER_STEP = 2

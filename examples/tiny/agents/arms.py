@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from opdengine.environments.house import House
-from opdengine.metrics import read_metrics
+from opdengine.training.writer import read_metrics
 from tiny.agents import world
 from tiny.agents.results import SPLITS, build_table, draw
 
