@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "doctor":
         return doctor()
+    from opdengine.errors import ProbeError
     from opdengine.teachers import TeacherError
-    from opdengine.training.sanity import ProbeError
 
     try:
         return _run(options, rest)
@@ -230,7 +230,7 @@ def _balance(config: TrainConfig, options: argparse.Namespace) -> int:
 
 
 def _debate(config: TrainConfig, text: str, key: str) -> int:
-    from opdengine.methods.mad_opd import DebateContexts
+    from opdengine.methods.debate.contexts import DebateContexts
     from opdengine.models.backbone import default_device
     from opdengine.teachers.local import LocalTeacher
     from opdengine.training.build import serve_teachers, teacher_tokenizer

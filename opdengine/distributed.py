@@ -77,6 +77,11 @@ class Ranks:
         """The sequences of all ranks, one after the other."""
         return [value for part in self.gather(values) for value in part]
 
+    def own(self, count: int) -> slice:
+        """Where this rank's ``count`` values stand in what :meth:`join` gives."""
+        first = sum(self.gather(count)[: self.rank])
+        return slice(first, first + count)
+
     def sum(self, value: float) -> float:
         """Sum over the ranks, the same to the last bit on all of them."""
         return sum(self.gather(value))

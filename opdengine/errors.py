@@ -17,3 +17,7 @@ class VLLMMissingError(ImportError):
 
 class WriteError(RuntimeError):
     """The run's files cannot be written: the disk is full, say. What was written before is whole."""
+
+
+class ProbeError(RuntimeError):
+    """A sanity check failed: going on would train on something wrong."""

@@ -1,16 +1,17 @@
-"""The data that travels through one training step.
+"""The data that travels through one training step. This module imports nothing of the engine.
 
-Every type is a frozen dataclass over plain Python and numpy, so that it can be pickled to a
-worker, written to disk and compared in a test. This module imports nothing of the engine.
-
-A step turns a :class:`Prompt` into a :class:`Rollout` (exact sampled token ids), one
-:class:`TeacherContext` per teacher (the same target ids under the teacher's own prefix) and one
-:class:`TokenSignal` (what the loss does with each target token).
+A :class:`Prompt` becomes a :class:`Sample`: the student's exact token ids in :class:`Turn`s, one
+:class:`TeacherContext` per teacher (the same target ids under the teacher's own prefix), what the teachers say about
+the targets (:class:`Hidden` or :class:`TopK`), and the weights of the loss. A :class:`Batch` holds the samples of one
+optimiser step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -80,88 +81,17 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """One finished trajectory of the policy, as exact token ids.
-
-    Args:
-        id: unique within the step.
-        prompt: the prompt it answers.
-        turns: prompt turn first, then sampled and environment turns in order.
-        policy_version: optimiser steps taken by the weights that sampled it.
-        stop_reason: "stop", "length" or an environment's own word.
-        reward: outcome in [0, 1], or None while unknown.
-        group: samples of the same prompt in the same step share a group.
-        text: the decoded trained text (for debates, judges, verifiers and logs only).
-        trajectory: rollouts that are steps of one episode share it; each holds a prefix of the same
-            token ids, so the engine runs the student over them once. Empty: it stands alone.
-        info: of a whole episode: ``success``, ``score``, and the environment's first observation.
-    """
-
-    id: str
-    prompt: Prompt
-    turns: tuple[Turn, ...]
-    policy_version: int = 0
-    stop_reason: str = "stop"
-    reward: float | None = None
-    group: str = ""
-    text: str = ""
-    trajectory: str = ""
-    info: Mapping[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def token_ids(self) -> np.ndarray:
-        """int64 [L]: the whole trajectory."""
-        return np.concatenate([turn.token_ids for turn in self.turns])
-
-    @cached_property
-    def target_positions(self) -> np.ndarray:
-        """int64 [T]: where the trained tokens stand in :attr:`token_ids`."""
-        trains = np.concatenate([np.full(len(t.token_ids), t.trains) for t in self.turns])
-        return np.flatnonzero(trains)
-
-    @cached_property
-    def targets(self) -> np.ndarray:
-        """int64 [T]: the trained token ids; every per-token array aligns with this one."""
-        return self.token_ids[self.target_positions]
-
-    @cached_property
-    def target_turns(self) -> np.ndarray:
-        """int64 [T]: index into :attr:`turns` of each trained token."""
-        index = np.concatenate([np.full(len(t.token_ids), i) for i, t in enumerate(self.turns)])
-        return index[self.target_positions]
-
-    @property
-    def trained_turns(self) -> int:
-        """Number of turns that carry loss."""
-        return sum(turn.trains for turn in self.turns)
-
-    @property
-    def is_clipped(self) -> bool:
-        """Whether a sampled turn ran into its length limit."""
-        return self.stop_reason == "length" or any(turn.info.get("stop_reason") == "length" for turn in self.turns)
-
-    @cached_property
-    def logprobs(self) -> np.ndarray | None:
-        """float32 [T]: behaviour log-probs of the trained tokens; None if any is unknown."""
-        trained = [t.logprobs for t in self.turns if t.trains]
-        known = [logprobs for logprobs in trained if logprobs is not None]
-        if not trained or len(known) != len(trained):
-            return None
-        return np.concatenate(known)
-
-
-@dataclass(frozen=True)
 class TeacherContext:
-    """What one teacher reads to judge one rollout: its own prefix, then the same target ids.
+    """What one teacher reads to judge one sample: its own prefix, then the same target ids.
 
     Args:
-        rollout_id: the judged rollout.
+        sample_id: the judged sample.
         teacher: name of the teacher.
         token_ids: int64 [L], the teacher's whole input.
-        target_positions: int64 [T], positions in ``token_ids`` of the rollout's targets, in order.
+        target_positions: int64 [T], positions in ``token_ids`` of the sample's targets, in order.
     """
 
-    rollout_id: str
+    sample_id: str
     teacher: str
     token_ids: np.ndarray
     target_positions: np.ndarray
@@ -169,38 +99,38 @@ class TeacherContext:
     @classmethod
     def replace_prompt(
         cls,
-        rollout: Rollout,
+        sample: Sample,
         teacher: str,
         prefix_ids: Sequence[int] | np.ndarray,
         answers: Mapping[int, Sequence[int]] | None = None,
     ) -> TeacherContext:
-        """Put ``prefix_ids`` in place of the rollout's prompt turn and keep the sampled ids after it.
+        """Put ``prefix_ids`` in place of the sample's prompt turn and keep the sampled ids after it.
 
         Args:
-            rollout: the judged rollout.
+            sample: the judged sample.
             teacher: name of the teacher.
             prefix_ids: what it reads first.
             answers: index of a turn of the environment -> ids in its place.
         """
         others = {0: prefix_ids, **(answers or {})}
-        parts = [np.asarray(others.get(i, t.token_ids), dtype=np.int64) for i, t in enumerate(rollout.turns)]
-        trains = [np.full(len(part), turn.trains) for part, turn in zip(parts, rollout.turns, strict=True)]
-        context = cls(rollout.id, teacher, np.concatenate(parts), np.flatnonzero(np.concatenate(trains)))
-        context.check(rollout)
+        parts = [np.asarray(others.get(i, t.token_ids), dtype=np.int64) for i, t in enumerate(sample.turns)]
+        trains = [np.full(len(part), turn.trains) for part, turn in zip(parts, sample.turns, strict=True)]
+        context = cls(sample.id, teacher, np.concatenate(parts), np.flatnonzero(np.concatenate(trains)))
+        context.check(sample)
         return context
 
-    def check(self, rollout: Rollout) -> None:
+    def check(self, sample: Sample) -> None:
         """Raise ValueError unless the teacher judges exactly the ids that the student sampled."""
         positions = self.target_positions
         if len(positions) and (positions[0] < 1 or positions[-1] >= len(self.token_ids)):
             raise ValueError(
                 f"teacher {self.teacher!r}: target positions {positions[0]}..{positions[-1]} leave "
-                f"the context of {len(self.token_ids)} tokens (rollout {rollout.id!r})"
+                f"the context of {len(self.token_ids)} tokens (sample {sample.id!r})"
             )
-        if not np.array_equal(self.token_ids[positions], rollout.targets):
+        if not np.array_equal(self.token_ids[positions], sample.target_ids):
             raise ValueError(
                 f"teacher {self.teacher!r}: its context does not hold the student's exact token "
-                f"ids for rollout {rollout.id!r}; contexts must be built from ids, not from text"
+                f"ids for sample {sample.id!r}; contexts must be built from ids, not from text"
             )
 
 
@@ -257,23 +187,207 @@ class Failure:
         return f"teacher {self.teacher!r} failed ({self.reason}): {self.detail}"
 
 
-@dataclass(frozen=True)
-class TokenSignal:
-    """What the loss does with one rollout: the only thing that a method produces.
+PER_TOKEN = (
+    "student_logprob",
+    "teacher_logprob",
+    "teacher_top1",
+    "teacher_entropy",
+    "kl_weight",
+    "advantage",
+)
+"""Fields of a :class:`Sample` whose first axis is its T targets."""
+
+
+@dataclass(eq=False)
+class Sample:
+    """One training sequence on its way through a step, filled from left to right.
+
+    T is the number of target tokens, K the number of teachers that judge them. Every per-token array is checked
+    against the targets when it is set.
 
     Args:
-        kl_weight: float32 [T] multiplies the divergence at each target (before normalisation).
-        mix: float32 [T, K] weight of each teacher at each target, or None for uniform.
-        advantage: float32 [T] multiplies log p(target), or None for no such term.
-        keep: False drops the rollout from the update.
-        reason: why it was dropped; counted in the metrics.
+        id: unique within the step.
+        prompt: the prompt that the sequence answers.
+        turns: the prompt turn first, then sampled and environment turns in order.
+        policy_version: optimiser steps taken by the weights that sampled the sequence.
+        stop_reason: "stop", "length" or an environment's own word.
+        reward: outcome in [0, 1], or None while unknown.
+        group: samples of the same prompt in the same step share a group.
+        text: the decoded trained text (for debates, judges, verifiers and logs only).
+        trajectory: samples that are steps of one episode share it; each holds a prefix of the same token ids, so
+            the student reads them once. Empty: the sample stands alone.
+        info: of a whole episode: ``success``, ``score``, and the environment's first observation.
+        contexts: what each of the K teachers reads (set by ``Method.annotate``).
+        mix: float32 [K] or [T, K] teacher weights; None is uniform.
+        turn_weight: float32 [number of turns], None for ones. Where it is 0 on every trained turn no model is run;
+            the tokens still count in the denominators.
+        teacher_targets: what each teacher said about the targets, in the order of ``contexts``; empty where no
+            teacher was asked (set by the scoring).
+        student_logprob: float32 [T] the trainer's log p(target) before the update, nats. This and the next three
+            are None unless the method needs them.
+        teacher_logprob: float32 [T, K] log q_k(target), nats.
+        teacher_top1: float32 [T, K] largest probability of q_k.
+        teacher_entropy: float32 [T, K] of q_k, nats (of a served teacher: at most this).
+        kl_weight: float32 [T] multiplies the divergence at each target (set by ``Method.weigh``).
+        advantage: float32 [T] multiplies log p(target); None for no such term.
+        scale: the loss denominator: what both weights are multiplied with in the loss.
+        drop: why the sample is left out of the update; empty while it is kept. Every reason is counted.
     """
 
-    kl_weight: np.ndarray
+    id: str
+    prompt: Prompt
+    turns: tuple[Turn, ...]
+    policy_version: int = 0
+    stop_reason: str = "stop"
+    reward: float | None = None
+    group: str = ""
+    text: str = ""
+    trajectory: str = ""
+    info: Mapping[str, Any] = field(default_factory=dict)
+    contexts: tuple[TeacherContext, ...] = ()
     mix: np.ndarray | None = None
+    turn_weight: np.ndarray | None = None
+    teacher_targets: tuple[TeacherTargets, ...] = ()
+    student_logprob: np.ndarray | None = None
+    teacher_logprob: np.ndarray | None = None
+    teacher_top1: np.ndarray | None = None
+    teacher_entropy: np.ndarray | None = None
+    kl_weight: np.ndarray | None = None
     advantage: np.ndarray | None = None
-    keep: bool = True
-    reason: str = ""
+    scale: float = 1.0
+    drop: str = ""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in PER_TOKEN and value is not None and len(value) != len(self.target_ids):
+            raise ValueError(
+                f"sample {self.id!r}: {name} has {len(value)} entries for {len(self.target_ids)} target tokens"
+            )
+        super().__setattr__(name, value)
+
+    @cached_property
+    def token_ids(self) -> np.ndarray:
+        """int64 [L]: the whole trajectory."""
+        return np.concatenate([turn.token_ids for turn in self.turns])
+
+    @cached_property
+    def target_positions(self) -> np.ndarray:
+        """int64 [T]: where the trained tokens stand in :attr:`token_ids`."""
+        trains = np.concatenate([np.full(len(t.token_ids), t.trains) for t in self.turns])
+        return np.flatnonzero(trains)
+
+    @cached_property
+    def target_ids(self) -> np.ndarray:
+        """int64 [T]: the trained token ids; every per-token array aligns with this one."""
+        return self.token_ids[self.target_positions]
+
+    @cached_property
+    def target_turns(self) -> np.ndarray:
+        """int64 [T]: index into :attr:`turns` of each trained token."""
+        index = np.concatenate([np.full(len(t.token_ids), i) for i, t in enumerate(self.turns)])
+        return index[self.target_positions]
+
+    @cached_property
+    def sampler_logprob(self) -> np.ndarray | None:
+        """float32 [T]: the sampler's log-probs of the targets, nats; None if any is unknown."""
+        trained = [t.logprobs for t in self.turns if t.trains]
+        known = [logprobs for logprobs in trained if logprobs is not None]
+        if not trained or len(known) != len(trained):
+            return None
+        return np.concatenate(known)
+
+    @property
+    def trained_turns(self) -> int:
+        """Number of turns that carry loss."""
+        return sum(turn.trains for turn in self.turns)
+
+    @property
+    def is_clipped(self) -> bool:
+        """Whether a sampled turn ran into its length limit."""
+        return self.stop_reason == "length" or any(turn.info.get("stop_reason") == "length" for turn in self.turns)
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Names of the teachers behind :attr:`teacher_targets`."""
+        return tuple(c.teacher for c in self.contexts) if self.teacher_targets else ()
+
+    @property
+    def target_turn_weight(self) -> np.ndarray:
+        """float32 [T]: the weight of each target's turn."""
+        if self.turn_weight is None:
+            return np.ones(len(self.target_ids), dtype=np.float32)
+        return np.asarray(self.turn_weight, dtype=np.float32)[self.target_turns]
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether any token adds to the loss."""
+        return any(w is not None and bool(np.any(w)) for w in (self.kl_weight, self.advantage))
+
+    def token_mix(self, count: int) -> np.ndarray:
+        """float64 [T, K] teacher weights of every target, for ``count`` teachers."""
+        rows = len(self.target_ids)
+        if self.mix is None:
+            return np.full((rows, count), 1 / max(count, 1))
+        mix = np.asarray(self.mix, dtype=np.float64)
+        if mix.shape not in ((count,), (rows, count)):
+            raise ValueError(
+                f"sample {self.id!r}: {rows} targets and {count} teachers need a mix of shape [{count}] or "
+                f"[{rows}, {count}], got {list(mix.shape)}"
+            )
+        return np.broadcast_to(mix, (rows, count))
+
+    def keep_teachers(self, names: Collection[str]) -> None:
+        """Leave out the other teachers; their weight goes to these in proportion."""
+        chosen = [c.teacher in names for c in self.contexts]
+        if all(chosen):
+            return
+        self.contexts = tuple(c for c, stays in zip(self.contexts, chosen, strict=True) if stays)
+        if self.mix is None:
+            return
+        left, whole = self.mix[..., chosen], self.mix.sum(axis=-1, keepdims=True)
+        total = left.sum(axis=-1, keepdims=True)
+        uniform = np.full_like(left, 1 / max(len(self.contexts), 1))
+        share = np.divide(left, total, out=uniform, where=total > 0)
+        self.mix = (whole * share).astype(np.float32)
+
+
+@dataclass
+class Batch:
+    """The samples of one optimiser step on this process. Iterating gives those that are not dropped.
+
+    Args:
+        number: of the step, from 0; seeds whatever is chosen at random.
+        samples: all of them; what a method leaves out stays here with its reason in ``drop``.
+        metrics: a plain float is a count and is added over the processes; a :class:`opdengine.metrics.Mean` is
+            averaged by its weight.
+        records: rows for the run's log files: debates, verdicts.
+        lost: what never became a sample of this batch (broken episodes, steps that were not chosen), by reason.
+        timing: wall seconds by phase.
+    """
+
+    number: int = 0
+    samples: list[Sample] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    records: list[Mapping[str, Any]] = field(default_factory=list)
+    lost: Counter[str] = field(default_factory=Counter)
+    timing: dict[str, float] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter([sample for sample in self.samples if not sample.drop])
+
+    def __len__(self) -> int:
+        return sum(not sample.drop for sample in self.samples)
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """How many were left out of the update, by reason."""
+        return self.lost + Counter(sample.drop for sample in self.samples if sample.drop)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the wall seconds of what is inside to a phase."""
+        start = time.perf_counter()
+        yield
+        self.timing[phase] = self.timing.get(phase, 0.0) + time.perf_counter() - start
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerFast
 
-from opdengine.methods.debate_prompts import debate_prompts
+from opdengine.methods.debate.prompts import debate_prompts
 from tiny import task
 from tiny.tokenizer import END
 

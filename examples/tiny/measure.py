@@ -7,7 +7,7 @@ from statistics import fmean
 
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from opdengine.methods.debate_prompts import parse_confidence
+from opdengine.methods.debate.prompts import parse_confidence
 from tiny import task
 from tiny.lessons import PROMPTS, spoken_answer, user_chat
 from tiny.training import generate, hold_debates

@@ -26,7 +26,7 @@ DEBATE_PROMPTS = {
     "score": "{task}\n{transcript}\nYou are Expert {expert}. Give the final answer.",
     "confidence": " How sure are you?",
 }
-"""A family for ``opdengine.methods.debate_prompts.debate_prompts``; the teachers were trained on it."""
+"""A family for ``opdengine.methods.debate.prompts.debate_prompts``; the teachers were trained on it."""
 
 # What a digit stands for while a program runs. Two programs that agree here agree for every
 # operand: with the digits themselves, (2+2)*1 and 2+(2*1) would agree by accident.

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from opdengine.methods.debate_prompts import parse_confidence
+from opdengine.methods.debate.prompts import parse_confidence
 from tiny import task
 from tiny.lessons import (
     IGNORE,

@@ -1,4 +1,4 @@
-"""Sections of :class:`opdengine.config.train.TrainConfig` that belong to no method: data, teachers, environment, adapter."""
+"""Settings that belong to no method: data, teachers, environment, adapter."""
 
 from __future__ import annotations
 

@@ -10,22 +10,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from opdengine.config.sections import DATA_COLUMNS, DataConfig
 from opdengine.data.formats import NotSelected, adapt, find_format
+from opdengine.data.reasoning_tasks import GENERATED, generate
 from opdengine.models.chat import plain_message
 from opdengine.types import Prompt
 
-if TYPE_CHECKING:
-    from opdengine.methods.method import Schedule
-
 logger = logging.getLogger(__name__)
-
-GENERATED = "reasoning_gym:"
-"""What the paths of generated tasks begin with."""
 
 
 class DataError(ValueError):
@@ -222,6 +217,17 @@ class PromptStream:
         return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.prompts))
 
 
+class Schedule(Protocol):
+    """Which data stream a prompt belongs to, and what share of a step each stream has; a method has all three."""
+
+    @property
+    def streams(self) -> tuple[str, ...]: ...
+
+    def stream_of(self, prompt: Prompt) -> str: ...
+
+    def schedule(self, step: int) -> Mapping[str, float]: ...
+
+
 class ScheduledStream:
     """Batches from several streams in the shares that a schedule asks for, each stream in its own order.
 
@@ -249,7 +255,7 @@ class ScheduledStream:
 
     def next(self, count: int) -> list[Prompt]:
         """The ``count`` prompts of the next step, stream by stream; counts are rounded by largest remainder."""
-        shares = self.schedule.shares(self.step)
+        shares = self.schedule.schedule(self.step)
         wanted = {name: count * shares.get(name, 0.0) for name in self.streams}
         counts = {name: math.floor(x + 1e-9) for name, x in wanted.items()}
         by_remainder = sorted(wanted, key=lambda name: counts[name] - wanted[name])
@@ -351,8 +357,6 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
         DataError: the file does not exist or cannot be read.
     """
     if path.startswith(GENERATED):
-        from opdengine.verifiers.reasoning_tasks import generate
-
         yield from enumerate(_read(path, lambda: list(generate(path))), start=1)
         return
     file = Path(path).expanduser()

@@ -18,7 +18,7 @@ import numpy as np
 from opdengine.environments.protocol import Broken, Observation, Step, Task
 from opdengine.metrics import Mean, mean
 from opdengine.models.chat import append_answer, encode_answer, encode_chat, written
-from opdengine.types import Completion, Message, Prompt, Request, Rollout, SamplingParams, Turn
+from opdengine.types import Completion, Message, Prompt, Request, Sample, SamplingParams, Turn
 
 if TYPE_CHECKING:
     from opdengine.rollout import Sampler
@@ -99,7 +99,7 @@ class Episodes:
     parse: Callable[[Message], Message] | None = None
     _turn: threading.Lock = field(default_factory=threading.Lock)
 
-    def play(self, sampler: Sampler, jobs: Sequence[Job], params: SamplingParams) -> tuple[list[Rollout], Counter[str]]:
+    def play(self, sampler: Sampler, jobs: Sequence[Job], params: SamplingParams) -> tuple[list[Sample], Counter[str]]:
         """One rollout per job, in order, without those whose environment broke (counted by reason).
 
         Calls from several threads take turns.
@@ -112,10 +112,8 @@ class Episodes:
         with self._turn:
             return self._play(sampler, jobs, params)
 
-    def _play(
-        self, sampler: Sampler, jobs: Sequence[Job], params: SamplingParams
-    ) -> tuple[list[Rollout], Counter[str]]:
-        waiting, finished, broken = deque(jobs), dict[str, Rollout](), Counter[str]()
+    def _play(self, sampler: Sampler, jobs: Sequence[Job], params: SamplingParams) -> tuple[list[Sample], Counter[str]]:
+        waiting, finished, broken = deque(jobs), dict[str, Sample](), Counter[str]()
         running: dict[int, Running] = {}
         version = sampler.policy_version
 
@@ -188,7 +186,7 @@ class Episodes:
             episode.turns.append(Turn("environment", np.array(following), messages=tuple(answer.messages)))
 
 
-def turns_of(rollout: Rollout) -> Iterator[tuple[int, Turn, tuple[Message, ...]]]:
+def turns_of(rollout: Sample) -> Iterator[tuple[int, Turn, tuple[Message, ...]]]:
     """(index, turn, the chat that the student saw before it) of every turn of the student."""
     chat = list(rollout.prompt.messages)
     for index, turn in enumerate(rollout.turns):
@@ -197,7 +195,7 @@ def turns_of(rollout: Rollout) -> Iterator[tuple[int, Turn, tuple[Message, ...]]
         chat.extend(turn.messages)
 
 
-def episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def episode_metrics(rollouts: Sequence[Sample]) -> dict[str, float]:
     """Success, score, length and faults of whole episodes, as ``episodes/...`` metrics.
 
     Repeated actions are those that the episode has executed before.
@@ -221,7 +219,7 @@ def episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     return metrics | {f"episodes/end/{reason}": float(count) for reason, count in sorted(ends.items())}
 
 
-def _rollout(episode: Running, reason: str, version: int) -> Rollout:
+def _rollout(episode: Running, reason: str, version: int) -> Sample:
     turns = episode.turns
     if turns[-1].role == "environment":  # an answer that the student did not get to read
         turns = turns[:-1]
@@ -229,7 +227,7 @@ def _rollout(episode: Running, reason: str, version: int) -> Rollout:
     success = bool(last.get("success", False))
     score = float(last.get("score", success))
     raw = {"raw_score": float(last["raw_score"])} if "raw_score" in last else {}
-    return Rollout(
+    return Sample(
         id=episode.job.id,
         prompt=episode.prompt,
         turns=tuple(turns),

@@ -14,122 +14,33 @@ import numpy as np
 import torch
 
 from opd_kernels import LogprobOutput, TeacherHead, linear_divergence, linear_logprob, topk_divergence
-from opdengine.loss.statistics import Tally
+from opdengine.distributed import Ranks
+from opdengine.loss.statistics import Statistics
 from opdengine.models.backbone import Head
-from opdengine.types import Hidden, Rollout, TeacherTargets, TokenSignal, TopK
+from opdengine.types import Hidden, Sample, TeacherTargets, TopK
+
+LossOf = Callable[[torch.Tensor, Sequence[Sample]], torch.Tensor]
+"""(hidden states [T, d] of the samples' targets, samples) -> this process's part of the loss."""
 
 
-@dataclass(frozen=True)
-class Item:
-    """One kept rollout, ready for the loss.
-
-    Args:
-        rollout: whose targets are trained.
-        teachers: names of the teachers that judge it, in the order of ``mix``.
-        targets: what the teachers say about the rollout's target tokens, one entry each.
-        kl_weight: float32 [T] weight of the divergence, normalised over the step.
-        mix: float32 [T, K].
-        advantage: float32 [T] weight of -log p(target), normalised over the step, or None.
-    """
-
-    rollout: Rollout
-    teachers: tuple[str, ...]
-    targets: tuple[TeacherTargets, ...]
-    kl_weight: np.ndarray
-    mix: np.ndarray
-    advantage: np.ndarray | None
-
-    @property
-    def has_weight(self) -> bool:
-        """Whether any token adds to the loss."""
-        return bool(np.any(self.kl_weight)) or (self.advantage is not None and bool(np.any(self.advantage)))
-
-
-@dataclass(frozen=True)
-class Strand:
-    """Items that share one forward pass of the student: the steps of one trajectory, or one rollout.
+def set_scales(samples: Sequence[Sample], mode: str, ranks: Ranks) -> None:
+    """Set the loss denominators, which are those of the whole step. All processes call this.
 
     Args:
-        token_ids: int64 [L], the longest of their sequences; the others are prefixes of it.
-        items: in the order of their targets.
-    """
-
-    token_ids: np.ndarray
-    items: tuple[Item, ...]
-
-    @property
-    def target_positions(self) -> np.ndarray:
-        """int64 [T] of all items, one after the other."""
-        return np.concatenate([item.rollout.target_positions for item in self.items])
-
-
-def fold(items: Sequence[Item]) -> list[Strand]:
-    """Join the steps of a trajectory, so that the student reads each trajectory once.
+        samples: all kept samples of this process.
+        mode: "token": 1 / all targets of the step; "sequence": 1 / (samples of the step * own targets).
+        ranks: of the run.
 
     Raises:
-        ValueError: a step's ids are not a prefix of its trajectory's; names the rollout.
+        ValueError: a sample has no weights.
     """
-    groups: dict[str, list[Item]] = {}
-    for i, item in enumerate(items):
-        groups.setdefault(item.rollout.trajectory or f"\0{i}", []).append(item)
-    strands = []
-    for members in groups.values():
-        longest = max((item.rollout.token_ids for item in members), key=len)
-        for item in members:
-            ids = item.rollout.token_ids
-            if not np.array_equal(ids, longest[: len(ids)]):
-                raise ValueError(
-                    f"rollout {item.rollout.id!r} is no prefix of its trajectory {item.rollout.trajectory!r}; "
-                    "steps must keep the exact token ids"
-                )
-        strands.append(Strand(longest, tuple(members)))
-    return strands
-
-
-def normalisers(rollouts: Sequence[Rollout], mode: str) -> list[float]:
-    """What every token weight of a rollout is multiplied with.
-
-    Args:
-        rollouts: all kept rollouts of the step.
-        mode: "token": 1 / total targets; "sequence": 1 / (rollouts * own targets).
-    """
-    lengths = [len(r.targets) for r in rollouts]
-    if mode == "token":
-        return [1 / max(sum(lengths), 1)] * len(rollouts)
-    return [1 / (len(rollouts) * max(length, 1)) for length in lengths]
-
-
-def make_item(
-    rollout: Rollout,
-    signal: TokenSignal,
-    teachers: Sequence[str],
-    targets: Sequence[TeacherTargets],
-    normaliser: float,
-) -> Item:
-    """Check that every per-token array aligns with the targets, and apply the normaliser.
-
-    Raises:
-        ValueError: an array has another length; names the rollout.
-    """
-    count, k = len(rollout.targets), len(teachers)
-    mix = signal.mix if signal.mix is not None else np.full((count, k), 1 / max(k, 1))
-    arrays = {"kl_weight": signal.kl_weight, "mix": mix, "advantage": signal.advantage}
-    for name, array in arrays.items():
-        if array is not None and len(array) != count:
-            raise ValueError(f"rollout {rollout.id!r}: {name} has {len(array)} entries for {count} target tokens")
-    if mix.shape != (count, k) or any(len(t) != count for t in targets):
-        raise ValueError(
-            f"rollout {rollout.id!r}: {count} targets and {k} teachers need mix [{count}, {k}] and "
-            f"{count} rows from each, got {mix.shape} and {[len(t) for t in targets]}"
-        )
-    return Item(
-        rollout=rollout,
-        teachers=tuple(teachers),
-        targets=tuple(targets),
-        kl_weight=(signal.kl_weight * normaliser).astype(np.float32),
-        mix=mix.astype(np.float32),
-        advantage=None if signal.advantage is None else signal.advantage * normaliser,
-    )
+    for sample in samples:
+        if sample.kl_weight is None:
+            raise ValueError(f"sample {sample.id!r} has no kl_weight; 'weigh' sets it on every sample it keeps")
+    lengths = ranks.join([len(sample.target_ids) for sample in samples])
+    for sample in samples:
+        own = len(lengths) * max(len(sample.target_ids), 1) if mode == "sequence" else max(sum(lengths), 1)
+        sample.scale = 1 / own
 
 
 @dataclass(frozen=True)
@@ -160,38 +71,38 @@ class Objective:
     group: Any = None
 
     def __call__(
-        self, hidden: torch.Tensor, head: Head, items: Sequence[Item], tally: Tally | None = None
+        self, hidden: torch.Tensor, head: Head, samples: Sequence[Sample], statistics: Statistics | None = None
     ) -> torch.Tensor:
         """Sum of all weighted terms.
 
         Args:
-            hidden: [T, d] student hidden states of the items' targets, in order.
+            hidden: [T, d] student hidden states of the samples' targets, in order.
             head: the student's head.
-            items: rollouts of the micro-batch.
-            tally: collects statistics when given.
+            samples: those of the micro-batch.
+            statistics: collects statistics when given.
         """
         loss = hidden.new_zeros((), dtype=torch.float32)
         head = head.to(hidden.dtype)
-        starts = np.cumsum([0] + [len(item.rollout.targets) for item in items])
-        for (divergence, teachers), members in self._groups(items).items():
+        starts = np.cumsum([0] + [len(sample.target_ids) for sample in samples])
+        for (divergence, teachers), members in self._groups(samples).items():
             rows = torch.from_numpy(np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])).to(
                 hidden.device
             )
             # index_select copies; the common case of one group needs none.
             part = hidden if len(rows) == len(hidden) else hidden.index_select(0, rows)
-            chosen = [items[i] for i in members]
-            if teachers and any(np.any(item.kl_weight) for item in chosen):
-                loss = loss + self._divergence(part, head, chosen, divergence, tally)
-            if any(item.advantage is not None and np.any(item.advantage) for item in chosen):
-                loss = loss + self._advantage(part, head, chosen, tally)
+            chosen = [samples[i] for i in members]
+            if teachers and any(np.any(kl_weight(sample)) for sample in chosen):
+                loss = loss + self._divergence(part, head, chosen, divergence, statistics)
+            if any(sample.advantage is not None and np.any(sample.advantage) for sample in chosen):
+                loss = loss + self._advantage(part, head, chosen, statistics)
         return loss
 
-    def _groups(self, items: Sequence[Item]) -> dict[tuple[str, tuple[str, ...]], list[int]]:
-        """Items that share divergence and teachers go through one call."""
+    def _groups(self, samples: Sequence[Sample]) -> dict[tuple[str, tuple[str, ...]], list[int]]:
+        """Samples that share divergence and teachers go through one call."""
         groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
-        for i, item in enumerate(items):
-            divergence = self.divergence_of(item.rollout.prompt.key) if item.teachers else ""
-            groups.setdefault((divergence, item.teachers), []).append(i)
+        for i, sample in enumerate(samples):
+            divergence = self.divergence_of(sample.prompt.key) if sample.teachers else ""
+            groups.setdefault((divergence, sample.teachers), []).append(i)
         # Rows keep their order within a group; a single group keeps all of them.
         return groups
 
@@ -204,35 +115,35 @@ class Objective:
         self,
         hidden: torch.Tensor,
         head: Head,
-        items: Sequence[Item],
+        samples: Sequence[Sample],
         divergence: str,
-        tally: Tally | None,
+        statistics: Statistics | None,
     ) -> torch.Tensor:
         """Sum over teachers: the exact divergence to those with a head, its lower bound to the others."""
-        names = items[0].teachers
+        names = samples[0].teachers
         exact = [k for k, name in enumerate(names) if name in self.heads]
         listed = [k for k, name in enumerate(names) if name not in self.heads]
         loss = hidden.new_zeros((), dtype=torch.float32)
         if exact:
-            loss = loss + self._exact(hidden, head, items, exact, divergence, tally)
+            loss = loss + self._exact(hidden, head, samples, exact, divergence, statistics)
         if listed:
-            loss = loss + self._listed(hidden, head, items, listed, divergence, tally)
+            loss = loss + self._listed(hidden, head, samples, listed, divergence, statistics)
         return loss
 
     def _exact(
         self,
         hidden: torch.Tensor,
         head: Head,
-        items: Sequence[Item],
+        samples: Sequence[Sample],
         exact: Sequence[int],
         divergence: str,
-        tally: Tally | None,
+        statistics: Statistics | None,
     ) -> torch.Tensor:
-        device, names = hidden.device, [items[0].teachers[k] for k in exact]
+        device, names = hidden.device, [samples[0].teachers[k] for k in exact]
         teachers = []
         for k, name in zip(exact, names, strict=True):
             their = self.heads[name]
-            states = [_hidden(item.targets[k]).to(device, their.weight.dtype) for item in items]
+            states = [_hidden(sample.teacher_targets[k]).to(device, their.weight.dtype) for sample in samples]
             teachers.append(
                 TeacherHead(
                     hidden=torch.cat(states),
@@ -249,43 +160,44 @@ class Objective:
             divergence=divergence,
             **self._shape(divergence),
             teacher_reduction=self.teacher_reduction,
-            mix=_tensor([item.mix[:, exact] for item in items], device),
-            token_weight=_tensor([item.kl_weight for item in items], device),
-            labels=_labels(items, device),
+            mix=_tensor([sample.token_mix(len(sample.teachers))[:, exact] for sample in samples], device),
+            token_weight=_tensor([kl_weight(sample) for sample in samples], device),
+            labels=_labels(samples, device),
             temperature=self.temperature,
             student_bias=head.bias,
             student_logit_scale=head.logit_scale,
             student_softcap=head.softcap,
-            stats=tally is not None,
+            stats=statistics is not None,
             impl=self.impl,
             workspace_bytes=self.workspace_bytes,
             vocab_size=self.vocab_size,
             group=self.group,
         )
-        if tally is not None and output.stats is not None:
-            tally.add_divergence(names, items, output.stats)
+        if statistics is not None and output.stats is not None:
+            statistics.add_divergence(names, samples, output.stats)
         return output.loss
 
     def _listed(
         self,
         hidden: torch.Tensor,
         head: Head,
-        items: Sequence[Item],
+        samples: Sequence[Sample],
         listed: Sequence[int],
         divergence: str,
-        tally: Tally | None,
+        statistics: Statistics | None,
     ) -> torch.Tensor:
         """Teachers of which only the likeliest tokens are known; the rest is one tail bucket."""
         device = hidden.device
         loss = hidden.new_zeros((), dtype=torch.float32)
         student = None
-        if tally is not None:
+        if statistics is not None:
             with torch.no_grad():
-                student = self._logprob(hidden, head, _labels(items, device))
-            if len(listed) == len(items[0].teachers):  # else the exact part has noted them
-                tally.add_student(items, student.logprob, student.entropy)
+                student = self._logprob(hidden, head, _labels(samples, device))
+            if len(listed) == len(samples[0].teachers):  # else the exact part has noted them
+                statistics.add_student(samples, student.logprob, student.entropy)
+        mixes = [sample.token_mix(len(sample.teachers)).astype(np.float32) for sample in samples]
         for k in listed:
-            ids, logprobs = (x.to(device) for x in _lists([item.targets[k] for item in items]))
+            ids, logprobs = (x.to(device) for x in _lists([sample.teacher_targets[k] for sample in samples]))
             output = topk_divergence(
                 hidden,
                 head.weight,
@@ -293,7 +205,7 @@ class Objective:
                 logprobs,
                 divergence=divergence,
                 **self._shape(divergence),
-                token_weight=_tensor([item.kl_weight * item.mix[:, k] for item in items], device),
+                token_weight=_tensor([kl_weight(s) * mix[:, k] for s, mix in zip(samples, mixes, strict=True)], device),
                 temperature=self.temperature,
                 student_bias=head.bias,
                 student_logit_scale=head.logit_scale,
@@ -304,25 +216,25 @@ class Objective:
                 group=self.group,
             )
             loss = loss + output.loss
-            if tally is not None and student is not None:
+            if statistics is not None and student is not None:
                 width = head.weight.shape[0] if self.vocab_size is None else self.vocab_size
                 kl = output.token_loss if divergence == "reverse_kl" else None
-                tally.add_listed(items[0].teachers[k], logprobs, width, student.logprob, kl)
+                statistics.add_listed(samples[0].teachers[k], logprobs, width, student.logprob, kl)
         return loss
 
-    def _advantage(self, hidden: torch.Tensor, head: Head, items: Sequence[Item], tally: Tally | None) -> torch.Tensor:
+    def _advantage(
+        self, hidden: torch.Tensor, head: Head, samples: Sequence[Sample], statistics: Statistics | None
+    ) -> torch.Tensor:
         """Sum of -advantage * log p(target); only tokens that have an advantage go through the head."""
         device = hidden.device
-        weights = _tensor(
-            [i.advantage if i.advantage is not None else np.zeros(len(i.rollout.targets)) for i in items], device
-        )
-        labels = _labels(items, device)
+        weights = _tensor([advantage(sample) for sample in samples], device)
+        labels = _labels(samples, device)
         if not bool((weights != 0).all()):
             rows = weights.nonzero().squeeze(1)
             hidden, labels, weights = hidden.index_select(0, rows), labels[rows], weights[rows]
         logprob = self._logprob(hidden, head, labels).logprob
-        if tally is not None:
-            tally.add_logprob(logprob.detach())
+        if statistics is not None:
+            statistics.add_logprob(logprob.detach())
         return -(weights * logprob).sum()
 
     def _logprob(self, hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> LogprobOutput:
@@ -340,12 +252,27 @@ class Objective:
         )
 
 
+def kl_weight(sample: Sample) -> np.ndarray:
+    """float32 [T]: the divergence's weight with the loss denominator in it."""
+    assert sample.kl_weight is not None
+    weight: np.ndarray = (sample.kl_weight * sample.scale).astype(np.float32)
+    return weight
+
+
+def advantage(sample: Sample) -> np.ndarray:
+    """[T]: the weight of log p(target) with the loss denominator in it; 0 where there is none."""
+    if sample.advantage is None:
+        return np.zeros(len(sample.target_ids))
+    weight: np.ndarray = sample.advantage * sample.scale
+    return weight
+
+
 def _tensor(arrays: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(arrays).astype(np.float32)).to(device)
 
 
-def _labels(items: Sequence[Item], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([item.rollout.targets for item in items])).to(device)
+def _labels(samples: Sequence[Sample], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([sample.target_ids for sample in samples])).to(device)
 
 
 def _hidden(targets: TeacherTargets) -> torch.Tensor:

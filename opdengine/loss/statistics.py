@@ -4,40 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from opd_kernels import TokenStats
 from opdengine.distributed import Ranks
-from opdengine.methods.method import Stats
-from opdengine.types import Rollout
-
-if TYPE_CHECKING:
-    from opdengine.loss.objective import Item
+from opdengine.types import Sample
 
 
-class Tally:
+class Statistics:
     """Collects per-token statistics over the micro-batches of a step."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[np.ndarray]] = {}
 
-    def add_divergence(self, names: Sequence[str], items: Sequence[Item], stats: TokenStats) -> None:
-        """Note what the fused op returned as statistics of these items."""
+    def add_divergence(self, names: Sequence[str], samples: Sequence[Sample], stats: TokenStats) -> None:
+        """Note what the fused op returned as statistics of these samples."""
         self._extend("student_entropy", stats.student_entropy)
         if stats.gap is not None:
             self._extend("gap", stats.gap)
         for k, name in enumerate(names):
             self._extend(f"teacher_kl/{name}", stats.reverse_kl[:, k])
             self._extend(f"teacher_entropy/{name}", stats.teacher_entropy[:, k])
-        self._difference(items, stats.student_logprob)
+        self._difference(samples, stats.student_logprob)
 
-    def add_student(self, items: Sequence[Item], logprob: torch.Tensor, entropy: torch.Tensor) -> None:
+    def add_student(self, samples: Sequence[Sample], logprob: torch.Tensor, entropy: torch.Tensor) -> None:
         """Note the student's own statistics where no exact divergence does."""
         self._extend("student_entropy", entropy)
-        self._difference(items, logprob)
+        self._difference(samples, logprob)
 
     def add_listed(
         self, name: str, logprobs: torch.Tensor, vocab: int, student: torch.Tensor, kl: torch.Tensor | None
@@ -64,27 +59,27 @@ class Tally:
         """Note the log-probs of targets that have an advantage."""
         self._extend("target_logprob", logprob)
 
-    def add_measured(self, names: Sequence[str], rollout: Rollout, stats: Stats) -> None:
+    def add_measured(self, sample: Sample) -> None:
         """Note what was measured before the update, for steps in which no divergence tells it."""
-        if stats.student_logprob is None:
+        if sample.student_logprob is None:
             return
-        if rollout.logprobs is not None:
-            self._extend("logprob_difference", stats.student_logprob - rollout.logprobs)
-        for k, name in enumerate(names):
-            if stats.teacher_logprob is not None:  # the mean gap is a sample of -KL
-                self._extend(f"teacher_kl/{name}", stats.student_logprob - stats.teacher_logprob[:, k])
-            if stats.teacher_entropy is not None:
-                self._extend(f"teacher_entropy/{name}", stats.teacher_entropy[:, k])
+        if sample.sampler_logprob is not None:
+            self._extend("logprob_difference", sample.student_logprob - sample.sampler_logprob)
+        for k, name in enumerate(sample.teachers):
+            if sample.teacher_logprob is not None:  # the mean gap is a sample of -KL
+                self._extend(f"teacher_kl/{name}", sample.student_logprob - sample.teacher_logprob[:, k])
+            if sample.teacher_entropy is not None:
+                self._extend(f"teacher_entropy/{name}", sample.teacher_entropy[:, k])
 
-    def _difference(self, items: Sequence[Item], logprob: torch.Tensor | None) -> None:
+    def _difference(self, samples: Sequence[Sample], logprob: torch.Tensor | None) -> None:
         """Trainer minus sampler log-prob of the sampled tokens, where the sampler's are known."""
         if logprob is None:
             return
         rows = logprob.detach().float().cpu().numpy()
         start = 0
-        for item in items:
-            end = start + len(item.rollout.targets)
-            sampled = item.rollout.logprobs
+        for sample in samples:
+            end = start + len(sample.target_ids)
+            sampled = sample.sampler_logprob
             if sampled is not None:
                 self._extend("logprob_difference", rows[start:end] - sampled)
             start = end

@@ -12,15 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed as dist
 
 from opdengine.distributed import Ranks
-from opdengine.loss.objective import Item, Objective
-from opdengine.loss.statistics import Tally
+from opdengine.loss.objective import LossOf, Objective
+from opdengine.loss.statistics import Statistics
 from opdengine.models.backbone import Backbone, Head
-from opdengine.training.optimizer_step import LossOf
-from opdengine.types import Hidden, TeacherTargets
+from opdengine.types import Hidden, Prompt, Sample, TeacherTargets, Turn
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,22 @@ class VocabParallel:
         self,
         objective: Objective,
         student: Backbone,
-        tally: Tally,
-        check: Callable[[torch.Tensor, Head, Sequence[Item]], None],
+        statistics: Statistics,
+        check: Callable[[torch.Tensor, Head, Sequence[Sample]], None],
     ) -> LossOf:
         """The loss of a micro-batch of all ranks, for a student whose head is split; all ranks call it.
 
         Args:
             objective: with whole heads.
             student: has its rows of the head.
-            tally: of the first rank, which collects the statistics of all.
-            check: told the joined rows, this rank's rows of the head and the joined items.
+            statistics: of the first rank, which collects the statistics of all.
+            check: told the joined rows, this rank's rows of the head and the joined samples.
         """
         own = self._rows_of(objective.heads, student.head_rows)
         objective = replace(objective, heads=own, group=self.group)
-        kept = tally if self.ranks.is_first else Tally()
+        kept = statistics if self.ranks.is_first else Statistics()
 
-        def loss_of(hidden: torch.Tensor, members: Sequence[Item]) -> torch.Tensor:
+        def loss_of(hidden: torch.Tensor, members: Sequence[Sample]) -> torch.Tensor:
             rows, everyone = self._join(hidden, members, own)
             head = student.head_rows
             check(rows, head, everyone)
@@ -85,36 +85,38 @@ class VocabParallel:
             for name, head in heads.items()
         }
 
-    def _join(self, hidden: torch.Tensor, items: Sequence[Item], heads: Mapping[str, Head]) -> tuple[Any, list[Item]]:
-        """Rows and items of all ranks, by rank; all ranks call this.
+    def _join(
+        self, hidden: torch.Tensor, samples: Sequence[Sample], heads: Mapping[str, Head]
+    ) -> tuple[Any, list[Sample]]:
+        """Rows and samples of all ranks, by rank; all ranks call this.
 
         Args:
-            hidden: [T, d] of this rank's items; gradients of the joined rows come back to it as they are.
-            items: of this rank, possibly none.
+            hidden: [T, d] of this rank's samples; gradients of the joined rows come back to it as they are.
+            samples: of this rank, possibly none.
             heads: of the teachers that judge by hidden states.
 
         Returns:
-            The rows [sum of T, d], and the items with all teachers' hidden states.
+            The rows [sum of T, d], and the samples with all teachers' hidden states.
         """
-        parts = self.ranks.gather([_without_states(item) for item in items])
-        counts = [sum(len(item.rollout.targets) for item in part) for part in parts]
+        parts = self.ranks.gather([without_tokens(sample) for sample in samples])
+        counts = [sum(len(sample.target_ids) for sample in part) for part in parts]
         rows = _JoinRows.apply(hidden, counts, self.ranks.rank)
-        states = {name: self._states(name, head, items, parts, hidden.device) for name, head in heads.items()}
+        states = {name: self._states(name, head, samples, parts, hidden.device) for name, head in heads.items()}
         joined = []
-        for item in (item for part in parts for item in part):
-            targets: list[TeacherTargets] = list(item.targets)
-            for k, name in enumerate(item.teachers):
-                if name in states and item.targets:
+        for sample in (sample for part in parts for sample in part):
+            targets: list[TeacherTargets] = list(sample.teacher_targets)
+            for k, name in enumerate(sample.teachers):
+                if name in states and sample.teacher_targets:
                     targets[k] = Hidden(states[name].pop(0))
-            joined.append(replace(item, targets=tuple(targets)))
+            joined.append(replace(sample, teacher_targets=tuple(targets)))
         return rows, joined
 
     def _states(
-        self, name: str, head: Head, items: Sequence[Item], parts: Sequence[Sequence[Item]], device: torch.device
+        self, name: str, head: Head, samples: Sequence[Sample], parts: Sequence[Sequence[Sample]], device: torch.device
     ) -> list[torch.Tensor]:
-        """A teacher's hidden states [T_i, d_k] of all items that it judges."""
-        own = [_states_of(item, name).to(device, head.weight.dtype) for item in items if _judges(name, item)]
-        lengths = [[len(item.rollout.targets) for item in part if _judges(name, item)] for part in parts]
+        """A teacher's hidden states [T_i, d_k] of all samples that it judges."""
+        own = [_states_of(sample, name).to(device, head.weight.dtype) for sample in samples if _judges(name, sample)]
+        lengths = [[len(sample.target_ids) for sample in part if _judges(name, sample)] for part in parts]
         if not any(lengths):
             return []
         rows = torch.cat(own) if own else head.weight.new_zeros(0, head.weight.shape[1], device=device)
@@ -145,17 +147,30 @@ class _JoinRows(torch.autograd.Function):
         return gradient[ctx.own], None, None
 
 
-def _without_states(item: Item) -> Item:
-    """The item as it travels: hidden states go by a collective of their own."""
-    nothing = Hidden(torch.zeros(0, 0))
-    return replace(item, targets=tuple(nothing if isinstance(t, Hidden) else t for t in item.targets))
+def without_tokens(sample: Sample) -> Sample:
+    """What the loss needs of a sample, as it travels: no prompt, and hidden states go by a collective of their own."""
+    none = np.zeros(0, dtype=np.int64)
+    targets = Turn("assistant", sample.target_ids, sample.sampler_logprob, trains=True)
+    return Sample(
+        sample.id,
+        Prompt(sample.prompt.id, (), key=sample.prompt.key),
+        (Turn("prompt", none), targets),
+        contexts=tuple(replace(c, token_ids=none, target_positions=none) for c in sample.contexts),
+        mix=sample.mix,
+        teacher_targets=tuple(
+            Hidden(torch.zeros(0, 0)) if isinstance(t, Hidden) else t for t in sample.teacher_targets
+        ),
+        kl_weight=sample.kl_weight,
+        advantage=sample.advantage,
+        scale=sample.scale,
+    )
 
 
-def _judges(name: str, item: Item) -> bool:
-    return bool(item.targets) and name in item.teachers
+def _judges(name: str, sample: Sample) -> bool:
+    return bool(sample.teacher_targets) and name in sample.teachers
 
 
-def _states_of(item: Item, name: str) -> torch.Tensor:
-    targets = item.targets[item.teachers.index(name)]
+def _states_of(sample: Sample, name: str) -> torch.Tensor:
+    targets = sample.teacher_targets[sample.teachers.index(name)]
     assert isinstance(targets, Hidden), "a teacher with a head judges by hidden states"
     return targets.states

@@ -1,60 +1,49 @@
-"""The methods by name. Each is one small file: a function from configuration to recipe."""
+"""The methods by name. Each is one small file that reads beside its paper."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 
 from opdengine.config.train import ConfigError, TrainConfig
-from opdengine.methods.agent_baselines import entropy_opd, tcod
-from opdengine.methods.camopd import camopd
-from opdengine.methods.mad_opd import mad_opd
-from opdengine.methods.method import Recipe
-from opdengine.methods.mt_seqkd import mt_seqkd
-from opdengine.methods.opad import opad
-from opdengine.methods.opd import mt_opd, opd
-from opdengine.methods.sage_opd import sage_opd
-from opdengine.methods.uni_opd import uni_opd
+from opdengine.methods.method import Method
 from opdengine.plugins import load_object
 
-METHODS: dict[str, Callable[[TrainConfig], Recipe]] = {
-    "opd": opd,
-    "mt_opd": mt_opd,
-    "mt_seqkd": mt_seqkd,
-    "mad_opd": mad_opd,
-    "opad": opad,
-    "sage_opd": sage_opd,
-    "tcod": tcod,
-    "entropy_opd": entropy_opd,
-    "uni_opd": uni_opd,
-    "camopd": camopd,
+METHODS: dict[str, str] = {
+    "opd": "opdengine.methods.opd:OPD",
+    "mt_opd": "opdengine.methods.opd:MTOPD",
+    "mt_seqkd": "opdengine.methods.mt_seqkd:MTSeqKD",
+    "mad_opd": "opdengine.methods.mad_opd:MADOPD",
+    "opad": "opdengine.methods.opad:OPAD",
+    "sage_opd": "opdengine.methods.sage_opd:SAGEOPD",
+    "tcod": "opdengine.methods.agent_baselines:TCOD",
+    "entropy_opd": "opdengine.methods.agent_baselines:EntropyOPD",
+    "uni_opd": "opdengine.methods.uni_opd:UniOPD",
+    "camopd": "opdengine.methods.camopd:CaMOPD",
 }
 
 
-def build_recipe(config: TrainConfig) -> Recipe:
-    """The recipe of ``config.method``; checks its settings without loading a model.
+def build_method(config: TrainConfig) -> Method:
+    """The method of ``config.method``; checks its settings without loading a model.
 
     Raises:
         ConfigError: the method is unknown or cannot be loaded, or its settings do not fit it.
     """
     name, options = config.method, config.method_options
-    if name in METHODS:
-        if options:
-            raise ConfigError(f"method_options={options!r} is not possible: {name!r} has a section of its own, if any")
-        return METHODS[name](config)
-    if ":" not in name:
+    if name in METHODS and options:
+        raise ConfigError(f"method_options={options!r} is not possible: {name!r} has a section of its own, if any")
+    if name not in METHODS and ":" not in name:
         raise ConfigError(
-            f"method={name!r} is unknown; choose one of {sorted(METHODS)}, 'module:function' or 'file.py:function'"
+            f"method={name!r} is unknown; choose one of {sorted(METHODS)}, 'module:Class' or 'file.py:Class'"
         )
     try:
-        method = load_object(name)
+        kind = load_object(METHODS.get(name, name))
     except (ImportError, AttributeError, OSError, SyntaxError) as error:
         raise ConfigError(f"method {name!r} cannot be loaded: {error}") from error
+    if not (inspect.isclass(kind) and issubclass(kind, Method)):
+        raise ConfigError(f"method {name!r} is no class that inherits opdengine.methods.method.Method")
     try:
-        inspect.signature(method).bind(config, **options)
+        inspect.signature(kind).bind(config, **options)
     except TypeError as error:
-        raise ConfigError(f"method {name!r} cannot be called with (config, **method_options): {error}") from error
-    recipe = method(config, **options)
-    if not isinstance(recipe, Recipe):
-        raise ConfigError(f"method {name!r} returned a {type(recipe).__name__}, not an opdengine.methods.method.Recipe")
-    return recipe
+        raise ConfigError(f"method {name!r} cannot be made with (config, **method_options): {error}") from error
+    method: Method = kind(config, **options)
+    return method

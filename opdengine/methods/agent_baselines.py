@@ -7,83 +7,61 @@ Entropy-aware OPD gives more weight to tokens on which the teacher is uncertain 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from opdengine.config.train import ConfigError, SageConfig, TcodConfig, TrainConfig
+from opdengine.config.train import ConfigError, SageConfig, TrainConfig
 from opdengine.environments.episodes import turns_of
-from opdengine.methods.method import Annotations, Batch, Note, Recipe, Weighed, distill
-from opdengine.methods.opd import PlainContexts, opd
-from opdengine.methods.sage_opd import Selective
+from opdengine.methods.opd import OPD
+from opdengine.methods.sage_opd import normalise
 from opdengine.metrics import Mean
-from opdengine.teachers import Teacher
-from opdengine.types import Rollout, TokenSignal
+from opdengine.types import Batch
 
 
-class FirstTurns:
-    """Turn weight 1 on the first k = k_start + n * eta turns, n the version that sampled them, else 0."""
+class TCOD(OPD):
+    """Turn-curriculum OPD, front to back: weight 1 on the first k = k_start + n * eta turns, else 0.
 
-    def __init__(self, config: TcodConfig) -> None:
-        self.config = config
-        self.contexts = PlainContexts()
-
-    async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
-        found = await self.contexts.annotate(rollouts, teachers)
-        notes, kept, count = [], 0, 0
-        for rollout, note in zip(rollouts, found.notes, strict=True):
-            limit = int(self.config.k_start + rollout.policy_version * self.config.eta)
-            weight = np.zeros(len(rollout.turns), dtype=np.float32)
-            turns = [index for index, _, _ in turns_of(rollout)]
-            weight[turns[:limit]] = 1.0
-            kept, count = kept + min(limit, len(turns)), count + len(turns)
-            notes.append(Note(note.contexts, note.mix, weight, note.drop))
-        return Annotations(notes, {"tcod/turns_kept": Mean(kept / max(count, 1), count)})
-
-
-class KeptMean:
-    """Makes the loss the mean over the tokens of turns with weight.
-
-    Args:
-        normalization: of the loss: of all such tokens ("token"), or of each rollout's ("sequence").
+    n is the version of the weights that sampled the turns.
     """
 
-    def __init__(self, normalization: str) -> None:
-        scope = "batch" if normalization == "token" else "trajectory"
-        self.selective = Selective(SageConfig(use_confidence=False, normalization_scope=scope))
+    def __init__(self, config: TrainConfig) -> None:
+        if not config.environment.name:
+            raise ConfigError("method 'tcod' needs the turns of an agent; set environment.name")
+        super().__init__(config)
 
-    def __call__(self, batch: Batch) -> Weighed:
-        return Weighed(self.selective(batch).signals)
+    async def annotate(self, batch: Batch) -> None:
+        """Set the weights of the turns."""
+        await super().annotate(batch)
+        settings, kept, count = self.config.tcod, 0, 0
+        for sample in batch:
+            limit = int(settings.k_start + sample.policy_version * settings.eta)
+            turns = [index for index, _, _ in turns_of(sample)]
+            sample.turn_weight = np.zeros(len(sample.turns), dtype=np.float32)
+            sample.turn_weight[turns[:limit]] = 1.0
+            kept, count = kept + min(limit, len(turns)), count + len(turns)
+        batch.metrics["tcod/turns_kept"] = Mean(kept / max(count, 1), count)
 
-
-class Uncertain:
-    """kl_weight 1 + alpha where the entropy of a teacher (mean over teachers, nats) exceeds tau, else 1."""
-
-    def __init__(self, alpha: float, tau: float) -> None:
-        self.alpha = alpha
-        self.tau = tau
-
-    def __call__(self, batch: Batch) -> Weighed:
-        signals, share = [], []
-        for stats, rollout in zip(batch.stats, batch.rollouts, strict=True):
-            count = len(rollout.targets)
-            entropy = np.zeros(count) if stats.teacher_entropy is None else stats.teacher_entropy.mean(axis=1)
-            share.append(entropy > self.tau)
-            signals.append(TokenSignal((1 + self.alpha * share[-1]).astype(np.float32)))
-        mean = float(np.concatenate(share).mean()) if share else 0.0
-        return Weighed(signals, {"entropy_aware/weighted": mean})
+    def weigh(self, batch: Batch) -> None:
+        """The mean over the tokens of turns with weight: of the step, or of each sample (``loss_normalization``)."""
+        super().weigh(batch)
+        scope = "batch" if self.config.loss_normalization == "token" else "trajectory"
+        normalise(batch, self.ranks, SageConfig(normalization_scope=scope))
 
 
-def tcod(config: TrainConfig) -> Recipe:
-    """Turn-curriculum OPD, front to back."""
-    if not config.environment.name:
-        raise ConfigError("method 'tcod' needs the turns of an agent; set environment.name")
-    opd(config)  # its checks
-    return Recipe("tcod", FirstTurns(config.tcod), (KeptMean(config.loss_normalization),))
+class EntropyOPD(OPD):
+    """Weight 1 + alpha where the entropy of the teacher (mean over teachers, nats) exceeds tau, else 1."""
 
+    needs = frozenset({"teacher_entropy"})
 
-def entropy_opd(config: TrainConfig) -> Recipe:
-    """Entropy-aware OPD."""
-    plain = opd(config)
-    weigher = Uncertain(config.entropy_opd.alpha, config.entropy_opd.tau)
-    return Recipe("entropy_opd", plain.annotator, (distill, weigher), measures=("teacher_entropy",))
+    def weigh(self, batch: Batch) -> None:
+        """Raise the weights of uncertain tokens."""
+        super().weigh(batch)
+        settings, weighted, count = self.config.entropy_opd, 0, 0
+        for sample in batch:
+            entropy = np.zeros(len(sample.target_ids))  # of a sample that no teacher was asked about
+            if sample.teacher_entropy is not None:
+                entropy = sample.teacher_entropy.mean(axis=1)
+            uncertain = entropy > settings.tau
+            assert sample.kl_weight is not None
+            sample.kl_weight = sample.kl_weight * (1 + settings.alpha * uncertain).astype(np.float32)
+            weighted, count = weighted + int(uncertain.sum()), count + len(uncertain)
+        batch.metrics["entropy_aware/weighted"] = Mean(weighted / max(count, 1), count)

@@ -15,100 +15,96 @@ gradients oppose each other, hence:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from opdengine.config.method_sections import CaMOPDConfig
 from opdengine.config.train import ConfigError, TrainConfig
-from opdengine.methods.advantage import MEASURES, PolicyGradient, gaps, resolve
-from opdengine.methods.gap_selection import branch_metrics, gap_score, select
-from opdengine.methods.method import Annotations, Batch, Recipe, Weighed, route
-from opdengine.methods.opd import need_teachers, plain_note
-from opdengine.teachers import Teacher
-from opdengine.tools.gradient_diagnostics import Coherence
-from opdengine.types import Prompt, Rollout
+from opdengine.methods.method import Method, judged_by, need_teachers, route
+from opdengine.methods.policy_gradient import MEASURES, gap_of, policy_gradient
+from opdengine.metrics import Mean, mean
+from opdengine.types import Batch, Prompt, Sample
+
+TOLERANCE = 1e-6
+"""Of a share and of a count: what only rounding has moved beyond a bound has reached it."""
 
 
-@dataclass(frozen=True)
-class Branches:
-    """The schedule, and who judges which branch.
+class CaMOPD(Method):
+    """Alternating branches, selected rollouts, sampled reverse KL."""
 
-    Args:
-        config: domain keys and schedule.
-    """
+    needs = MEASURES
+    streams = ("general", "domain")
 
-    config: CaMOPDConfig
-    streams: tuple[str, ...] = ("general", "domain")
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        check(config)
+        self.settings = config.camopd
+        self.gradient = policy_gradient(config, importance="band", max_gap=float("inf"))
 
     def stream_of(self, prompt: Prompt) -> str:
         """The branch of a prompt."""
-        return "domain" if prompt.key in self.config.domain else "general"
+        return "domain" if prompt.key in self.settings.domain else "general"
 
-    def shares(self, step: int) -> Mapping[str, float]:
+    def schedule(self, step: int) -> Mapping[str, float]:
         """Equation 5, or the mixture of the two branches."""
-        n = self.config.n_general
-        if self.config.schedule == "mixed":
+        n = self.settings.n_general
+        if self.settings.schedule == "mixed":
             return {"general": n / (n + 1), "domain": 1 / (n + 1)}
         general = float(step % (n + 1) < n)
         return {"general": general, "domain": 1 - general}
 
-    async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
-        """Every rollout under the plain prompt of its branch's teacher."""
-        special = {t.name for t in teachers if set(t.keys) & set(self.config.domain)}
-        notes = []
-        for rollout in rollouts:
-            domain = self.stream_of(rollout.prompt) == "domain"
-            mine = [t for t in route(teachers, rollout.prompt.key) if (t.name in special) == domain]
-            notes.append(plain_note(rollout, mine))
-        return Annotations(notes)
+    async def annotate(self, batch: Batch) -> None:
+        """Every rollout is judged under the plain prompt by its branch's teacher."""
+        special = {t.name for t in self.teachers if set(t.keys) & set(self.settings.domain)}
+        for sample in batch:
+            domain = self.stream_of(sample.prompt) == "domain"
+            routed = route(self.teachers, sample.prompt.key)
+            judged_by(sample, [t for t in routed if (t.name in special) == domain])
 
+    def weigh(self, batch: Batch) -> None:
+        """Equation 9 on the rollouts that equations 6 to 8 select."""
+        self.choose(batch)
+        scale = {"general": self.settings.r_g, "domain": self.settings.r_d}
+        self.gradient.weigh(batch, self.ranks, scale=[scale[self.stream_of(s.prompt)] for s in batch])
 
-@dataclass(frozen=True)
-class Selected:
-    """Scores, selection and loss weights of each branch.
+    def weigh_alike(self, batch: Batch) -> None:
+        """The loss of every rollout as if all were selected and r_g = r_d = 1, for the gradient diagnostics."""
+        self.gradient.weigh(batch, self.ranks)
 
-    Args:
-        gradient: makes signals of the gaps.
-        config: of the method.
-        branches: tells the branch of a prompt.
-        seed: of the random selection.
-    """
-
-    gradient: PolicyGradient
-    config: CaMOPDConfig
-    branches: Branches
-    seed: int
-
-    def __call__(self, batch: Batch) -> Weighed:
-        c, gap, count = self.config, gaps(batch), len(batch.rollouts)
-        scale, reasons = np.ones(count), [""] * count
-        metrics: dict[str, float] = {}
-        streams = [self.branches.stream_of(r.prompt) for r in batch.rollouts]
-        kinds = (("general", c.score_g, c.rho_g, c.r_g), ("domain", c.score_d, c.rho_d, c.r_d))
-        for number, (branch, kind, rho, r) in enumerate(kinds):
-            members = [i for i in range(count) if streams[i] == branch]
-            scores = {i: gap_score(gap[i], kind) for i in members}
-            for i in members:
-                if not np.isfinite(scores[i]):
-                    reasons[i] = "gap_not_finite"
-                    gap[i] = np.zeros_like(gap[i])
-                elif len(gap[i]) < c.min_tokens:
-                    reasons[i] = "min_tokens"
-            able = [i for i in members if not reasons[i]]
-            if not able:
+    def choose(self, batch: Batch) -> None:
+        """Drop what is not selected, branch by branch over the whole step."""
+        c, samples = self.settings, list(batch)
+        gap = [gap_of(sample) for sample in samples]
+        kinds = {"general": (c.score_g, c.rho_g), "domain": (c.score_d, c.rho_d)}
+        streams = [self.stream_of(sample.prompt) for sample in samples]
+        scores = [gap_score(own, kinds[stream][0]) for own, stream in zip(gap, streams, strict=True)]
+        for sample, own, score in zip(samples, gap, scores, strict=True):
+            if not np.isfinite(score):
+                sample.drop = "gap_not_finite"
+            elif len(own) < c.min_tokens:
+                sample.drop = "min_tokens"
+        able = [i for i, sample in enumerate(samples) if not sample.drop]
+        rows, mine = self.ranks.join([(streams[i], scores[i], len(gap[i])) for i in able]), self.ranks.own(len(able))
+        kept = np.ones(len(rows), dtype=bool)
+        for number, (branch, (_, rho)) in enumerate(kinds.items()):
+            places = [place for place, (stream, *_) in enumerate(rows) if stream == branch]
+            if not places:
                 continue
-            mine = np.array([scores[i] for i in able])
-            chosen = select(mine, rho, c.selection, [self.seed, batch.step, number])
-            for i, stays in zip(able, chosen, strict=True):
-                scale[i], reasons[i] = r, "" if stays else "selection"
-            metrics |= branch_metrics(branch, [gap[i] for i in able], mine, chosen)
-        weighed = self.gradient.signals(batch, gap, scale, np.zeros(count), reasons)
-        return Weighed(weighed.signals, {**weighed.metrics, **metrics})
+            found = np.array([rows[place][1] for place in places])
+            lengths = np.array([rows[place][2] for place in places], dtype=np.float64)
+            kept[places] = select(found, rho, c.selection, [self.config.seed, batch.number, number])
+            if found.std() > 0 and lengths.std() > 0:
+                correlation = float(np.corrcoef(found, lengths)[0, 1])
+                batch.metrics[f"camopd/{branch}/score_length_correlation"] = Mean(correlation)
+        for i, stays in zip(able, kept[mine], strict=True):
+            samples[i].drop = "" if stays else "selection"
+        for branch in kinds:
+            members = [i for i in able if streams[i] == branch]
+            if members:
+                batch.metrics |= branch_metrics(branch, [samples[i] for i in members], [gap[i] for i in members])
 
 
-def camopd(config: TrainConfig) -> Recipe:
-    """Alternating branches, selected rollouts, sampled reverse KL."""
+def check(config: TrainConfig) -> None:
+    """Raise ConfigError for settings that CaMOPD cannot have."""
     need_teachers(config, 2)
     c = config.camopd
     special = [t.name for t in config.teachers if set(t.key) & set(c.domain)]
@@ -125,13 +121,51 @@ def camopd(config: TrainConfig) -> Recipe:
             f"camopd.domain names {alone}, but no domain teacher has that 'key': nobody would judge these prompts; add "
             f"it to one of {special} or take it out of camopd.domain"
         )
-    base, gradient = resolve(config, importance="band", max_gap=float("inf"))
-    branches = Branches(c)
-    return Recipe(
-        "camopd",
-        branches,
-        (base, Selected(gradient, c, branches, config.seed)),
-        measures=MEASURES,
-        schedule=branches,
-        inspector=Coherence(c, branches, (base, gradient), config.seed) if c.diagnose_steps else None,
-    )
+
+
+def gap_score(gap: np.ndarray, kind: str) -> float:
+    """Mean over tokens of |gap|, max(gap, 0), gap or gap squared (equations 6 and 7)."""
+    values = {"abs": np.abs(gap), "pos": np.maximum(gap, 0), "signed": gap, "sq": gap * gap}[kind]
+    return float(values.mean())
+
+
+def mass_prefix(scores: np.ndarray, rho: float) -> np.ndarray:
+    """bool [N]: the fewest largest scores whose sum reaches ``rho`` of the total (equation 8).
+
+    Ties go to the earlier one. Negative scores count as 0; where no score is positive all are kept.
+    """
+    positive = np.maximum(np.asarray(scores, dtype=np.float64), 0.0)
+    if positive.sum() <= 1e-12:
+        return np.ones(len(positive), dtype=bool)
+    order = np.argsort(-positive, kind="stable")
+    share = np.cumsum(positive[order]) / positive.sum()
+    count = int(np.argmax(share >= rho - TOLERANCE)) + 1
+    chosen = np.zeros(len(positive), dtype=bool)
+    chosen[order[:count]] = True
+    return chosen
+
+
+def select(scores: np.ndarray, rho: float, how: str, seed: Sequence[int]) -> np.ndarray:
+    """bool [N]: see ``selection`` in :class:`opdengine.config.method_sections.CaMOPDConfig`."""
+    chosen = np.ones(len(scores), dtype=bool)
+    if how == "none" or not len(scores):
+        return chosen
+    if how == "topk_frac":
+        chosen[np.argsort(-scores, kind="stable")[int(np.ceil(rho * len(scores) - TOLERANCE)) :]] = False
+        return chosen
+    chosen = mass_prefix(scores, rho)
+    return np.random.default_rng(seed).permutation(chosen) if how == "random" else chosen
+
+
+def branch_metrics(branch: str, samples: Sequence[Sample], gap: Sequence[np.ndarray]) -> dict[str, float]:
+    """Gap statistics of this process's samples of a branch (the signed mean is about -KL), and the selected share."""
+    every = np.concatenate(gap)
+    chosen = [not sample.drop for sample in samples]
+    values = {
+        "gap_abs": Mean(float(np.abs(every).mean()), len(every)),
+        "gap_positive": Mean(float(np.maximum(every, 0).mean()), len(every)),
+        "gap_signed": Mean(float(every.mean()), len(every)),
+        "selected": float(sum(chosen)),
+        "selected_share": mean(chosen),
+    }
+    return {f"camopd/{branch}/{name}": value for name, value in values.items()}

@@ -4,145 +4,30 @@ K teachers debate the state for R rounds (section 4.1). Each then judges the stu
 under prompt + transcript, which the student never sees (equation 8), weighted by the confidences of
 the last round (equation 7): sum_k w_k D(p_Tk(. | s, H, y_<t), p_S(. | s, y_<t)).
 
+The debate itself stands in :mod:`opdengine.methods.debate`, because other methods can judge under one, too.
 ``debate.use_transcript: false`` with ``debate.rounds: 1`` is the ablation that keeps the first-turn
 confidences as weights and drops the transcript.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-import numpy as np
-
-from opdengine.config.train import ConfigError, DebateConfig, TrainConfig
-from opdengine.methods.debate import Debate, Debater
-from opdengine.methods.debate_prompts import DebatePrompts, debate_prompts
-from opdengine.methods.method import Annotations, Annotator, Note, Recipe, distill, route
-from opdengine.methods.opd import PlainContexts, need_teachers, read_by
-from opdengine.metrics import mean
-from opdengine.teachers import Teacher
-from opdengine.types import Rollout, SamplingParams
+from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.methods.debate.contexts import debate_contexts
+from opdengine.methods.method import Method, need_teachers
 
 
-class DebateContexts:
-    """Debates every state, then puts the transcript into the teachers' contexts."""
-
-    def __init__(self, config: DebateConfig, cache_dir: Path | None) -> None:
-        self.config = config
-        self._families: dict[str, DebatePrompts] = {}
-        self.debater = Debater(
-            rounds=config.rounds,
-            params=SamplingParams(
-                max_tokens=config.max_tokens,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                top_k=config.top_k,
-                repetition_penalty=config.repetition_penalty,
-                seed=config.seed,
-            ),
-            prompts_for=self.prompts_for,
-            ask_confidence=config.use_confidence,
-            cache_dir=cache_dir,
-        )
-
-    def prompts_for(self, key: str) -> DebatePrompts:
-        """The prompt family for a routing key."""
-        if key not in self._families:
-            self._families[key] = debate_prompts(self.config.prompts_of(key))
-        return self._families[key]
-
-    async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
-        experts = [route(teachers, r.prompt.key) for r in rollouts]
-        generated, cached, unreadable = self.debater.generated, self.debater.cached, self.debater.unreadable
-        debates = await self.debater.debate([r.prompt for r in rollouts], experts)
-        notes = [
-            self.note(rollout, debate, routed)
-            for rollout, debate, routed in zip(rollouts, debates, experts, strict=True)
-        ]
-        by_prompt = {r.prompt.id: d for r, d in zip(rollouts, debates, strict=True)}  # samples share theirs
-        metrics = debate_metrics(list(by_prompt.values()), self.config.tau)
-        metrics["debate/generated"] = self.debater.generated - generated
-        metrics["debate/cached"] = self.debater.cached - cached
-        metrics["debate/cache_unreadable"] = self.debater.unreadable - unreadable
-        records = [
-            {"prompt_id": prompt_id, "teachers": d.teachers, "rounds": d.rounds,
-             "confidences": d.confidences, "weights": d.weights(self.config.tau).tolist(),
-             "problems": d.problems, "failed": d.failed}
-            for prompt_id, d in by_prompt.items()
-        ]  # fmt: skip
-        return Annotations(notes, metrics, records)
-
-    def note(self, rollout: Rollout, debate: Debate, teachers: Sequence[Teacher]) -> Note:
-        """Contexts and weights for one rollout."""
-        if debate.failed:
-            return Note(drop=debate.failed)
-        prompt, family = rollout.prompt, self.prompts_for(rollout.prompt.key)
-        contexts = []
-        for k, teacher in enumerate(teachers):
-            messages = prompt.messages
-            if self.config.use_transcript:
-                messages = tuple(family.score_messages(prompt.messages, k, debate.rounds))
-            contexts.append(read_by(teacher, rollout, messages))
-        return Note(contexts=tuple(contexts), mix=debate.weights(self.config.tau))
-
-
-def debate_metrics(debates: Sequence[Debate], tau: float) -> dict[str, float]:
-    """Problems by reason, mean confidence and weight per teacher, entropy of the weights (nats)."""
-    problems: Counter[str] = Counter()
-    confidences: dict[str, list[float]] = {}
-    weights: dict[str, list[float]] = {}
-    entropies = []
-    for debate in debates:
-        problems.update(debate.problems)
-        if debate.failed:
-            continue
-        mix = debate.weights(tau).astype(np.float64)
-        entropies.append(float(-(mix * np.log(np.maximum(mix, 1e-30))).sum()))
-        for name, stated, weight in zip(debate.teachers, debate.confidences, mix, strict=True):
-            weights.setdefault(name, []).append(float(weight))
-            if stated is not None:
-                confidences.setdefault(name, []).append(stated)
-    metrics = {f"debate/{reason}": float(count) for reason, count in problems.items()}
-    metrics["debate/parse_failures"] = float(problems["missing_confidence"])
-    metrics["debate/failed"] = float(sum(bool(d.failed) for d in debates))
-    if entropies:
-        metrics["debate/weight_entropy"] = mean(entropies)
-    for name, values in confidences.items():
-        metrics[f"debate/confidence/{name}"] = mean(values)
-    for name, values in weights.items():
-        metrics[f"teacher_weight/{name}"] = mean(values)
-    return metrics
-
-
-def contexts_of(config: TrainConfig) -> Annotator:
-    """Under what a method lets its teachers judge: the plain prompt, or a debate (``contexts: debate``)."""
-    if config.contexts == "plain":
-        return PlainContexts()
-    need_teachers(config, 2)
-    return debate_contexts(config)
-
-
-def debate_contexts(config: TrainConfig) -> DebateContexts:
-    """The debate of the configuration; a bad prompt family is an error now, not at the first debate."""
-    debate = config.debate
-    annotator = DebateContexts(debate, Path(debate.cache_dir or Path(config.output_dir) / "debate_cache"))
-    if not isinstance(debate.prompts, Mapping) or "first" in debate.prompts:
-        annotator.prompts_for("")
-    else:
-        for key in debate.prompts:
-            annotator.prompts_for(key)
-    return annotator
-
-
-def mad_opd(config: TrainConfig) -> Recipe:
+class MADOPD(Method):
     """Debate among K >= 2 teachers, transcript in the teachers' contexts, confidence weights."""
-    need_teachers(config, 2)
-    debate = config.debate
-    if not debate.use_transcript and not debate.use_confidence:
-        raise ConfigError(
-            "debate.use_transcript and debate.use_confidence are both off, so the debate would be "
-            "generated and not used; turn one on or use method 'mt_opd'"
-        )
-    return Recipe("mad_opd", debate_contexts(config), (distill,), teachers_per_prompt=2)
+
+    teachers_per_prompt = 2
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        need_teachers(config, 2)
+        debate = config.debate
+        if not debate.use_transcript and not debate.use_confidence:
+            raise ConfigError(
+                "debate.use_transcript and debate.use_confidence are both off, so the debate would be "
+                "generated and not used; turn one on or use method 'mt_opd'"
+            )
+        self.contexts = debate_contexts(config)

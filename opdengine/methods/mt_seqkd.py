@@ -10,42 +10,53 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from opdengine.config.train import ConfigError, TrainConfig
-from opdengine.methods.method import Annotations, Batch, Note, Recipe, Weighed, route
-from opdengine.methods.opd import need_teachers
+from opdengine.methods.method import Method, need_teachers, route
 from opdengine.teachers import Teacher
-from opdengine.types import Completion, Failure, Prompt, Request, Rollout, SamplingParams, TokenSignal, Turn
+from opdengine.types import Batch, Completion, Failure, Prompt, Request, Sample, SamplingParams, Turn
 
 _FAILED = Completion(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32), "teacher_failure", "")
 
 
-class TeacherAnswers:
-    """Lets teachers write the training sequences; an answer is written once per prompt."""
+class MTSeqKD(Method):
+    """Supervised training on answers written by the teachers; an answer is written once per prompt."""
 
-    def __init__(self, params: SamplingParams) -> None:
-        self.params = params
+    writes = True
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        need_teachers(config, 1)
+        if config.num_generations != 1:
+            raise ConfigError(
+                f"num_generations={config.num_generations} is not possible; in method 'mt_seqkd' one teacher "
+                "writes one answer per prompt: use 1"
+            )
+        self.params = SamplingParams(
+            max_tokens=config.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            repetition_penalty=config.repetition_penalty,
+            seed=config.seed,
+        )
         self._answers: dict[str, Completion] = {}
 
-    async def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        teachers: Sequence[Teacher],
-        encode: Callable[[Prompt], list[int]],
-    ) -> tuple[list[Rollout], Mapping[str, float]]:
+    async def write(self, prompts: Sequence[Prompt], encode: Callable[[Prompt], list[int]]) -> Batch:
+        """One sample per prompt, written by one of its teachers."""
         missing = {p.id: p for p in prompts if p.id not in self._answers}
         queues: dict[str, tuple[Teacher, list[Prompt]]] = {}
         for prompt in missing.values():
-            teacher = self.author(prompt, route(teachers, prompt.key))
+            teacher = self.author(prompt, route(self.teachers, prompt.key))
             queues.setdefault(teacher.name, (teacher, []))[1].append(prompt)
         await asyncio.gather(*(self._write(t, queue) for t, queue in queues.values()))
         answers = [self._answers.get(p.id, _FAILED) for p in prompts]
-        rollouts = [
-            Rollout(
+        samples = [
+            Sample(
                 id=f"{i}",
                 prompt=p,
                 turns=(Turn("prompt", np.array(encode(p))), Turn("assistant", answer.token_ids, trains=True)),
@@ -54,7 +65,8 @@ class TeacherAnswers:
             )
             for i, (p, answer) in enumerate(zip(prompts, answers, strict=True))
         ]
-        return rollouts, {f"seqkd/written/{name}": float(len(q)) for name, (_, q) in queues.items()}
+        written = {f"seqkd/written/{name}": float(len(q)) for name, (_, q) in queues.items()}
+        return Batch(samples=samples, metrics=written)
 
     def author(self, prompt: Prompt, teachers: Sequence[Teacher]) -> Teacher:
         """The teacher that answers this prompt: fixed by the prompt's id and the seed."""
@@ -78,41 +90,14 @@ class TeacherAnswers:
             if not isinstance(answer, Failure):  # after a failure the next epoch asks again
                 self._answers[request.id] = answer
 
+    async def annotate(self, batch: Batch) -> None:
+        """No teacher judges: the sequences themselves are the signal."""
+        for sample in batch:
+            if not len(sample.target_ids):
+                sample.drop = sample.stop_reason
 
-class NoTeacher:
-    """No teacher judges; the sequences themselves are the signal."""
-
-    async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
-        return Annotations([Note(drop="" if len(r.targets) else r.stop_reason) for r in rollouts])
-
-
-def cross_entropy(batch: Batch) -> Weighed:
-    """Advantage 1 on every target: maximum likelihood of the teacher's answer."""
-    return Weighed(
-        [
-            TokenSignal(
-                kl_weight=np.zeros(len(r.targets), dtype=np.float32),
-                advantage=np.ones(len(r.targets), dtype=np.float32),
-            )
-            for r in batch.rollouts
-        ]
-    )
-
-
-def mt_seqkd(config: TrainConfig) -> Recipe:
-    """Supervised training on answers written by the teachers."""
-    need_teachers(config, 1)
-    if config.num_generations != 1:
-        raise ConfigError(
-            f"num_generations={config.num_generations} is not possible; in method 'mt_seqkd' one teacher "
-            "writes one answer per prompt: use 1"
-        )
-    params = SamplingParams(
-        max_tokens=config.max_completion_length,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        repetition_penalty=config.repetition_penalty,
-        seed=config.seed,
-    )
-    return Recipe("mt_seqkd", NoTeacher(), (cross_entropy,), TeacherAnswers(params))
+    def weigh(self, batch: Batch) -> None:
+        """Advantage 1 on every target: maximum likelihood of the teacher's answer."""
+        for sample in batch:
+            sample.kl_weight = np.zeros(len(sample.target_ids), dtype=np.float32)
+            sample.advantage = np.ones(len(sample.target_ids), dtype=np.float32)

@@ -8,76 +8,70 @@ over steps; JSD with beta 0.5 is the paper's divergence for agents (remark 1).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from opdengine.config.train import ConfigError, OpadConfig, TrainConfig
+from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.environments.episodes import turns_of
-from opdengine.methods.mad_opd import mad_opd
-from opdengine.methods.method import Recipe
+from opdengine.methods.mad_opd import MADOPD
 from opdengine.models.chat import written
-from opdengine.types import Rollout, Turn
+from opdengine.types import Batch, Sample, Turn
 
 
-class Steps:
-    """Cuts trajectories into steps and chooses among them.
+class OPAD(MADOPD):
+    """MAD-OPD over the steps of live trajectories."""
 
-    Args:
-        config: how many steps of a trajectory, and which.
-        seed: of the choice.
-    """
+    def __init__(self, config: TrainConfig) -> None:
+        if not config.environment.name:
+            raise ConfigError(
+                "method 'opad' needs an environment to act in; set environment.name, or use 'mad_opd' on recorded "
+                "states (opdengine.environments.recorded)"
+            )
+        super().__init__(config)
 
-    def __init__(self, config: OpadConfig, seed: int) -> None:
-        self.config = config
-        self.seed = seed
+    def split(self, batch: Batch) -> None:
+        """Cut trajectories into steps and choose among them; turns that are left out are counted."""
+        trajectories = batch.samples
+        batch.samples = [step for sample in trajectories for step in self.choose(sample, batch.number)]
+        left_out = sum(s.trained_turns for s in trajectories) - sum(s.trained_turns for s in batch.samples)
+        batch.lost["not_chosen"] += left_out
 
-    def __call__(self, rollouts: Sequence[Rollout], number: int) -> list[Rollout]:
-        return [step for rollout in rollouts for step in self.choose(rollout, number)]
-
-    def choose(self, rollout: Rollout, number: int) -> list[Rollout]:
-        """The steps of one trajectory that are trained on, in their order."""
-        steps = steps_of(rollout)
-        count = self.config.steps_per_trajectory
-        if self.config.sampling == "all" or count is None or len(steps) <= count:
+    def choose(self, trajectory: Sample, number: int) -> list[Sample]:
+        """The steps of one trajectory that are trained on in batch ``number``, in their order."""
+        steps = steps_of(trajectory)
+        settings = self.config.opad
+        count = settings.steps_per_trajectory
+        if settings.sampling == "all" or count is None or len(steps) <= count:
             return steps
         weights = np.ones(len(steps))
-        if self.config.sampling == "surprise":
+        if settings.sampling == "surprise":
             weights = np.array([max(surprise(step), 1e-6) for step in steps])
-        generator = np.random.default_rng([self.seed, number, zlib.crc32(rollout.id.encode())])
+        generator = np.random.default_rng([self.config.seed, number, zlib.crc32(trajectory.id.encode())])
         chosen = generator.choice(len(steps), size=count, replace=False, p=weights / weights.sum())
         return [steps[i] for i in sorted(chosen)]
 
 
-def steps_of(rollout: Rollout) -> list[Rollout]:
-    """One rollout per turn of the student: everything before it is the prompt, exact ids kept."""
+def steps_of(trajectory: Sample) -> list[Sample]:
+    """One sample per turn of the student: everything before it is the prompt, exact ids kept."""
     steps = []
-    for number, (index, turn, chat) in enumerate(turns_of(rollout)):
-        before = np.concatenate([t.token_ids for t in rollout.turns[:index]])
+    for number, (index, turn, chat) in enumerate(turns_of(trajectory)):
+        before = np.concatenate([t.token_ids for t in trajectory.turns[:index]])
+        prompt = trajectory.prompt
         steps.append(
             replace(
-                rollout,
-                id=f"{rollout.id}/step{number}",
-                prompt=replace(rollout.prompt, id=f"{rollout.prompt.id}/{rollout.id}/step{number}", messages=chat),
+                trajectory,
+                id=f"{trajectory.id}/step{number}",
+                prompt=replace(prompt, id=f"{prompt.id}/{trajectory.id}/step{number}", messages=chat),
                 turns=(Turn("prompt", before), turn),
                 text="\n".join(map(written, turn.messages)),
-                trajectory=rollout.id,
+                trajectory=trajectory.id,
             )
         )
     return steps
 
 
-def surprise(step: Rollout) -> float:
+def surprise(step: Sample) -> float:
     """Mean negative log-prob (nats) of the step's tokens under the policy that sampled them."""
-    return 1.0 if step.logprobs is None or not len(step.logprobs) else float(-step.logprobs.mean())
-
-
-def opad(config: TrainConfig) -> Recipe:
-    """MAD-OPD over the steps of live trajectories."""
-    if not config.environment.name:
-        raise ConfigError(
-            "method 'opad' needs an environment to act in; set environment.name, or use 'mad_opd' on recorded "
-            "states (opdengine.environments.recorded)"
-        )
-    return replace(mad_opd(config), name="opad", split=Steps(config.opad, config.seed))
+    logprob = step.sampler_logprob
+    return 1.0 if logprob is None or not len(logprob) else float(-logprob.mean())

@@ -6,85 +6,33 @@ arXiv 2306.13649. MT-OPD: the baseline of MAD-OPD, arXiv 2605.01347, section 5.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-
-import numpy as np
-
 from opdengine.config.train import ConfigError, TrainConfig
-from opdengine.methods.method import Annotations, Note, Recipe, distill, route
-from opdengine.models.chat import append_answer
-from opdengine.teachers import Teacher
-from opdengine.types import Message, Rollout, TeacherContext
-
-MAX_TEACHERS = 8
+from opdengine.methods.method import Method, need_teachers
 
 
-class PlainContexts:
-    """Every routed teacher reads the prompt in its own chat template, weighted by ``weight``."""
-
-    async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
-        return Annotations([plain_note(r, route(teachers, r.prompt.key)) for r in rollouts])
-
-
-def plain_note(rollout: Rollout, teachers: Sequence[Teacher]) -> Note:
-    """The rollout under the plain prompt of every teacher, fixed relative weights."""
-    contexts = tuple(read_by(t, rollout, rollout.prompt.messages) for t in teachers)
-    weights = np.array([t.weight for t in teachers], dtype=np.float32)
-    return Note(contexts=contexts, mix=weights / weights.sum())
-
-
-def read_by(teacher: Teacher, rollout: Rollout, messages: Sequence[Message]) -> TeacherContext:
-    """The rollout as a teacher reads it: ``messages`` in place of its prompt.
-
-    All that the student has not written is rendered in the teacher's chat template: the prompt and, in an
-    episode, every answer of the environment.
-    """
-    tools = rollout.prompt.tools
-    answers = {
-        i: append_answer(before.token_ids.tolist(), teacher.encode_answer(turn.messages, tools))
-        for i, (before, turn) in enumerate(pairwise(rollout.turns), start=1)
-        if turn.role == "environment" and turn.messages
-    }
-    return TeacherContext.replace_prompt(rollout, teacher.name, teacher.encode(messages, tools), answers)
-
-
-def opd(config: TrainConfig) -> Recipe:
+class OPD(Method):
     """One teacher per prompt: a single teacher, or several routed by key."""
-    need_teachers(config, 1)
-    shared = [t.name for t in config.teachers if not t.key]
-    if len(config.teachers) > 1 and shared:
-        raise ConfigError(
-            f"method 'opd' uses one teacher per prompt, but {shared} have no routing key beside "
-            "other teachers; give every teacher a key, keep one teacher, or use 'mt_opd'"
-        )
-    claimed = [key for t in config.teachers for key in set(t.key)]
-    if doubles := sorted({key for key in claimed if claimed.count(key) > 1}):
-        raise ConfigError(
-            f"method 'opd' uses one teacher per prompt, but several teachers have the key {doubles}; "
-            "give every key to one teacher, or use 'mt_opd'"
-        )
-    return Recipe("opd", PlainContexts(), (distill,))
 
-
-def mt_opd(config: TrainConfig) -> Recipe:
-    """K teachers, sum of their divergences with fixed weights."""
-    need_teachers(config, 2)
-    return Recipe("mt_opd", PlainContexts(), (distill,))
-
-
-def need_teachers(config: TrainConfig, count: int) -> None:
-    """Raise ConfigError unless enough teachers with usable weights are configured."""
-    if len(config.teachers) < count:
-        raise ConfigError(
-            f"method {config.method!r} needs at least {count} teacher(s), "
-            f"{len(config.teachers)} given; add them under 'teachers'"
-        )
-    if len(config.teachers) > MAX_TEACHERS:
-        raise ConfigError(f"{len(config.teachers)} teachers given; the fused loss takes at most {MAX_TEACHERS}")
-    for teacher in config.teachers:
-        if not 0 < teacher.weight < float("inf"):
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        need_teachers(config, 1)
+        shared = [t.name for t in config.teachers if not t.key]
+        if len(config.teachers) > 1 and shared:
             raise ConfigError(
-                f"teacher {teacher.name!r} has weight {teacher.weight}; it must be positive (leave "
-                "a teacher out to switch it off)"
+                f"method 'opd' uses one teacher per prompt, but {shared} have no routing key beside "
+                "other teachers; give every teacher a key, keep one teacher, or use 'mt_opd'"
             )
+        claimed = [key for t in config.teachers for key in set(t.key)]
+        if doubles := sorted({key for key in claimed if claimed.count(key) > 1}):
+            raise ConfigError(
+                f"method 'opd' uses one teacher per prompt, but several teachers have the key {doubles}; "
+                "give every key to one teacher, or use 'mt_opd'"
+            )
+
+
+class MTOPD(Method):
+    """K teachers, the sum of their divergences with fixed weights."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        need_teachers(config, 2)

@@ -13,154 +13,85 @@ of a whole step (the shares of labels in the metrics are what the teacher said).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-
 import numpy as np
 
 from opdengine.config.train import ConfigError, SageConfig, TrainConfig
+from opdengine.distributed import Ranks
 from opdengine.environments.episodes import turns_of
-from opdengine.methods.advantage import MEASURES, gaps, need_reverse_kl
-from opdengine.methods.judge import FAILED, Judge, Verdict, turn_metrics
-from opdengine.methods.mad_opd import contexts_of
-from opdengine.methods.method import Annotations, Annotator, Batch, Note, Recipe, Stats, Weighed, plain_signal, route
-from opdengine.methods.opd import need_teachers
+from opdengine.methods.debate.contexts import contexts_of
+from opdengine.methods.method import Method, need_teachers, route
+from opdengine.methods.policy_gradient import MEASURES, gap_of, need_reverse_kl
+from opdengine.methods.sage_judge import FAILED, Judge, Verdict, turn_metrics
+from opdengine.metrics import Mean
 from opdengine.models.chat import written
-from opdengine.teachers import Teacher
-from opdengine.types import Rollout, TokenSignal, Turn
+from opdengine.types import Batch, Sample, Turn
 
 
-class Intervention:
-    """Turn weights i_t for every rollout, over the contexts of another annotator."""
+class SAGEOPD(Method):
+    """Selective turn intervention; with several teachers for a prompt the first of them is the judge."""
 
-    def __init__(self, config: SageConfig, contexts: Annotator) -> None:
-        self.config = config
-        self.contexts = contexts
-        self.judge = Judge(config)
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        check(config)
+        self.settings = config.sage
+        self.contexts = contexts_of(config)
+        self.judge = Judge(self.settings)
+        self.teachers_per_prompt = 2 if config.debates else 1
+        self.top1_temperature = self.settings.confidence_temperature
+        self.needs = frozenset({"teacher_top1"} if self.settings.use_confidence else ())
+        if self.settings.kl_mode == "sampled":
+            self.needs |= MEASURES
 
-    async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
-        found = await self.contexts.annotate(rollouts, teachers)
-        turns = [(i, t) for i, r in enumerate(rollouts) if not found.notes[i].drop for t in turns_of(r)]
+    async def annotate(self, batch: Batch) -> None:
+        """Set the intervention i_t as the weight of every turn."""
+        await super().annotate(batch)
+        turns = [(sample, *turn) for sample in batch for turn in turns_of(sample)]
         verdicts: list[Verdict | None] = [
-            FAILED if self.config.use_failures and has_failed(turn) else None for _, (_, turn, _) in turns
+            FAILED if self.settings.use_failures and has_failed(turn) else None for _, _, turn, _ in turns
         ]
-        if self.config.use_judge:
+        if self.settings.use_judge:
             asked = [place for place, verdict in enumerate(verdicts) if verdict is None]
-            queries = [(rollouts[i], *turn) for i, turn in (turns[place] for place in asked)]
-            judges = [route(teachers, rollout.prompt.key)[0] for rollout, *_ in queries]
+            queries = [turns[place] for place in asked]
+            judges = [route(self.teachers, sample.prompt.key)[0] for sample, *_ in queries]
             for place, verdict in zip(asked, await self.judge.ask(queries, judges), strict=True):
                 verdicts[place] = verdict
         final = [v or Verdict("strong", 1.0) for v in verdicts]
-        weights = [np.zeros(len(r.turns), dtype=np.float32) for r in rollouts]
-        for (i, (index, _, _)), verdict in zip(turns, final, strict=True):
-            weights[i][index] = verdict.weight
-        notes = [
-            note if note.drop else Note(note.contexts, note.mix, weight)
-            for note, weight in zip(found.notes, weights, strict=True)
-        ]
-        places = [sum(t.role == "assistant" for t in rollouts[i].turns[:index]) for i, (index, _, _) in turns]
-        records = [
-            {"rollout_id": rollouts[i].id, "prompt_id": rollouts[i].prompt.id, "turn": place, "verdict": verdict.label,
+        for sample in batch:
+            sample.turn_weight = np.zeros(len(sample.turns), dtype=np.float32)
+        for (sample, index, _, _), verdict in zip(turns, final, strict=True):
+            assert sample.turn_weight is not None
+            sample.turn_weight[index] = verdict.weight
+        places = [sum(t.role == "assistant" for t in sample.turns[:index]) for sample, index, _, _ in turns]
+        batch.metrics |= turn_metrics(final, places)
+        batch.records += [
+            {"rollout_id": sample.id, "prompt_id": sample.prompt.id, "turn": place, "verdict": verdict.label,
              "weight": verdict.weight, "text": "\n".join(map(written, turn.messages))}
-            for (i, (_, turn, _)), place, verdict in zip(turns, places, final, strict=True)
+            for (sample, _, turn, _), place, verdict in zip(turns, places, final, strict=True)
         ]  # fmt: skip
-        return Annotations(notes, {**found.metrics, **turn_metrics(final, places)}, [*found.records, *records])
+
+    def select(self, batch: Batch) -> None:
+        """For the controls: give the weights of the step to other turns of it."""
+        if self.settings.intervention != "judge":
+            move_weights(batch, self.ranks, self.settings.intervention, self.config.seed)
+
+    def weigh(self, batch: Batch) -> None:
+        """kl_weight = Z s_t on every token of turn t (or that weight on its advantage; see ``sage.kl_mode``)."""
+        super().weigh(batch)
+        if self.settings.use_confidence:
+            for sample in batch:
+                assert sample.kl_weight is not None
+                sample.kl_weight = sample.kl_weight * confidence(sample)
+        factors = normalise(batch, self.ranks, self.settings)
+        batch.metrics["sage/z"] = Mean(float(factors.mean()) if len(factors) else 0.0, len(factors))
+        if self.settings.kl_mode == "sampled":
+            for sample in batch:
+                assert sample.kl_weight is not None
+                sample.advantage = (sample.kl_weight * gap_of(sample)).astype(np.float32)
+                sample.kl_weight = np.zeros_like(sample.kl_weight)
 
 
-@dataclass(frozen=True)
-class Control:
-    """The weights of a step on other turns of it: shuffled, or the heaviest where the lightest were.
-
-    Args:
-        intervention: "random" or "inverted".
-        seed: of the order.
-    """
-
-    intervention: str
-    seed: int
-
-    def __call__(
-        self, rollouts: Sequence[Rollout], notes: Sequence[Note], step: int
-    ) -> tuple[list[Note], Mapping[str, float]]:
-        moved = {i: np.array(note.turn_weight) for i, note in enumerate(notes) if not note.drop}
-        turns = [(i, index) for i in moved for index, *_ in turns_of(rollouts[i])]
-        given = np.array([moved[i][index] for i, index in turns])
-        order = np.random.default_rng([self.seed, step]).permutation(len(turns))
-        if self.intervention == "random":
-            received = given[order]
-        else:
-            ranked = order[np.argsort(given[order], kind="stable")]  # ties in random order
-            received = np.empty_like(given)
-            received[ranked] = given[ranked[::-1]]
-        for (i, index), weight in zip(turns, received, strict=True):
-            moved[i][index] = weight
-        return [replace(note, turn_weight=moved[i]) if i in moved else note for i, note in enumerate(notes)], {}
-
-
-def has_failed(turn: Turn) -> bool:
-    """Whether no judge is needed: the environment reports a failure, or the turn is empty or was cut off."""
-    is_empty = not any(written(message).strip() for message in turn.messages)
-    return is_empty or bool(turn.info.get("failure")) or turn.info.get("stop_reason") == "length"
-
-
-class Selective:
-    """kl_weight = Z s_t on every token of turn t (or that weight on its advantage; see ``sage.kl_mode``)."""
-
-    def __init__(self, config: SageConfig) -> None:
-        self.config = config
-
-    def __call__(self, batch: Batch) -> Weighed:
-        signals = [plain_signal(r, n) for r, n in zip(batch.rollouts, batch.notes, strict=True)]
-        if self.config.use_confidence:
-            signals = [
-                TokenSignal(signal.kl_weight * confidence(rollout, note, stats), signal.mix)
-                for signal, rollout, note, stats in zip(signals, batch.rollouts, batch.notes, batch.stats, strict=True)
-            ]
-        scopes = [list(range(len(signals)))]
-        if self.config.normalization_scope == "trajectory":
-            scopes = [[i] for i in range(len(signals))]
-        factors = np.ones(len(signals))
-        for scope in scopes:
-            factors[scope] = self.factor([signals[i].kl_weight for i in scope])
-        scaled = [
-            TokenSignal((factor * s.kl_weight).astype(np.float32), s.mix)
-            for factor, s in zip(factors, signals, strict=True)
-        ]
-        if self.config.kl_mode == "sampled":
-            scaled = [sampled(signal, gap) for signal, gap in zip(scaled, gaps(batch), strict=True)]
-        return Weighed(scaled, {"sage/z": float(factors.mean()) if len(factors) else 0.0})
-
-    def factor(self, weights: Sequence[np.ndarray]) -> float:
-        """Z over some rollouts: 1 where nothing is normalised, 0 where no token has weight."""
-        if self.config.normalization == "none":
-            return 1.0
-        total = sum(float(w.sum(dtype=np.float64)) for w in weights)
-        if total == 0:
-            return 0.0
-        all_tokens = self.config.normalization == "all_tokens"
-        count = sum(len(w) if all_tokens else int((w > 0).sum()) for w in weights)
-        return min(count / max(total, self.config.eps), self.config.z_max or np.inf)
-
-
-def sampled(signal: TokenSignal, gap: np.ndarray) -> TokenSignal:
-    """The same weights on the sampled tokens' policy gradient, whose advantage is the gap [T], for the divergence."""
-    return TokenSignal(np.zeros_like(signal.kl_weight), signal.mix, (signal.kl_weight * gap).astype(np.float32))
-
-
-def confidence(rollout: Rollout, note: Note, stats: Stats) -> np.ndarray:
-    """float32 [T]: c_t of each token's turn, the mean over its tokens of the teachers' largest probability."""
-    if stats.teacher_top1 is None:  # no turn has weight: no teacher was asked
-        return np.zeros(len(rollout.targets), dtype=np.float32)
-    top1 = stats.teacher_top1.astype(np.float64)
-    mix = np.full(top1.shape[1], 1 / top1.shape[1]) if note.mix is None else note.mix / note.mix.sum()
-    turns, per_token = rollout.target_turns, top1 @ mix
-    counts = np.maximum(np.bincount(turns), 1)
-    means: np.ndarray = np.bincount(turns, weights=per_token) / counts
-    return means[turns].astype(np.float32)
-
-
-def sage_opd(config: TrainConfig) -> Recipe:
-    """Selective turn intervention; with several teachers for a prompt the first of them is the judge."""
+def check(config: TrainConfig) -> None:
+    """Raise ConfigError for settings that SAGE-OPD cannot have."""
     need_teachers(config, 1)
     if not config.environment.name:
         raise ConfigError("method 'sage_opd' weighs the turns of an agent; set environment.name")
@@ -176,16 +107,83 @@ def sage_opd(config: TrainConfig) -> Recipe:
             f"sage.confidence_temperature={sage.confidence_temperature} is not possible with the served teachers "
             f"{listed}, which tell their likeliest tokens at temperature 1 only; use 1.0, or local teachers"
         )
-    measures: tuple[str, ...] = ("teacher_top1",) if sage.use_confidence else ()
     if sage.kl_mode == "sampled":
         need_reverse_kl(config, "sage.kl_mode")
-        measures += MEASURES
-    return Recipe(
-        "sage_opd",
-        Intervention(sage, contexts_of(config)),
-        (Selective(sage),),
-        teachers_per_prompt=2 if config.debates else 1,
-        measures=measures,
-        top1_temperature=sage.confidence_temperature,
-        revise=None if sage.intervention == "judge" else Control(sage.intervention, config.seed),
-    )
+
+
+def has_failed(turn: Turn) -> bool:
+    """Whether no judge is needed: the environment reports a failure, or the turn is empty or was cut off."""
+    is_empty = not any(written(message).strip() for message in turn.messages)
+    return is_empty or bool(turn.info.get("failure")) or turn.info.get("stop_reason") == "length"
+
+
+def confidence(sample: Sample) -> np.ndarray:
+    """float32 [T]: c_t of each token's turn, the mean over its tokens of the teachers' largest probability."""
+    if sample.teacher_top1 is None:  # no turn has weight: no teacher was asked
+        return np.zeros(len(sample.target_ids), dtype=np.float32)
+    mix = sample.token_mix(sample.teacher_top1.shape[1])
+    per_token = (sample.teacher_top1 * mix / mix.sum(axis=1, keepdims=True)).sum(axis=1)
+    turns = sample.target_turns
+    counts = np.maximum(np.bincount(turns), 1)
+    means: np.ndarray = np.bincount(turns, weights=per_token) / counts
+    return means[turns].astype(np.float32)
+
+
+def normalise(batch: Batch, ranks: Ranks, settings: SageConfig) -> np.ndarray:
+    """Multiply the weights of every sample by Z = N / sum of weights (equations 11 and 12).
+
+    All processes call this: with ``normalization_scope: batch`` N and the sum are those of the whole step.
+
+    Args:
+        batch: weighted samples.
+        ranks: of the run.
+        settings: what N counts, over what, and the bounds of Z.
+
+    Returns:
+        float64 [number of kept samples]: Z of each.
+    """
+    samples = list(batch)
+    weights = [s.kl_weight for s in samples if s.kl_weight is not None]
+    every = settings.normalization == "all_tokens"
+    own = [(float(w.sum(dtype=np.float64)), float(len(w) if every else np.count_nonzero(w > 0))) for w in weights]
+    step = ranks.join(own) if settings.normalization_scope == "batch" else []
+    factors = np.array([normaliser(step or [row], settings) for row in own])
+    for sample, weight, factor in zip(samples, weights, factors, strict=True):
+        sample.kl_weight = (factor * weight).astype(np.float32)
+    return factors
+
+
+def normaliser(rows: list[tuple[float, float]], settings: SageConfig) -> float:
+    """Z of samples given by (sum of weights, count): 1 where nothing is normalised, 0 where nothing has weight."""
+    if settings.normalization == "none":
+        return 1.0
+    total, count = (sum(column) for column in zip(*rows, strict=True))
+    if total == 0:
+        return 0.0
+    return float(min(count / max(total, settings.eps), settings.z_max or np.inf))
+
+
+def move_weights(batch: Batch, ranks: Ranks, intervention: str, seed: int) -> None:
+    """The turn weights of the step on other turns of it: shuffled, or the heaviest where the lightest were.
+
+    All processes call this.
+
+    Args:
+        batch: annotated samples.
+        ranks: of the run.
+        intervention: "random" or "inverted".
+        seed: of the order.
+    """
+    turns = [(sample, index) for sample in batch for index, *_ in turns_of(sample)]
+    own = [0.0 if s.turn_weight is None else float(s.turn_weight[index]) for s, index in turns]
+    given, mine = np.array(ranks.join(own)), ranks.own(len(own))
+    order = np.random.default_rng([seed, batch.number]).permutation(len(given))
+    if intervention == "random":
+        received = given[order]
+    else:
+        ranked = order[np.argsort(given[order], kind="stable")]  # ties in random order
+        received = np.empty_like(given)
+        received[ranked] = given[ranked[::-1]]
+    for (sample, index), weight in zip(turns, received[mine], strict=True):
+        assert sample.turn_weight is not None
+        sample.turn_weight[index] = weight

@@ -17,103 +17,288 @@ Left out rollouts do not count in the loss denominators, and returns are those o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from opdengine.config.method_sections import UniOPDConfig
 from opdengine.config.train import TrainConfig
-from opdengine.methods import outcome
-from opdengine.methods.advantage import MEASURES, PolicyGradient, gaps, resolve
-from opdengine.methods.mad_opd import contexts_of
-from opdengine.methods.method import Batch, Note, Recipe, Weighed
-from opdengine.methods.opd import need_teachers
-from opdengine.types import Rollout
+from opdengine.distributed import Ranks
+from opdengine.methods.debate.contexts import contexts_of
+from opdengine.methods.method import Method, need_teachers
+from opdengine.methods.policy_gradient import MEASURES, gap_of, policy_gradient
+from opdengine.metrics import Mean, mean
+from opdengine.types import Batch, Sample
+
+ROUNDING = 1e-9
+"""Of a product of a count and a ratio: 33 / 0.55 is 60, not the 59 that binary numbers make of it."""
+
+LEAST_KEPT = 0.25
+"""Share of each kind that :func:`narrowing` never removes."""
 
 
-@dataclass(frozen=True)
-class Balance:
-    """Leaves out rollouts by their outcomes, before any teacher judges them.
-
-    Args:
-        config: scope and ratio of the balance.
-        seed: of the choice.
-    """
-
-    config: UniOPDConfig
-    seed: int
-
-    def __call__(
-        self, rollouts: Sequence[Rollout], notes: Sequence[Note], step: int
-    ) -> tuple[list[Note], Mapping[str, float]]:
-        able = [i for i, note in enumerate(notes) if not note.drop]
-        correct = [is_correct(rollouts[i], self.config) for i in able]
-        stays = outcome.choose([rollouts[i] for i in able], correct, self.config, self.seed)
-        revised = list(notes)
-        for i, kept in zip(able, stays, strict=True):
-            revised[i] = notes[i] if kept else Note(drop="balance")
-        right = [label for label, kept in zip(correct, stays, strict=True) if kept]
-        return revised, {
-            name: float(np.mean(labels))
-            for name, labels in (("balance/correct_before", correct), ("balance/correct_after", right))
-            if labels
-        }
-
-
-def is_correct(rollout: Rollout, config: UniOPDConfig) -> bool:
-    """Whether the verifier's reward makes it a correct rollout; without a reward it is not."""
-    return rollout.reward is not None and rollout.reward >= config.correct_from
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """Gaps plus the outcome's term.
-
-    Args:
-        gradient: makes signals of them.
-        config: of the margin.
-    """
-
-    gradient: PolicyGradient
-    config: UniOPDConfig
-
-    def __call__(self, batch: Batch) -> Weighed:
-        gap, c, count = gaps(batch), self.config, len(batch.rollouts)
-        shift, gone = np.zeros(count), np.zeros(count, dtype=bool)
-        # Episodes with a weight of 0 on every turn were not judged: they have no return.
-        valid = [i for i, (r, s) in enumerate(zip(batch.rollouts, batch.stats, strict=True))
-                 if s.student_logprob is not None and r.reward is not None]  # fmt: skip
-        returns = np.array([gap[i].mean() for i in valid])
-        correct = np.array([is_correct(batch.rollouts[i], c) for i in valid], dtype=bool)
-        rollouts, moved = [batch.rollouts[i] for i in valid], []
-        for members in outcome.sets(rollouts, c.margin_scope).values():
-            mine, labels, places = returns[members], correct[members], np.array(valid)[members]
-            if c.margin == "mask":
-                gone[places] = outcome.narrowing(mine, labels, c.margin_delta, c.margin_statistic)
-            elif c.margin == "shift":
-                shift[places] = outcome.shifts(mine, labels, c.margin_delta, c.margin_statistic, c.margin_direction)
-            elif c.margin == "fixed" and labels.any() and not labels.all():
-                shift[places] = c.margin_delta * outcome.sides(labels, c.margin_direction)
-            if labels.any() and not labels.all():
-                moved.append(np.ptp(shift[places]))
-        weighed = self.gradient.signals(batch, gap, np.ones(count), shift, ["margin" if g else "" for g in gone])
-        metrics = outcome.consistency(returns, correct, list(outcome.sets(rollouts, "group").values()))
-        if moved and c.margin in ("shift", "fixed"):
-            metrics["margin/shift"] = float(np.mean(moved))
-        return Weighed(weighed.signals, {**weighed.metrics, **metrics})
-
-
-def uni_opd(config: TrainConfig) -> Recipe:
+class UniOPD(Method):
     """Routed teachers, balanced outcomes, calibrated margins."""
-    need_teachers(config, 1)
-    base, gradient = resolve(config, importance="clip", max_gap=10.0)
-    return Recipe(
-        "uni_opd",
-        contexts_of(config),
-        (base, Calibrated(gradient, config.uni_opd)),
-        teachers_per_prompt=2 if config.debates else 1,
-        measures=MEASURES,
-        needs_reward=True,
-        revise=Balance(config.uni_opd, config.seed),
-    )
+
+    needs = MEASURES
+    needs_reward = True
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        need_teachers(config, 1)
+        self.settings = config.uni_opd
+        self.gradient = policy_gradient(config, importance="clip", max_gap=10.0)
+        self.contexts = contexts_of(config)
+        self.teachers_per_prompt = 2 if config.debates else 1
+
+    def is_correct(self, sample: Sample) -> bool:
+        """Whether the verifier's reward makes it a correct sample; without a reward it is not."""
+        return sample.reward is not None and sample.reward >= self.settings.correct_from
+
+    def select(self, batch: Batch) -> None:
+        """Balance the outcomes, before any teacher judges a sample."""
+        samples = list(batch)
+        correct = [self.is_correct(sample) for sample in samples]
+        stays = choose(samples, correct, self.settings, self.config.seed, self.ranks)
+        for sample, kept in zip(samples, stays, strict=True):
+            sample.drop = "" if kept else "balance"
+        after = [label for label, kept in zip(correct, stays, strict=True) if kept]
+        for name, labels in (("balance/correct_before", correct), ("balance/correct_after", after)):
+            if labels:
+                batch.metrics[name] = mean(labels)
+
+    def weigh(self, batch: Batch) -> None:
+        """Gaps as advantages, plus the outcome's term."""
+        samples, settings = list(batch), self.settings
+        gap = [gap_of(sample) for sample in samples]
+        # Episodes with a weight of 0 on every turn were not judged: they have no return.
+        valid = [i for i, s in enumerate(samples) if s.student_logprob is not None and s.reward is not None]
+        rows = self.ranks.join(
+            [(samples[i].group or samples[i].id, float(gap[i].mean()), self.is_correct(samples[i])) for i in valid]
+        )
+        mine = self.ranks.own(len(valid))
+        returns = np.array([value for _, value, _ in rows])
+        correct = np.array([label for *_, label in rows], dtype=bool)
+        groups = [group for group, *_ in rows]
+        moves, gone, moved = calibrate(groups, returns, correct, settings)
+        shift = np.zeros(len(samples))
+        for i, extra, out in zip(valid, moves[mine], gone[mine], strict=True):
+            shift[i] = extra
+            samples[i].drop = "margin" if out else ""
+        kept = [i for i, sample in enumerate(samples) if not sample.drop]
+        self.gradient.weigh(batch, self.ranks, [gap[i] for i in kept], shift=shift[kept].tolist())
+        found = consistency(returns, correct, list(sets(groups, "group").values()))
+        if moved and settings.margin in ("shift", "fixed"):
+            found["margin/shift"] = float(np.mean(moved))
+        batch.metrics |= {name: Mean(value) for name, value in found.items()}  # alike on all processes
+
+
+def calibrate(
+    groups: Sequence[str], returns: np.ndarray, correct: np.ndarray, settings: UniOPDConfig
+) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """Widen the margin between the returns of correct and incorrect samples (equations 9 to 11).
+
+    Args:
+        groups: of each of N samples.
+        returns: float [N].
+        correct: bool [N].
+        settings: of the margin.
+
+    Returns:
+        float64 [N] what is added to each token's advantage; bool [N] what the greedy mask leaves out; how far the
+        two sides of every mixed set were moved apart.
+    """
+    shift, gone, moved = np.zeros(len(returns)), np.zeros(len(returns), dtype=bool), []
+    for members in sets(groups, settings.margin_scope).values():
+        mine, labels = returns[members], correct[members]
+        is_mixed = bool(labels.any() and not labels.all())
+        if settings.margin == "mask":
+            gone[members] = narrowing(mine, labels, settings.margin_delta, settings.margin_statistic)
+        elif settings.margin == "shift":
+            shift[members] = shifts(
+                mine, labels, settings.margin_delta, settings.margin_statistic, settings.margin_direction
+            )
+        elif settings.margin == "fixed" and is_mixed:
+            shift[members] = settings.margin_delta * sides(labels, settings.margin_direction)
+        if is_mixed:
+            moved.append(float(np.ptp(shift[members])))
+    return shift, gone, moved
+
+
+def balanced_counts(correct: int, incorrect: int, ratio: float) -> tuple[int, int]:
+    """How many of each kind to keep for ``correct : incorrect = ratio : 1``; never adds, never empties a set.
+
+    A set of one kind is kept whole, as is one that is too small for the ratio. Ratio 0 keeps
+    only incorrect ones, infinity only correct ones (where there are any).
+    """
+    if not correct or not incorrect:
+        return correct, incorrect
+    if ratio == 0:
+        return 0, incorrect
+    if math.isinf(ratio):
+        return correct, 0
+    most_correct, most_incorrect = (math.floor(n + ROUNDING) for n in (incorrect * ratio, correct / ratio))
+    if correct > most_correct >= 1:
+        return most_correct, incorrect
+    if incorrect > most_incorrect >= 1:
+        return correct, most_incorrect
+    return correct, incorrect
+
+
+def capped_counts(correct: int, incorrect: int, most: int | None) -> tuple[int, int]:
+    """At most ``most`` in the same proportion; a mixed set stays mixed if ``most`` is at least 2."""
+    total = correct + incorrect
+    if most is None or total <= most:
+        return correct, incorrect
+    kept = round(most * correct / total)
+    if correct and incorrect and most > 1:
+        kept = min(max(kept, 1), most - 1)
+    return kept, most - kept
+
+
+def choose(
+    samples: Sequence[Sample], correct: Sequence[bool], config: UniOPDConfig, seed: int, ranks: Ranks | None = None
+) -> list[bool]:
+    """Which samples stay after balancing. All processes call this.
+
+    Steps of one episode stay or go together. Who goes is random, but a function of the seed and the sampled
+    tokens only: neither the order of the samples nor a resumed run changes it.
+
+    Args:
+        samples: of this process.
+        correct: one label each.
+        config: scope, ratio and cap.
+        seed: of the choice.
+        ranks: the processes whose samples are balanced together; default: this one alone.
+    """
+    ranks = ranks or Ranks()
+    own = [
+        (s.trajectory or f"\0{s.id}", _lot(s, seed), s.group or s.id, bool(label))
+        for s, label in zip(samples, correct, strict=True)
+    ]
+    rows, mine = ranks.join(own), ranks.own(len(own))
+    units: dict[str, list[tuple[bytes, str, bool]]] = {}
+    for unit, lot, group, label in rows:
+        units.setdefault(unit, []).append((lot, group, label))
+    order = sorted(units, key=lambda unit: min(lot for lot, *_ in units[unit]))
+    is_correct = {unit: members[0][2] for unit, members in units.items()}
+    group_of = {unit: members[0][1] for unit, members in units.items()}
+    groups = list(dict.fromkeys(group_of[unit] for unit in order))
+    alive = set(order)
+
+    def members_of(names: Sequence[str], group: str) -> list[str]:
+        return [name for name in names if group_of[name] == group]
+
+    def keep(names: Sequence[str], counts: tuple[int, int]) -> None:
+        for label, count in zip((True, False), counts, strict=True):
+            alive.difference_update([name for name in names if is_correct[name] == label][count:])
+
+    def count(names: Sequence[str]) -> tuple[int, int]:
+        right = sum(is_correct[name] for name in names)
+        return right, len(names) - right
+
+    if config.balance != "none":
+        for names in [order] if config.balance == "global" else [members_of(order, group) for group in groups]:
+            keep(names, balanced_counts(*count(names), config.balance_ratio))
+    for group in groups:
+        names = members_of([name for name in order if name in alive], group)
+        keep(names, capped_counts(*count(names), config.keep_per_prompt))
+    return [unit in alive for unit, *_ in rows[mine]]
+
+
+def _lot(sample: Sample, seed: int) -> bytes:
+    text = f"{seed}:{sample.prompt.id}:{sample.id}:".encode()
+    return hashlib.sha256(text + sample.token_ids.tobytes()).digest()
+
+
+def sets(groups: Sequence[str], scope: str) -> dict[str, list[int]]:
+    """Places of the samples that are compared with each other: of a prompt ("group"), or all ("global")."""
+    if scope == "global":
+        return {"": list(range(len(groups)))}
+    found: dict[str, list[int]] = {}
+    for i, group in enumerate(groups):
+        found.setdefault(group, []).append(i)
+    return found
+
+
+def margin(correct: np.ndarray, incorrect: np.ndarray, statistic: str) -> float:
+    """How far the returns of correct samples lie above those of incorrect ones (equation 10, or of means)."""
+    if statistic == "mean":
+        return float(correct.mean() - incorrect.mean())
+    return float(correct.min() - incorrect.max())
+
+
+def shifts(returns: np.ndarray, correct: np.ndarray, delta: float, statistic: str, direction: str) -> np.ndarray:
+    """What to add to every token of each sample so that the margin is ``delta`` (equation 11).
+
+    Args:
+        returns: float [N].
+        correct: bool [N].
+        delta: the wanted margin.
+        statistic: of :func:`margin`.
+        direction: "lift", "push_down" or "spread".
+
+    Returns:
+        float64 [N]; zeros for a set of one kind or where the margin is wide enough.
+    """
+    if correct.all() or not correct.any():
+        return np.zeros(len(returns))
+    missing = max(delta - margin(returns[correct], returns[~correct], statistic), 0.0)
+    return missing * sides(correct, direction)
+
+
+def sides(correct: np.ndarray, direction: str) -> np.ndarray:
+    """float64 [N]: the part of a shift that each sample takes, with its sign."""
+    up, down = {"lift": (1.0, 0.0), "push_down": (0.0, -1.0), "spread": (0.5, -0.5)}[direction]
+    return np.where(correct, up, down)
+
+
+def narrowing(returns: np.ndarray, correct: np.ndarray, delta: float, statistic: str) -> np.ndarray:
+    """bool [N]: samples to remove, one by one, until the margin is ``delta``.
+
+    Each time the worst correct or the best incorrect one goes, whichever widens the margin more (the
+    correct one in a tie); it ends when none does or only a quarter of a kind is left.
+    """
+    gone = np.zeros(len(returns), dtype=bool)
+    if correct.all() or not correct.any():
+        return gone
+    up = [int(i) for i in np.argsort(returns, kind="stable") if correct[i]]
+    down = [int(i) for i in np.argsort(-returns, kind="stable") if not correct[i]]
+    floors = [max(1, math.floor(LEAST_KEPT * len(side))) for side in (up, down)]
+    now = margin(returns[up], returns[down], statistic)
+    while now < delta:
+        options = []
+        for side, floor, (one, other) in zip((up, down), floors, ((up[1:], down), (up, down[1:])), strict=True):
+            if len(side) > floor:
+                options.append((margin(returns[one], returns[other], statistic), side))
+        best, side = max(options, key=lambda option: option[0], default=(now, up))
+        if best <= now:
+            break
+        gone[side.pop(0)] = True
+        now = best
+    return gone
+
+
+def consistency(returns: np.ndarray, correct: np.ndarray, groups: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Does the teacher rank correct above incorrect answers of a prompt? Shares of groups and of pairs."""
+    kinds = {"all_correct": 0, "all_wrong": 0, "consistent": 0, "violated": 0}
+    inverted = pairs = 0
+    for members in groups:
+        right, wrong = (returns[[i for i in members if correct[i] == label]] for label in (True, False))
+        if not len(wrong):
+            kinds["all_correct"] += 1
+        elif not len(right):
+            kinds["all_wrong"] += 1
+        else:
+            bad = int((right[:, None] < wrong[None, :]).sum())
+            inverted, pairs = inverted + bad, pairs + len(right) * len(wrong)
+            kinds["violated" if bad else "consistent"] += 1
+    found = {f"order/{kind}": count / max(len(groups), 1) for kind, count in kinds.items()}
+    if pairs:
+        found["order/inverted_pairs"] = inverted / pairs
+    for name, chosen in (("correct", correct), ("incorrect", ~correct)):
+        if chosen.any():
+            found[f"order/return_{name}"] = float(returns[chosen].mean())
+    return found

@@ -25,6 +25,7 @@ from opdengine.models.packing import Packed, pack
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ class Backbone:
             self.sharded.release()
         return result
 
-    def in_step(self, batches: Iterable[Packed]) -> Iterator[Packed | None]:
+    def in_step(self, batches: Iterable[B]) -> Iterator[B | None]:
         """The batches; where ranks split the model, then None until every rank has had as many.
 
         For each None :meth:`idle` takes part in the others' pass.

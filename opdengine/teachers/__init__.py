@@ -59,7 +59,7 @@ class Teacher(Protocol):
         ...
 
     def encode_answer(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Token ids between one reply and the next in this template; see :func:`opdengine.models.chat.encode_answer`."""
+        """Token ids between one reply and the next; see :func:`opdengine.models.chat.encode_answer`."""
         ...
 
     async def generate(self, requests: Sequence[Request], params: SamplingParams) -> Sequence[Completion | Failure]:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from opdengine.config.train import ConfigError, TeacherConfig
+from opdengine.errors import ProbeError
 from opdengine.models.chat import PROBES, encode_answer, encode_chat
 from opdengine.rollout.transformers import stream_key
 from opdengine.teachers.echo import Echo
 from opdengine.teachers.endpoint import Answer, BadAnswer, Endpoint
 from opdengine.teachers.top_k import read_top_k
-from opdengine.training.sanity import ProbeError
 from opdengine.types import Completion, Failure, Message, Request, SamplingParams, TeacherContext, TopK
 
 logger = logging.getLogger(__name__)

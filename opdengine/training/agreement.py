@@ -1,4 +1,4 @@
-"""The trainer's log-probs under the sampler's own processing, for a few rollouts of a step.
+"""The trainer's log-probs under the sampler's own processing, for a few samples of a step.
 
 The statistics of the loss are log-probs of the model itself. When the student is sampled at another
 temperature or with top-k, top-p or a penalty, the sampler's log-probs are of that other distribution, and
@@ -14,29 +14,29 @@ import torch
 
 from opdengine.models.backbone import Backbone, Head
 from opdengine.rollout.transformers import penalise, truncate
-from opdengine.types import Rollout, SamplingParams
+from opdengine.types import Sample, SamplingParams
 
 ROLLOUTS, TOKENS = 2, 128
 """How much is compared in a step: the logits of these tokens are held at a time."""
 
 
 def processed_differences(
-    student: Backbone, rollouts: Sequence[Rollout], params: SamplingParams, vocab_size: int
+    student: Backbone, samples: Sequence[Sample], params: SamplingParams, vocab_size: int
 ) -> np.ndarray:
-    """float32 [T]: trainer minus sampler log-prob of the first tokens of the shortest rollouts.
+    """float32 [T]: trainer minus sampler log-prob of the first tokens of the shortest samples.
 
     Args:
         student: in evaluation mode.
-        rollouts: of the step; those without the sampler's log-probs are passed over.
+        samples: of the step; those without the sampler's log-probs are passed over.
         params: how they were sampled.
         vocab_size: valid leading columns of the head.
 
     Returns:
         -inf where the trainer's distribution excludes what was sampled.
     """
-    known = [(r, r.logprobs) for r in rollouts if r.logprobs is not None and len(r.targets)]
+    known = [(s, s.sampler_logprob) for s in samples if s.sampler_logprob is not None and len(s.target_ids)]
     chosen = sorted(known, key=lambda pair: len(pair[0].token_ids))[:ROLLOUTS]
-    ids, positions = zip(*(_start(r) for r, _ in chosen), strict=True) if chosen else ((), ())
+    ids, positions = zip(*(_start(s) for s, _ in chosen), strict=True) if chosen else ((), ())
     states, head = student.score(ids, positions), student.head
     differences = [
         _processed(head, tokens, places, hidden, params, vocab_size) - logprobs[:TOKENS]
@@ -45,17 +45,17 @@ def processed_differences(
     return np.concatenate(differences) if differences else np.zeros(0, dtype=np.float32)
 
 
-def processed_logprobs(student: Backbone, rollout: Rollout, params: SamplingParams, vocab_size: int) -> np.ndarray:
+def processed_logprobs(student: Backbone, sample: Sample, params: SamplingParams, vocab_size: int) -> np.ndarray:
     """float32 [min(T, TOKENS)]: log-probs of a rollout's first targets after penalty, temperature, top-k, top-p."""
-    ids, positions = _start(rollout)
+    ids, positions = _start(sample)
     (states,) = student.score([ids], [positions])
     return _processed(student.head, ids, positions, states, params, vocab_size)
 
 
-def _start(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+def _start(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """Token ids up to the last target that is compared, and the positions of those targets."""
-    positions = rollout.target_positions[:TOKENS]
-    return rollout.token_ids[: positions[-1] + 1], positions
+    positions = sample.target_positions[:TOKENS]
+    return sample.token_ids[: positions[-1] + 1], positions
 
 
 @torch.no_grad()

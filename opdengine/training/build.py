@@ -16,7 +16,7 @@ from opdengine.config.train import ConfigError, TeacherConfig, TrainConfig
 from opdengine.distributed import Ranks, Sharded
 from opdengine.environments.setup import open_episodes
 from opdengine.loss.vocab_parallel import VocabParallel
-from opdengine.methods.method import Recipe
+from opdengine.methods.method import Method
 from opdengine.models.backbone import Backbone, choose_attention, default_device, load_model, read_dtype, read_window
 from opdengine.models.chat import load_tokenizer, require_same_mode, require_same_tokenizer, vocabulary_size
 from opdengine.models.lora import add_adapter, architecture, base_of, freeze_head, load_adapter, require_peft
@@ -38,13 +38,13 @@ NO_FLOAT16 = (
 
 
 def build_engine(
-    config: TrainConfig, recipe: Recipe, tokenizer: Any, checkpoint: Path | None = None, ranks: Ranks | None = None
+    config: TrainConfig, method: Method, tokenizer: Any, checkpoint: Path | None = None, ranks: Ranks | None = None
 ) -> Engine:
     """Load student, teachers and sampler.
 
     Args:
         config: of the run.
-        recipe: of its method.
+        method: of the run.
         tokenizer: the student's.
         checkpoint: take the student's weights from here.
         ranks: split the student's parameters.
@@ -63,7 +63,7 @@ def build_engine(
         require_same_mode(
             tokenizer, config.chat_template_kwargs, its_tokenizer, teacher.chat_template_kwargs, teacher.name
         )
-    served = serve_teachers(config, tokenizers, judges=recipe.demonstrations is None)
+    served = serve_teachers(config, tokenizers, judges=not method.writes)
     many = ranks.world_size > 1
     split_head = many and config.vocab_parallel_head
     mesh = ranks.mesh(device) if many else None
@@ -100,7 +100,7 @@ def build_engine(
     optimizer = build_optimizer(config, model)
     return Engine(
         config=config,
-        recipe=recipe,
+        method=method,
         student=student,
         tokenizer=tokenizer,
         teachers=teachers,
@@ -110,7 +110,7 @@ def build_engine(
         scheduler=build_scheduler(config, optimizer),
         vocab_size=vocab_size,
         episodes=open_episodes(config, tokenizer, student.window) if config.environment.name else None,
-        grader=build_grader(config) if recipe.needs_reward and not config.environment.name else None,
+        grader=build_grader(config) if method.needs_reward and not config.environment.name else None,
         session=session,
         vocabulary=VocabParallel(ranks) if split_head else None,
     )

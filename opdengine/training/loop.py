@@ -15,17 +15,17 @@ from typing import Any
 
 from opdengine.data.prompts import PromptStream, ScheduledStream
 from opdengine.distributed import PeerError
-from opdengine.errors import ServiceError, WriteError
+from opdengine.errors import ProbeError, ServiceError, WriteError
 from opdengine.metrics import write_jsonl
 from opdengine.models.checkpoint import list_checkpoints, save_checkpoint
 from opdengine.teachers import TeacherError
 from opdengine.training.progress import Progress
 from opdengine.training.run_folder import InputFiles
-from opdengine.training.sanity import ProbeError
 from opdengine.training.signals import Interrupts
 from opdengine.training.step import Engine
-from opdengine.training.step_result import Prepared, StepResult
+from opdengine.training.step_result import StepResult
 from opdengine.training.writer import MetricsWriter, NoWriter
+from opdengine.types import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 async def prepared(
     engine: Engine, stream: PromptStream | ScheduledStream, start: int, stop: int, ahead: int
-) -> AsyncGenerator[tuple[int, Prepared, dict[str, Any]], None]:
+) -> AsyncGenerator[tuple[int, Batch, dict[str, Any]], None]:
     """Batches ``start + 1`` to ``stop`` in order, with up to ``ahead`` more in preparation.
 
     A batch is begun no earlier than when batch ``number - ahead - 1`` has been finished, so it is updated
@@ -47,7 +47,7 @@ async def prepared(
         The batch's number, the batch, and the state of the stream after it was drawn.
     """
     count = engine.config.prompts_per_step * engine.ranks.world_size
-    tasks: deque[tuple[asyncio.Task[Prepared], dict[str, Any]]] = deque()
+    tasks: deque[tuple[asyncio.Task[Batch], dict[str, Any]]] = deque()
     begun = start
     try:
         for number in range(start + 1, stop + 1):
@@ -164,7 +164,7 @@ class Loop:
 
     def _count_broken(self, result: StepResult) -> None:
         """Stop when no episode of several steps in a row came to its end."""
-        if result.rollouts or self.engine.episodes is None:
+        if result.metrics.get("completions/mean_length") is not None or self.engine.episodes is None:
             self.broken_steps = 0
             return
         self.broken_steps += 1
@@ -193,7 +193,7 @@ class Loop:
             )
 
     async def _measure(self, step: int) -> dict[str, float]:
-        return await self.engine.beside(self.measure, step)
+        return await self.engine.in_background(self.measure, step)
 
     def rescue(self, reason: str) -> None:
         """Keep the last finished step: its weights are whole whatever failed after it."""
@@ -233,19 +233,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def _log_completions(folder: Path, step: int, result: StepResult) -> None:
-    rows = [
-        {
-            "id": r.id,
-            "prompt_id": r.prompt.id,
-            "data_source": r.prompt.key,
-            "text": r.text,
-            "tokens": len(r.targets),
-            "stop_reason": r.stop_reason,
-            "policy_version": r.policy_version,
-        }
-        for r in result.rollouts
-    ]
-    write_jsonl(folder / "rollouts" / f"step_{step}.jsonl", rows)
+    write_jsonl(folder / "rollouts" / f"step_{step}.jsonl", result.completions)
     verdicts = [dict(r) for r in result.records if "verdict" in r]
     debates = [dict(r) for r in result.records if "verdict" not in r]
     for name, records in (("debates", debates), ("verdicts", verdicts)):

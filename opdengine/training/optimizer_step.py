@@ -1,8 +1,8 @@
-"""Forward, backward and the optimiser step over all micro-batches of a step."""
+"""Forward and backward over the micro-batches of a step, and what the optimiser step needs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,53 +11,86 @@ import numpy as np
 import torch
 
 from opdengine.distributed import whole
-from opdengine.loss.objective import Item, fold
+from opdengine.loss.objective import LossOf, advantage, kl_weight
 from opdengine.models.backbone import Backbone
 from opdengine.models.packing import Packed, pack
-
-LossOf = Callable[[torch.Tensor, Sequence[Item]], torch.Tensor]
-"""(hidden states [T, d] of the items' targets, items) -> this rank's part of the loss."""
+from opdengine.types import Sample
 
 
 @dataclass(frozen=True)
-class Micro:
-    """A micro-batch that has been run: its items and this rank's part of the loss."""
+class MicroBatch:
+    """One forward and backward pass of the student.
 
-    items: Sequence[Item]
-    loss: float
+    Args:
+        packed: the sequences of the pass; None where other processes have a micro-batch and this one has none.
+        samples: in the order of their targets.
+        positions: for each sequence of ``packed``, int64 the positions of its targets.
+    """
+
+    packed: Packed | None = None
+    samples: tuple[Sample, ...] = ()
+    positions: tuple[np.ndarray, ...] = ()
 
 
-def backward(
-    student: Backbone,
-    items: Sequence[Item],
-    loss_of: LossOf,
-    max_tokens: int,
-) -> list[Micro]:
-    """Add the gradients of all items to the student's parameters.
+def micro_batches(samples: Sequence[Sample], max_tokens: int, layout: str) -> list[MicroBatch]:
+    """Cut the samples of a step into micro-batches; loss and gradient do not depend on how.
+
+    The steps of one trajectory share one sequence, so the student reads each trajectory once.
+
+    Args:
+        samples: of this process.
+        max_tokens: budget of a micro-batch.
+        layout: see :func:`opdengine.models.packing.pack`.
+
+    Raises:
+        ValueError: a step's ids are not a prefix of its trajectory's; names the sample.
+    """
+    groups: dict[str, list[Sample]] = {}
+    for i, sample in enumerate(samples):
+        groups.setdefault(sample.trajectory or f"\0{i}", []).append(sample)
+    trajectories = list(groups.values())
+    sequences = [max((sample.token_ids for sample in members), key=len) for members in trajectories]
+    for members, longest in zip(trajectories, sequences, strict=True):
+        for sample in members:
+            if not np.array_equal(sample.token_ids, longest[: len(sample.token_ids)]):
+                raise ValueError(
+                    f"sample {sample.id!r} is no prefix of its trajectory {sample.trajectory!r}; "
+                    "steps must keep the exact token ids"
+                )
+    return [
+        MicroBatch(
+            packed,
+            tuple(sample for i in packed.members for sample in trajectories[i]),
+            tuple(np.concatenate([sample.target_positions for sample in trajectories[i]]) for i in packed.members),
+        )
+        for packed in pack(sequences, max_tokens=max_tokens, layout=layout)
+    ]
+
+
+def backward(student: Backbone, batches: Iterable[MicroBatch], loss_of: LossOf) -> list[float]:
+    """Add the gradients of all micro-batches to the student's parameters.
 
     Args:
         student: in training mode.
-        items: of this rank; ranks that have fewer micro-batches than others take part in theirs.
-        loss_of: their part of the loss; ranks without a micro-batch call it with no items.
-        max_tokens: budget of a micro-batch.
+        batches: of this process; one that has fewer than others takes part in theirs.
+        loss_of: their part of the loss; a process without a micro-batch calls it with no samples.
+
+    Returns:
+        This process's part of the loss of each micro-batch.
     """
-    strands = fold(items)
-    done = []
 
-    def run(batch: Packed, members: Sequence[Item]) -> torch.Tensor:
-        return loss_of(student.hidden(batch, [strands[i].target_positions for i in batch.members]), members)
+    def run(batch: MicroBatch) -> torch.Tensor:
+        if batch.packed is None:
+            hidden = student.idle()
+            return student.nothing(hidden) + loss_of(hidden[:0], [])
+        return loss_of(student.hidden(batch.packed, batch.positions), batch.samples)
 
-    def idle() -> torch.Tensor:
-        hidden = student.idle()
-        return student.nothing(hidden) + loss_of(hidden[:0], [])
-
-    sequences = [strand.token_ids for strand in strands]
-    for batch in student.in_step(pack(sequences, max_tokens=max_tokens, layout=student.layout)):
-        members = [] if batch is None else [item for i in batch.members for item in strands[i].items]
-        loss = student.within(idle if batch is None else partial(run, batch, members))
+    losses = []
+    for batch in student.in_step(batches):
+        loss = student.within(partial(run, batch or MicroBatch()))
         loss.backward()
-        done.append(Micro(members, loss.item()))
-    return done
+        losses.append(loss.item())
+    return losses
 
 
 def gradient_norm(model: Any) -> float:
@@ -72,21 +105,21 @@ def clip_gradients(model: Any, max_norm: float, norm: float) -> None:
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm, device=parameters[0].device))
 
 
-def describe(micro: Sequence[Micro]) -> list[dict[str, object]]:
-    """Everything that entered a step whose loss or gradient was not finite, one record per rollout."""
+def describe(batches: Sequence[MicroBatch], losses: Sequence[float]) -> list[dict[str, object]]:
+    """Everything that entered a step whose loss or gradient was not finite, one record per sample."""
     return [
         {
-            "id": item.rollout.id,
-            "prompt_id": item.rollout.prompt.id,
-            "loss_of_micro_batch": part.loss,
-            "finite": bool(np.isfinite(part.loss)),
-            "teachers": list(item.teachers),
-            "kl_weight": item.kl_weight.tolist(),
-            "mix": item.mix.tolist(),
-            "advantage": None if item.advantage is None else np.asarray(item.advantage).tolist(),
-            "token_ids": item.rollout.token_ids.tolist(),
-            "text": item.rollout.text,
+            "id": sample.id,
+            "prompt_id": sample.prompt.id,
+            "loss_of_micro_batch": loss,
+            "finite": bool(np.isfinite(loss)),
+            "teachers": list(sample.teachers),
+            "kl_weight": kl_weight(sample).tolist(),
+            "mix": sample.token_mix(len(sample.teachers)).tolist(),
+            "advantage": None if sample.advantage is None else advantage(sample).tolist(),
+            "token_ids": sample.token_ids.tolist(),
+            "text": sample.text,
         }
-        for part in micro
-        for item in part.items
+        for batch, loss in zip(batches, losses, strict=False)  # a process may have run others' micro-batches, too
+        for sample in batch.samples
     ]

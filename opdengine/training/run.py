@@ -17,14 +17,15 @@ from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.data.prompts import PromptSet, PromptStream, ScheduledStream, as_source, drop_long, load_prompts
 from opdengine.distributed import Ranks, start
 from opdengine.environments.setup import held_out_tasks, load_tasks
-from opdengine.methods import build_recipe
-from opdengine.methods.method import Recipe
+from opdengine.methods import build_method
+from opdengine.methods.method import Method
 from opdengine.metrics import write_jsonl
 from opdengine.models.backbone import check_model_path, load_model, read_window
 from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.models.checkpoint import restore_optimizer, write_model
 from opdengine.rollout.vllm import require_vllm
 from opdengine.training.build import build_engine, check_ranks, student_dtype
+from opdengine.training.diagnostics import gradient_diagnostics
 from opdengine.training.evaluate import answer_params, evaluate, evaluate_episodes, require_answers, turn_params
 from opdengine.training.loop import Loop
 from opdengine.training.progress import Progress
@@ -64,7 +65,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 
 
 def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
-    recipe = build_recipe(config)
+    method = build_method(config)
     _check_needs(config)
     grader = Grader.from_config(config)
     folder = RunFolder(config, ranks.world_size)
@@ -74,8 +75,8 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     else:
         prompts = load_prompts(config.train_data, skip_bad_rows=config.skip_bad_rows)
     check_ranks(config, ranks)
-    check_routing(config, recipe, prompts)
-    rewarded = prompts.prompts if recipe.needs_reward and not config.environment.name else ()
+    check_routing(config, method, prompts)
+    rewarded = prompts.prompts if method.needs_reward and not config.environment.name else ()
     grader.check([*held_out, *rewarded])
     tokenizer = load_tokenizer(
         config.model,
@@ -86,13 +87,12 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     if not config.environment.name:
         prompts = fit_prompts(config, tokenizer, prompts, held_out)
     _warn_of_repeats(config.prompts_per_step * ranks.world_size, len(prompts.prompts))
-    if recipe.inspector is not None:
-        recipe.inspector.watch(prompts.prompts)
     saved = folder.state
-    stream = _open_stream(config, recipe, prompts, saved)
+    stream = _open_stream(config, method, prompts, saved)
     _seed_everything(config.seed)
     ranks.settle()  # everything that can be refused has been, on every rank
-    engine = build_engine(config, recipe, tokenizer, folder.checkpoint, ranks)
+    engine = build_engine(config, method, tokenizer, folder.checkpoint, ranks)
+    engine.diagnostics = gradient_diagnostics(method, prompts.prompts)
     if ranks.rank:
         _seed_everything(config.seed + ranks.rank)  # dropout differs between ranks, what is loaded does not
     begin = saved.get("step", 0)
@@ -192,12 +192,12 @@ def _check_needs(config: TrainConfig) -> None:
 
 
 def _open_stream(
-    config: TrainConfig, recipe: Recipe, prompts: PromptSet, saved: Mapping[str, Any]
+    config: TrainConfig, method: Method, prompts: PromptSet, saved: Mapping[str, Any]
 ) -> PromptStream | ScheduledStream:
     """The order of the prompts, from where the saved run stopped."""
     stream: PromptStream | ScheduledStream = PromptStream(prompts, config.seed)
-    if recipe.schedule is not None:
-        stream = ScheduledStream(prompts, config.seed, recipe.schedule)
+    if method.streams:
+        stream = ScheduledStream(prompts, config.seed, method)
     if saved:
         stream.load_state_dict(saved["stream"])
     return stream
@@ -213,7 +213,7 @@ def _restore(engine: Engine, checkpoint: Path, saved: Mapping[str, Any]) -> None
     restore_optimizer(checkpoint, engine.student.model, engine.optimizer, engine.ranks)
 
 
-def check_routing(config: TrainConfig, recipe: Recipe, prompts: PromptSet) -> None:
+def check_routing(config: TrainConfig, method: Method, prompts: PromptSet) -> None:
     """Every routing key of the data needs a divergence, debate prompts and enough teachers.
 
     Raises:
@@ -224,13 +224,13 @@ def check_routing(config: TrainConfig, recipe: Recipe, prompts: PromptSet) -> No
         if config.debates:
             config.debate.prompts_of(key)
         routed = [t.name for t in config.teachers if not t.key or key in t.key]
-        if len(routed) < recipe.teachers_per_prompt:
+        if len(routed) < method.teachers_per_prompt:
             raise ConfigError(
-                f"method {config.method!r} needs {recipe.teachers_per_prompt} teacher(s) for every "
+                f"method {config.method!r} needs {method.teachers_per_prompt} teacher(s) for every "
                 f"prompt, but data_source {key!r} is answered by {routed or 'none'}; set the "
                 "teachers' 'key'"
             )
-    ungraded = [p.id for p in prompts.prompts if p.answer is None] if recipe.needs_reward else []
+    ungraded = [p.id for p in prompts.prompts if p.answer is None] if method.needs_reward else []
     if ungraded and not config.environment.name:
         raise ConfigError(
             f"method {config.method!r} grades rollouts, but {len(ungraded)} training prompts have no 'answer' (e.g. "

@@ -13,17 +13,15 @@ import numpy as np
 import torch
 
 from opd_kernels import TeacherHead, linear_divergence
+from opdengine.errors import ProbeError
 from opdengine.loss.importance import ratio
-from opdengine.loss.statistics import Tally
+from opdengine.loss.statistics import Statistics
+from opdengine.metrics import Mean
 from opdengine.models.backbone import Head
-from opdengine.types import Rollout, SamplingParams
+from opdengine.types import SamplingParams
 
 MOST_OUTSIDE = 0.25
 """Rounding moves a few tokens over the edge of top-k or top-p; other weights move many."""
-
-
-class ProbeError(RuntimeError):
-    """A sanity probe failed: going on would train on something wrong."""
 
 
 def self_distillation_is_zero(
@@ -54,10 +52,10 @@ def self_distillation_is_zero(
         )
 
 
-def teachers_are_alive(tally: Tally, names: Sequence[str], vocab_size: int) -> None:
+def teachers_are_alive(statistics: Statistics, names: Sequence[str], vocab_size: int) -> None:
     """A teacher whose mean entropy is that of the uniform distribution teaches nothing."""
     for name in names:
-        entropies = tally.get(f"teacher_entropy/{name}")
+        entropies = statistics.get(f"teacher_entropy/{name}")
         if len(entropies) and entropies.mean() > 0.99 * math.log(vocab_size):
             raise ProbeError(
                 f"teacher {name!r} is dead: its mean entropy {entropies.mean():.3f} is that of the "
@@ -101,18 +99,18 @@ def sampler_agrees(difference: np.ndarray, limit: float) -> dict[str, float]:
     return metrics | ({"sampling/outside_support": outside} if outside else {})
 
 
-def fresh(rollouts: Sequence[Rollout], version: int, max_staleness: int) -> dict[str, float]:
-    """No rollout is older than allowed; returns the metric.
+def fresh(versions: Sequence[int], version: int, max_staleness: int) -> dict[str, float]:
+    """No sample is older than allowed; returns the metric.
 
     Raises:
         ProbeError: a rollout was sampled more than ``max_staleness`` updates before ``version``, or by
             weights that do not exist yet.
     """
-    versions = sorted({r.policy_version for r in rollouts})
+    versions = sorted(set(versions))
     stale = [v for v in versions if not 0 <= version - v <= max_staleness]
     if stale:
         raise ProbeError(
             f"rollouts of policy versions {stale} reached the update of version {version} (max_staleness="
             f"{max_staleness}); the sampler was not synchronised"
         )
-    return {"sampling/staleness_max": float(version - versions[0])} if versions else {}
+    return {"sampling/staleness_max": Mean(float(version - versions[0]))} if versions else {}

@@ -1,105 +1,73 @@
-"""What teachers (and the student) say about the rollouts of a step, before anything is weighed."""
+"""What teachers (and the student) say about the samples of a step, before anything is weighed."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from opd_kernels import linear_logprob
-from opdengine.methods.method import Note, Stats
+from opdengine.errors import ProbeError
 from opdengine.models.backbone import Backbone, Head
 from opdengine.teachers import Teacher
-from opdengine.training.sanity import ProbeError
-from opdengine.types import Failure, Hidden, Rollout, TeacherContext, TeacherTargets, TopK
+from opdengine.types import Batch, Failure, Hidden, Sample, TeacherContext, TeacherTargets, TopK
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A rollout that takes part in the update.
+async def score(batch: Batch, teachers: Sequence[Teacher], vocab_size: int) -> None:
+    """Ask every teacher about its contexts and set ``teacher_targets``; what cannot be trained on is dropped.
+
+    A teacher that failed on a sample, or whose states are not finite there, is left out of it; where all
+    failed the sample is dropped. A sample of which no turn has weight stays without being shown to any
+    teacher.
 
     Args:
-        rollout: has at least one target.
-        note: without the teachers that failed on it.
-        targets: what each teacher of the note says; empty where no teacher was asked.
-    """
-
-    rollout: Rollout
-    note: Note
-    targets: tuple[TeacherTargets, ...]
-
-    @property
-    def teachers(self) -> tuple[str, ...]:
-        """Names of the teachers behind ``targets``."""
-        return tuple(c.teacher for c in self.note.contexts) if self.targets else ()
-
-
-async def judge(
-    rollouts: Sequence[Rollout],
-    notes: Sequence[Note],
-    teachers: Sequence[Teacher],
-    vocab_size: int,
-    dropped: Counter[str],
-) -> list[Judged]:
-    """Ask every teacher about its contexts; rollouts that cannot be trained on are counted in ``dropped``.
-
-    A teacher that failed on a rollout, or whose states are not finite there, is left out of it; where all
-    failed the rollout is dropped. A rollout of which no turn has weight stays without being shown to any
-    teacher.
+        batch: annotated samples.
+        teachers: of the run.
+        vocab_size: ids of the tokenizer.
 
     Raises:
         ProbeError: nothing that a teacher says is finite.
     """
-    usable = []
-    for rollout, note in zip(rollouts, notes, strict=True):
-        if note.drop:
-            dropped[note.drop] += 1
-        elif not len(rollout.targets):
-            dropped["empty"] += 1
-        elif rollout.targets.max() >= vocab_size:
+    for sample in batch:
+        if not len(sample.target_ids):
+            sample.drop = "empty"
+        elif sample.target_ids.max() >= vocab_size:
             # vLLM can sample a padding column of the head; no tokenizer knows such a token.
-            dropped["token_beyond_vocabulary"] += 1
-        else:
-            usable.append((rollout, note))
-    asked = [(r, n) for r, n in usable if not n.is_silent(r)]
+            sample.drop = "token_beyond_vocabulary"
+    asked = [sample for sample in batch if sample.contexts and np.any(sample.target_turn_weight)]
     queues: dict[str, list[TeacherContext]] = {teacher.name: [] for teacher in teachers}
-    for _, note in asked:
-        for context in note.contexts:
+    for sample in asked:
+        for context in sample.contexts:
             queues[context.teacher].append(context)
     busy = [teacher for teacher in teachers if queues[teacher.name]]
     answers = await asyncio.gather(*(teacher.score(queues[teacher.name]) for teacher in busy))
     found = {
-        (context.rollout_id, teacher.name): targets
+        (context.sample_id, teacher.name): targets
         for teacher, judgements in zip(busy, answers, strict=True)
         for context, targets in zip(queues[teacher.name], judgements, strict=True)
     }
     for teacher in busy:
-        broken = [c.rollout_id for c in queues[teacher.name] if not _finite(found[c.rollout_id, teacher.name])]
+        broken = [c.sample_id for c in queues[teacher.name] if not _finite(found[c.sample_id, teacher.name])]
         if len(broken) == len(queues[teacher.name]) > 1:
             raise ProbeError(
                 f"teacher {teacher.name!r} is broken: its hidden states are NaN or inf on all {len(broken)} contexts; "
                 "check its weights, and its dtype (float16 overflows where bfloat16 does not)"
             )
-        for rollout_id in broken:
-            found[rollout_id, teacher.name] = Failure(teacher.name, "not_finite")
-            dropped[f"teacher_not_finite/{teacher.name}"] += 1
-    judged = []
-    for rollout, note in usable:
-        if note.is_silent(rollout):
-            judged.append(Judged(rollout, note, ()))
+        for sample_id in broken:
+            found[sample_id, teacher.name] = Failure(teacher.name, "not_finite")
+            batch.lost[f"teacher_not_finite/{teacher.name}"] += 1
+    for sample in asked:
+        said = {c.teacher: found[sample.id, c.teacher] for c in sample.contexts}
+        good = {name: targets for name, targets in said.items() if not isinstance(targets, Failure)}
+        if not good:
+            sample.drop = "teacher_failure"
             continue
-        answered = {c.teacher: found[rollout.id, c.teacher] for c in note.contexts}
-        good = {name: t for name, t in answered.items() if not isinstance(t, Failure)}
-        if answered and not good:
-            dropped["teacher_failure"] += 1
-        else:
-            judged.append(Judged(rollout, note.only(list(good)), tuple(good.values())))
-    return judged
+        sample.keep_teachers(good)
+        sample.teacher_targets = tuple(good.values())
 
 
 def _finite(answer: TeacherTargets | Failure) -> bool:
@@ -125,42 +93,42 @@ class Measurer:
     workspace_bytes: int | None = None
 
     @torch.no_grad()
-    def __call__(self, judged: Sequence[Judged], measures: Sequence[str], top1_temperature: float = 1.0) -> list[Stats]:
-        """The wanted :class:`Stats` of every rollout; rollouts without teachers have none.
+    def __call__(self, samples: Sequence[Sample], needs: Collection[str], top1_temperature: float = 1.0) -> None:
+        """Set the needed measures of every sample; samples without teachers have none.
 
         Tokens of turns without weight are left out; their values are 0.
+
+        Args:
+            samples: scored.
+            needs: names of the fields.
+            top1_temperature: of the distributions behind ``teacher_top1``.
         """
-        values: list[dict[str, np.ndarray]] = [{} for _ in judged]
-        shown = [i for i, item in enumerate(judged) if item.targets]
-        if "student_logprob" in measures:
-            rollouts = [judged[i].rollout for i in shown]
-            states = self.student.score([r.token_ids for r in rollouts], [r.target_positions for r in rollouts])
-            parts = [(judged[i], rows) for i, rows in zip(shown, states, strict=True)]
+        shown = [sample for sample in samples if sample.teacher_targets]
+        if "student_logprob" in needs:
+            states = self.student.score([s.token_ids for s in shown], [s.target_positions for s in shown])
             head = self.student.head.to(states[0].dtype) if states else self.student.head
-            for i, own in zip(shown, self._read(parts, head), strict=True):
-                values[i]["student_logprob"] = own["teacher_logprob"]
-        wanted = [measure for measure in measures if measure != "student_logprob"]
-        columns = self._teachers(judged, wanted, top1_temperature) if wanted else {}
-        for i in shown:
-            for measure in wanted:
-                read = [columns[i, name][measure] for name in judged[i].teachers]
-                values[i][measure] = np.stack(read, axis=1)
-        return [Stats(**found) for found in values]
+            for sample, own in zip(shown, self._read(list(zip(shown, states, strict=True)), head), strict=True):
+                sample.student_logprob = own["teacher_logprob"]
+        wanted = [name for name in READ if name in needs]
+        columns = self._teachers(shown, wanted, top1_temperature) if wanted else {}
+        for i, sample in enumerate(shown):
+            for name in wanted:
+                setattr(sample, name, np.stack([columns[i, teacher][name] for teacher in sample.teachers], axis=1))
 
     def _teachers(
-        self, judged: Sequence[Judged], wanted: Sequence[str], top1_temperature: float
+        self, samples: Sequence[Sample], wanted: Sequence[str], top1_temperature: float
     ) -> dict[tuple[int, str], dict[str, np.ndarray]]:
-        """What is read off every teacher, by rollout and teacher; one pass over each head."""
+        """What is read off every teacher, by sample and teacher; one pass over each head."""
         columns: dict[tuple[int, str], dict[str, np.ndarray]] = {}
         parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
-        for i, item in enumerate(judged):
-            for name, targets in zip(item.teachers, item.targets, strict=True):
+        for i, sample in enumerate(samples):
+            for name, targets in zip(sample.teachers, sample.teacher_targets, strict=True):
                 if isinstance(targets, TopK):
                     columns[i, name] = _read_list(targets, self.vocab_size)
                 else:
                     parts.setdefault(name, []).append((i, targets.states))
         for name, members in parts.items():
-            rows = [(judged[i], states) for i, states in members]
+            rows = [(samples[i], states) for i, states in members]
             reads = self._read(rows, self.heads[name])
             if "teacher_top1" in wanted and top1_temperature != 1.0:
                 warm = self._read(rows, self.heads[name], top1_temperature)
@@ -169,22 +137,22 @@ class Measurer:
         return columns
 
     def _read(
-        self, parts: Sequence[tuple[Judged, torch.Tensor]], head: Head, temperature: float = 1.0
+        self, parts: Sequence[tuple[Sample, torch.Tensor]], head: Head, temperature: float = 1.0
     ) -> list[dict[str, np.ndarray]]:
         """Log-prob of the target, entropy and largest probability [T] of every part, 0 where no turn has weight."""
         return [read for piece in _pieces(parts) for read in self._read_piece(piece, head, temperature)]
 
     def _read_piece(
-        self, parts: Sequence[tuple[Judged, torch.Tensor]], head: Head, temperature: float
+        self, parts: Sequence[tuple[Sample, torch.Tensor]], head: Head, temperature: float
     ) -> list[dict[str, np.ndarray]]:
-        masks = [_has_weight(item) for item, _ in parts]
+        masks = [sample.target_turn_weight != 0 for sample, _ in parts]
         if not any(mask.any() for mask in masks):
             return [dict.fromkeys(READ, np.zeros(len(mask), dtype=np.float32)) for mask in masks]
         device = head.weight.device
         rows = [
             states[torch.from_numpy(mask).to(states.device)] for (_, states), mask in zip(parts, masks, strict=True)
         ]
-        labels = np.concatenate([item.rollout.targets[mask] for (item, _), mask in zip(parts, masks, strict=True)])
+        labels = np.concatenate([sample.target_ids[mask] for (sample, _), mask in zip(parts, masks, strict=True)])
         hidden = torch.cat(rows).to(device)
         output = linear_logprob(
             hidden,
@@ -212,12 +180,12 @@ class Measurer:
 
 READ = ("teacher_logprob", "teacher_entropy", "teacher_top1")
 MOST_ROWS = 32768
-"""Hidden states that are on the device at a time (those of one rollout always are)."""
+"""Hidden states that are on the device at a time (those of one sample always are)."""
 
 
-def _pieces(parts: Sequence[tuple[Judged, torch.Tensor]]) -> list[list[tuple[Judged, torch.Tensor]]]:
+def _pieces(parts: Sequence[tuple[Sample, torch.Tensor]]) -> list[list[tuple[Sample, torch.Tensor]]]:
     """Consecutive parts of at most :data:`MOST_ROWS` rows together."""
-    pieces: list[list[tuple[Judged, torch.Tensor]]] = []
+    pieces: list[list[tuple[Sample, torch.Tensor]]] = []
     rows = MOST_ROWS
     for part in parts:
         rows += len(part[1])
@@ -226,15 +194,6 @@ def _pieces(parts: Sequence[tuple[Judged, torch.Tensor]]) -> list[list[tuple[Jud
             rows = len(part[1])
         pieces[-1].append(part)
     return pieces
-
-
-def _has_weight(item: Judged) -> np.ndarray:
-    """bool [T]: whether the turn of a target has weight."""
-    weight = item.note.turn_weight
-    if weight is None:
-        return np.ones(len(item.rollout.targets), dtype=bool)
-    mask: np.ndarray = np.asarray(weight)[item.rollout.target_turns] != 0
-    return mask
 
 
 def _read_list(targets: TopK, vocabulary: int) -> dict[str, np.ndarray]:

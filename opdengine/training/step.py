@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,29 +16,35 @@ import torch
 from opdengine.config.train import TrainConfig
 from opdengine.distributed import Ranks
 from opdengine.environments.episodes import Episodes, Job, episode_metrics
-from opdengine.loss.objective import Item, Objective, make_item, normalisers
-from opdengine.loss.statistics import Tally
+from opdengine.loss.objective import LossOf, Objective, set_scales
+from opdengine.loss.statistics import Statistics
 from opdengine.loss.vocab_parallel import VocabParallel
-from opdengine.methods.method import Annotations, Batch, Note, Recipe, Stats, combine
+from opdengine.methods.method import Method
 from opdengine.models.backbone import Backbone, Head
 from opdengine.models.chat import encode_chat
 from opdengine.models.lora import policy
 from opdengine.rollout import Sampler
 from opdengine.teachers import Teacher
 from opdengine.teachers.shard import Session
-from opdengine.training import sanity as probes
+from opdengine.training import sanity
 from opdengine.training.agreement import processed_differences
-from opdengine.training.optimizer_step import LossOf, backward, clip_gradients, describe, gradient_norm
-from opdengine.training.scoring import Judged, Measurer, judge
-from opdengine.training.step_result import Clock, Prepared, StepResult, merge_ranks, summarise
-from opdengine.types import Prompt, Request, Rollout, SamplingParams, Turn
-
-if TYPE_CHECKING:
-    from opdengine.verifiers.grader import Grader
+from opdengine.training.optimizer_step import backward, clip_gradients, describe, gradient_norm, micro_batches
+from opdengine.training.scoring import Measurer, score
+from opdengine.training.step_result import StepResult, step_result
+from opdengine.types import Batch, Prompt, Request, Sample, SamplingParams, Turn
+from opdengine.verifiers.grader import Grader
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+class Diagnostics(Protocol):
+    """Measures something beside the update; changes nothing. All processes ask it at once."""
+
+    async def __call__(self, engine: Engine, batch: Batch) -> Mapping[str, float]:
+        """Metrics of a weighed batch, the same on all processes."""
+        ...
 
 
 @dataclass
@@ -48,7 +53,7 @@ class Engine:
 
     Args:
         config: of the run.
-        recipe: of the method.
+        method: says who judges, with which weights.
         student: the trained model.
         tokenizer: the student's.
         teachers: frozen.
@@ -56,15 +61,16 @@ class Engine:
         optimizer, scheduler: update the student.
         vocab_size: ids of the tokenizer; heads may be wider.
         episodes: plays in an environment; None answers prompts in one turn.
-        grader: rewards what is sampled, for recipes that need it.
+        grader: rewards what is sampled, for methods that need it.
         ranks: the processes that share the prompts of every batch.
         session: of the teachers whose weights are split over the ranks.
         vocabulary: splits the loss over the ranks by vocabulary; None splits it by rows.
+        diagnostics: measures beside the updates, where asked.
         version: optimiser steps taken.
     """
 
     config: TrainConfig
-    recipe: Recipe
+    method: Method
     student: Backbone
     tokenizer: Any
     teachers: Sequence[Teacher]
@@ -77,113 +83,92 @@ class Engine:
     ranks: Ranks = field(default_factory=Ranks)
     session: Session | None = None
     vocabulary: VocabParallel | None = None
+    diagnostics: Diagnostics | None = None
     version: int = 0
     probed: bool = False
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def step(self, prompts: Sequence[Prompt], batch: int | None = None) -> StepResult:
+    def __post_init__(self) -> None:
+        self.method.teachers, self.method.ranks = self.teachers, self.ranks
+
+    # ---------------------------------------------------------------------------- the step
+
+    async def step(self, prompts: Sequence[Prompt], number: int | None = None) -> StepResult:
         """One optimiser step on one batch of prompts, everything in turn."""
-        result = await self.finish(await self.prepare(prompts, batch))
+        result = await self.finish(await self.prepare(prompts, number))
         result.metrics |= await self.sync()
         return result
 
-    async def prepare(self, prompts: Sequence[Prompt], batch: int | None = None) -> Prepared:
-        """Rollouts and debate of this rank's share of a batch; may run while an earlier batch is finished.
+    async def prepare(self, prompts: Sequence[Prompt], number: int | None = None) -> Batch:
+        """The first half of a step; it may run while an earlier batch is finished, so no rank waits for another.
 
         Args:
             prompts: of the batch, of all ranks.
-            batch: its number, which seeds the sampling; default: the version.
+            number: of the batch, which seeds the sampling; default: the version.
         """
-        clock, dropped = Clock(), Counter[str]()
-        number = self.version if batch is None else batch
-        with clock("rollout"):
-            rollouts, metrics = await self.settled(self.rollout(prompts, number, dropped))
-        if self.recipe.needs_reward and self.grader is not None:
-            with clock("reward"):
-                rollouts = await self.settled(asyncio.to_thread(self.reward, rollouts, metrics))
-        if self.recipe.split is not None:
-            whole = rollouts
-            rollouts = self.recipe.split(whole, number)
-            dropped["not_chosen"] += sum(r.trained_turns for r in whole) - sum(r.trained_turns for r in rollouts)
-        with clock("debate"):
-            notes, found = await self.annotate(rollouts)
-        return Prepared(rollouts, notes, found, {**metrics, **found.metrics}, clock, dropped, number)
+        batch = await self.alone(self.rollout(prompts, self.version if number is None else number))
+        await self.alone(self.reward(batch))
+        self.method.split(batch)
+        await self.annotate(batch)
+        return batch
 
-    async def finish(self, prepared: Prepared) -> StepResult:
+    async def finish(self, batch: Batch) -> StepResult:
         """Scores and the update; :meth:`sync` must follow before the sampler is used again."""
-        clock, metrics = prepared.clock, prepared.metrics
-        rollouts = self.ranks.join(prepared.rollouts)
-        found: dict[str, float] = {}  # what is the same on all ranks
-        if self.recipe.demonstrations is None:
-            found |= probes.fresh(rollouts, self.version, self.config.max_staleness)
-        notes, revised = self.revise(rollouts, prepared.notes, prepared.number)
-        found |= revised
-        with clock("score"):
-            judged = await self.ranks.agreed(self.judge(prepared.rollouts, notes, prepared.dropped))
-            stats = await self.beside(self.measure, judged)
-        items, weighed = self.weigh(judged, stats, prepared.dropped, prepared.number)
-        found |= weighed
-        tally, bad = Tally(), list[Mapping[str, object]]()
-        if not self.ranks.sum(sum(bool(np.any(item.kl_weight)) for item in items)):
-            for item, known in zip(judged, stats, strict=True):
-                tally.add_measured(item.teachers, item.rollout, known)
-        if self.recipe.inspector is not None:
-            with clock("inspect"):
-                found |= await self.recipe.inspector(self, judged, stats, items, prepared.number)
-        with clock("update"):
-            updated = await self.beside(self.update, items, tally, bad)
-        for teacher in self.teachers:
-            metrics |= teacher.counts()
-        merged, records = merge_ranks(self.ranks, prepared, len(items))
-        merged |= found | updated | summarise(rollouts, tally)
-        seconds = sum(value for name, value in merged.items() if name.startswith("timing/"))
-        merged["perf/tokens_per_second"] = sum(len(r.targets) for r in rollouts) / seconds
-        return StepResult(merged, rollouts, records, bad)
+        self.check_versions(batch)
+        self.method.select(batch)
+        await self.ranks.agreed(self.score(batch))
+        await self.in_background(self.measure, batch)
+        self.weigh(batch)
+        found = await self.diagnose(batch)
+        return await self.in_background(self.update, batch, found)
 
     async def sync(self) -> dict[str, float]:
         """Give the sampler the student's weights, unless it has them."""
-        clock = Clock()
-        with clock("sync"):
+        batch = Batch()
+        with batch.timed("sync"):
             async with self._turn:
                 if self.sampler.policy_version != self.version:
-                    load = self.beside(self.sampler.load_policy, self.version, *policy(self.student.model))
+                    load = self.in_background(self.sampler.load_policy, self.version, *policy(self.student.model))
                     await self.ranks.agreed(load)
-        return {"timing/sync": clock["sync"]}
+        return {"timing/sync": batch.timing["sync"]}
 
-    # -------------------------------------------------------------------------------- phases
+    # -------------------------------------------------------------------------- its phases
 
-    async def rollout(
-        self, prompts: Sequence[Prompt], number: int, dropped: Counter[str]
-    ) -> tuple[list[Rollout], dict[str, float]]:
-        """The sequences of this step: sampled from the student, or written by teachers."""
-        if self.recipe.demonstrations is not None:
-            mine = self.ranks.share(len(prompts))
-            async with self.calls():
-                written, metrics = await self.recipe.demonstrations(
-                    [prompts[place] for place in mine], self.teachers, self.encode
-                )
-            rollouts = [replace(r, id=str(place)) for place, r in zip(mine, written, strict=True)]
-            return rollouts, dict(metrics)
-        async with self._turn:  # in the order of the batches, and not between weights and version
-            if self.episodes is not None:
-                return await self.beside(self.play, prompts, number, dropped)
-            return await self.beside(self.sample, prompts, number), {}
+    async def rollout(self, prompts: Sequence[Prompt], number: int) -> Batch:
+        """The sequences of this rank's share of a batch: sampled from the student, or written by teachers."""
+        batch = Batch(number)
+        with batch.timed("rollout"):
+            if self.method.writes:
+                return await self.write(prompts, batch)
+            async with self._turn:  # in the order of the batches, and not between weights and version
+                work = self.sample if self.episodes is None else self.play
+                await self.in_background(work, prompts, batch)
+        return batch
 
-    def sample(self, prompts: Sequence[Prompt], number: int) -> list[Rollout]:
-        """``num_generations`` rollouts of the sampler's policy for every prompt of this rank."""
+    async def write(self, prompts: Sequence[Prompt], batch: Batch) -> Batch:
+        """Have the teachers write the sequences."""
+        mine = self.ranks.share(len(prompts))
+        async with self.calls():
+            written = await self.method.write([prompts[place] for place in mine], self.encode)
+        batch.samples = [replace(s, id=str(place)) for place, s in zip(mine, written.samples, strict=True)]
+        batch.metrics |= written.metrics
+        return batch
+
+    def sample(self, prompts: Sequence[Prompt], batch: Batch) -> None:
+        """``num_generations`` samples of the sampler's policy for every prompt of this rank."""
         mine = self.ranks.share(len(prompts))
         encoded = [self.encode(prompts[place]) for place in mine]
         # A prompt that comes again in a later step gets new samples; a resumed run, or one on another
         # number of ranks, gets the same.
         requests = [
-            Request(prompts[place].id, tuple(ids), seed=_seed(number, place))
+            Request(prompts[place].id, tuple(ids), seed=_seed(batch.number, place))
             for place, ids in zip(mine, encoded, strict=True)
         ]
         version = self.sampler.policy_version
         sampled = self.sampler.generate(requests, self.sampling_params())
         self._let_sleep()
-        return [
-            Rollout(
+        batch.samples = [
+            Sample(
                 id=f"{place}.{i}",
                 prompt=prompts[place],
                 turns=(
@@ -199,134 +184,135 @@ class Engine:
             for i, completion in enumerate(completions)
         ]
 
-    def play(
-        self, prompts: Sequence[Prompt], number: int, dropped: Counter[str]
-    ) -> tuple[list[Rollout], dict[str, float]]:
+    def play(self, prompts: Sequence[Prompt], batch: Batch) -> None:
         """``num_generations`` episodes of the sampler's policy for every task of this rank."""
         assert self.episodes is not None
         count = self.config.num_generations
         jobs = [
-            Job(f"{place}.{i}", prompts[place], _seed(number, place * count + i), group=str(place))
+            Job(f"{place}.{i}", prompts[place], _seed(batch.number, place * count + i), group=str(place))
             for place in self.ranks.share(len(prompts))
             for i in range(count)
         ]
-        rollouts, broken = self.episodes.play(self.sampler, jobs, self.sampling_params())
+        batch.samples, broken = self.episodes.play(self.sampler, jobs, self.sampling_params())
         self._let_sleep()
-        dropped.update(broken)
-        return rollouts, episode_metrics(rollouts) | self.episodes.counts()
+        batch.lost.update(broken)
+        batch.metrics |= episode_metrics(batch.samples) | self.episodes.counts()
 
-    def reward(self, rollouts: Sequence[Rollout], metrics: dict[str, float]) -> list[Rollout]:
-        """The rollouts with the verifier's scores, where the environment has given none."""
-        assert self.grader is not None
-        open_ = [r for r in rollouts if r.reward is None]
-        scores = self.grader.grade([r.text for r in open_], [r.prompt for r in open_])
-        metrics |= self.grader.counts()
-        graded = {r.id: replace(r, reward=s.value) for r, s in zip(open_, scores, strict=True)}
-        return [graded.get(r.id, r) for r in rollouts]
+    async def reward(self, batch: Batch) -> None:
+        """Set the verifier's scores, where the method needs them and the environment has given none."""
+        if not self.method.needs_reward or self.grader is None:
+            return
+        open_ = [sample for sample in batch if sample.reward is None]
+        with batch.timed("reward"):
+            prompts = [sample.prompt for sample in open_]
+            scores = await asyncio.to_thread(self.grader.grade, [sample.text for sample in open_], prompts)
+        batch.metrics |= self.grader.counts()
+        for sample, given in zip(open_, scores, strict=True):
+            sample.reward = given.value
+
+    async def annotate(self, batch: Batch) -> None:
+        """Contexts and weights of the teachers; what does not fit a teacher's window is dropped."""
+        with batch.timed("debate"):
+            async with self.calls():
+                await self.method.annotate(batch)
+        windows = {t.name: t.window for t in self.teachers}
+        for sample in batch:
+            for context in sample.contexts:
+                context.check(sample)
+                window = windows[context.teacher]
+                if window is not None and len(context.token_ids) > window:
+                    sample.drop = f"teacher_window/{context.teacher}"
+
+    def check_versions(self, batch: Batch) -> None:
+        """No sample is older than allowed; a metric says how old the oldest is."""
+        if not self.method.writes:
+            versions = self.ranks.join(sorted({sample.policy_version for sample in batch.samples}))
+            batch.metrics |= sanity.fresh(versions, self.version, self.config.max_staleness)
+
+    async def score(self, batch: Batch) -> None:
+        """What every teacher says about its contexts; see :func:`opdengine.training.scoring.score`."""
+        with batch.timed("score"):
+            async with self.calls():
+                await score(batch, self.teachers, self.vocab_size)
+
+    def measure(self, batch: Batch) -> None:
+        """The statistics that the method needs; nothing is run where it needs none."""
+        c, method = self.config, self.method
+        if not method.needs:
+            return
+        heads = {t.name: t.head for t in self.teachers if t.head is not None}
+        self.student.model.eval()
+        measurer = Measurer(self.student, heads, self.vocab_size, c.loss_impl, c.workspace_bytes)
+        with batch.timed("score"):
+            self.student.within(lambda: measurer(list(batch), method.needs, method.top1_temperature))
+
+    def weigh(self, batch: Batch) -> None:
+        """The method's weights, and the loss denominators of the whole step."""
+        self.method.weigh(batch)
+        set_scales(list(batch), self.config.loss_normalization, self.ranks)
+
+    async def diagnose(self, batch: Batch) -> Mapping[str, float]:
+        """What is measured beside the update, where asked."""
+        if self.diagnostics is None:
+            return {}
+        with batch.timed("diagnose"):
+            return await self.diagnostics(self, batch)
+
+    def update(self, batch: Batch, found: Mapping[str, float] | None = None) -> StepResult:
+        """Forward, backward and one optimiser step over all micro-batches.
+
+        Samples without any weight are not run; a step of which nothing is left moves no weight, and
+        neither does one whose loss or gradient is not finite: what entered it is in the result's ``bad``.
+
+        Args:
+            batch: weighed.
+            found: further metrics, the same on all ranks.
+        """
+        statistics, bad = Statistics(), list[Mapping[str, Any]]()
+        # Without a divergence the loss itself tells nothing of the teachers.
+        if not self.ranks.sum(sum(bool(np.any(sample.kl_weight)) for sample in batch)):
+            for sample in batch:
+                statistics.add_measured(sample)
+        with batch.timed("update"):
+            updated = self._update([sample for sample in batch if sample.has_weight], statistics, bad)
+        for teacher in self.teachers:
+            batch.metrics |= teacher.counts()
+        updated = {**(found or {}), **updated}
+        return step_result(batch, self.ranks, statistics, updated, bad, self.config.log_completions)
+
+    def _update(
+        self, samples: Sequence[Sample], statistics: Statistics, bad: list[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        if not self.ranks.sum(len(samples)):
+            return {"skipped_steps": 1.0, "policy_version": float(self.version)}
+        loss_of = self._loss(statistics)
+        self.student.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        batches = micro_batches(samples, self.config.max_tokens_per_batch, self.student.layout)
+        losses = backward(self.student, batches, loss_of)
+        loss = self.ranks.sum(sum(losses))
+        statistics.join(self.ranks)
+        norm = gradient_norm(self.student.model)
+        if not np.isfinite(loss) or not np.isfinite(norm):
+            logger.warning("version %d: loss %g, gradient norm %g: no update", self.version, loss, norm)
+            self.optimizer.zero_grad(set_to_none=True)
+            bad.extend(self.ranks.join(describe(batches, losses)))
+            return {"bad_steps": 1.0, "policy_version": float(self.version)}
+        metrics = self._check(statistics, samples)  # before anything wrong can reach the weights
+        return metrics | self._optimizer_step(loss, norm)
+
+    # ----------------------------------------------------------------------------- helpers
 
     def _let_sleep(self) -> None:
         if self.config.vllm_enable_sleep_mode:
             self.sampler.sleep()
 
-    async def annotate(self, rollouts: Sequence[Rollout]) -> tuple[list[Note], Annotations]:
-        """Contexts and weights of the teachers; what does not fit a teacher's window is dropped."""
-        async with self.calls():
-            found = await self.recipe.annotator.annotate(rollouts, self.teachers)
-        windows = {t.name: t.window for t in self.teachers}
-        notes = []
-        for rollout, note in zip(rollouts, found.notes, strict=True):
-            for context in note.contexts:
-                context.check(rollout)
-                window = windows[context.teacher]
-                if window is not None and len(context.token_ids) > window:
-                    note = Note(drop=f"teacher_window/{context.teacher}")
-            notes.append(note)
-        return notes, found
-
-    def revise(
-        self, rollouts: Sequence[Rollout], notes: Sequence[Note], number: int
-    ) -> tuple[Sequence[Note], Mapping[str, float]]:
-        """This rank's notes as the recipe revises those of all ranks, whose rollouts are given; metrics."""
-        if self.recipe.revise is None:
-            return notes, {}
-        revised, metrics = self.recipe.revise(rollouts, self.ranks.join([note.light() for note in notes]), number)
-        first = sum(self.ranks.gather(len(notes))[: self.ranks.rank])
-        return [replace(revised[first + i], contexts=note.contexts) for i, note in enumerate(notes)], metrics
-
-    async def judge(self, rollouts: Sequence[Rollout], notes: Sequence[Note], dropped: Counter[str]) -> list[Judged]:
-        """What every teacher says about its contexts; see :func:`opdengine.training.scoring.judge`."""
-        async with self.calls():
-            return await judge(rollouts, notes, self.teachers, self.vocab_size, dropped)
-
-    def measure(self, judged: Sequence[Judged]) -> list[Stats]:
-        """The statistics that the recipe's weighers need; nothing is run where they need none."""
-        c, recipe = self.config, self.recipe
-        if not recipe.measures:
-            return [Stats() for _ in judged]
-        heads = {t.name: t.head for t in self.teachers if t.head is not None}
-        self.student.model.eval()
-        measurer = Measurer(self.student, heads, self.vocab_size, c.loss_impl, c.workspace_bytes)
-        return self.student.within(lambda: measurer(judged, recipe.measures, recipe.top1_temperature))
-
-    def weigh(
-        self, judged: Sequence[Judged], stats: Sequence[Stats], dropped: Counter[str], number: int = 0
-    ) -> tuple[list[Item], dict[str, float]]:
-        """Normalised loss items of what the weighers keep, the rest counted by reason; metrics.
-
-        Weighers and normalisers see the rollouts of all ranks; items and counts are this rank's.
-        """
-        rollouts = self.ranks.join([item.rollout for item in judged])
-        notes = self.ranks.join([item.note.light() for item in judged])
-        batch = Batch(rollouts, notes, self.ranks.join(stats), number)
-        weighed = combine([weigher(batch) for weigher in self.recipe.weighers])
-        kept = [i for i, signal in enumerate(weighed.signals) if signal.keep]
-        scales = dict(zip(kept, normalisers([rollouts[i] for i in kept], self.config.loss_normalization), strict=True))
-        first = sum(self.ranks.gather(len(judged))[: self.ranks.rank])
-        items = []
-        for i, item in enumerate(judged, start=first):
-            signal = weighed.signals[i]
-            if not signal.keep:
-                dropped[signal.reason or "unknown"] += 1
-                continue
-            signal = signal if item.targets else replace(signal, mix=None)
-            items.append(make_item(item.rollout, signal, item.teachers, item.targets, scales[i]))
-        return items, dict(weighed.metrics)
-
-    def update(
-        self, items: Sequence[Item], tally: Tally, bad: list[Mapping[str, object]] | None = None
-    ) -> dict[str, float]:
-        """Forward, backward and one optimiser step over all micro-batches.
-
-        Rollouts without any weight are not run; a step of which nothing is left moves no weight, and
-        neither does one whose loss or gradient is not finite: what entered it is added to ``bad``.
-        """
-        items = [item for item in items if item.has_weight]
-        if not self.ranks.sum(len(items)):
-            return {"skipped_steps": 1.0, "policy_version": float(self.version)}
-        loss_of = self._loss(tally)
-        self.student.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        micro = backward(self.student, items, loss_of, self.config.max_tokens_per_batch)
-        loss = self.ranks.sum(sum(part.loss for part in micro))
-        tally.join(self.ranks)
-        norm = gradient_norm(self.student.model)
-        if not np.isfinite(loss) or not np.isfinite(norm):
-            logger.warning("version %d: loss %g, gradient norm %g: no update", self.version, loss, norm)
-            self.optimizer.zero_grad(set_to_none=True)
-            if bad is not None:
-                bad.extend(self.ranks.join(describe(micro)))
-            return {"bad_steps": 1.0, "policy_version": float(self.version)}
-        metrics = self._probe(tally, items)  # before anything wrong can reach the weights
-        return metrics | self._optimizer_step(loss, norm)
-
-    # ------------------------------------------------------------------------------- helpers
-
     def calls(self) -> AbstractAsyncContextManager[None]:
         """Teachers are called within; all ranks come here equally often."""
         return nullcontext() if self.session is None else self.session.open()
 
-    async def settled(self, work: Awaitable[T]) -> T:
-        """What comes before such calls: in a session the others would wait for a rank that failed here."""
+    async def alone(self, work: Awaitable[T]) -> T:
+        """What no rank waits for, unless teachers are split: the others would wait for a rank that failed here."""
         return await (work if self.session is None else self.ranks.agreed(work))
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -362,7 +348,7 @@ class Engine:
             workspace_bytes=c.workspace_bytes,
         )
 
-    async def beside(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def in_background(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call what blocks: in a thread when batches overlap, so that the next ones go on."""
         if not self.config.max_staleness:
             return function(*arguments)
@@ -374,46 +360,43 @@ class Engine:
 
         return await asyncio.to_thread(call)
 
-    def _loss(self, tally: Tally) -> LossOf:
+    def _loss(self, statistics: Statistics) -> LossOf:
         """The loss of a micro-batch from its final hidden states."""
         objective = self.objective()
         if self.vocabulary is not None:
-            return self.vocabulary.loss(objective, self.student, tally, self._probe_once)
+            return self.vocabulary.loss(objective, self.student, statistics, self._check_once)
 
-        def loss_of(hidden: torch.Tensor, members: Sequence[Item]) -> torch.Tensor:
+        def loss_of(hidden: torch.Tensor, members: Sequence[Sample]) -> torch.Tensor:
             head = self.student.head  # whole within a pass only
-            self._probe_once(hidden, head, members)
-            return objective(hidden, head, members, tally)
+            self._check_once(hidden, head, members)
+            return objective(hidden, head, members, statistics)
 
         return loss_of
 
-    def _probe_once(self, hidden: torch.Tensor, head: Head, items: Sequence[Item]) -> None:
-        if self.probed or not items or not items[0].teachers:
+    def _check_once(self, hidden: torch.Tensor, head: Head, samples: Sequence[Sample]) -> None:
+        if self.probed or not samples or not samples[0].teachers:
             return
         c, group = self.config, None if self.vocabulary is None else self.vocabulary.group
-        for divergence in sorted({c.divergence_of(i.rollout.prompt.key) for i in items}):
-            probes.self_distillation_is_zero(hidden, head, divergence, self.vocab_size, c.loss_impl, group)
+        for divergence in sorted({c.divergence_of(s.prompt.key) for s in samples}):
+            sanity.self_distillation_is_zero(hidden, head, divergence, self.vocab_size, c.loss_impl, group)
         self.probed = True
 
-    def _probe(self, tally: Tally, items: Sequence[Item]) -> dict[str, float]:
-        """The probes that need the statistics of the step; returns what they measured."""
-        probes.teachers_are_alive(tally, [t.name for t in self.teachers], self.vocab_size)
-        if self.recipe.demonstrations is not None:
+    def _check(self, statistics: Statistics, samples: Sequence[Sample]) -> dict[str, float]:
+        """The checks that need the statistics of the step; returns what they measured."""
+        sanity.teachers_are_alive(statistics, [t.name for t in self.teachers], self.vocab_size)
+        if self.method.writes:
             return {}
-        return probes.sampler_agrees(self._differences(tally, items), self.config.max_logprob_difference)
+        return sanity.sampler_agrees(self._differences(statistics, samples), self.config.max_logprob_difference)
 
-    def _differences(self, tally: Tally, items: Sequence[Item]) -> np.ndarray:
+    def _differences(self, statistics: Statistics, samples: Sequence[Sample]) -> np.ndarray:
         """Trainer minus sampler log-probs: of all targets where the loss has them, else of a few."""
         params = self.sampling_params()
-        known = tally.get("logprob_difference")
-        same = probes.samples_the_model(params) and not self.student.has_dropout
+        known = statistics.get("logprob_difference")
+        same = sanity.samples_the_model(params) and not self.student.has_dropout
         if len(known) and same and self.config.divergence_temperature == 1.0:
             return known
         self.student.model.eval()
-        rollouts = [item.rollout for item in items]
-        differences = self.student.within(
-            lambda: processed_differences(self.student, rollouts, params, self.vocab_size)
-        )
+        differences = self.student.within(lambda: processed_differences(self.student, samples, params, self.vocab_size))
         self.student.model.train()
         return np.concatenate(self.ranks.gather(differences))
 

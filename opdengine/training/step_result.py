@@ -1,102 +1,102 @@
-"""What a step has to say: collected on every rank, merged, and turned into metrics."""
+"""What a step has to say, merged over all processes."""
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from opdengine.distributed import Ranks
-from opdengine.loss.statistics import Tally
-from opdengine.methods.method import Annotations, Note
-from opdengine.metrics import merge
-from opdengine.types import Rollout
-
-
-class Clock(dict[str, float]):
-    """Wall seconds by phase."""
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self[phase] = self.get(phase, 0.0) + time.perf_counter() - start
-
-
-@dataclass
-class Prepared:
-    """This rank's share of a batch that is ready for the update: what came of the rollouts and the debate.
-
-    Args:
-        rollouts: of the batch, each with the version of the policy that sampled it.
-        notes: one per rollout.
-        found: all that the annotator returned.
-        metrics: so far.
-        clock: seconds so far.
-        dropped: rollouts that were lost before the scores, by reason.
-        number: of the batch.
-    """
-
-    rollouts: Sequence[Rollout]
-    notes: Sequence[Note]
-    found: Annotations
-    metrics: dict[str, float]
-    clock: Clock
-    dropped: Counter[str] = field(default_factory=Counter)
-    number: int = 0
+from opdengine.loss.statistics import Statistics
+from opdengine.metrics import mean, merge
+from opdengine.types import Batch, Sample
 
 
 @dataclass
 class StepResult:
-    """What one step did, on all ranks.
+    """What one step did.
 
     Args:
-        metrics: of the step.
-        rollouts: of the step.
-        records: of the annotator.
-        bad: one record per rollout of a step whose loss or gradient was not finite; else empty.
+        metrics: of the step, over all processes.
+        samples: of this process.
+        records: debates and verdicts, of all processes.
+        completions: rows for the log of what was sampled, of all processes; empty where nothing is logged.
+        bad: one record per sample of a step whose loss or gradient was not finite; else empty.
     """
 
     metrics: dict[str, float]
-    rollouts: Sequence[Rollout] = ()
-    records: Sequence[Mapping[str, object]] = ()
-    bad: Sequence[Mapping[str, object]] = ()
+    samples: Sequence[Sample] = ()
+    records: Sequence[Mapping[str, Any]] = ()
+    completions: Sequence[Mapping[str, Any]] = ()
+    bad: Sequence[Mapping[str, Any]] = field(default_factory=list)
 
 
-def merge_ranks(ranks: Ranks, prepared: Prepared, kept: int) -> tuple[dict[str, float], list[Mapping[str, object]]]:
-    """Metrics that were counted on each rank, and the annotator's records, of all ranks.
+def step_result(
+    batch: Batch,
+    ranks: Ranks,
+    statistics: Statistics,
+    updated: Mapping[str, float],
+    bad: Sequence[Mapping[str, Any]],
+    log_completions: bool,
+) -> StepResult:
+    """Merge what every process knows of a step. All processes call this.
 
     Args:
+        batch: of this process, complete.
         ranks: of the run.
-        prepared: of this rank, complete.
-        kept: rollouts of this rank that are part of the loss.
+        statistics: of the loss, joined over the processes.
+        updated: metrics of the optimiser step, the same on all processes.
+        bad: records of a step that was not finite.
+        log_completions: whether what was sampled is logged.
     """
-    dropped = {f"dropped/{reason}": float(count) for reason, count in prepared.dropped.items()}
-    counted = {**prepared.metrics, **dropped, "completions/kept": float(kept)}
-    parts = ranks.gather((counted, dict(prepared.clock), list(prepared.found.records)))
-    metrics = merge([part for part, _, _ in parts])
-    phases = {phase for _, clock, _ in parts for phase in clock}
-    seconds = {phase: max(clock.get(phase, 0.0) for _, clock, _ in parts) for phase in sorted(phases)}
-    metrics |= {f"timing/{phase}": value for phase, value in seconds.items()}
-    return metrics, [record for _, _, records in parts for record in records]
+    counted = {**batch.metrics, **{f"dropped/{reason}": float(count) for reason, count in batch.dropped.items()}}
+    counted |= {"completions/kept": float(len(batch)), **lengths_and_rewards(batch.samples)}
+    rows = [completion_row(sample) for sample in batch.samples] if log_completions else []
+    tokens = sum(len(sample.target_ids) for sample in batch.samples)
+    parts = ranks.gather((counted, dict(batch.timing), batch.records, rows, tokens))
+    metrics = merge([part[0] for part in parts])
+    phases = sorted({phase for _, timing, *_ in parts for phase in timing})
+    seconds = {f"timing/{phase}": max(timing.get(phase, 0.0) for _, timing, *_ in parts) for phase in phases}
+    metrics |= {**seconds, **updated, **summarise(statistics)}
+    metrics["perf/tokens_per_second"] = sum(part[4] for part in parts) / sum(seconds.values())
+    records = [record for part in parts for record in part[2]]
+    return StepResult(metrics, batch.samples, records, [row for part in parts for row in part[3]], bad)
 
 
-def summarise(rollouts: Sequence[Rollout], tally: Tally) -> dict[str, float]:
-    """Metrics of a whole step from its rollouts and the statistics of the loss."""
-    metrics = tally.means("teacher_kl/") | tally.means("student_entropy")
-    rewards = [r.reward for r in rollouts if r.reward is not None]
+def lengths_and_rewards(samples: Sequence[Sample]) -> dict[str, float]:
+    """Means over the samples of this process, to be merged."""
+    if not samples:
+        return {}
+    metrics: dict[str, float] = {
+        "completions/mean_length": mean([len(s.target_ids) for s in samples]),
+        "completions/clipped_ratio": mean([s.is_clipped for s in samples]),
+    }
+    rewards = [s.reward for s in samples if s.reward is not None]
     if rewards:
-        metrics["reward/mean"] = float(np.mean(rewards))
-    gap = tally.get("gap")
+        metrics["reward/mean"] = mean(rewards)
+    return metrics
+
+
+def summarise(statistics: Statistics) -> dict[str, float]:
+    """Metrics of a whole step from the statistics of the loss."""
+    metrics = statistics.means("teacher_kl/") | statistics.means("student_entropy")
+    gap = statistics.get("gap")
     if len(gap):
         metrics["gap/mean"] = float(gap.mean())
         metrics["gap/p95"] = float(np.quantile(np.abs(gap), 0.95))
-    lengths = [len(r.targets) for r in rollouts]
-    clipped = [r.is_clipped for r in rollouts]
-    metrics["completions/mean_length"] = float(np.mean(lengths)) if lengths else 0.0
-    metrics["completions/clipped_ratio"] = float(np.mean(clipped)) if clipped else 0.0
     return metrics
+
+
+def completion_row(sample: Sample) -> dict[str, Any]:
+    """What the log of rollouts says of a sample."""
+    return {
+        "id": sample.id,
+        "prompt_id": sample.prompt.id,
+        "data_source": sample.prompt.key,
+        "text": sample.text,
+        "tokens": len(sample.target_ids),
+        "stop_reason": sample.stop_reason,
+        "policy_version": sample.policy_version,
+    }

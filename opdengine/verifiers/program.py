@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from opdengine.types import Message
-from opdengine.verifiers.sandbox.plain import decode, encode
 from opdengine.verifiers.sandbox.session import SandboxError, Session, find_tier
 from opdengine.verifiers.sandbox.tiers import Limits
 from opdengine.verifiers.score import Score, VerifierSettings
+from opdengine.workers.plain import decode, encode
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from opdengine.config.loading import from_mapping
 from opdengine.config.train import DebateConfig
 from opdengine.data.prompts import load_prompts
 from opdengine.methods.debate import Debate, Debater
-from opdengine.methods.debate_prompts import FAMILIES, DebatePrompts, debate_prompts, parse_confidence
+from opdengine.methods.debate.prompts import FAMILIES, DebatePrompts, debate_prompts, parse_confidence
 from opdengine.methods.mad_opd import DebateContexts
 from opdengine.types import Prompt, Rollout, SamplingParams, Turn
 

@@ -15,7 +15,8 @@ import torch
 from engine_helpers import make_config, make_engine
 
 from opdengine.data.prompts import load_prompts
-from opdengine.training.sanity import ProbeError, fresh, sampler_agrees, self_distillation_is_zero
+from opdengine.errors import ProbeError
+from opdengine.training.sanity import fresh, sampler_agrees, self_distillation_is_zero
 from opdengine.training.step import Engine
 from opdengine.types import Prompt, Rollout, Turn
 

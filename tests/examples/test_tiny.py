@@ -18,7 +18,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from opdengine.methods.debate_prompts import debate_prompts, parse_confidence  # noqa: E402
+from opdengine.methods.debate.prompts import debate_prompts, parse_confidence  # noqa: E402
 from tiny import lessons, measure, task, training  # noqa: E402
 from tiny.tokenizer import build_tokenizer  # noqa: E402
 

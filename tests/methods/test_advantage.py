@@ -19,7 +19,7 @@ from opdengine.config.train import ConfigError
 from opdengine.data.prompts import load_prompts
 from opdengine.loss.objective import Item, Objective, make_item
 from opdengine.methods import build_recipe
-from opdengine.methods.advantage import PolicyGradient, gaps, no_divergence
+from opdengine.methods.policy_gradient import PolicyGradient, gaps, no_divergence
 from opdengine.methods.method import Batch, Note, Stats, distill
 from opdengine.models.backbone import Head
 from opdengine.training.step import Engine
@@ -225,7 +225,7 @@ def test_sampled_steps_still_report_teachers_and_sampler(models: Models, prompt_
 
 
 def test_a_dead_teacher_stops_a_sampled_run(models: Models, prompt_file: str, tmp_path: Path) -> None:
-    from opdengine.training.sanity import ProbeError
+    from opdengine.errors import ProbeError
 
     config = make_config(
         models, prompt_file, tmp_path / "run", method="camopd", camopd={"domain": ["code"]},

@@ -22,7 +22,7 @@ from opdengine.loss import objective
 from opdengine.loss.objective import Item
 from opdengine.loss.statistics import Tally
 from opdengine.methods import build_recipe
-from opdengine.methods.advantage import PolicyGradient
+from opdengine.methods.policy_gradient import PolicyGradient
 from opdengine.methods.camopd import Branches, Selected
 from opdengine.methods.gap_selection import gap_score, mass_prefix, select
 from opdengine.tools.gradient_diagnostics import (

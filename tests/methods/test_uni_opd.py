@@ -19,7 +19,7 @@ from opdengine.config.loading import from_mapping
 from opdengine.config.method_sections import UniOPDConfig
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.data.prompts import load_prompts
-from opdengine.methods.advantage import PolicyGradient
+from opdengine.methods.policy_gradient import PolicyGradient
 from opdengine.methods.method import Note
 from opdengine.methods.outcome import (
     balanced_counts,

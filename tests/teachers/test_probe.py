@@ -20,7 +20,7 @@ from opdengine.config.train import ConfigError, TeacherConfig
 from opdengine.training.build import teacher_tokenizer
 from opdengine.training.run import train
 from opdengine.training.run_folder import RunFolder
-from opdengine.training.sanity import ProbeError
+from opdengine.errors import ProbeError
 from opdengine.types import Failure
 
 

@@ -22,7 +22,7 @@ from teacher_helpers import context
 from opdengine.config.train import TeacherConfig
 from opdengine.data.prompts import load_prompts
 from opdengine.teachers.server import ServedTeacher
-from opdengine.training.sanity import ProbeError
+from opdengine.errors import ProbeError
 from opdengine.types import Completion, Failure, Request, SamplingParams, TopK
 
 pytestmark = pytest.mark.vllm

@@ -15,7 +15,7 @@ from teacher_helpers import Server, context
 from opdengine.config.train import ConfigError, TeacherConfig
 from opdengine.data.prompts import load_prompts
 from opdengine.teachers.local import LocalTeacher
-from opdengine.training.sanity import ProbeError
+from opdengine.errors import ProbeError
 
 SAY = "written by the server <<CONFIDENCE=80>>"
 

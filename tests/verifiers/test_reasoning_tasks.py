@@ -17,7 +17,7 @@ from opdengine.types import Prompt
 from opdengine.verifiers import load_verifier
 from opdengine.verifiers.grader import Grader
 from opdengine.verifiers.reasoning_tasks import DENIED, EVALUATED, allowed, extract_answer, generate, split_of
-from opdengine.verifiers.sandbox.plain import decode
+from opdengine.workers.plain import decode
 from opdengine.verifiers.score import VerifierSettings
 
 JUNK = (

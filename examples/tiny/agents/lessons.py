@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from opdengine.environments.house import House
 from opdengine.environments.protocol import Task
-from opdengine.methods.debate_prompts import debate_prompts
+from opdengine.methods.debate.prompts import debate_prompts
 from opdengine.types import Message
 from tiny.agents import world as house
 from tiny.lessons import IGNORE, TAG, Lesson

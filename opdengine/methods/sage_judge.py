@@ -14,7 +14,7 @@ from opdengine.config.train import SageConfig
 from opdengine.metrics import Mean, mean
 from opdengine.models.chat import written
 from opdengine.teachers import Teacher
-from opdengine.types import Completion, Failure, Message, Request, Rollout, SamplingParams, Turn
+from opdengine.types import Completion, Failure, Message, Request, Sample, SamplingParams, Turn
 
 LABELS = ("skip", "weak", "strong")
 
@@ -36,8 +36,8 @@ WEAK: maybe not the best action, but you are not sure or it matters little.
 STRONG: clearly wrong, off the task, repeated without need, or likely to make the task fail.
 Reply with SKIP, WEAK or STRONG and nothing else."""
 
-Query = tuple[Rollout, int, Turn, tuple[Message, ...]]
-"""A rollout, the index of one of its turns, the turn, and the chat before it."""
+Query = tuple[Sample, int, Turn, tuple[Message, ...]]
+"""A sample, the index of one of its turns, the turn, and the chat before it."""
 
 
 @dataclass(frozen=True)
@@ -85,20 +85,20 @@ class Judge:
 
     def messages(self, query: Query) -> list[Message]:
         """The question about one turn: the state before it and what the student wrote."""
-        rollout, index, turn, chat = query
-        before = _info_before(rollout, index)
+        sample, index, turn, chat = query
+        before = _info_before(sample, index)
         shown = list(before.get("admissible") or ())[: self.config.admissible_count]
-        following = rollout.turns[index + 1].messages if index + 1 < len(rollout.turns) else ()
+        following = sample.turns[index + 1].messages if index + 1 < len(sample.turns) else ()
         next_obs = turn.info.get("observation") or _text(following)
         fields = {
-            "task_type": rollout.prompt.key or "task",
-            "task_goal": str(rollout.info.get("goal") or _text(rollout.prompt.messages[-1:])),
-            "scene_description": str(rollout.info.get("observation") or _text(rollout.prompt.messages[-1:])),
+            "task_type": sample.prompt.key or "task",
+            "task_goal": str(sample.info.get("goal") or _text(sample.prompt.messages[-1:])),
+            "scene_description": str(sample.info.get("observation") or _text(sample.prompt.messages[-1:])),
             "last_obs": str(before.get("observation") or _text(chat[-1:])),
             "admissible": ", ".join(map(str, shown)) or "not listed",
             "admissible_count": self.config.admissible_count,
             "llm_text": _text(turn.messages),
-            "history": f"So far:\n{_history(rollout, chat)}\n" if self.config.judge_history else "",
+            "history": f"So far:\n{_history(sample, chat)}\n" if self.config.judge_history else "",
             "next_obs": f"What happened: {next_obs}" if self.config.judge_next_observation else "",
         }
         question = (self.config.judge_prompt or QUESTION).format(**fields)
@@ -141,23 +141,23 @@ def turn_metrics(verdicts: Sequence[Verdict], places: Sequence[int]) -> dict[str
     return metrics
 
 
-def _info_before(rollout: Rollout, index: int) -> Mapping[str, Any]:
+def _info_before(sample: Sample, index: int) -> Mapping[str, Any]:
     """What the environment reported last before a turn."""
-    earlier = [t.info for t in rollout.turns[:index] if t.role == "assistant"]
-    return earlier[-1] if earlier else rollout.info
+    earlier = [t.info for t in sample.turns[:index] if t.role == "assistant"]
+    return earlier[-1] if earlier else sample.info
 
 
 def _text(messages: Sequence[Message]) -> str:
     return "\n".join(map(written, messages))
 
 
-def _history(rollout: Rollout, chat: Sequence[Message]) -> str:
-    since = chat[len(rollout.prompt.messages) :]
+def _history(sample: Sample, chat: Sequence[Message]) -> str:
+    since = chat[len(sample.prompt.messages) :]
     lines = [f"{'agent' if m['role'] == 'assistant' else 'environment'}: {written(m)}" for m in since]
     return "\n".join(lines) or "nothing yet"
 
 
 def _seed(query: Query) -> int:
     """Of the judge's sampling, where its temperature is not 0: another one for every turn of every step."""
-    rollout, index, *_ = query
-    return zlib.crc32(f"{rollout.policy_version}:{rollout.id}:{index}".encode())
+    sample, index, *_ = query
+    return zlib.crc32(f"{sample.policy_version}:{sample.id}:{index}".encode())

@@ -19,7 +19,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from opdengine.methods.debate_prompts import DebatePrompts, parse_confidence
+from opdengine.methods.debate.prompts import DebatePrompts, parse_confidence
 from opdengine.teachers import Teacher
 from opdengine.types import Failure, Prompt, Request, SamplingParams
 

@@ -12,21 +12,19 @@ model all take part in every pass, each for its own rollouts in turn, so all get
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from opdengine.config.method_sections import CaMOPDConfig
 from opdengine.distributed import whole
-from opdengine.loss.objective import Item, make_item
-from opdengine.methods.method import Batch, Schedule, Stats, Weigher, combine
+from opdengine.methods.camopd import CaMOPD
+from opdengine.methods.method import Method
 from opdengine.models.packing import pack
-from opdengine.training.scoring import Judged
-from opdengine.types import Prompt
+from opdengine.types import Batch, Prompt, Sample
 
 if TYPE_CHECKING:
     from opdengine.training.step import Engine
@@ -85,8 +83,15 @@ def probed_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def rollout_gradients(engine: Engine, items: Sequence[Item], dimensions: int, seed: int) -> np.ndarray:
-    """float64 [n, dimensions]: the projected gradient of each item's own loss, of the items of all ranks.
+def gradient_diagnostics(method: Method, prompts: Sequence[Prompt]) -> Coherence | None:
+    """What ``camopd.diagnose_steps`` asks for; None for every other method, and where it is 0."""
+    if not isinstance(method, CaMOPD) or not method.settings.diagnose_steps:
+        return None
+    return Coherence(method, prompts)
+
+
+def sample_gradients(engine: Engine, samples: Sequence[Sample], dimensions: int, seed: int) -> np.ndarray:
+    """float64 [n, dimensions]: the projected gradient of each sample's own loss, of the samples of all ranks.
 
     The student's ``grad`` fields are empty afterwards.
     """
@@ -95,21 +100,21 @@ def rollout_gradients(engine: Engine, items: Sequence[Item], dimensions: int, se
     parameters = probed_parameters(student.model)
     gathered = student.head if student.has_split_head else None  # no rank can ask for it alone
 
-    def loss_of(item: Item) -> torch.Tensor:
-        (batch,) = pack([item.rollout.token_ids], max_tokens=engine.config.max_tokens_per_batch, layout="padded")
-        hidden = student.hidden(batch, [item.rollout.target_positions])
-        return objective(hidden, gathered or student.head, [item])
+    def loss_of(sample: Sample) -> torch.Tensor:
+        (packed,) = pack([sample.token_ids], max_tokens=engine.config.max_tokens_per_batch, layout="padded")
+        hidden = student.hidden(packed, [sample.target_positions])
+        return objective(hidden, gathered or student.head, [sample])
 
     def idle() -> torch.Tensor:
         return student.nothing(student.idle())
 
-    weighty = ranks.join([(ranks.rank, place, item.has_weight) for place, item in enumerate(items)])
+    weighty = ranks.join([(ranks.rank, place, sample.has_weight) for place, sample in enumerate(samples)])
     rows = np.zeros((len(weighty), dimensions))
     student.model.zero_grad(set_to_none=True)
     for row, (owner, place, has_weight) in zip(rows, weighty, strict=True):
         if not has_weight:
             continue
-        loss = student.within(partial(loss_of, items[place]) if owner == ranks.rank else idle)
+        loss = student.within(partial(loss_of, samples[place]) if owner == ranks.rank else idle)
         # A split model reduces its gradients in a whole backward pass only.
         loss.backward(inputs=parameters if student.sharded is None else None)
         row[:] = sketch([whole(p.grad) for p in parameters if p.grad is not None], dimensions, seed)
@@ -121,74 +126,59 @@ class Coherence:
     """Every ``diagnose_steps`` steps: the cosine between branches, and the selection's gain in each at its next turn.
 
     Args:
-        config: how often, how many rollouts, how many dimensions.
-        schedule: tells the branch of a prompt.
-        weighers: the loss of a rollout, without selection.
-        seed: of projections and random choices.
+        method: with the settings of the measurement.
+        prompts: all training prompts. Of each branch those that come first in an order of their own are the probe.
     """
 
-    def __init__(self, config: CaMOPDConfig, schedule: Schedule, weighers: Sequence[Weigher], seed: int) -> None:
-        self.config = config
-        self.schedule = schedule
-        self.weighers = tuple(weighers)
-        self.seed = seed
+    def __init__(self, method: CaMOPD, prompts: Sequence[Prompt]) -> None:
+        self.method = method
+        self.settings = method.settings
+        self.seed = method.config.seed
         self.probes: dict[str, list[Prompt]] = {}
-
-    def watch(self, prompts: Sequence[Prompt]) -> None:
-        """Fix the probe: of each branch the prompts that come first in an order of their own."""
         lots = sorted(prompts, key=lambda p: hashlib.sha256(f"{self.seed}:{p.id}".encode()).digest())
         for prompt in lots:
-            probe = self.probes.setdefault(self.schedule.stream_of(prompt), [])
-            if len(probe) < self.config.diagnose_samples:
+            probe = self.probes.setdefault(method.stream_of(prompt), [])
+            if len(probe) < self.settings.diagnose_samples:
                 probe.append(prompt)
 
-    async def __call__(
-        self, engine: Engine, judged: Sequence[Judged], stats: Sequence[Stats], items: Sequence[Item], step: int
-    ) -> Mapping[str, float]:
+    async def __call__(self, engine: Engine, batch: Batch) -> Mapping[str, float]:
         metrics = {}
-        if due := [branch for branch in self.schedule.streams if self.is_due(branch, step)]:
-            metrics = await engine.beside(self.selection, engine, due, judged, stats, items, step)
-        if step % self.config.diagnose_steps == 0:
+        if due := [branch for branch in self.method.streams if self.is_due(branch, batch.number)]:
+            metrics = await engine.in_background(self.selection, engine, due, batch)
+        if batch.number % self.settings.diagnose_steps == 0:
             metrics |= await self.opposition(engine)
         return metrics
 
     def is_due(self, branch: str, step: int) -> bool:
         """Whether this is the branch's first step since the last multiple of ``diagnose_steps``."""
-        since = step - step % self.config.diagnose_steps
-        turns = [s for s in range(since, step + 1) if self.schedule.shares(s).get(branch)]
+        since = step - step % self.settings.diagnose_steps
+        turns = [s for s in range(since, step + 1) if self.method.schedule(s).get(branch)]
         return turns == [step]
 
-    def selection(
-        self,
-        engine: Engine,
-        branches: Sequence[str],
-        judged: Sequence[Judged],
-        stats: Sequence[Stats],
-        items: Sequence[Item],
-        step: int,
-    ) -> dict[str, float]:
+    def selection(self, engine: Engine, branches: Sequence[str], batch: Batch) -> dict[str, float]:
         """Coherence of what was selected, against all and against random choices, branch by branch."""
-        kept = set(engine.ranks.join([item.rollout.id for item in items]))
-        metrics: dict[str, float] = {}
+        ranks, metrics = engine.ranks, dict[str, float]()
         for branch in branches:
-            mine = [j.rollout.id for j in judged if self.schedule.stream_of(j.rollout.prompt) == branch]
-            members = engine.ranks.join(mine)[: self.config.diagnose_samples]
+            # Dropped by the selection or not: what was measured takes part.
+            measured = [s for s in batch.samples if s.student_logprob is not None]
+            mine = [s for s in measured if self.method.stream_of(s.prompt) == branch]
+            members = ranks.join([(s.id, not s.drop) for s in mine])[: self.settings.diagnose_samples]
             if len(members) < 2:
                 continue
-            places = [i for i, j in enumerate(judged) if j.rollout.id in members]
-            gradients = self.gradients(engine, [judged[i] for i in places], [stats[i] for i in places])
-            chosen = np.array([member in kept for member in members])
-            found = coherence_gain(gradients, chosen, self.config.diagnose_draws, [self.seed, step])
+            names = {name for name, _ in members}
+            gradients = self.gradients(engine, [s for s in mine if s.id in names])
+            chosen = np.array([kept for _, kept in members])
+            found = coherence_gain(gradients, chosen, self.settings.diagnose_draws, [self.seed, batch.number])
             metrics |= {f"coherence/{branch}/{name}": value for name, value in found.items()}
         return metrics
 
     async def opposition(self, engine: Engine) -> dict[str, float]:
         """Cosine and dot product of the branches' mean gradients on the fixed probe prompts, sampled anew."""
         means = []
-        for branch in self.schedule.streams:
-            judged = await engine.ranks.agreed(self.probe(engine, self.probes.get(branch, [])))
-            stats = await engine.beside(engine.measure, judged)
-            gradients = await engine.beside(self.gradients, engine, judged, stats)
+        for branch in self.method.streams:
+            batch = await engine.ranks.agreed(self.probe(engine, self.probes.get(branch, [])))
+            await engine.in_background(engine.measure, batch)
+            gradients = await engine.in_background(self.gradients, engine, list(batch))
             means.append(gradients.sum(axis=0) / max(len(gradients), 1))
         dot = float(means[0] @ means[1])
         lengths = [float(np.linalg.norm(mean)) for mean in means]
@@ -196,19 +186,17 @@ class Coherence:
             return {"branches/dot": dot}
         return {"branches/dot": dot, "branches/cosine": dot / (lengths[0] * lengths[1])}
 
-    async def probe(self, engine: Engine, prompts: Sequence[Prompt]) -> list[Judged]:
+    async def probe(self, engine: Engine, prompts: Sequence[Prompt]) -> Batch:
         """This rank's share of the prompts, answered and judged."""
-        dropped = Counter[str]()
-        rollouts, _ = await engine.settled(engine.rollout(prompts, PROBE_NUMBER, dropped))
-        notes, _ = await engine.settled(engine.annotate(rollouts))
-        return await engine.judge(rollouts, notes, dropped)
+        batch = await engine.alone(engine.rollout(prompts, PROBE_NUMBER))
+        await engine.alone(engine.annotate(batch))
+        await engine.score(batch)
+        return batch
 
-    def gradients(self, engine: Engine, judged: Sequence[Judged], stats: Sequence[Stats]) -> np.ndarray:
-        """float64 [n, d]: of each rollout's token-mean loss; given this rank's, of those of all ranks."""
-        batch = Batch([j.rollout for j in judged], [j.note for j in judged], stats)
-        signals = combine([weigher(batch) for weigher in self.weighers]).signals
-        items = [
-            make_item(j.rollout, signal, j.teachers, j.targets, 1 / len(j.rollout.targets))
-            for j, signal in zip(judged, signals, strict=True)
-        ]
-        return rollout_gradients(engine, items, self.config.diagnose_dimensions, self.seed)
+    def gradients(self, engine: Engine, samples: Sequence[Sample]) -> np.ndarray:
+        """float64 [n, d]: of each sample's token-mean loss; given this rank's, of those of all ranks."""
+        alike = Batch(samples=[replace(sample, drop="") for sample in samples])
+        self.method.weigh_alike(alike)
+        for sample in alike:
+            sample.scale = 1 / len(sample.target_ids)
+        return sample_gradients(engine, alike.samples, self.settings.diagnose_dimensions, self.seed)

@@ -1,0 +1,131 @@
+"""Teachers debate every state and judge the student under the transcript (MAD-OPD, equations 7 and 8)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from opdengine.config.train import DebateConfig, TrainConfig
+from opdengine.methods.debate.debate import Debate, Debater
+from opdengine.methods.debate.prompts import DebatePrompts, debate_prompts
+from opdengine.methods.method import Contexts, need_teachers, plain_contexts, read_by, route
+from opdengine.metrics import mean
+from opdengine.teachers import Teacher
+from opdengine.types import Batch, Sample, SamplingParams
+
+
+class DebateContexts:
+    """Debates every state, then puts the transcript into the teachers' contexts.
+
+    Args:
+        config: of the debate.
+        cache_dir: folder of finished debates, or None for no cache.
+    """
+
+    def __init__(self, config: DebateConfig, cache_dir: Path | None) -> None:
+        self.config = config
+        self._families: dict[str, DebatePrompts] = {}
+        self.debater = Debater(
+            rounds=config.rounds,
+            params=SamplingParams(
+                max_tokens=config.max_tokens,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+                repetition_penalty=config.repetition_penalty,
+                seed=config.seed,
+            ),
+            prompts_for=self.prompts_for,
+            ask_confidence=config.use_confidence,
+            cache_dir=cache_dir,
+        )
+
+    def prompts_for(self, key: str) -> DebatePrompts:
+        """The prompt family for a routing key."""
+        if key not in self._families:
+            self._families[key] = debate_prompts(self.config.prompts_of(key))
+        return self._families[key]
+
+    async def __call__(self, batch: Batch, teachers: Sequence[Teacher]) -> None:
+        samples = list(batch)
+        experts = [route(teachers, s.prompt.key) for s in samples]
+        generated, cached, unreadable = self.debater.generated, self.debater.cached, self.debater.unreadable
+        debates = await self.debater.debate([s.prompt for s in samples], experts)
+        for sample, debate, routed in zip(samples, debates, experts, strict=True):
+            self.judged_after(sample, debate, routed)
+        by_prompt = {s.prompt.id: d for s, d in zip(samples, debates, strict=True)}  # samples share theirs
+        batch.metrics |= debate_metrics(list(by_prompt.values()), self.config.tau)
+        batch.metrics["debate/generated"] = self.debater.generated - generated
+        batch.metrics["debate/cached"] = self.debater.cached - cached
+        batch.metrics["debate/cache_unreadable"] = self.debater.unreadable - unreadable
+        batch.records += [
+            {"prompt_id": prompt_id, "teachers": d.teachers, "rounds": d.rounds,
+             "confidences": d.confidences, "weights": d.weights(self.config.tau).tolist(),
+             "problems": d.problems, "failed": d.failed}
+            for prompt_id, d in by_prompt.items()
+        ]  # fmt: skip
+
+    def judged_after(self, sample: Sample, debate: Debate, teachers: Sequence[Teacher]) -> None:
+        """Contexts and weights of one sample."""
+        if debate.failed:
+            sample.drop = debate.failed
+            return
+        prompt, family = sample.prompt, self.prompts_for(sample.prompt.key)
+        contexts = []
+        for k, teacher in enumerate(teachers):
+            messages = prompt.messages
+            if self.config.use_transcript:
+                messages = tuple(family.score_messages(prompt.messages, k, debate.rounds))
+            contexts.append(read_by(teacher, sample, messages))
+        sample.contexts, sample.mix = tuple(contexts), debate.weights(self.config.tau)
+
+
+def debate_metrics(debates: Sequence[Debate], tau: float) -> dict[str, float]:
+    """Problems by reason, mean confidence and weight per teacher, entropy of the weights (nats)."""
+    problems: Counter[str] = Counter()
+    confidences: dict[str, list[float]] = {}
+    weights: dict[str, list[float]] = {}
+    entropies = []
+    for debate in debates:
+        problems.update(debate.problems)
+        if debate.failed:
+            continue
+        mix = debate.weights(tau).astype(np.float64)
+        entropies.append(float(-(mix * np.log(np.maximum(mix, 1e-30))).sum()))
+        for name, stated, weight in zip(debate.teachers, debate.confidences, mix, strict=True):
+            weights.setdefault(name, []).append(float(weight))
+            if stated is not None:
+                confidences.setdefault(name, []).append(stated)
+    metrics = {f"debate/{reason}": float(count) for reason, count in problems.items()}
+    metrics["debate/parse_failures"] = float(problems["missing_confidence"])
+    metrics["debate/failed"] = float(sum(bool(d.failed) for d in debates))
+    if entropies:
+        metrics["debate/weight_entropy"] = mean(entropies)
+    for name, values in confidences.items():
+        metrics[f"debate/confidence/{name}"] = mean(values)
+    for name, values in weights.items():
+        metrics[f"teacher_weight/{name}"] = mean(values)
+    return metrics
+
+
+def contexts_of(config: TrainConfig) -> Contexts:
+    """Under what a method lets its teachers judge: the plain prompt, or a debate (``contexts: debate``)."""
+    if config.contexts == "plain":
+        return plain_contexts
+    need_teachers(config, 2)
+    return debate_contexts(config)
+
+
+def debate_contexts(config: TrainConfig) -> DebateContexts:
+    """The debate of the configuration; a bad prompt family is an error now, not at the first debate."""
+    debate = config.debate
+    contexts = DebateContexts(debate, Path(debate.cache_dir or Path(config.output_dir) / "debate_cache"))
+    if not isinstance(debate.prompts, Mapping) or "first" in debate.prompts:
+        contexts.prompts_for("")
+    else:
+        for key in debate.prompts:
+            contexts.prompts_for(key)
+    return contexts

@@ -1,0 +1,139 @@
+"""The sampled-token reverse KL as a policy gradient, shared by Uni-OPD and CaMOPD.
+
+For a token y sampled from the student p, the mean of ``-(log q(y) - log p(y)) * d log p(y)`` is the gradient
+of KL(p || q): that gap, detached, is the token's advantage (arXiv 2605.03677 and 2605.27115, equations
+1 and 2). It needs no more of a teacher than the log-prob of the sampled token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.distributed import Ranks
+from opdengine.loss.importance import banded, clipped, truncated
+from opdengine.metrics import Mean
+from opdengine.types import Batch, Sample
+
+MEASURES = frozenset({"student_logprob", "teacher_logprob", "teacher_entropy"})
+"""What :class:`PolicyGradient` reads; the entropy shows a dead teacher."""
+
+BOUNDS = {"none": (0.0, 0.0), "truncated": (0.0, 2.0), "band": (0.5, 2.0), "clip": (0.2, 0.28)}
+"""Usual ``low`` and ``high`` of each kind of importance weight."""
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """Turns gaps into the weights of a step.
+
+    Args:
+        exact: a divergence over the whole vocabulary takes the place of the gap (``kl_mode: full_vocab``).
+        importance, low, high, max_gap: see :class:`opdengine.config.method_sections.AdvantageConfig`.
+    """
+
+    exact: bool = False
+    importance: str = "none"
+    low: float = 0.0
+    high: float = 0.0
+    max_gap: float = math.inf
+
+    def weigh(
+        self,
+        batch: Batch,
+        ranks: Ranks,
+        gap: Sequence[np.ndarray] | None = None,
+        scale: Sequence[float] | None = None,
+        shift: Sequence[float] | None = None,
+    ) -> None:
+        """Set ``kl_weight`` and ``advantage = importance * (scale * gap + shift)`` of every kept sample.
+
+        Where the gap is masked both are 0. All processes call this.
+
+        Args:
+            batch: measured samples.
+            ranks: for the metrics of the whole step.
+            gap: float64 [T] of each kept sample; default: :func:`gap_of`.
+            scale: multiplies the loss of each kept sample; default 1.
+            shift: is added to the advantage of each token of a kept sample; default 0.
+        """
+        samples = list(batch)
+        gap = [gap_of(s) for s in samples] if gap is None else gap
+        scale = [1.0] * len(samples) if scale is None else scale
+        shift = [0.0] * len(samples) if shift is None else shift
+        shown = [np.zeros(0)]
+        masked = weighted = unknown = 0
+        for sample, own, factor, extra in zip(samples, gap, scale, shift, strict=True):
+            open_ = np.abs(own) < self.max_gap
+            advantage = np.where(open_, (0.0 if self.exact else factor * own) + extra, 0.0)
+            weight = np.ones(len(advantage))
+            if self.importance != "none" and sample.student_logprob is not None:
+                if sample.sampler_logprob is None:
+                    unknown += 1
+                else:
+                    weight = self._importance(sample.student_logprob - sample.sampler_logprob, advantage)
+            turns = sample.target_turn_weight
+            sample.kl_weight = (turns if self.exact else np.zeros_like(turns)) * (factor * open_).astype(np.float32)
+            sample.advantage = (weight * advantage * turns).astype(np.float32)
+            if sample.student_logprob is not None:
+                masked += int((~open_).sum())
+                weighted += int((open_ & (weight == 0)).sum())
+                shown.append(own)
+        batch.metrics["advantage/gap_masked"] = float(masked)
+        batch.metrics["advantage/importance_masked"] = float(weighted)
+        if unknown:
+            batch.metrics["advantage/without_sampler_logprobs"] = float(unknown)
+        every = np.concatenate(ranks.gather(np.concatenate(shown)))
+        if len(every):
+            batch.metrics["gap/mean"] = Mean(float(every.mean()))
+            batch.metrics["gap/p95"] = Mean(float(np.quantile(np.abs(every), 0.95)))
+
+    def _importance(self, difference: np.ndarray, advantage: np.ndarray) -> np.ndarray:
+        if self.importance == "clip":
+            return clipped(difference, advantage, self.low, self.high)
+        return (
+            banded(difference, self.low, self.high) if self.importance == "band" else truncated(difference, self.high)
+        )
+
+
+def gap_of(sample: Sample) -> np.ndarray:
+    """float64 [T]: ``sum_k w_k (log q_k(y) - log p(y))``; 0 where no teacher judged the sample."""
+    if sample.student_logprob is None or sample.teacher_logprob is None:
+        return np.zeros(len(sample.target_ids))
+    each = sample.teacher_logprob.astype(np.float64) - sample.student_logprob.astype(np.float64)[:, None]
+    gap: np.ndarray = (each * sample.token_mix(each.shape[1])).sum(axis=1)
+    return gap
+
+
+def policy_gradient(config: TrainConfig, importance: str, max_gap: float) -> PolicyGradient:
+    """The policy gradient with the settings of a run.
+
+    Args:
+        config: of the run.
+        importance, max_gap: of the method's paper, where ``advantage`` leaves them open.
+
+    Raises:
+        ConfigError: settings that the sampled form cannot have.
+    """
+    section = config.advantage
+    kind, bounds = section.importance or importance, (section.low, section.high)
+    low, high = (own if own is not None else usual for own, usual in zip(bounds, BOUNDS[kind], strict=True))
+    if (kind == "band" and low > high) or (kind == "truncated" and high <= 0):
+        raise ConfigError(f"advantage.low={low}, advantage.high={high} leaves no token any weight; raise high")
+    exact = section.kl_mode == "full_vocab"
+    if not exact:
+        need_reverse_kl(config, "advantage.kl_mode")
+    return PolicyGradient(exact, kind, low, high, max_gap if section.max_gap is None else section.max_gap)
+
+
+def need_reverse_kl(config: TrainConfig, setting: str) -> None:
+    """Raise ConfigError where the divergence has no sampled form, which ``setting`` asks for."""
+    for name, only in (("divergence", "reverse_kl"), ("divergence_temperature", 1.0)):
+        if getattr(config, name) != only:
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} is not possible with {setting}=sampled, which is the "
+                f"reverse KL at temperature 1; set {setting} to full_vocab"
+            )
