@@ -18,7 +18,7 @@ from opdengine.config.loading import from_mapping
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import load_prompts
 from opdengine.distributed import start
-from opdengine.methods import build_recipe
+from opdengine.methods import build_method
 from opdengine.models.chat import load_tokenizer
 from opdengine.training.build import build_engine
 
@@ -27,7 +27,7 @@ def main(file: str, prompts: int, steps: int) -> None:
     torch.set_num_threads(1)
     config = from_mapping(TrainConfig, json.loads(Path(file).read_text()))
     with start() as ranks:
-        engine = build_engine(config, build_recipe(config), load_tokenizer(config.model), ranks=ranks)
+        engine = build_engine(config, build_method(config), load_tokenizer(config.model), ranks=ranks)
         batch = load_prompts(config.train_data).prompts[:prompts]
         seconds: Counter[str] = Counter()
         totals = []

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 from opdengine.config.loading import from_mapping
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import load_prompts
-from opdengine.methods import build_recipe
+from opdengine.methods import build_method
 from opdengine.methods.method import Stats
 from opdengine.metrics import write_jsonl
 from opdengine.models.chat import load_tokenizer
@@ -57,7 +57,7 @@ def make_engine(method: str, file: str, folder: Path):
             "debate": _debate(rounds=2),
         },
     )
-    return build_engine(config, build_recipe(config), load_tokenizer(STUDENT))
+    return build_engine(config, build_method(config), load_tokenizer(STUDENT))
 
 
 @pytest.mark.parametrize("method", ["mt_opd", "mad_opd"])
@@ -100,7 +100,7 @@ def test_update_against_materialised_logits(prompts, tmp_path, interleaved, reco
             return engine.weigh(judged, [Stats() for _ in judged], Counter())[0]
 
         engine.sampler.policy_version = engine.version
-        from opdengine.loss.statistics import Tally
+        from opdengine.loss.statistics import Statistics
 
         engine.update(asyncio.run(run()), Tally())
 

@@ -56,7 +56,7 @@ def ours(settings: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
     from opdengine.config.loading import from_mapping
     from opdengine.config.train import TrainConfig
     from opdengine.data.prompts import load_prompts
-    from opdengine.methods import build_recipe
+    from opdengine.methods import build_method
     from opdengine.models.chat import load_tokenizer
     from opdengine.training.build import build_engine
 
@@ -77,7 +77,7 @@ def ours(settings: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
             "weight_decay": 0.0,
         },
     )
-    engine = build_engine(config, build_recipe(config), load_tokenizer(config.model))
+    engine = build_engine(config, build_method(config), load_tokenizer(config.model))
     batch = load_prompts(config.train_data).prompts
     watch.begin()
     for _ in range(settings["steps"]):

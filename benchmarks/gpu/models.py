@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdengine.types import Prompt, Request, Rollout, Turn
+from opdengine.types import Prompt, Request, Sample, Turn
 
 COMMON = {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
 QWEN3_4B = COMMON | {
@@ -72,10 +72,10 @@ class Sizes:
     def requests(self) -> list[Request]:
         return [Request(str(i), tuple(ids.tolist()), seed=i) for i, ids in enumerate(self.ids(self.prompt, 0))]
 
-    def rollouts(self) -> list[Rollout]:
+    def rollouts(self) -> list[Sample]:
         pairs = zip(self.ids(self.prompt, 0), self.ids(self.response, 1), strict=True)
         return [
-            Rollout(str(i), Prompt(str(i), ()), (Turn("prompt", ask), Turn("assistant", answer, trains=True)))
+            Sample(str(i), Prompt(str(i), ()), (Turn("prompt", ask), Turn("assistant", answer, trains=True)))
             for i, (ask, answer) in enumerate(pairs)
         ]
 

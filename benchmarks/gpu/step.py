@@ -160,8 +160,8 @@ class World:
                 rollout,
                 names,
                 tuple(Hidden(self.hidden[name][i]) for name in names),
-                np.full(len(rollout.targets), 1 / tokens, np.float32),
-                np.full((len(rollout.targets), count), 1 / count, np.float32),
+                np.full(len(rollout.target_ids), 1 / tokens, np.float32),
+                np.full((len(rollout.target_ids), count), 1 / count, np.float32),
                 None,
             )
             for i, rollout in enumerate(rollouts)

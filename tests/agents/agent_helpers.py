@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from opdengine.environments.protocol import Broken, Observation, Step, Task
-from opdengine.types import Completion, Message, Prompt, Request, Rollout, SamplingParams, TeacherContext, Turn
+from opdengine.types import Completion, Message, Prompt, Request, Sample, SamplingParams, TeacherContext, Turn
 
 
 def make_rollout(
@@ -20,7 +20,7 @@ def make_rollout(
     seed: int = 0,
     version: int = 0,
     **info: Any,
-) -> Rollout:
+) -> Sample:
     """A trajectory whose turns have so many tokens, with an answer of two tokens between them."""
     draw = np.random.default_rng(seed)
     turns = [Turn("prompt", draw.integers(1, 50, 3))]
@@ -47,10 +47,10 @@ def make_rollout(
             )
     start = {"goal": "win", "type": "game", "observation": "a room", "admissible": ["look", "go"]}
     prompt = Prompt("task", ({"role": "user", "content": "win the game"},), key="game")
-    return Rollout(name, prompt, tuple(turns), version, info={**start, "success": False, "score": 0.0, **info})
+    return Sample(name, prompt, tuple(turns), version, info={**start, "success": False, "score": 0.0, **info})
 
 
-def context(rollout: Rollout, teacher: str = "t") -> TeacherContext:
+def context(rollout: Sample, teacher: str = "t") -> TeacherContext:
     """The teacher reads the trajectory under the student's own prompt."""
     return TeacherContext(rollout.id, teacher, rollout.token_ids, rollout.target_positions)
 

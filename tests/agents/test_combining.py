@@ -13,7 +13,7 @@ from agent_helpers import make_rollout
 from engine_helpers import PROMPTS, ScriptedTeacher, make_config
 
 from opdengine.config.train import ConfigError
-from opdengine.methods import build_recipe
+from opdengine.methods import build_method
 from opdengine.training.run import train
 
 
@@ -27,7 +27,7 @@ def test_a_gatekept_agent_under_a_debate(models: dict[str, str], tmp_path: Path)
         ScriptedTeacher("a", ["open it <<CONFIDENCE=100>>", "SKIP"]),
         ScriptedTeacher("b", ["no <<CONFIDENCE=0>>"]),
     ]
-    found = asyncio.run(build_recipe(config).annotator.annotate([make_rollout((2,))], teachers))
+    found = asyncio.run(build_method(config).annotator.annotate([make_rollout((2,))], teachers))
     (note,) = found.notes
     assert note.mix is not None and note.turn_weight is not None
     np.testing.assert_allclose(note.mix, [np.e / (1 + np.e), 1 / (1 + np.e)], rtol=1e-6)
@@ -63,7 +63,7 @@ def test_settings(models: dict[str, str], prompt_file: str, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"contexts='debate'.*only 'sage_opd' and 'uni_opd'"):
         make_config(models, prompt_file, tmp_path, method="mt_opd", contexts="debate")
     with pytest.raises(ConfigError, match="at least 2 teacher"):
-        build_recipe(
+        build_method(
             make_config(
                 models, prompt_file, tmp_path, method="uni_opd", contexts="debate", teachers=[{"model": models["big"]}]
             )

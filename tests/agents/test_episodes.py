@@ -16,11 +16,11 @@ from engine_helpers import make_config, make_engine
 
 from opdengine.environments.episodes import Episodes, Job, episode_metrics, turns_of
 from opdengine.environments.protocol import Broken, Observation, Step
-from opdengine.loss.statistics import Tally
+from opdengine.loss.statistics import Statistics
 from opdengine.methods.opad import steps_of
 from opdengine.models.chat import append_answer, encode_answer, encode_chat
 from opdengine.training.evaluate import evaluate_episodes, wilson
-from opdengine.types import Prompt, Rollout, SamplingParams
+from opdengine.types import Prompt, Sample, SamplingParams
 
 PARAMS = SamplingParams(max_tokens=8)
 
@@ -70,7 +70,7 @@ def test_a_trajectory_is_the_sampled_ids_between_the_templates(tokenizer: Any) -
     starts = np.cumsum([0] + [len(t.token_ids) for t in rollout.turns])
     for request, (index, _, _) in zip(sampler.requests, turns_of(rollout), strict=True):
         assert list(request.token_ids) == whole[: starts[index]]
-    assert rollout.targets.tolist() == [t for turn in rollout.turns if turn.trains for t in turn.token_ids]
+    assert rollout.target_ids.tolist() == [t for turn in rollout.turns if turn.trains for t in turn.token_ids]
     assert len(set(r.seed for r in sampler.requests)) == 3
 
 
@@ -164,7 +164,7 @@ def test_an_episode_that_is_cut_off_keeps_its_score(tokenizer: Any) -> None:
     assert cut.stop_reason == "max_turns" and cut.reward == cut.info["score"] == 0.75 and not cut.info["success"]
     metrics = episode_metrics([cut])
     assert metrics["episodes/score"] == 0.75 and metrics["episodes/raw_score"] == -7
-    assert "episodes/raw_score" not in episode_metrics([Rollout("a", cut.prompt, (), info={"success": 1, "score": 1})])
+    assert "episodes/raw_score" not in episode_metrics([Sample("a", cut.prompt, (), info={"success": 1, "score": 1})])
 
 
 def test_broken_environments_are_neither_success_nor_failure(tokenizer: Any) -> None:
@@ -175,13 +175,13 @@ def test_broken_environments_are_neither_success_nor_failure(tokenizer: Any) -> 
 
 
 def test_episode_metrics() -> None:
-    rollout = Rollout("a", Prompt("p", ()), (), info={"success": True, "score": 0.5})
+    rollout = Sample("a", Prompt("p", ()), (), info={"success": True, "score": 0.5})
     turns = [
         turn_with(action="go", failure=""),
         turn_with(action="go", failure=""),
         turn_with(action="", failure="empty"),
     ]
-    metrics = episode_metrics([Rollout("a", rollout.prompt, tuple(turns), info=rollout.info)])
+    metrics = episode_metrics([Sample("a", rollout.prompt, tuple(turns), info=rollout.info)])
     assert metrics["episodes/turns"] == 3
     assert metrics["episodes/invalid_action_rate"] == pytest.approx(1 / 3)
     assert metrics["episodes/repeated_action_rate"] == pytest.approx(1 / 3)
@@ -249,7 +249,7 @@ def test_steps_have_their_true_prefix_and_share_one_forward_pass(
         engine.student, "forward", lambda batch: (fed.append(int(batch.position_ids.numel())), forward(batch))[1]
     )
 
-    def gradients(rollouts: Sequence[Rollout]) -> tuple[float, dict[str, torch.Tensor]]:
+    def gradients(rollouts: Sequence[Sample]) -> tuple[float, dict[str, torch.Tensor]]:
         fed.clear()
 
         async def run() -> float:

@@ -15,7 +15,7 @@ from opdengine.cli import main
 from opdengine.config.train import ConfigError, OpadConfig
 from opdengine.environments.episodes import Episodes
 from opdengine.errors import ServiceError
-from opdengine.methods import build_recipe
+from opdengine.methods import build_method
 from opdengine.methods.opad import Steps, steps_of, surprise
 from opdengine.training.run import train
 from opdengine.types import SamplingParams
@@ -25,7 +25,7 @@ def test_every_turn_becomes_a_state_with_its_true_prefix() -> None:
     rollout = make_rollout((2, 3, 1), texts=("open box", "take coin", "go den"))
     steps = steps_of(rollout)
     assert [len(s.targets) for s in steps] == [2, 3, 1]
-    assert np.array_equal(np.concatenate([s.targets for s in steps]), rollout.targets)
+    assert np.array_equal(np.concatenate([s.targets for s in steps]), rollout.target_ids)
     assert [m["content"] for m in steps[2].prompt.messages] == [
         "win the game",
         "open box",
@@ -51,7 +51,7 @@ def test_sampled_steps() -> None:
 
 def test_settings(models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"needs an environment"):
-        build_recipe(make_config(models, prompt_file, tmp_path, method="opad"))
+        build_method(make_config(models, prompt_file, tmp_path, method="opad"))
     with pytest.raises(ConfigError, match=r"opad\.sampling='some'"):
         make_config(models, prompt_file, tmp_path, opad={"sampling": "some"})
 

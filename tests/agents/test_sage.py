@@ -19,22 +19,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opdengine.config.train import ConfigError, SageConfig, TcodConfig, TrainConfig
 from opdengine.loss.objective import normalisers
-from opdengine.loss.statistics import Tally
-from opdengine.methods import build_recipe
+from opdengine.loss.statistics import Statistics
+from opdengine.methods import build_method
 from opdengine.methods.agent_baselines import FirstTurns, KeptMean
-from opdengine.methods.judge import Judge, Verdict, turn_metrics
+from opdengine.methods.sage_judge import Judge, Verdict, turn_metrics
 from opdengine.methods.method import Batch, Note, Stats
 from opdengine.methods.opad import steps_of
 from opdengine.methods.opd import PlainContexts
 from opdengine.methods.sage_opd import Control, Intervention, Selective
 from opdengine.training.step_result import Clock, Prepared, summarise
-from opdengine.types import Rollout
+from opdengine.types import Sample
 
 LENGTHS, KL, TOP1 = (4, 6, 10), (0.5, 0.2, 0.3), (0.9, 0.8, 0.6)
 LABELS = (0.0, 0.5, 1.0)
 
 
-def batch_of(rollouts: Sequence[Rollout], weights: Sequence[Sequence[float]], top1: Sequence[Sequence[float]]) -> Batch:
+def batch_of(rollouts: Sequence[Sample], weights: Sequence[Sequence[float]], top1: Sequence[Sequence[float]]) -> Batch:
     """Turn weights and teacher confidences of every trajectory, given per turn of the student."""
     notes, stats = [], []
     for rollout, of_turns, confidences in zip(rollouts, weights, top1, strict=True):
@@ -278,7 +278,7 @@ def agent_config(models: dict[str, str], tmp_path: Path) -> TrainConfig:
 
 def test_settings(agent_config: TrainConfig, models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"set environment\.name"):
-        build_recipe(make_config(models, prompt_file, tmp_path, method="sage_opd"))
+        build_method(make_config(models, prompt_file, tmp_path, method="sage_opd"))
     with pytest.raises(ConfigError, match=r"sage.confidence_temperature.*use_confidence"):
         make_config(models, prompt_file, tmp_path, sage={"confidence_temperature": 0})
     for prompt, message in (
@@ -290,21 +290,21 @@ def test_settings(agent_config: TrainConfig, models: dict[str, str], prompt_file
         with pytest.raises(ConfigError, match=message):
             make_config(models, prompt_file, tmp_path, sage={"judge_prompt": prompt})
     with pytest.raises(ConfigError, match=r"divergence='jsd'.*sage.kl_mode=sampled.*set sage.kl_mode to full_vocab"):
-        build_recipe(dataclasses.replace(agent_config, divergence="jsd", sage=SageConfig(kl_mode="sampled")))
+        build_method(dataclasses.replace(agent_config, divergence="jsd", sage=SageConfig(kl_mode="sampled")))
     served = [{"model": "m", "base_url": "http://127.0.0.1:1/v1"}]
     warm = dataclasses.replace(agent_config, sage=SageConfig(confidence_temperature=0.5))
-    assert build_recipe(warm).top1_temperature == 0.5
+    assert build_method(warm).top1_temperature == 0.5
     with pytest.raises(ConfigError, match=r"confidence_temperature=0.5.*served teachers \['m'\].*use 1.0"):
-        build_recipe(
+        build_method(
             make_config(
                 models, "", tmp_path, method="sage_opd", environment={"name": "house"}, teachers=served,
                 sage={"confidence_temperature": 0.5},
             )
         )  # fmt: skip
-    assert build_recipe(agent_config).measures == ("teacher_top1",)
+    assert build_method(agent_config).measures == ("teacher_top1",)
 
 
-def step_on(config: TrainConfig, rollouts: Sequence[Rollout], verdicts: str) -> tuple[Any, dict[str, float], int]:
+def step_on(config: TrainConfig, rollouts: Sequence[Sample], verdicts: str) -> tuple[Any, dict[str, float], int]:
     """One update on given trajectories whose judge always says the same: engine, metrics, FLOPs."""
     engine = make_engine(config)
     try:

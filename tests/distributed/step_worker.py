@@ -22,12 +22,12 @@ from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import load_prompts
 from opdengine.distributed import Ranks, start, whole, whole_weights
 from opdengine.environments.setup import load_tasks
-from opdengine.methods import build_recipe
-from opdengine.methods.judge import Query, Verdict
+from opdengine.methods import build_method
+from opdengine.methods.sage_judge import Query, Verdict
 from opdengine.methods.method import Batch, Recipe, Weighed
 from opdengine.models.chat import load_tokenizer
 from opdengine.training.build import build_engine
-from opdengine.types import Prompt, Rollout
+from opdengine.types import Prompt, Sample
 
 
 def without_the_first(recipe: Recipe, count: int) -> Recipe:
@@ -64,7 +64,7 @@ async def by_tokens(queries: Sequence[Query], judges: Sequence[Any]) -> list[Ver
 def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Two steps: gradients of the first, weights after both, metrics, and what was sampled and kept."""
     config = from_mapping(TrainConfig, case["config"])
-    recipe = build_recipe(config)
+    recipe = build_method(config)
     if case.get("drop_first"):
         recipe = without_the_first(recipe, case["drop_first"])
     torch.manual_seed(0)
@@ -112,8 +112,8 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def described(rollout: Rollout) -> tuple[str, str, tuple[int, ...]]:
-    return rollout.id, rollout.group, tuple(np.asarray(rollout.targets).tolist())
+def described(rollout: Sample) -> tuple[str, str, tuple[int, ...]]:
+    return rollout.id, rollout.group, tuple(np.asarray(rollout.target_ids).tolist())
 
 
 def main(cases: str, out: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,11 @@ import torch
 
 from opdengine.config.loading import from_mapping
 from opdengine.config.train import TrainConfig
-from opdengine.loss.objective import Item
-from opdengine.loss.statistics import Tally
-from opdengine.methods import build_recipe
+from opdengine.methods import build_method
 from opdengine.models.chat import load_tokenizer
 from opdengine.training.build import build_engine
 from opdengine.training.step import Engine
-from opdengine.types import Completion, Message, Prompt, Request, SamplingParams
+from opdengine.types import Batch, Completion, Message, Prompt, Request, Sample, SamplingParams
 
 PROMPTS = {
     "first": "Q {task}{confidence}",
@@ -48,27 +45,27 @@ def make_config(models: dict[str, str], train_data: str, output_dir: Path, **cha
 
 
 def make_engine(config: TrainConfig) -> Engine:
-    return build_engine(config, build_recipe(config), load_tokenizer(config.model, chat_template=config.chat_template))
+    return build_engine(config, build_method(config), load_tokenizer(config.model, chat_template=config.chat_template))
 
 
-def make_items(engine: Engine, prompts: Sequence[Prompt]) -> list[Item]:
-    """Rollout, annotation and scoring of a step, as the engine does them."""
+def make_batch(engine: Engine, prompts: Sequence[Prompt]) -> Batch:
+    """Rollout, annotation, scores and weights of a step, as the engine does them."""
 
-    async def run() -> list[Item]:
-        dropped = Counter[str]()
-        rollouts, _ = await engine.rollout(prompts, 0, dropped)
-        notes, _ = await engine.annotate(rollouts)
-        judged = await engine.judge(rollouts, notes, dropped)
-        return engine.weigh(judged, engine.measure(judged), dropped)[0]
+    async def run() -> Batch:
+        batch = await engine.prepare(prompts, 0)
+        await engine.score(batch)
+        engine.measure(batch)
+        engine.weigh(batch)
+        return batch
 
     return asyncio.run(run())
 
 
-def loss_and_gradient(engine: Engine, items: Sequence[Item]) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradient(engine: Engine, samples: Sequence[Sample]) -> tuple[float, dict[str, torch.Tensor]]:
     """Forward and backward of a step without its optimiser step."""
     engine._optimizer_step = lambda loss, norm: {"loss": loss}  # type: ignore[method-assign]
     try:
-        loss = engine.update(items, Tally())["loss"]
+        loss = engine.update(Batch(samples=list(samples), timing={"update": 1e-9})).metrics["loss"]
     finally:
         del engine._optimizer_step
     gradients = {n: p.grad.clone() for n, p in engine.student.model.named_parameters() if p.grad is not None}

@@ -14,7 +14,7 @@ import transformers as hf
 from opdengine.loss.objective import Item, Objective
 from opdengine.models.backbone import Backbone
 from opdengine.models.packing import LAYOUTS, pack, split_by_tokens
-from opdengine.types import Hidden, Prompt, Rollout, Turn
+from opdengine.types import Hidden, Prompt, Sample, Turn
 
 VOCAB = 120
 COMMON: dict[str, Any] = {
@@ -108,7 +108,7 @@ def test_packed_and_padded_batches_give_the_same_loss_and_gradient(family: str, 
     student, teacher = Backbone(make_model(family, tied)), Backbone(make_model("llama", False, scale=6.0))
     sequences, positions = make_sequences()
     rollouts = [
-        Rollout(str(i), Prompt(str(i), ()), (Turn("prompt", s[:2]), Turn("assistant", s[2:], trains=True)))
+        Sample(str(i), Prompt(str(i), ()), (Turn("prompt", s[:2]), Turn("assistant", s[2:], trains=True)))
         for i, s in enumerate(sequences)
     ]
     judged = teacher.score(sequences, positions)

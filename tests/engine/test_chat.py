@@ -133,7 +133,7 @@ def test_conversations_train_from_end_to_end(models: dict[str, str], strict: Any
         teacher.score = score
     result = asyncio.run(engine.step(load_prompts([str(data)]).prompts))
     assert result.metrics["loss"] > 0 and result.metrics["completions/kept"] == 2
-    student = strict.decode(result.rollouts[0].turns[0].token_ids)
+    student = strict.decode(result.samples[0].turns[0].token_ids)
     assert student.startswith("<tools>get_weather</tools><|im_start|>system\nBe brief.")
     assert student.endswith("<|im_start|>tool\nrain<|im_end|>\n<|im_start|>assistant\n")
     if method == "mt_opd":

@@ -20,8 +20,8 @@ from opdengine.config.train import DebateConfig
 from opdengine.data.prompts import load_prompts
 from opdengine.methods.debate import Debate, Debater
 from opdengine.methods.debate.prompts import FAMILIES, DebatePrompts, debate_prompts, parse_confidence
-from opdengine.methods.mad_opd import DebateContexts
-from opdengine.types import Prompt, Rollout, SamplingParams, Turn
+from opdengine.methods.debate.contexts import DebateContexts
+from opdengine.types import Prompt, Sample, SamplingParams, Turn
 
 
 def prompt(text: str = "2 + 2?", **changes: Any) -> Prompt:
@@ -253,7 +253,7 @@ def test_what_a_debate_depends_on_is_in_its_key(tmp_path: Path) -> None:
 
 
 def test_tau_is_applied_after_the_cache(tmp_path: Path) -> None:
-    rollout = Rollout("0", prompt(), (Turn("prompt", np.array([1, 2])), Turn("assistant", np.array([3]), trains=True)))
+    rollout = Sample("0", prompt(), (Turn("prompt", np.array([1, 2])), Turn("assistant", np.array([3]), trains=True)))
     mixes = []
     for tau, teachers in [(1.0, speakers(2)), (0.2, [ScriptedTeacher(f"t{k}", []) for k in range(2)])]:
         config = DebateConfig(tau=tau, prompts=PROMPTS, max_tokens=4)
@@ -298,7 +298,7 @@ def test_what_a_killed_run_left_half_written_is_ignored(tmp_path: Path) -> None:
 def test_a_debate_that_outgrows_a_window_is_dropped_and_counted() -> None:
     roomy = ScriptedTeacher("a", lambda call, request: "long " * 60)
     narrow = ScriptedTeacher("b", lambda call, request: "x", window=400)
-    rollout = Rollout("0", prompt(), (Turn("prompt", np.array([1, 2])), Turn("assistant", np.array([3]), trains=True)))
+    rollout = Sample("0", prompt(), (Turn("prompt", np.array([1, 2])), Turn("assistant", np.array([3]), trains=True)))
     config = DebateConfig(prompts=PROMPTS, max_tokens=4)
     found = asyncio.run(DebateContexts(config, None).annotate([rollout], [roomy, narrow]))
     assert found.notes[0].drop == "debate_too_long"
@@ -353,14 +353,14 @@ def test_the_students_answer_enters_no_debate(models: dict[str, str], prompt_fil
     def inside(short: list[int], long: list[int]) -> bool:
         return any(long[i : i + len(short)] == short for i in range(len(long)))
 
-    for rollout in result.rollouts:
-        assert not any(inside(rollout.targets.tolist(), ids) for ids in asked if len(rollout.targets) > 2)
+    for rollout in result.samples:
+        assert not any(inside(rollout.target_ids.tolist(), ids) for ids in asked if len(rollout.target_ids) > 2)
     # Another student: other answers, and not one debate to generate.
     with torch.no_grad():
         for parameter in engine.student.model.parameters():
             parameter.mul_(1.5)
     again = asyncio.run(engine.step(prompts))
-    assert [r.targets.tolist() for r in again.rollouts] != [r.targets.tolist() for r in result.rollouts]
+    assert [r.target_ids.tolist() for r in again.samples] != [r.target_ids.tolist() for r in result.samples]
     assert again.metrics["debate/generated"] == 0
     assert len(asked) == 4 * 2 * 2
 

@@ -185,7 +185,7 @@ def test_measures_are_read_in_pieces(
     monkeypatch.setattr(scoring, "linear_logprob", noting)
     monkeypatch.setattr(scoring, "MOST_ROWS", rows)
     found = scoring.Measurer(engine.student, heads, engine.vocab_size)(judged, measures)
-    lengths = [len(item.rollout.targets) for item in judged]
+    lengths = [len(item.rollout.target_ids) for item in judged]
     assert sum(sizes) == 3 * sum(lengths) and max(sizes) <= max(rows, *lengths)
     assert len(sizes) == {1: 3 * len(lengths), 10**6: 3}.get(rows, len(sizes))
     for one, other in zip(found, expected, strict=True):

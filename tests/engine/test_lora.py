@@ -25,7 +25,7 @@ from opdengine.cli import main
 from opdengine.config.loading import from_mapping
 from opdengine.config.train import ConfigError, LoRAConfig
 from opdengine.data.prompts import load_prompts
-from opdengine.methods import build_recipe
+from opdengine.methods import build_method
 from opdengine.models.backbone import Backbone, load_model
 from opdengine.models.chat import load_tokenizer
 from opdengine.models.checkpoint import list_checkpoints
@@ -142,7 +142,7 @@ def test_a_frozen_head_stays_and_costs_no_gradient(
     flops, gradients = update(frozen)
     more, all_gradients = update(free)
     weight = frozen.student.head.weight
-    rows = sum(len(item.rollout.targets) for item in items)
+    rows = sum(len(item.rollout.target_ids) for item in items)
     vocabulary = frozen.vocab_size
     assert more - flops == 2 * rows * vocabulary * weight.shape[1]
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
@@ -276,7 +276,7 @@ def test_a_finished_adapter_is_a_model_like_any_other(
 
     last = second / "checkpoints" / "step_1"
     config = make_config(models, prompt_file, second, lora=LORA, save_steps=1, **again)
-    resumed = build_engine(config, build_recipe(config), load_tokenizer(config.model), last).student
+    resumed = build_engine(config, build_method(config), load_tokenizer(config.model), last).student
     torch.testing.assert_close(logits(resumed.model), logits(load_model(str(second / "final"))), rtol=1e-4, atol=1e-4)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": "m", "train_data": [prompt_file], "output_dir": "o"}))
     capsys.readouterr()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from opdengine.cli import main
 from opdengine.data.prompts import load_prompts
-from opdengine.loss.statistics import Tally
+from opdengine.loss.statistics import Statistics
 from opdengine.tools.plan import Lengths, Machine, Plan, loss_flops, memory_of, plan
 from opdengine.tools.shapes import QWEN3, shape_of
 
@@ -60,7 +60,7 @@ def test_flops_of_the_update(models: Models, prompt_file: str, tmp_path: Path) -
     student = shape_of(models["student"])
     teachers = [shape_of(models["big"]), shape_of(models["small"])]
     tokens = sum(len(i.rollout.token_ids) for i in items)
-    targets = sum(len(i.rollout.targets) for i in items)
+    targets = sum(len(i.rollout.target_ids) for i in items)
     width = max(len(i.rollout.token_ids) for i in items)
     body = 3 * student.body_flops(tokens, width)
     expected = body + loss_flops(student, teachers, targets)

@@ -18,7 +18,7 @@ from opdengine.data.prompts import load_prompts
 from opdengine.errors import ProbeError
 from opdengine.training.sanity import fresh, sampler_agrees, self_distillation_is_zero
 from opdengine.training.step import Engine
-from opdengine.types import Prompt, Rollout, Turn
+from opdengine.types import Prompt, Sample, Turn
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_sampler_that_was_not_synchronised_stops_the_run(engine: Engine, promp
 
 def test_staleness_is_measured_and_bounded(prompts: Sequence[Prompt]) -> None:
     turns = (Turn("prompt", [1]), Turn("assistant", [2], trains=True))
-    rollouts = [Rollout(str(v), prompts[0], turns, policy_version=v) for v in (3, 5, 4)]
+    rollouts = [Sample(str(v), prompts[0], turns, policy_version=v) for v in (3, 5, 4)]
     assert fresh(rollouts[:1], 3, 0) == {"sampling/staleness_max": 0.0}
     assert fresh(rollouts, 5, 2) == {"sampling/staleness_max": 2.0}
     with pytest.raises(ProbeError, match=r"versions \[3\] reached the update of version 5 \(max_staleness=1\)"):
@@ -143,9 +143,9 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_is_written_down(engine: Eng
     engine.objective = lambda: Broken()
     result = asyncio.run(engine.step(prompts))
     assert result.metrics["bad_steps"] == 1 and "loss" not in result.metrics
-    assert [row["id"] for row in result.bad] == [r.id for r in result.rollouts]
+    assert [row["id"] for row in result.bad] == [r.id for r in result.samples]
     assert {row["loss_of_micro_batch"] for row in result.bad} == {float("inf")}
-    assert all(len(row["kl_weight"]) == len(r.targets) for row, r in zip(result.bad, result.rollouts, strict=True))
+    assert all(len(row["kl_weight"]) == len(r.target_ids) for row, r in zip(result.bad, result.samples, strict=True))
     assert all(p.grad is None for p in engine.student.model.parameters())
     assert torch.equal(engine.student.model.model.embed_tokens.weight, before)
     assert engine.version == 0

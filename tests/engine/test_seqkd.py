@@ -47,17 +47,17 @@ def test_the_student_is_trained_on_what_the_teachers_wrote(
         teacher.generate = generate
     result = asyncio.run(engine.step(prompts))
     assert {name for name, _ in said.values()} == {"big", "small"}
-    assert len(result.rollouts) == len(prompts)
-    for rollout in result.rollouts:
-        assert rollout.targets.tolist() == said[rollout.prompt.id][1]
+    assert len(result.samples) == len(prompts)
+    for rollout in result.samples:
+        assert rollout.target_ids.tolist() == said[rollout.prompt.id][1]
         assert rollout.turns[0].token_ids.tolist() == engine.encode(rollout.prompt)
-        assert rollout.logprobs is None
+        assert rollout.sampler_logprob is None
     assert "sampling/logprob_difference" not in result.metrics
     # An answer is written once: the second epoch asks nobody.
     for teacher in engine.teachers:
         teacher.generate = None
     again = asyncio.run(engine.step(prompts[::-1]))
-    assert [r.targets.tolist() for r in again.rollouts[::-1]] == [r.targets.tolist() for r in result.rollouts]
+    assert [r.target_ids.tolist() for r in again.samples[::-1]] == [r.target_ids.tolist() for r in result.samples]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -71,13 +71,13 @@ def test_the_loss_is_hugging_faces_cross_entropy(
     items = make_items(engine, prompts[:4])
     loss, gradient = loss_and_gradient(engine, items)
     model = AutoModelForCausalLM.from_pretrained(models["student"])
-    count = sum(len(i.rollout.targets) for i in items)
+    count = sum(len(i.rollout.target_ids) for i in items)
     total = 0.0
     for item in items:
         ids = torch.from_numpy(item.rollout.token_ids)[None]
         labels = ids.clone()
         labels[0, : item.rollout.target_positions[0]] = -100
-        part = model(input_ids=ids, labels=labels).loss * len(item.rollout.targets) / count
+        part = model(input_ids=ids, labels=labels).loss * len(item.rollout.target_ids) / count
         part.backward()
         total += part.item()
     assert loss == pytest.approx(total, rel=1e-5)
@@ -138,7 +138,7 @@ def test_clipped_answers_are_reported(
 ) -> None:
     engine = make_engine(make_config(models, prompt_file, tmp_path, method="mt_seqkd", max_completion_length=2))
     result = asyncio.run(engine.step(prompts))
-    clipped = np.mean([len(r.targets) == 2 and r.targets[-1] not in engine.sampler.stop_ids for r in result.rollouts])
+    clipped = np.mean([len(r.target_ids) == 2 and r.target_ids[-1] not in engine.sampler.stop_ids for r in result.samples])
     assert result.metrics["completions/clipped_ratio"] == pytest.approx(clipped)
     assert clipped > 0
 

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opdengine.data.prompts import load_prompts
 from opdengine.loss.objective import Item
-from opdengine.loss.statistics import Tally
+from opdengine.loss.statistics import Statistics
 from opdengine.models.chat import load_tokenizer, vocabulary_size
 from opdengine.types import Completion, Prompt, Request, SamplingParams, TeacherContext
 
@@ -63,7 +63,7 @@ def expected_loss(
     means, total, count = [], 0.0, 0
     for item in items:
         rollout = item.rollout
-        answer = rollout.targets
+        answer = rollout.target_ids
         prefix = chat_ids(tokenizer, question(rollout.prompt))
         assert rollout.token_ids.tolist() == prefix + answer.tolist()
         student = full_logprobs(
@@ -95,7 +95,7 @@ def test_loss_of_mt_opd_equals_plain_torch(
     items = make_items(engine, prompts[:4])
     # Rollouts of equal length could not tell the two means apart.
     rollout = items[0].rollout
-    assert len({len(i.rollout.targets) for i in items}) >= 1 and rollout.targets.size
+    assert len({len(i.rollout.target_ids) for i in items}) >= 1 and rollout.target_ids.size
     loss, _ = loss_and_gradient(engine, items)
     expected = expected_loss(
         models, tokenizer, items, kind_of={"code": kind, "agentic": kind}, weights=[0.75, 0.25],
@@ -132,7 +132,7 @@ def test_token_and_sequence_means_differ_as_their_closed_forms_do(
     for mode in ("token", "sequence"):
         engine = make_engine(make_config(models, prompt_file, tmp_path, loss_normalization=mode))
         items = shortened(engine, prompts[:4], (1, 2, 5, 6))
-        assert [len(i.rollout.targets) for i in items] == [1, 2, 5, 6]
+        assert [len(i.rollout.target_ids) for i in items] == [1, 2, 5, 6]
         found[mode], _ = loss_and_gradient(engine, items)
         kinds = {"code": "reverse_kl", "agentic": "reverse_kl"}
         expected = expected_loss(models, tokenizer, items, kind_of=kinds, weights=[0.75, 0.25], normalization=mode)
@@ -176,7 +176,7 @@ def test_parameters_of_two_divergences_and_the_mixture_in_one_batch(
     vocab = vocabulary_size(tokenizer)
     total, count = 0.0, 0
     for item in items:
-        rollout, answer = item.rollout, item.rollout.targets
+        rollout, answer = item.rollout, item.rollout.target_ids
         ids, places = rollout.token_ids.tolist(), rollout.target_positions
         student = full_logprobs(models["student"], ids, places, vocab)
         teachers = [full_logprobs(models[name], ids, places, vocab) for name in ("big", "small")]
@@ -198,7 +198,7 @@ def test_divergence_temperature_divides_both_sides_and_not_the_sampling(
     engine = make_engine(make_config(models, prompt_file, tmp_path, divergence_temperature=2.0))
     items = make_items(engine, prompts[:3])
     plain = make_items(make_engine(make_config(models, prompt_file, tmp_path)), prompts[:3])
-    assert [i.rollout.targets.tolist() for i in items] == [i.rollout.targets.tolist() for i in plain]
+    assert [i.rollout.target_ids.tolist() for i in items] == [i.rollout.target_ids.tolist() for i in plain]
     loss, _ = loss_and_gradient(engine, items)
     expected = expected_loss(
         models, tokenizer, items, kind_of=dict.fromkeys(("code", "agentic"), "reverse_kl"), weights=[0.75, 0.25],
@@ -247,7 +247,7 @@ def test_gradient_equals_that_of_plain_torch(
     _, gradient = loss_and_gradient(engine, items)
     vocab = vocabulary_size(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(models["student"]).double()
-    count = sum(len(i.rollout.targets) for i in items)
+    count = sum(len(i.rollout.target_ids) for i in items)
     for item in items:
         ids, at = item.rollout.token_ids, torch.from_numpy(item.rollout.target_positions)
         logits = model(input_ids=torch.from_numpy(ids)[None]).logits[0, at - 1, :vocab]
@@ -273,7 +273,7 @@ def test_teachers_are_chosen_by_the_key_of_the_prompt(
         )
         for item in items
     ]  # fmt: skip
-    lengths = [len(i.rollout.targets) for i in items]
+    lengths = [len(i.rollout.target_ids) for i in items]
     assert loss == pytest.approx(np.average(parts, weights=lengths), rel=1e-4)
 
 
@@ -423,7 +423,7 @@ def test_nothing_of_the_size_of_tokens_times_vocabulary_is_made(
     for budget in (None, 1 << 16):
         engine = make_engine(dataclasses.replace(config, workspace_bytes=budget))
         items = make_items(engine, prompts)
-        tokens = sum(len(i.rollout.targets) for i in items)
+        tokens = sum(len(i.rollout.target_ids) for i in items)
         assert tokens > 600  # far more than any hidden size here
         with Watch(range(vocab, vocab + 20)) as watch:
             loss, gradient = loss_and_gradient(engine, items)
@@ -469,7 +469,7 @@ def test_a_step_reports_what_it_did(
     engine = make_engine(make_config(models, prompt_file, tmp_path, method="mad_opd", num_generations=2))
     result = asyncio.run(engine.step(prompts[:4]))
     metrics = result.metrics
-    assert len(result.rollouts) == 8
+    assert len(result.samples) == 8
     assert metrics["completions/kept"] == 8
     assert metrics["debate/generated"] == 4  # one debate per state, however many samples
     assert metrics["policy_version"] == 1 == engine.sampler.policy_version
@@ -481,16 +481,16 @@ def test_a_step_reports_what_it_did(
                  "timing/rollout", "timing/debate", "timing/score", "timing/update", "timing/sync",
                  "perf/tokens_per_second", "completions/mean_length", "completions/clipped_ratio"):  # fmt: skip
         assert np.isfinite(metrics[name]), name
-    groups = [r.group for r in result.rollouts]
+    groups = [r.group for r in result.samples]
     assert groups == [str(i // 2) for i in range(8)]
-    assert len({tuple(r.targets) for r in result.rollouts}) > 4  # two samples of a prompt are two samples
+    assert len({tuple(r.target_ids) for r in result.samples}) > 4  # two samples of a prompt are two samples
 
 
 def test_a_prompt_that_comes_again_gets_new_samples_and_a_resumed_step_the_same(
     models: Models, prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path
 ) -> None:
     def sampled(engine: Any) -> list[list[int]]:
-        return [r.targets.tolist() for r in asyncio.run(engine.step(prompts[:3])).rollouts]
+        return [r.target_ids.tolist() for r in asyncio.run(engine.step(prompts[:3])).rollouts]
 
     config = make_config(models, prompt_file, tmp_path, learning_rate=0.0)
     engine = make_engine(config)

@@ -23,8 +23,8 @@ from opdengine.config.train import SageConfig  # noqa: E402
 from opdengine.environments.episodes import Episodes, Job, turns_of  # noqa: E402
 from opdengine.environments.house import House  # noqa: E402
 from opdengine.environments.recorded import Recorded  # noqa: E402
-from opdengine.methods import build_recipe  # noqa: E402
-from opdengine.methods.judge import Judge  # noqa: E402
+from opdengine.methods import build_method  # noqa: E402
+from opdengine.methods.sage_judge import Judge  # noqa: E402
 from opdengine.rollout.transformers import TransformersSampler  # noqa: E402
 from opdengine.types import Prompt, SamplingParams  # noqa: E402
 from tiny.agents import lessons, measure, opad, results, sage, world  # noqa: E402
@@ -241,7 +241,7 @@ def test_every_arm_is_a_method_with_settings_of_its_own(tmp_path):
         for arm in arms:
             file = tmp_path / "arm.yaml"
             file.write_text(json.dumps({**shared_settings(options, 0), **arm.settings, "output_dir": str(tmp_path)}))
-            build_recipe(load_config(str(file)))
+            build_method(load_config(str(file)))
             seen.append(json.dumps(arm.settings, sort_keys=True, default=str))
         assert len(set(seen)) == len(arms)
 
@@ -295,7 +295,7 @@ def test_a_small_run_writes_numbers_table_and_figure(demo, arm, tmp_path, capsys
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda f: f.stem)
 def test_configurations_of_real_models_load(file):
     config = load_config(str(file))
-    assert build_recipe(config).name == config.method
+    assert build_method(config).name == config.method
     if config.method == "sage_opd":  # appendix A of the paper
         assert (config.learning_rate, config.weight_decay, config.temperature) == (1e-6, 0.1, 0.4)
         assert (config.prompts_per_step, config.num_generations, config.sage.alpha) == (64, 1, 0.5)

@@ -14,7 +14,7 @@ import pytest
 
 from opdengine.config.loading import from_mapping, load_config
 from opdengine.config.train import TrainConfig
-from opdengine.methods import build_recipe
+from opdengine.methods import build_method
 from opdengine.metrics import write_jsonl
 from tiny import camopd_study, study, task, uni_study
 
@@ -96,7 +96,7 @@ def test_every_arm_trains(of: Any, tmp_path: Path) -> None:
         base = {**of.STUDY.settings(tmp_path, 0), "seed": 0, "output_dir": str(tmp_path / arm.name)}
         settings = study.merged(base, study.filled(arm.settings, folder=str(tmp_path), seed=0))
         settings = study.merged(settings, {"max_steps": 1, "eval_steps": 0, "per_device_train_batch_size": 2})
-        assert build_recipe(from_mapping(TrainConfig, settings)).name == of.STUDY.name
+        assert build_method(from_mapping(TrainConfig, settings)).name == of.STUDY.name
         if number < 2:
             found = study.run(arm.name, 0, json.loads(json.dumps(settings)), ["reward/mean", "camopd/general/selected"])
             assert found["metrics"] and [point["step"] for point in found["curve"]] == [0, 1]
@@ -106,14 +106,14 @@ def test_configurations_hold_the_papers_settings() -> None:
     uni = [load_config(str(file)) for file in sorted(CONFIGS.glob("uni_opd_*.yaml"))]
     assert len(uni) == 3
     for config in uni:
-        recipe, section = build_recipe(config), config.uni_opd
+        recipe, section = build_method(config), config.uni_opd
         assert (recipe.name, config.num_generations, config.prompts_per_step) == ("uni_opd", 16, 64)
         assert (section.margin_statistic, section.margin_scope, section.margin_delta) == ("mean", "group", 0.4)
         assert (section.margin_direction, section.balance_ratio, config.learning_rate) == ("spread", 1.0, 1e-6)
     recovery = [load_config(str(file)) for file in sorted(CONFIGS.glob("camopd_*.yaml"))]
     assert len(recovery) == 2
     for config in recovery:
-        recipe, section = build_recipe(config), config.camopd
+        recipe, section = build_method(config), config.camopd
         assert recipe.schedule is not None
         assert (config.prompts_per_step, config.max_steps, config.learning_rate) == (512, 120, 2e-6)
         assert (section.n_general, section.rho_g, section.rho_d, section.r_g, section.r_d) == (3, 0.8, 0.8, 2.0, 1.0)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from engine_helpers import assert_same_gradients, loss_and_gradient, make_config, make_items
 
 from opdengine.data.prompts import load_prompts
-from opdengine.methods import build_recipe
+from opdengine.methods import build_method
 from opdengine.models.chat import load_tokenizer
 from opdengine.models.checkpoint import read_state, restore_optimizer, save_checkpoint
 from opdengine.models.random_state import random_state
@@ -52,7 +52,7 @@ class Bench:
         torch.manual_seed(0)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(build, "default_device", lambda: device or self.device)
-            return build.build_engine(config, build_recipe(config), load_tokenizer(config.model), checkpoint)
+            return build.build_engine(config, build_method(config), load_tokenizer(config.model), checkpoint)
 
 
 def step(engine: Engine, prompts: Sequence[Prompt]) -> StepResult:
@@ -134,7 +134,7 @@ def a_resumed_run_goes_on(bench: Bench, **changes: Any) -> None:
             there = resumed.optimizer.state[other][name]
             assert torch.equal(value, there) and value.device == there.device, name
     results = [step(each, bench.prompts[4:8]) for each in (engine, resumed)]
-    said = [[r.targets.tolist() for r in result.rollouts] for result in results]
+    said = [[r.target_ids.tolist() for r in result.samples] for result in results]
     assert said[0] == said[1]
     assert results[1].metrics["loss"] == pytest.approx(results[0].metrics["loss"], rel=1e-4)
     for one, other in pairs:

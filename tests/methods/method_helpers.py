@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from opdengine.methods.method import Batch, Note, Stats
-from opdengine.types import Prompt, Rollout, Turn
+from opdengine.types import Prompt, Sample, Turn
 
 
 def make_rollout(
@@ -19,16 +19,16 @@ def make_rollout(
     reward: float | None = None,
     logprobs: Sequence[float] | None = None,
     trajectory: str = "",
-) -> Rollout:
+) -> Sample:
     """One prompt token, then the targets."""
     prompt = Prompt(group or id, ({"role": "user", "content": id},), key=key)
     answer = Turn("assistant", np.array(targets), None if logprobs is None else np.array(logprobs), trains=True)
     turns = (Turn("prompt", np.array([0])), answer)
-    return Rollout(id, prompt, turns, reward=reward, group=group or id, trajectory=trajectory)
+    return Sample(id, prompt, turns, reward=reward, group=group or id, trajectory=trajectory)
 
 
 def make_batch(
-    rollouts: Sequence[Rollout],
+    rollouts: Sequence[Sample],
     gaps: Sequence[Sequence[float]],
     student: Sequence[Sequence[float]] | None = None,
     step: int = 0,

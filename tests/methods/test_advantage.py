@@ -18,12 +18,12 @@ import opdengine.loss.objective
 from opdengine.config.train import ConfigError
 from opdengine.data.prompts import load_prompts
 from opdengine.loss.objective import Item, Objective, make_item
-from opdengine.methods import build_recipe
+from opdengine.methods import build_method
 from opdengine.methods.policy_gradient import PolicyGradient, gaps, no_divergence
 from opdengine.methods.method import Batch, Note, Stats, distill
 from opdengine.models.backbone import Head
 from opdengine.training.step import Engine
-from opdengine.types import Rollout, TokenSignal
+from opdengine.types import Sample, TokenSignal
 
 VOCAB, WIDTH = 7, 5
 Models = dict[str, str]
@@ -119,7 +119,7 @@ def test_turn_weights_multiply_the_advantage() -> None:
 # ------------------------------------------------------------------------------- with real models
 
 
-def cut(rollout: Rollout, length: int) -> Rollout:
+def cut(rollout: Sample, length: int) -> Sample:
     prompt, answer = rollout.turns
     answer = dataclasses.replace(answer, token_ids=answer.token_ids[:length], logprobs=answer.logprobs[:length])
     return dataclasses.replace(rollout, turns=(prompt, answer))
@@ -173,7 +173,7 @@ def test_loss_is_the_mean_of_weighted_logprobs(
     vocab, parts = engine.vocab_size, []
     for item in items:
         ids, places = torch.from_numpy(item.rollout.token_ids)[None], item.rollout.target_positions
-        rows, targets = torch.from_numpy(places - 1), torch.from_numpy(item.rollout.targets)
+        rows, targets = torch.from_numpy(places - 1), torch.from_numpy(item.rollout.target_ids)
 
         def read(model: Any, ids: torch.Tensor = ids, rows: Any = rows, targets: Any = targets) -> torch.Tensor:
             logits = model(input_ids=ids).logits[0][rows, :vocab]
@@ -251,7 +251,7 @@ def test_impossible_settings_are_refused(
     models: Models, prompt_file: str, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_recipe(make_config(models, prompt_file, tmp_path, method="uni_opd", **changes))
+        build_method(make_config(models, prompt_file, tmp_path, method="uni_opd", **changes))
 
 
 def test_gap_mixes_teachers_by_weight() -> None:

@@ -20,12 +20,12 @@ from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.data.prompts import DataError, PromptSet, ScheduledStream, load_prompts
 from opdengine.loss import objective
 from opdengine.loss.objective import Item
-from opdengine.loss.statistics import Tally
-from opdengine.methods import build_recipe
+from opdengine.loss.statistics import Statistics
+from opdengine.methods import build_method
 from opdengine.methods.policy_gradient import PolicyGradient
 from opdengine.methods.camopd import Branches, Selected
-from opdengine.methods.gap_selection import gap_score, mass_prefix, select
-from opdengine.tools.gradient_diagnostics import (
+from opdengine.methods.camopd import gap_score, mass_prefix, select
+from opdengine.training.diagnostics import (
     Coherence,
     coherence,
     coherence_gain,
@@ -232,9 +232,9 @@ def test_gradient_is_that_of_equation_9(models: Models, prompt_file: str, tmp_pa
         assert item.teachers == (("small",) if key == "code" else ("big",))
         logits = student(input_ids=torch.from_numpy(rollout.token_ids)[None]).logits[0]
         rows = logits[rollout.target_positions - 1, : engine.vocab_size].log_softmax(-1)
-        logprob = rows[range(len(rollout.targets)), rollout.targets]
+        logprob = rows[range(len(rollout.target_ids)), rollout.target_ids]
         gap = torch.from_numpy(stat.teacher_logprob[:, 0]) - logprob.detach()
-        ratio = (logprob.detach() - torch.from_numpy(rollout.logprobs)).exp()
+        ratio = (logprob.detach() - torch.from_numpy(rollout.sampler_logprob)).exp()
         w = torch.where((ratio >= 0.5) & (ratio <= 2), ratio, 0)
         r = 1.0 if key == "code" else 2.0
         loss = loss - (w * r * gap * logprob).mean() / len(kept)
@@ -395,14 +395,14 @@ def test_teachers_that_the_domain_does_not_part_are_refused(
     if "teachers" in changes:
         changes = {"teachers": [{**t, "model": models[t["model"]]} for t in changes["teachers"]]}
     with pytest.raises(ConfigError, match="does not part the teachers"):
-        build_recipe(camopd_config(models, prompt_file, tmp_path, **changes))
+        build_method(camopd_config(models, prompt_file, tmp_path, **changes))
 
 
 def test_a_domain_that_no_domain_teacher_answers_is_refused(models: Models, prompt_file: str, tmp_path: Path) -> None:
     teachers = [{"model": models["big"]}, {"model": models["small"], "key": ["code"]}]
     config = camopd_config(models, prompt_file, tmp_path, teachers=teachers, camopd={"domain": ["code", "agentic"]})
     with pytest.raises(ConfigError, match=r"names \['agentic'\], but no domain teacher.*one of \['small'\]"):
-        build_recipe(config)
+        build_method(config)
 
 
 def test_a_general_teacher_without_key_judges_general_prompts_only(

@@ -12,7 +12,7 @@ from engine_helpers import make_config, make_engine, make_items
 
 from opdengine.config.train import ConfigError
 from opdengine.data.prompts import load_prompts
-from opdengine.methods import build_recipe
+from opdengine.methods import build_method
 from opdengine.training.run import train
 from opdengine.training.writer import read_metrics
 
@@ -61,4 +61,4 @@ def test_what_is_no_method_is_refused(
     models: dict[str, str], tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_recipe(make_config(models, "d.jsonl", tmp_path, **changes))
+        build_method(make_config(models, "d.jsonl", tmp_path, **changes))

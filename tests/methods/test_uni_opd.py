@@ -21,7 +21,7 @@ from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.data.prompts import load_prompts
 from opdengine.methods.policy_gradient import PolicyGradient
 from opdengine.methods.method import Note
-from opdengine.methods.outcome import (
+from opdengine.methods.uni_opd import (
     balanced_counts,
     capped_counts,
     choose,
@@ -35,7 +35,7 @@ from opdengine.methods.uni_opd import Balance, Calibrated
 from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.training.run import check_routing
 from opdengine.training.step import Engine
-from opdengine.types import Prompt, Rollout, Turn
+from opdengine.types import Prompt, Sample, Turn
 
 INF = math.inf
 
@@ -89,13 +89,13 @@ def test_capped_counts(counts: tuple[int, int], most: int | None, kept: tuple[in
     assert capped_counts(*counts, most) == kept
 
 
-def outcomes(**groups: str) -> tuple[list[Rollout], list[bool]]:
+def outcomes(**groups: str) -> tuple[list[Sample], list[bool]]:
     """``a="110"``: a group of two correct and one incorrect rollout."""
     rollouts = [make_rollout(f"{g}{i}", [i + 1], group=g) for g, labels in groups.items() for i in range(len(labels))]
     return rollouts, [label == "1" for labels in groups.values() for label in labels]
 
 
-def kept_counts(rollouts: Sequence[Rollout], correct: Sequence[bool], stays: Sequence[bool]) -> dict[str, tuple]:
+def kept_counts(rollouts: Sequence[Sample], correct: Sequence[bool], stays: Sequence[bool]) -> dict[str, tuple]:
     found = {}
     for group, members in sets(rollouts, "group").items():
         labels = [correct[i] for i in members if stays[i]]
@@ -219,7 +219,7 @@ def test_order_consistency_counts_groups_and_pairs() -> None:
     assert found["order/return_correct"] == pytest.approx(1.1 / 4)
 
 
-def weigh(config: UniOPDConfig, rollouts: Sequence[Rollout], gaps: Sequence[Sequence[float]], **gradient: Any) -> Any:
+def weigh(config: UniOPDConfig, rollouts: Sequence[Sample], gaps: Sequence[Sequence[float]], **gradient: Any) -> Any:
     return Calibrated(PolicyGradient(**gradient), config)(make_batch(rollouts, gaps))
 
 
@@ -328,21 +328,21 @@ def test_outcomes_change_the_update(models: dict[str, str], prompt_file: str, tm
     prompts = load_prompts([prompt_file]).prompts[:4]
     result = asyncio.run(engine.step(prompts))
     drift: dict[float, list[float]] = {0.0: [], 1.0: []}
-    for r in result.rollouts:
+    for r in result.samples:
         states = engine.student.score([r.token_ids], [r.target_positions])[0]
-        after = engine.student.head.logits(states).detach().log_softmax(-1)[range(len(r.targets)), r.targets]
+        after = engine.student.head.logits(states).detach().log_softmax(-1)[range(len(r.target_ids)), r.target_ids]
         drift[r.reward].append(float(after.mean() - r.logprobs.mean()))
     assert np.mean(drift[1.0]) > np.mean(drift[0.0]) + 0.01
 
 
 def test_prompts_without_answers_are_refused(models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
-    from opdengine.methods import build_recipe
+    from opdengine.methods import build_method
 
     config = uni_config(models, prompt_file, tmp_path)
     prompts = load_prompts([prompt_file])
     open_ = dataclasses.replace(prompts, prompts=(dataclasses.replace(prompts.prompts[0], answer=None),))
     with pytest.raises(ConfigError, match="have no 'answer'"):
-        check_routing(config, build_recipe(config), open_)
+        check_routing(config, build_method(config), open_)
 
 
 # ---------------------------------------------------------------------------- template bridging
@@ -375,7 +375,7 @@ def test_the_empty_think_block_is_the_students_alone(tiny: Any, tmp_path: Path, 
     own = engine.encode(prompt)
     assert own[-len(block) :] == block
     answer = [*block, 40, 41, *block, tokenizer.eos_token_id]  # the same ids within the response stay
-    rollout = Rollout("r", prompt, (Turn("prompt", np.array(own)), Turn("assistant", np.array(answer), trains=True)))
+    rollout = Sample("r", prompt, (Turn("prompt", np.array(own)), Turn("assistant", np.array(answer), trains=True)))
     notes, _ = asyncio.run(engine.annotate([rollout]))
     (context,) = notes[0].contexts
     plain = encode_chat(load_tokenizer(folders["small"]), prompt.messages)

@@ -26,7 +26,7 @@ from opdengine.data.prompts import load_prompts
 from opdengine.environments.protocol import Step
 from opdengine.environments.setup import load_tasks
 from opdengine.training.step_result import StepResult
-from opdengine.types import Completion, Message, Request, Rollout, SamplingParams
+from opdengine.types import Completion, Message, Request, Sample, SamplingParams
 
 sys.path.append(str(Path(__file__).parents[1] / "agents"))
 from agent_helpers import Countdown, LocalPool
@@ -88,21 +88,21 @@ def test_mad_opd(models: dict[str, str], tokenizer: Any, tmp_path: Path, normali
         give_confidences(teacher)
     result, gradient = whole_step(engine, load_prompts([str(data)]).prompts)
     debates = {record["prompt_id"]: record["rounds"] for record in result.records}
-    assert len(result.rollouts) == 8 and len(debates) == 4
-    assert len({len(r.targets) for r in result.rollouts}) > 2
-    assert {r.stop_reason for r in result.rollouts} == {"stop", "length"}
+    assert len(result.samples) == 8 and len(debates) == 4
+    assert len({len(r.target_ids) for r in result.samples}) > 2
+    assert {r.stop_reason for r in result.samples} == {"stop", "length"}
 
     student, *teachers = plain_models(models, "student", "big", "small")
-    every = sum(len(r.targets) for r in result.rollouts)
+    every = sum(len(r.target_ids) for r in result.samples)
     loss, stated = torch.zeros((), dtype=torch.float64), []
-    for rollout in result.rollouts:
+    for rollout in result.samples:
         messages = [dict(m) for m in rollout.prompt.messages]
-        answer, rounds = rollout.targets.tolist(), debates[rollout.prompt.id]
+        answer, rounds = rollout.target_ids.tolist(), debates[rollout.prompt.id]
         p = logprobs(student, encode(tokenizer, chatml(messages) + NO_THOUGHT) + answer, len(answer), len(tokenizer))
         kind = "jsd" if rollout.prompt.key == "agentic" else "reverse_kl"
         terms = under_debate(tokenizer, teachers, messages, rounds, p, answer, kind)
         stated.append(all("CONFIDENCE" in text for text in rounds[-1]))
-        scale = every if normalization == "token" else len(result.rollouts) * len(answer)
+        scale = every if normalization == "token" else len(result.samples) * len(answer)
         loss = loss + terms.sum() / scale
     loss.backward()
     assert sorted(stated) == [False] * 2 + [True] * 6
@@ -125,17 +125,17 @@ def test_opad(models: dict[str, str], tokenizer: Any, tmp_path: Path) -> None:
         give_confidences(teacher)
     result, gradient = whole_step(engine, load_tasks(config.environment, "train").prompts[:3])
     debates = {record["prompt_id"]: record["rounds"] for record in result.records}
-    assert len(result.rollouts) == len(debates) == 9
+    assert len(result.samples) == len(debates) == 9
 
     student, *teachers = plain_models(models, "student", "big", "small")
     loss = torch.zeros((), dtype=torch.float64)
     for first in range(0, 9, 3):
         ids, chat = [], []
-        for step, rollout in enumerate(result.rollouts[first : first + 3]):
+        for step, rollout in enumerate(result.samples[first : first + 3]):
             closing = "" if not ids or ids[-1] == tokenizer.eos_token_id else "<|im_end|>"
             seen = {"role": "user", "content": f"{3 - step} left"} if step else dict(rollout.prompt.messages[0])
             ids = ids + encode(tokenizer, closing + ("\n" if step else "") + chatml([seen]) + NO_THOUGHT)
-            chat, answer = [*chat, seen], rollout.targets.tolist()
+            chat, answer = [*chat, seen], rollout.target_ids.tolist()
             assert rollout.token_ids.tolist() == ids + answer
             p = logprobs(student, ids + answer, len(answer), len(tokenizer))
             terms = under_debate(tokenizer, teachers, chat, debates[rollout.prompt.id], p, answer, "jsd")
@@ -218,11 +218,11 @@ def test_sage_opd(models: dict[str, str], tokenizer: Any, tmp_path: Path, kl_mod
 
     engine.teachers[0].generate = judge
     result, gradient = whole_step(engine, load_tasks(config.environment, "train").prompts[:4])
-    assert len(result.rollouts) == 8
+    assert len(result.samples) == 8
 
     student, teacher = plain_models(models, "student", "big")
     weighted, mass, seen = torch.zeros((), dtype=torch.float64), 0.0, set()
-    for rollout in result.rollouts:
+    for rollout in result.samples:
         ours, theirs = trajectory(tokenizer, rollout, student=True), trajectory(tokenizer, rollout, student=False)
         assert rollout.token_ids.tolist() == ours[0]
         turns = [turn for turn in rollout.turns if turn.role == "assistant"]
@@ -249,7 +249,7 @@ def test_sage_opd(models: dict[str, str], tokenizer: Any, tmp_path: Path, kl_mod
     assert_same_gradients(gradient, {n: p.grad.float() for n, p in student.named_parameters()}, rtol=1e-5)
 
 
-def trajectory(tokenizer: Any, rollout: Rollout, *, student: bool) -> tuple[list[int], list[int]]:
+def trajectory(tokenizer: Any, rollout: Sample, *, student: bool) -> tuple[list[int], list[int]]:
     """What a model reads of an episode, sampled ids kept, and where each of the student's turns ends in it."""
     render, opening = brackets, "[answer]"
     if student:

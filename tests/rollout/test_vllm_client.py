@@ -289,7 +289,7 @@ def test_update_leaves_the_event_loop_free(engine_at: Callable[..., Engine]) -> 
 
     async def work() -> None:
         ticker = asyncio.create_task(tick())
-        assert await engine.beside(lambda: time.sleep(0.2) or threading.current_thread().name) != "MainThread"
+        assert await engine.in_background(lambda: time.sleep(0.2) or threading.current_thread().name) != "MainThread"
         ticker.cancel()
 
     asyncio.run(work())
@@ -300,7 +300,7 @@ def test_update_leaves_the_event_loop_free(engine_at: Callable[..., Engine]) -> 
 def engine_at(
     server: Server, models: dict[str, str], prompt_file: str, tmp_path: Path
 ) -> Iterator[Callable[..., Engine]]:
-    from opdengine.methods import build_recipe
+    from opdengine.methods import build_method
     from opdengine.models.chat import load_tokenizer
     from opdengine.training.build import build_engine
 
@@ -308,7 +308,7 @@ def engine_at(
 
     def build(**changes: Any) -> Engine:
         config = from_mapping(TrainConfig, settings(models, prompt_file, tmp_path, server.url, **changes))
-        engines.append(build_engine(config, build_recipe(config), load_tokenizer(config.model)))
+        engines.append(build_engine(config, build_method(config), load_tokenizer(config.model)))
         return engines[-1]
 
     yield build

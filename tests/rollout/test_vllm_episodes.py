@@ -55,9 +55,9 @@ def test_trajectories_are_those_of_the_model(colocated: VLLMSampler, model: Any,
         with torch.no_grad():
             logits = model(ids).logits[0].double() / 0.7
         expected = logits.log_softmax(-1)[rollout.target_positions - 1].gather(
-            1, torch.from_numpy(rollout.targets)[:, None]
+            1, torch.from_numpy(rollout.target_ids)[:, None]
         )[:, 0]
-        assert rollout.logprobs is not None
-        torch.testing.assert_close(torch.from_numpy(rollout.logprobs).double(), expected, atol=1e-4, rtol=0)
+        assert rollout.sampler_logprob is not None
+        torch.testing.assert_close(torch.from_numpy(rollout.sampler_logprob).double(), expected, atol=1e-4, rtol=0)
     again, _ = episodes.play(colocated, jobs[2:], params)  # whatever else is in the batch
     assert [r.token_ids.tolist() for r in again] == [r.token_ids.tolist() for r in rollouts[2:]]

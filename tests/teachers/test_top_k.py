@@ -14,7 +14,7 @@ from engine_helpers import assert_same_gradients, loss_and_gradient, make_config
 from teacher_helpers import Server
 
 from opdengine.data.prompts import load_prompts
-from opdengine.loss.statistics import Tally
+from opdengine.loss.statistics import Statistics
 from opdengine.methods.method import Note
 from opdengine.models.chat import vocabulary_size
 from opdengine.teachers.endpoint import BadAnswer
@@ -103,10 +103,10 @@ def test_a_whole_list_equals_hidden_states_and_a_short_one_is_a_lower_bound(
         local, away = engines(models, real_server, prompt_file, tmp_path, k, divergence=kind)
         items = make_items(away, prompts)
         targets = items[0].targets[0]
-        assert isinstance(targets, TopK) and len(targets) == len(items[0].rollout.targets)
+        assert isinstance(targets, TopK) and len(targets) == len(items[0].rollout.target_ids)
         # Columns of padding among the k likeliest are taken out.
         assert min(k, vocab) - 4 < targets.ids.shape[1] <= min(k, vocab)
-        assert targets.ids[:, 0].tolist() == items[0].rollout.targets.tolist()
+        assert targets.ids[:, 0].tolist() == items[0].rollout.target_ids.tolist()
         found[k] = loss_and_gradient(away, items)
     exact = loss_and_gradient(local, make_items(local, prompts))
     assert found[vocab + 13][0] == pytest.approx(exact[0], rel=1e-5)

@@ -16,7 +16,8 @@ from opdengine.training.run import train
 from opdengine.types import Prompt
 from opdengine.verifiers import load_verifier
 from opdengine.verifiers.grader import Grader
-from opdengine.verifiers.reasoning_tasks import DENIED, EVALUATED, allowed, extract_answer, generate, split_of
+from opdengine.data.reasoning_tasks import DENIED, allowed, generate, split_of
+from opdengine.verifiers.reasoning_tasks import EVALUATED, extract_answer
 from opdengine.workers.plain import decode
 from opdengine.verifiers.score import VerifierSettings
 
