@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,10 @@ from opdengine.config.loading import from_mapping
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import load_prompts
 from opdengine.methods import build_method
-from opdengine.methods.method import Stats
 from opdengine.metrics import write_jsonl
 from opdengine.models.chat import load_tokenizer
 from opdengine.training.build import build_engine
+from opdengine.types import Batch
 from tiny import task
 from tiny.demo import COMPILE, CONVERT, STUDENT, _debate
 
@@ -90,19 +90,19 @@ def test_update_against_materialised_logits(prompts, tmp_path, interleaved, reco
     """Score and update of one batch, ours against logits of both teachers and the student."""
     file, batch = prompts
     engine = make_engine("mt_opd", file, tmp_path)
-    rollouts = engine.sample(batch, 0)
+    rollouts = asyncio.run(engine.rollout(batch, 0)).samples
     engine.student.model.train()
 
     def ours():
         async def run():
-            notes, _ = await engine.annotate(rollouts)
-            judged = await engine.judge(rollouts, notes, Counter())
-            return engine.weigh(judged, [Stats() for _ in judged], Counter())[0]
+            same = Batch(samples=[replace(sample) for sample in rollouts])
+            await engine.annotate(same)
+            await engine.score(same)
+            engine.weigh(same)
+            return same
 
         engine.sampler.policy_version = engine.version
-        from opdengine.loss.statistics import Statistics
-
-        engine.update(asyncio.run(run()), Tally())
+        engine.update(asyncio.run(run()))
 
     def materialised():
         width = max(len(r.token_ids) for r in rollouts)

@@ -22,12 +22,12 @@ from measure import release, synchronise
 from models import QWEN3_4B, QWEN3_8B, QWEN3_14B, REAL, TINY, NoText, make_model, parameters, smaller
 from torch import Tensor
 
-from opdengine.loss.objective import Item, Objective
+from opdengine.loss.objective import Objective
 from opdengine.models.backbone import Backbone
 from opdengine.models.packing import Packed, pack
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.teachers.offload import Offload
-from opdengine.types import Hidden, SamplingParams
+from opdengine.types import Hidden, SamplingParams, TeacherContext
 
 Case = tuple[str, Callable[[], dict[str, Any]]]
 Loss = Callable[[Tensor], tuple[Tensor, Callable[[], None]]]
@@ -152,21 +152,15 @@ class World:
 
     def fused(self, hidden: Tensor) -> tuple[Tensor, Callable[[], None]]:
         """The engine's objective: gradients of the head's inputs are ready when it returns."""
-        names, rollouts = tuple(self.teachers), self.sizes.rollouts()
-        count, tokens = len(names), len(hidden)
+        names, tokens = tuple(self.teachers), len(hidden)
         objective = Objective({n: b.head for n, (b, _) in self.teachers.items()}, lambda key: "reverse_kl")
-        items = [
-            Item(
-                rollout,
-                names,
-                tuple(Hidden(self.hidden[name][i]) for name in names),
-                np.full(len(rollout.target_ids), 1 / tokens, np.float32),
-                np.full((len(rollout.target_ids), count), 1 / count, np.float32),
-                None,
-            )
-            for i, rollout in enumerate(rollouts)
-        ]
-        loss = objective(hidden, self.student.head, items)
+        samples = self.sizes.rollouts()
+        for i, sample in enumerate(samples):
+            places = sample.target_positions
+            sample.contexts = tuple(TeacherContext(sample.id, name, sample.token_ids, places) for name in names)
+            sample.teacher_targets = tuple(Hidden(self.hidden[name][i]) for name in names)
+            sample.kl_weight = np.full(len(places), 1 / tokens, np.float32)
+        loss = objective(hidden, self.student.head, samples)
         return loss.detach(), loss.backward
 
     def materialised(self, hidden: Tensor, rows: int) -> tuple[Tensor, Callable[[], None]]:

@@ -51,7 +51,7 @@ class MTSeqKD(Method):
         missing = {p.id: p for p in prompts if p.id not in self._answers}
         queues: dict[str, tuple[Teacher, list[Prompt]]] = {}
         for prompt in missing.values():
-            teacher = self.author(prompt, route(self.teachers, prompt.key))
+            teacher = author(prompt, route(self.teachers, prompt.key), self.params.seed)
             queues.setdefault(teacher.name, (teacher, []))[1].append(prompt)
         await asyncio.gather(*(self._write(t, queue) for t, queue in queues.values()))
         answers = [self._answers.get(p.id, _FAILED) for p in prompts]
@@ -67,16 +67,6 @@ class MTSeqKD(Method):
         ]
         written = {f"seqkd/written/{name}": float(len(q)) for name, (_, q) in queues.items()}
         return Batch(samples=samples, metrics=written)
-
-    def author(self, prompt: Prompt, teachers: Sequence[Teacher]) -> Teacher:
-        """The teacher that answers this prompt: fixed by the prompt's id and the seed."""
-        digest = hashlib.sha256(f"{self.params.seed}:{prompt.id}".encode()).digest()
-        point = int.from_bytes(digest[:8], "big") / 2**64 * sum(t.weight for t in teachers)
-        for teacher in teachers:
-            point -= teacher.weight
-            if point < 0:
-                return teacher
-        return teachers[-1]
 
     async def _write(self, teacher: Teacher, prompts: Sequence[Prompt]) -> None:
         queue = []
@@ -101,3 +91,14 @@ class MTSeqKD(Method):
         for sample in batch:
             sample.kl_weight = np.zeros(len(sample.target_ids), dtype=np.float32)
             sample.advantage = np.ones(len(sample.target_ids), dtype=np.float32)
+
+
+def author(prompt: Prompt, teachers: Sequence[Teacher], seed: int) -> Teacher:
+    """The teacher that answers this prompt, drawn in proportion to the weights; fixed by the prompt's id and the seed."""
+    digest = hashlib.sha256(f"{seed}:{prompt.id}".encode()).digest()
+    point = int.from_bytes(digest[:8], "big") / 2**64 * sum(t.weight for t in teachers)
+    for teacher in teachers:
+        point -= teacher.weight
+        if point < 0:
+            return teacher
+    return teachers[-1]

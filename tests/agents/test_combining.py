@@ -15,6 +15,7 @@ from engine_helpers import PROMPTS, ScriptedTeacher, make_config
 from opdengine.config.train import ConfigError
 from opdengine.methods import build_method
 from opdengine.training.run import train
+from opdengine.types import Batch
 
 
 def test_a_gatekept_agent_under_a_debate(models: dict[str, str], tmp_path: Path) -> None:
@@ -27,12 +28,14 @@ def test_a_gatekept_agent_under_a_debate(models: dict[str, str], tmp_path: Path)
         ScriptedTeacher("a", ["open it <<CONFIDENCE=100>>", "SKIP"]),
         ScriptedTeacher("b", ["no <<CONFIDENCE=0>>"]),
     ]
-    found = asyncio.run(build_method(config).annotator.annotate([make_rollout((2,))], teachers))
-    (note,) = found.notes
-    assert note.mix is not None and note.turn_weight is not None
-    np.testing.assert_allclose(note.mix, [np.e / (1 + np.e), 1 / (1 + np.e)], rtol=1e-6)
-    assert note.turn_weight[1] == 0 and found.metrics["sage/skip"] == 1 and found.metrics["debate/generated"] == 1
-    read = "".join(map(chr, note.contexts[1].token_ids[: note.contexts[1].target_positions[0]]))
+    method, sample = build_method(config), make_rollout((2,))
+    method.teachers = teachers
+    found = Batch(samples=[sample])
+    asyncio.run(method.annotate(found))
+    assert sample.mix is not None and sample.turn_weight is not None
+    np.testing.assert_allclose(sample.mix, [np.e / (1 + np.e), 1 / (1 + np.e)], rtol=1e-6)
+    assert sample.turn_weight[1] == 0 and found.metrics["sage/skip"] == 1 and found.metrics["debate/generated"] == 1
+    read = "".join(map(chr, sample.contexts[1].token_ids[: sample.contexts[1].target_positions[0]]))
     assert "open it" in read and "no" in read
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ from engine_helpers import make_config, make_engine
 
 from opdengine.environments.episodes import Episodes, Job, episode_metrics, turns_of
 from opdengine.environments.protocol import Broken, Observation, Step
-from opdengine.loss.statistics import Statistics
 from opdengine.methods.opad import steps_of
 from opdengine.models.chat import append_answer, encode_answer, encode_chat
 from opdengine.training.evaluate import evaluate_episodes, wilson
-from opdengine.types import Prompt, Sample, SamplingParams
+from opdengine.types import Batch, Prompt, Sample, SamplingParams
 
 PARAMS = SamplingParams(max_tokens=8)
 
@@ -230,7 +228,9 @@ def test_steps_have_their_true_prefix_and_share_one_forward_pass(
     try:
         tasks = [Prompt(f"t{i}", (), extra={"task": task}) for i, task in enumerate(house_tasks()[:2])]
         engine.episodes.max_turns = 3
-        whole, _ = engine.play(tasks, 0, Counter())
+        batch = Batch()
+        engine.play(tasks, batch)
+        whole = batch.samples
     finally:
         engine.episodes.close()
     steps = [step for rollout in whole for step in steps_of(rollout)]
@@ -253,10 +253,11 @@ def test_steps_have_their_true_prefix_and_share_one_forward_pass(
         fed.clear()
 
         async def run() -> float:
-            dropped = Counter[str]()
-            notes, _ = await engine.annotate(rollouts)
-            judged = await engine.judge(rollouts, notes, dropped)
-            items, _ = engine.weigh(judged, engine.measure(judged), dropped)
+            batch = Batch(samples=list(rollouts))
+            await engine.annotate(batch)
+            await engine.score(batch)
+            engine.measure(batch)
+            engine.weigh(batch)
             grabbed = {}
             monkeypatch.setattr(
                 engine,
@@ -268,7 +269,7 @@ def test_steps_have_their_true_prefix_and_share_one_forward_pass(
                     or {"loss": loss}
                 ),
             )
-            loss = engine.update(items, Tally())["loss"]
+            loss = engine.update(batch).metrics["loss"]
             found.update(grabbed)
             return loss
 

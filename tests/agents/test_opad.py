@@ -12,20 +12,21 @@ from agent_helpers import make_rollout
 from engine_helpers import make_config
 
 from opdengine.cli import main
-from opdengine.config.train import ConfigError, OpadConfig
+from opdengine.config.loading import from_mapping
+from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.environments.episodes import Episodes
 from opdengine.errors import ServiceError
 from opdengine.methods import build_method
-from opdengine.methods.opad import Steps, steps_of, surprise
+from opdengine.methods.opad import OPAD, steps_of, surprise
 from opdengine.training.run import train
-from opdengine.types import SamplingParams
+from opdengine.types import Batch, Sample, SamplingParams
 
 
 def test_every_turn_becomes_a_state_with_its_true_prefix() -> None:
     rollout = make_rollout((2, 3, 1), texts=("open box", "take coin", "go den"))
     steps = steps_of(rollout)
-    assert [len(s.targets) for s in steps] == [2, 3, 1]
-    assert np.array_equal(np.concatenate([s.targets for s in steps]), rollout.target_ids)
+    assert [len(s.target_ids) for s in steps] == [2, 3, 1]
+    assert np.array_equal(np.concatenate([s.target_ids for s in steps]), rollout.target_ids)
     assert [m["content"] for m in steps[2].prompt.messages] == [
         "win the game",
         "open box",
@@ -38,14 +39,27 @@ def test_every_turn_becomes_a_state_with_its_true_prefix() -> None:
     assert all(s.trajectory == rollout.id and s.group == rollout.group for s in steps)
 
 
+def opad(**settings: Any) -> OPAD:
+    """The method with some settings, without any model."""
+    data = {"model": "m", "teachers": [{"model": "t"}, {"model": "u"}], "output_dir": "o", "method": "opad"}
+    return OPAD(from_mapping(TrainConfig, {**data, "environment": {"name": "house"}, "opad": settings}))
+
+
 def test_sampled_steps() -> None:
     rollouts = [make_rollout((2,) * 8, name=str(i), seed=i) for i in range(40)]
-    assert len(Steps(OpadConfig(), 0)(rollouts, 0)) == 320
-    uniform = Steps(OpadConfig("uniform", 2), 0)
-    first, again, later = uniform(rollouts, 0), uniform(rollouts, 0), uniform(rollouts, 1)
+
+    def chosen(number: int, **settings: Any) -> list[Sample]:
+        batch = Batch(number, list(rollouts))
+        opad(**settings).split(batch)
+        assert batch.lost["not_chosen"] == 320 - len(batch.samples)
+        return batch.samples
+
+    assert len(chosen(0)) == 320
+    uniform = {"sampling": "uniform", "steps_per_trajectory": 2}
+    first, again, later = chosen(0, **uniform), chosen(0, **uniform), chosen(1, **uniform)
     assert len(first) == 80 and [s.id for s in first] == [s.id for s in again] != [s.id for s in later]
-    by_surprise = Steps(OpadConfig("surprise", 2), 0)(rollouts, 0)
-    mean_all = np.mean([surprise(s) for s in Steps(OpadConfig(), 0)(rollouts, 0)])
+    by_surprise = chosen(0, sampling="surprise", steps_per_trajectory=2)
+    mean_all = np.mean([surprise(s) for s in chosen(0)])
     assert np.mean([surprise(s) for s in by_surprise]) > mean_all
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,46 +16,75 @@ from agent_helpers import context, make_rollout
 from engine_helpers import ScriptedTeacher, make_config, make_engine
 from torch.utils.flop_counter import FlopCounterMode
 
-from opdengine.config.train import ConfigError, SageConfig, TcodConfig, TrainConfig
-from opdengine.loss.objective import normalisers
-from opdengine.loss.statistics import Statistics
+from opdengine.config.loading import from_mapping
+from opdengine.config.train import ConfigError, SageConfig, TrainConfig
+from opdengine.distributed import Ranks
+from opdengine.loss.objective import set_scales
 from opdengine.methods import build_method
-from opdengine.methods.agent_baselines import FirstTurns, KeptMean
-from opdengine.methods.sage_judge import Judge, Verdict, turn_metrics
-from opdengine.methods.method import Batch, Note, Stats
+from opdengine.methods.agent_baselines import TCOD
+from opdengine.methods.method import Method
 from opdengine.methods.opad import steps_of
-from opdengine.methods.opd import PlainContexts
-from opdengine.methods.sage_opd import Control, Intervention, Selective
-from opdengine.training.step_result import Clock, Prepared, summarise
-from opdengine.types import Sample
+from opdengine.methods.sage_judge import Judge, Verdict, turn_metrics
+from opdengine.methods.sage_opd import SAGEOPD
+from opdengine.training.step_result import lengths_and_rewards
+from opdengine.types import Batch, Sample
 
 LENGTHS, KL, TOP1 = (4, 6, 10), (0.5, 0.2, 0.3), (0.9, 0.8, 0.6)
 LABELS = (0.0, 0.5, 1.0)
 
 
+BASE = from_mapping(
+    TrainConfig,
+    {
+        "model": "m",
+        "teachers": [{"model": "t"}],
+        "output_dir": "o",
+        "method": "sage_opd",
+        "environment": {"name": "house"},
+    },
+)
+
+
+def sage(teacher: Any = None, **settings: Any) -> SAGEOPD:
+    """The method with some settings, without any model."""
+    method = SAGEOPD(dataclasses.replace(BASE, sage=SageConfig(**settings)))
+    method.teachers = [teacher]
+    return method
+
+
+def annotated(method: Method, rollouts: Sequence[Sample]) -> Batch:
+    batch = Batch(samples=list(rollouts))
+    asyncio.run(method.annotate(batch))
+    return batch
+
+
 def batch_of(rollouts: Sequence[Sample], weights: Sequence[Sequence[float]], top1: Sequence[Sequence[float]]) -> Batch:
     """Turn weights and teacher confidences of every trajectory, given per turn of the student."""
-    notes, stats = [], []
     for rollout, of_turns, confidences in zip(rollouts, weights, top1, strict=True):
         per_turn = np.zeros(len(rollout.turns), dtype=np.float32)
         per_turn[1::2] = of_turns
-        notes.append(Note((context(rollout),), np.ones(1, dtype=np.float32), per_turn))
+        rollout.contexts, rollout.mix, rollout.turn_weight = (context(rollout),), np.ones(1, np.float32), per_turn
         known = np.zeros(len(rollout.turns))
         known[1::2] = confidences
-        stats.append(Stats(teacher_top1=known[rollout.target_turns][:, None].astype(np.float32)))
-    return Batch(rollouts, notes, stats)
+        rollout.teacher_top1 = known[rollout.target_turns][:, None].astype(np.float32)
+    return Batch(samples=list(rollouts))
 
 
-def loss_of(batch: Batch, config: SageConfig, kl: Sequence[Sequence[float]]) -> float:
-    """The loss that the signals give when every token of a turn has the same divergence."""
-    signals = Selective(config)(batch).signals
-    scales = normalisers(batch.rollouts, "token")
+def loss_of(batch: Batch, kl: Sequence[Sequence[float]], **settings: Any) -> float:
+    """The loss that the weights give when every token of a turn has the same divergence."""
+    sage(**settings).weigh(batch)
+    set_scales(batch.samples, "token", Ranks())
     total = 0.0
-    for rollout, signal, scale, of_turns in zip(batch.rollouts, signals, scales, kl, strict=True):
+    for rollout, of_turns in zip(batch.samples, kl, strict=True):
         per_turn = np.zeros(len(rollout.turns))
         per_turn[1::2] = of_turns
-        total += scale * float((signal.kl_weight * per_turn[rollout.target_turns]).sum())
+        total += rollout.scale * float((rollout.kl_weight * per_turn[rollout.target_turns]).sum())
     return total
+
+
+def weighed(batch: Batch, **settings: Any) -> Batch:
+    sage(**settings).weigh(batch)
+    return batch
 
 
 @pytest.mark.parametrize(
@@ -72,44 +100,44 @@ def loss_of(batch: Batch, config: SageConfig, kl: Sequence[Sequence[float]]) -> 
 )
 def test_the_worked_example(changes: dict[str, Any], weights: Sequence[float], expected: float) -> None:
     batch = batch_of([make_rollout(LENGTHS)], [weights], [TOP1])
-    assert loss_of(batch, SageConfig(**changes), [KL]) == pytest.approx(expected, rel=1e-6)
+    assert loss_of(batch, [KL], **changes) == pytest.approx(expected, rel=1e-6)
 
 
 def test_weights_of_the_worked_example() -> None:
     batch = batch_of([make_rollout(LENGTHS)], [LABELS], [TOP1])
-    weighed = Selective(SageConfig())(batch)
-    assert weighed.metrics["sage/z"] == pytest.approx(2.380952, rel=1e-6)
-    weight = weighed.signals[0].kl_weight
+    weighed(batch)
+    assert batch.metrics["sage/z"] == pytest.approx(2.380952, rel=1e-6)
+    weight = batch.samples[0].kl_weight
     np.testing.assert_allclose(weight, np.repeat([0, 0.952381, 1.428571], LENGTHS), rtol=1e-6)
     assert weight.sum() == pytest.approx(20, rel=1e-6)
 
 
 def test_all_strong_with_equal_confidence_is_plain_opd() -> None:
     batch = batch_of([make_rollout(LENGTHS)], [(1, 1, 1)], [(0.7, 0.7, 0.7)])
-    assert loss_of(batch, SageConfig(), [KL]) == pytest.approx(0.31, rel=1e-6)
+    assert loss_of(batch, [KL]) == pytest.approx(0.31, rel=1e-6)
 
 
 def test_the_scale_of_the_confidences_does_not_matter() -> None:
     rollouts = [make_rollout(LENGTHS, name="a"), make_rollout((3, 5), name="b", seed=1)]
     weights, kl = [LABELS, (1, 0.5)], [KL, (0.1, 0.9)]
-    full = loss_of(batch_of(rollouts, weights, [TOP1, (0.5, 0.3)]), SageConfig(), kl)
-    half = loss_of(batch_of(rollouts, weights, [np.array(TOP1) / 2, (0.25, 0.15)]), SageConfig(), kl)
+    full = loss_of(batch_of(rollouts, weights, [TOP1, (0.5, 0.3)]), kl)
+    half = loss_of(batch_of(rollouts, weights, [np.array(TOP1) / 2, (0.25, 0.15)]), kl)
     assert full == pytest.approx(half, rel=1e-6)
 
 
 def test_z_is_of_the_batch_or_of_each_trajectory() -> None:
     rollouts = [make_rollout((4,), name="weak"), make_rollout((4,), name="strong", seed=1)]
     batch = batch_of(rollouts, [(0.5,), (1.0,)], [(1,), (1,)])
-    whole = [s.kl_weight[0] for s in Selective(SageConfig())(batch).signals]
+    whole = [s.kl_weight[0] for s in weighed(batch)]
     np.testing.assert_allclose(whole, [2 / 3, 4 / 3], rtol=1e-6)
-    each = [s.kl_weight[0] for s in Selective(SageConfig(normalization_scope="trajectory"))(batch).signals]
+    each = [s.kl_weight[0] for s in weighed(batch, normalization_scope="trajectory")]
     np.testing.assert_allclose(each, [1, 1], rtol=1e-6)
 
 
 def test_z_can_be_bounded() -> None:
     batch = batch_of([make_rollout((1, 99))], [(1, 0)], [(1, 1)])
-    assert Selective(SageConfig())(batch).metrics["sage/z"] == pytest.approx(100)
-    assert Selective(SageConfig(z_max=5.0))(batch).metrics["sage/z"] == pytest.approx(5)
+    assert weighed(batch).metrics["sage/z"] == pytest.approx(100)
+    assert weighed(batch, z_max=5.0).metrics["sage/z"] == pytest.approx(5)
 
 
 @pytest.mark.parametrize(
@@ -129,20 +157,19 @@ def test_z_can_be_bounded() -> None:
 def test_what_the_judge_says(reply: str, label: str, weight: float) -> None:
     teacher = ScriptedTeacher("t", [reply])
     rollout = make_rollout((2,))
-    annotator = Intervention(SageConfig(), PlainContexts())
-    found = asyncio.run(annotator.annotate([rollout], [teacher]))
-    assert found.notes[0].turn_weight is not None
-    assert found.notes[0].turn_weight[1] == pytest.approx(weight)
+    found = annotated(sage(teacher), [rollout])
+    assert rollout.turn_weight is not None
+    assert rollout.turn_weight[1] == pytest.approx(weight)
     assert found.metrics[f"sage/{label}"] == 1
 
 
 def test_failures_are_not_put_to_the_judge() -> None:
     rollout = make_rollout((2, 2, 2), failures=("", "execution", ""))
     teacher = ScriptedTeacher("t", lambda call, request: "SKIP")
-    found = asyncio.run(Intervention(SageConfig(), PlainContexts()).annotate([rollout], [teacher]))
+    found = annotated(sage(teacher), [rollout])
     assert [len(call) for call in teacher.calls] == [2]
-    assert found.notes[0].turn_weight is not None
-    np.testing.assert_array_equal(found.notes[0].turn_weight[1::2], [0, 1, 0])
+    assert rollout.turn_weight is not None
+    np.testing.assert_array_equal(rollout.turn_weight[1::2], [0, 1, 0])
     assert found.metrics["sage/det_fail"] == pytest.approx(1 / 3)
 
 
@@ -151,12 +178,12 @@ def test_a_turn_that_is_empty_or_cut_off_is_a_failure_whatever_the_environment_m
     for turn, reason in zip(rollout.turns[1::2], ("stop", "length", "stop", "stop"), strict=True):
         turn.info["stop_reason"] = reason  # type: ignore[index]
     teacher = ScriptedTeacher("t", lambda call, request: "SKIP")
-    found = asyncio.run(Intervention(SageConfig(), PlainContexts()).annotate([rollout], [teacher]))
+    found = annotated(sage(teacher), [rollout])
     assert [len(call) for call in teacher.calls] == [2]
-    assert found.notes[0].turn_weight is not None
-    np.testing.assert_array_equal(found.notes[0].turn_weight[1::2], [0, 1, 0, 1])
+    assert rollout.turn_weight is not None
+    np.testing.assert_array_equal(rollout.turn_weight[1::2], [0, 1, 0, 1])
     assert found.metrics["sage/det_fail"] == 0.5
-    assert summarise([rollout, make_rollout((2,))], Tally())["completions/clipped_ratio"] == 0.5
+    assert lengths_and_rewards([rollout, make_rollout((2,))])["completions/clipped_ratio"] == 0.5
 
 
 def test_what_the_judge_is_shown() -> None:
@@ -164,7 +191,7 @@ def test_what_the_judge_is_shown() -> None:
 
     def shown(**changes: Any) -> list[str]:
         teacher = ScriptedTeacher("t", lambda call, request: "SKIP")
-        asyncio.run(Intervention(SageConfig(**changes), PlainContexts()).annotate([rollout], [teacher]))
+        annotated(sage(teacher, **changes), [rollout])
         return [teacher.asked(0, place) for place in (0, 1)]
 
     first, second = shown()
@@ -185,7 +212,7 @@ def test_the_judge_sees_tool_calls() -> None:
     for turn in rollout.turns[1::2]:
         turn.messages[0]["tool_calls"] = [call]  # type: ignore[index]
     teacher = ScriptedTeacher("t", lambda call, request: "SKIP")
-    asyncio.run(Intervention(SageConfig(judge_history=True), PlainContexts()).annotate([rollout], [teacher]))
+    annotated(sage(teacher, judge_history=True), [rollout])
     said = '<tool_call>\n{"name": "take", "arguments": {"thing": "coin"}}\n</tool_call>'
     assert f"What the agent wrote: I look.\n{said}\n" in teacher.asked(0, 0)
     assert f"What the agent wrote: {said}\n" in teacher.asked(0, 1)
@@ -198,7 +225,7 @@ def test_a_judge_that_is_sampled_draws_anew_for_every_turn_and_step() -> None:
     teacher = ScriptedTeacher("t", lambda call, request: "SKIP")
     for version in (0, 1):
         now = [dataclasses.replace(r, policy_version=version) for r in rollouts]
-        asyncio.run(Intervention(SageConfig(judge_temperature=1.0), PlainContexts()).annotate(now, [teacher]))
+        annotated(sage(teacher, judge_temperature=1.0), now)
     assert len({request.seed for call in teacher.calls for request in call}) == 8
 
 
@@ -214,18 +241,20 @@ def test_controls_keep_the_weights_and_move_them() -> None:
     rollouts = [make_rollout((1,) * 6, name=str(i), seed=i) for i in range(6)]
     places = iter(range(100))
     teacher = ScriptedTeacher("t", lambda call, request: ("SKIP", "WEAK", "STRONG")[next(places) % 3])
-    notes = list(asyncio.run(Intervention(SageConfig(), PlainContexts()).annotate(rollouts, [teacher])).notes)
-    notes[2] = Note(drop="teacher_window/t")
+    annotated(sage(teacher), rollouts)
+    rollouts[2].drop = "teacher_window/t"
 
-    def weights(notes: Sequence[Note]) -> np.ndarray:
-        return np.concatenate([n.turn_weight[1::2] for n in notes if n.turn_weight is not None])
+    def weights(batch: Batch) -> np.ndarray:
+        return np.concatenate([s.turn_weight[1::2] for s in batch if s.turn_weight is not None])
 
     def moved(intervention: str, step: int = 0) -> np.ndarray:
-        found, _ = Control(intervention, 0)(rollouts, notes, step)
-        assert found[2] is notes[2]
-        return weights(found)
+        copies = [dataclasses.replace(r, turn_weight=np.array(r.turn_weight)) for r in rollouts]
+        batch = Batch(step, copies)
+        sage(intervention=intervention).select(batch)
+        np.testing.assert_array_equal(copies[2].turn_weight, rollouts[2].turn_weight)
+        return weights(batch)
 
-    judged, random, inverted = weights(notes), moved("random"), moved("inverted")
+    judged, random, inverted = weights(Batch(samples=rollouts)), moved("random"), moved("inverted")
     for control in (random, inverted):
         np.testing.assert_array_equal(np.sort(control), np.sort(judged))
     assert not np.array_equal(random, judged) and not np.array_equal(random, moved("random", 1))
@@ -248,15 +277,16 @@ def test_moved_weights_decide_who_is_shown_to_teachers(agent_config: TrainConfig
         return [weights[rollout.id] for rollout, *_ in queries]
 
     async def watched(contexts: Any) -> Any:
-        shown.extend(c.rollout_id for c in contexts)
+        shown.extend(c.sample_id for c in contexts)
         return await score(contexts)
 
-    engine.recipe.annotator.judge.ask = ask  # type: ignore[attr-defined]
+    engine.method.judge.ask = ask  # type: ignore[attr-defined]
     engine.teachers[0].score = watched  # type: ignore[method-assign]
 
     async def run() -> dict[str, float]:
-        notes, found = await engine.annotate(rollouts)
-        return (await engine.finish(Prepared(rollouts, notes, found, dict(found.metrics), Clock()))).metrics
+        batch = Batch(samples=rollouts)
+        await engine.annotate(batch)
+        return (await engine.finish(batch)).metrics
 
     metrics = asyncio.run(run())
     assert shown == ["skipped"]
@@ -301,22 +331,23 @@ def test_settings(agent_config: TrainConfig, models: dict[str, str], prompt_file
                 sage={"confidence_temperature": 0.5},
             )
         )  # fmt: skip
-    assert build_method(agent_config).measures == ("teacher_top1",)
+    assert build_method(agent_config).needs == {"teacher_top1"}
 
 
 def step_on(config: TrainConfig, rollouts: Sequence[Sample], verdicts: str) -> tuple[Any, dict[str, float], int]:
     """One update on given trajectories whose judge always says the same: engine, metrics, FLOPs."""
     engine = make_engine(config)
     try:
-        engine.recipe.annotator.judge.ask = fixed(verdicts)  # type: ignore[attr-defined]
+        engine.method.judge.ask = fixed(verdicts)  # type: ignore[attr-defined]
 
         async def run() -> dict[str, float]:
-            dropped = Counter[str]()
-            notes, _ = await engine.annotate(rollouts)
-            judged = await engine.judge(rollouts, notes, dropped)
-            items, metrics = engine.weigh(judged, engine.measure(judged), dropped)
-            assert len(items) == len(rollouts) and not dropped
-            return metrics | engine.update(items, Tally())
+            batch = Batch(samples=[dataclasses.replace(r) for r in rollouts])
+            await engine.annotate(batch)
+            await engine.score(batch)
+            engine.measure(batch)
+            engine.weigh(batch)
+            assert len(batch) == len(rollouts) and not batch.dropped
+            return engine.update(batch).metrics
 
         engine.probed = True
         engine.config.__dict__["max_logprob_difference"] = 1e9  # these tokens were not sampled
@@ -373,10 +404,13 @@ def test_skipped_turns_cost_nothing_in_the_loss(agent_config: TrainConfig) -> No
 @pytest.mark.parametrize(("normalization", "expected"), [("token", (1 / 6, 1 / 6)), ("sequence", (1 / 8, 1 / 4))])
 def test_tcod_is_the_mean_over_the_turns_that_it_keeps(normalization: str, expected: tuple[float, float]) -> None:
     rollouts = [make_rollout((4, 90), name="a"), make_rollout((2, 10, 10), name="b", seed=1)]
-    found = asyncio.run(FirstTurns(TcodConfig()).annotate(rollouts, [ScriptedTeacher("t", [])]))
-    signals = KeptMean(normalization)(Batch(rollouts, found.notes, [Stats()] * 2)).signals
-    scales = normalisers(rollouts, normalization)
-    for rollout, signal, scale, weight in zip(rollouts, signals, scales, expected, strict=True):
+    method = TCOD(dataclasses.replace(BASE, method="tcod", loss_normalization=normalization))
+    method.teachers = [ScriptedTeacher("t", [])]
+    batch = annotated(method, rollouts)
+    method.weigh(batch)
+    set_scales(rollouts, normalization, Ranks())
+    for rollout, weight in zip(rollouts, expected, strict=True):
         first = rollout.target_turns == 1
-        np.testing.assert_allclose(scale * signal.kl_weight[first], weight, rtol=1e-6)
-        assert not signal.kl_weight[~first].any()
+        assert rollout.kl_weight is not None
+        np.testing.assert_allclose(rollout.scale * rollout.kl_weight[first], weight, rtol=1e-6)
+        assert not rollout.kl_weight[~first].any()

@@ -1,4 +1,4 @@
-"""Steps of several recipes on however many ranks torchrun started; the first rank writes what happened.
+"""Steps of several methods on however many ranks torchrun started; the first rank writes what happened.
 
 python -m torch.distributed.run --nproc-per-node 2 step_worker.py cases.json out.pt
 """
@@ -23,26 +23,25 @@ from opdengine.data.prompts import load_prompts
 from opdengine.distributed import Ranks, start, whole, whole_weights
 from opdengine.environments.setup import load_tasks
 from opdengine.methods import build_method
+from opdengine.methods.method import Method
 from opdengine.methods.sage_judge import Query, Verdict
-from opdengine.methods.method import Batch, Recipe, Weighed
 from opdengine.models.chat import load_tokenizer
 from opdengine.training.build import build_engine
-from opdengine.types import Prompt, Sample
+from opdengine.training.diagnostics import gradient_diagnostics
+from opdengine.types import Batch, Prompt, Sample
 
 
-def without_the_first(recipe: Recipe, count: int) -> Recipe:
-    """The recipe, but it drops the rollouts of the first prompts of every batch."""
+def drop_the_first(method: Method, count: int) -> None:
+    """Have a method drop the samples of the first prompts of every batch."""
+    weigh = method.weigh
 
-    def drop(batch: Batch) -> Weighed:
-        weighed = recipe.weighers[-1](batch)
-        kept = [int(r.group) >= count for r in batch.rollouts]
-        signals = [
-            signal if stays else replace(signal, keep=False, reason="dropped_by_test")
-            for signal, stays in zip(weighed.signals, kept, strict=True)
-        ]
-        return Weighed(signals, weighed.metrics)
+    def drop(batch: Batch) -> None:
+        weigh(batch)
+        for sample in batch:
+            if int(sample.group) < count:
+                sample.drop = "dropped_by_test"
 
-    return replace(recipe, weighers=(drop,))
+    method.weigh = drop  # type: ignore[method-assign]
 
 
 class EveryThird:
@@ -64,11 +63,11 @@ async def by_tokens(queries: Sequence[Query], judges: Sequence[Any]) -> list[Ver
 def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Two steps: gradients of the first, weights after both, metrics, and what was sampled and kept."""
     config = from_mapping(TrainConfig, case["config"])
-    recipe = build_method(config)
+    method = build_method(config)
     if case.get("drop_first"):
-        recipe = without_the_first(recipe, case["drop_first"])
+        drop_the_first(method, case["drop_first"])
     torch.manual_seed(0)
-    engine = build_engine(config, recipe, load_tokenizer(config.model), ranks=ranks)
+    engine = build_engine(config, method, load_tokenizer(config.model), ranks=ranks)
     shorten = engine.sampler.generate
 
     def uneven(requests: Any, params: Any) -> Any:
@@ -79,10 +78,10 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         ]
 
     engine.sampler.generate = uneven
-    if recipe.needs_reward:
+    if method.needs_reward:
         engine.grader = EveryThird()  # type: ignore[assignment]
     if config.method == "sage_opd":
-        recipe.annotator.judge.ask = by_tokens  # type: ignore[attr-defined]
+        method.judge.ask = by_tokens  # type: ignore[attr-defined]
     gradients: dict[str, torch.Tensor] = {}
     take = engine._optimizer_step
 
@@ -95,8 +94,7 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     engine._optimizer_step = note  # type: ignore[method-assign]
     tasks = load_tasks(config.environment, "train") if config.environment.name else load_prompts(config.train_data)
     prompts = tasks.prompts
-    if recipe.inspector is not None:
-        recipe.inspector.watch(prompts)
+    engine.diagnostics = gradient_diagnostics(method, prompts)
     results = []
     for step in range(2):
         batch = [prompts[(step * case["prompts"] + i) % len(prompts)] for i in range(case["prompts"])]
@@ -108,12 +106,12 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         "weights": {name: value.clone() for name, value in whole_weights(engine.student.model)},
         "metrics": [r.metrics for r in results],
         "head_rows": ranks.gather(engine.student.head_rows.weight.shape[0] if engine.student.has_split_head else 0),
-        "rollouts": [[described(rollout) for rollout in r.rollouts] for r in results],
+        "rollouts": [ranks.join([described(sample) for sample in r.samples]) for r in results],
     }
 
 
-def described(rollout: Sample) -> tuple[str, str, tuple[int, ...]]:
-    return rollout.id, rollout.group, tuple(np.asarray(rollout.target_ids).tolist())
+def described(sample: Sample) -> tuple[str, str, tuple[int, ...]]:
+    return sample.id, sample.group, tuple(np.asarray(sample.target_ids).tolist())
 
 
 def main(cases: str, out: str) -> None:

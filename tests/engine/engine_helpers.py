@@ -48,15 +48,15 @@ def make_engine(config: TrainConfig) -> Engine:
     return build_engine(config, build_method(config), load_tokenizer(config.model, chat_template=config.chat_template))
 
 
-def make_batch(engine: Engine, prompts: Sequence[Prompt]) -> Batch:
+def make_samples(engine: Engine, prompts: Sequence[Prompt]) -> list[Sample]:
     """Rollout, annotation, scores and weights of a step, as the engine does them."""
 
-    async def run() -> Batch:
+    async def run() -> list[Sample]:
         batch = await engine.prepare(prompts, 0)
         await engine.score(batch)
         engine.measure(batch)
         engine.weigh(batch)
-        return batch
+        return list(batch)
 
     return asyncio.run(run())
 
@@ -65,7 +65,7 @@ def loss_and_gradient(engine: Engine, samples: Sequence[Sample]) -> tuple[float,
     """Forward and backward of a step without its optimiser step."""
     engine._optimizer_step = lambda loss, norm: {"loss": loss}  # type: ignore[method-assign]
     try:
-        loss = engine.update(Batch(samples=list(samples), timing={"update": 1e-9})).metrics["loss"]
+        loss = engine.update(Batch(samples=list(samples))).metrics["loss"]
     finally:
         del engine._optimizer_step
     gradients = {n: p.grad.clone() for n, p in engine.student.model.named_parameters() if p.grad is not None}

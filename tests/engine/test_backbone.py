@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers as hf
 
-from opdengine.loss.objective import Item, Objective
+from opdengine.loss.objective import Objective
 from opdengine.models.backbone import Backbone
 from opdengine.models.packing import LAYOUTS, pack, split_by_tokens
-from opdengine.types import Hidden, Prompt, Sample, Turn
+from opdengine.types import Hidden, Prompt, Sample, TeacherContext, Turn
 
 VOCAB = 120
 COMMON: dict[str, Any] = {
@@ -107,23 +107,16 @@ def test_hidden_states_and_head_give_the_models_own_logits_in_every_layout(famil
 def test_packed_and_padded_batches_give_the_same_loss_and_gradient(family: str, tied: bool) -> None:
     student, teacher = Backbone(make_model(family, tied)), Backbone(make_model("llama", False, scale=6.0))
     sequences, positions = make_sequences()
-    rollouts = [
+    samples = [
         Sample(str(i), Prompt(str(i), ()), (Turn("prompt", s[:2]), Turn("assistant", s[2:], trains=True)))
         for i, s in enumerate(sequences)
     ]
     judged = teacher.score(sequences, positions)
     total = sum(map(len, positions))
-    items = [
-        Item(
-            r,
-            ("t",),
-            (Hidden(h),),
-            np.full(len(p), 1 / total, np.float32),
-            np.ones((len(p), 1), np.float32),
-            None,
-        )
-        for r, h, p in zip(rollouts, judged, positions, strict=True)
-    ]
+    for sample, hidden, p in zip(samples, judged, positions, strict=True):
+        sample.contexts = (TeacherContext(sample.id, "t", sample.token_ids, p),)
+        sample.teacher_targets = (Hidden(hidden),)
+        sample.kl_weight = np.full(len(p), 1 / total, np.float32)
     objective = Objective({"t": teacher.head}, lambda key: "jsd")
     found = {}
     for layout, max_tokens in [("padded", 1), ("padded", 60), ("rows", 60), ("rows", 1000), ("one_row", 1000)]:
@@ -131,7 +124,7 @@ def test_packed_and_padded_batches_give_the_same_loss_and_gradient(family: str, 
         loss = 0.0
         for batch in pack(sequences, max_tokens=max_tokens, layout=layout):
             hidden = student.hidden(batch, [positions[i] for i in batch.members])
-            part = objective(hidden, student.head, [items[i] for i in batch.members])
+            part = objective(hidden, student.head, [samples[i] for i in batch.members])
             part.backward()
             loss += part.item()
         found[layout, max_tokens] = (loss, {n: p.grad.clone() for n, p in student.model.named_parameters()

@@ -12,10 +12,10 @@ import torch
 from engine_helpers import make_config
 from safetensors.torch import load_file
 
+from opdengine.errors import ProbeError
 from opdengine.models.checkpoint import list_checkpoints
 from opdengine.teachers.local import LocalTeacher
 from opdengine.training.run import train
-from opdengine.errors import ProbeError
 from opdengine.training.step import Engine
 from opdengine.training.writer import read_metrics
 from opdengine.types import Hidden, TeacherContext

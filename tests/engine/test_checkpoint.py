@@ -23,9 +23,9 @@ from engine_helpers import make_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from opdengine import checkpoint as module
 from opdengine.data.prompts import DataError
 from opdengine.errors import WriteError
+from opdengine.models import checkpoint as module
 from opdengine.models.checkpoint import (
     CheckpointError,
     list_checkpoints,

@@ -18,10 +18,10 @@ from engine_helpers import PROMPTS, ScriptedTeacher, make_config, make_engine
 from opdengine.config.loading import from_mapping
 from opdengine.config.train import DebateConfig
 from opdengine.data.prompts import load_prompts
-from opdengine.methods.debate import Debate, Debater
-from opdengine.methods.debate.prompts import FAMILIES, DebatePrompts, debate_prompts, parse_confidence
 from opdengine.methods.debate.contexts import DebateContexts
-from opdengine.types import Prompt, Sample, SamplingParams, Turn
+from opdengine.methods.debate.debate import Debate, Debater
+from opdengine.methods.debate.prompts import FAMILIES, DebatePrompts, debate_prompts, parse_confidence
+from opdengine.types import Batch, Prompt, Sample, SamplingParams, Turn
 
 
 def prompt(text: str = "2 + 2?", **changes: Any) -> Prompt:
@@ -257,8 +257,8 @@ def test_tau_is_applied_after_the_cache(tmp_path: Path) -> None:
     mixes = []
     for tau, teachers in [(1.0, speakers(2)), (0.2, [ScriptedTeacher(f"t{k}", []) for k in range(2)])]:
         config = DebateConfig(tau=tau, prompts=PROMPTS, max_tokens=4)
-        found = asyncio.run(DebateContexts(config, tmp_path).annotate([rollout], teachers))
-        mixes.append(found.notes[0].mix)
+        asyncio.run(DebateContexts(config, tmp_path)(Batch(samples=[rollout]), teachers))
+        mixes.append(rollout.mix)
     for tau, mix in zip((1.0, 0.2), mixes, strict=True):
         raw = np.exp(np.array([1, 11]) / 100 / tau)
         np.testing.assert_allclose(mix, raw / raw.sum(), rtol=1e-5)
@@ -300,9 +300,10 @@ def test_a_debate_that_outgrows_a_window_is_dropped_and_counted() -> None:
     narrow = ScriptedTeacher("b", lambda call, request: "x", window=400)
     rollout = Sample("0", prompt(), (Turn("prompt", np.array([1, 2])), Turn("assistant", np.array([3]), trains=True)))
     config = DebateConfig(prompts=PROMPTS, max_tokens=4)
-    found = asyncio.run(DebateContexts(config, None).annotate([rollout], [roomy, narrow]))
-    assert found.notes[0].drop == "debate_too_long"
-    assert found.metrics["debate/failed"] == 1
+    batch = Batch(samples=[rollout])
+    asyncio.run(DebateContexts(config, None)(batch, [roomy, narrow]))
+    assert rollout.drop == "debate_too_long"
+    assert batch.metrics["debate/failed"] == 1
     assert len(narrow.calls) == 1  # round 2 was not asked for
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import weakref
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import pytest
 import torch
 from engine_helpers import make_config, make_engine
 
-from opdengine import engine as engine_module
 from opdengine.config.train import TeacherConfig, TrainConfig
 from opdengine.data.prompts import load_prompts
 from opdengine.models.backbone import Backbone, default_device, load_model
@@ -23,10 +22,10 @@ from opdengine.models.checkpoint import restore_optimizer, save_checkpoint
 from opdengine.teachers import local
 from opdengine.teachers.prefix import PrefixScorer
 from opdengine.training import scoring
+from opdengine.training import step as engine_module
 from opdengine.training.build import build_optimizer
-from opdengine.training.scoring import Judged
 from opdengine.training.step import Engine
-from opdengine.types import Hidden, Prompt, TeacherContext
+from opdengine.types import Batch, Hidden, Prompt, Sample, TeacherContext
 
 Models = dict[str, str]
 
@@ -113,14 +112,13 @@ def test_nothing_of_a_step_is_held_after_it(
 ) -> None:
     """No gradient, no hidden state of a teacher, no cache of the sampler; nor does any wait for the cycle collector."""
     held: list[weakref.ref[Any]] = []
-    judge = engine_module.judge
+    score = engine_module.score
 
-    async def noting(*arguments: Any) -> Sequence[Judged]:
-        judged = await judge(*arguments)
-        held.extend(weakref.ref(t.states) for item in judged for t in item.targets if isinstance(t, Hidden))
-        return judged
+    async def noting(batch: Batch, *arguments: Any) -> None:
+        await score(batch, *arguments)
+        held.extend(weakref.ref(t.states) for sample in batch for t in sample.teacher_targets if isinstance(t, Hidden))
 
-    monkeypatch.setattr(engine_module, "judge", noting)
+    monkeypatch.setattr(engine_module, "score", noting)
     engine = make_engine(make_config(models, prompt_file, tmp_path, max_tokens_per_batch=40))
     forward = engine.student.model.forward
 
@@ -174,7 +172,8 @@ def test_measures_are_read_in_pieces(
     judged = asyncio.run(judged_of(engine, prompts))
     heads = {t.name: t.head for t in engine.teachers if t.head is not None}
     measures = ("student_logprob", "teacher_logprob", "teacher_entropy")
-    expected = scoring.Measurer(engine.student, heads, engine.vocab_size)(judged, measures)
+    scoring.Measurer(engine.student, heads, engine.vocab_size)(judged, measures)
+    expected = [dataclasses.replace(sample) for sample in judged]
     sizes = []
     linear_logprob = scoring.linear_logprob
 
@@ -184,17 +183,16 @@ def test_measures_are_read_in_pieces(
 
     monkeypatch.setattr(scoring, "linear_logprob", noting)
     monkeypatch.setattr(scoring, "MOST_ROWS", rows)
-    found = scoring.Measurer(engine.student, heads, engine.vocab_size)(judged, measures)
-    lengths = [len(item.rollout.target_ids) for item in judged]
+    scoring.Measurer(engine.student, heads, engine.vocab_size)(judged, measures)
+    lengths = [len(sample.target_ids) for sample in judged]
     assert sum(sizes) == 3 * sum(lengths) and max(sizes) <= max(rows, *lengths)
     assert len(sizes) == {1: 3 * len(lengths), 10**6: 3}.get(rows, len(sizes))
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(judged, expected, strict=True):
         for measure in measures:
             np.testing.assert_allclose(getattr(one, measure), getattr(other, measure), rtol=1e-5, atol=1e-6)
 
 
-async def judged_of(engine: Engine, prompts: Sequence[Prompt]) -> Sequence[Judged]:
-    dropped = Counter[str]()
-    rollouts, _ = await engine.rollout(prompts, 0, dropped)
-    notes, _ = await engine.annotate(rollouts)
-    return await engine.judge(rollouts, notes, dropped)
+async def judged_of(engine: Engine, prompts: Sequence[Prompt]) -> list[Sample]:
+    batch = await engine.prepare(prompts, 0)
+    await engine.score(batch)
+    return list(batch)

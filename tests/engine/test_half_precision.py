@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_helpers import loss_and_gradient, make_config, make_engine, make_items
+from engine_helpers import loss_and_gradient, make_config, make_engine, make_samples
 
 from opdengine.data.prompts import load_prompts
 from opdengine.loss import objective
@@ -58,7 +58,7 @@ def test_the_loss_multiplies_in_the_dtype_of_the_run(
         models, prompt_file, tmp_path, bf16=bf16, method=method, camopd={"domain": ["agentic"]}, teachers=teachers
     )
     engine = make_engine(config)
-    loss_and_gradient(engine, make_items(engine, load_prompts([prompt_file]).prompts[:2]))
+    loss_and_gradient(engine, make_samples(engine, load_prompts([prompt_file]).prompts[:2]))
     assert isinstance(engine.sampler, TransformersSampler) and engine.sampler.bf16 == bf16
     assert set(dtypes) == {(getattr(torch, name),) * 2}
     assert {p.dtype for p in engine.student.model.parameters()} == {torch.float32}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from engine_helpers import loss_and_gradient, make_config, make_engine, make_items
+from engine_helpers import loss_and_gradient, make_config, make_engine, make_samples
 from safetensors.torch import load_file
 from test_backbone import make_model
 from test_sampler import Digits
@@ -69,8 +69,8 @@ def test_gradients_follow_from_those_of_the_whole_weights(
     """W = W0 + s B A, hence dB = s dW A' and dA = s B' dW."""
     engine = make_engine(make_config(models, prompt_file, tmp_path, lora=LORA))
     student = disturb(engine.student.model)
-    items = make_items(engine, prompts[:4])
-    loss, gradients = loss_and_gradient(engine, items)
+    samples = make_samples(engine, prompts[:4])
+    loss, gradients = loss_and_gradient(engine, samples)
     factors = {n: p.detach().clone() for n, p in student.named_parameters() if "lora_" in n}
     assert gradients.keys() == factors.keys()
 
@@ -79,7 +79,7 @@ def test_gradients_follow_from_those_of_the_whole_weights(
     assert low_rank is not None
     merged = {n: w + low_rank[n][0] @ low_rank[n][1] if n in low_rank else w for n, w in base}
     whole.student.model.load_state_dict(merged)
-    expected_loss, expected = loss_and_gradient(whole, items)
+    expected_loss, expected = loss_and_gradient(whole, samples)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     scale = LORA["lora_alpha"] / LORA["r"]
     assert len(low_rank) == 14  # seven linear layers in each of two blocks
@@ -132,17 +132,17 @@ def test_a_frozen_head_stays_and_costs_no_gradient(
     settings = {"model": models["student" if tied else "big"], "teachers": [{"model": models["small"]}]}
     frozen = make_engine(make_config(models, prompt_file, tmp_path, method="opd", freeze_head=True, **settings))
     free = make_engine(make_config(models, prompt_file, tmp_path, method="opd", **settings))
-    items = make_items(free, prompts[:4])
+    samples = make_samples(free, prompts[:4])
 
     def update(engine: Any) -> tuple[int, dict[str, torch.Tensor]]:
         with FlopCounterMode(display=False) as counter:
-            _, gradients = loss_and_gradient(engine, items)
+            _, gradients = loss_and_gradient(engine, samples)
         return counter.get_total_flops(), gradients
 
     flops, gradients = update(frozen)
     more, all_gradients = update(free)
     weight = frozen.student.head.weight
-    rows = sum(len(item.rollout.target_ids) for item in items)
+    rows = sum(len(sample.target_ids) for sample in samples)
     vocabulary = frozen.vocab_size
     assert more - flops == 2 * rows * vocabulary * weight.shape[1]
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import make_config, make_engine, make_items
+from engine_helpers import make_config, make_engine, make_samples
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from opdengine.cli import main
 from opdengine.data.prompts import load_prompts
-from opdengine.loss.statistics import Statistics
 from opdengine.tools.plan import Lengths, Machine, Plan, loss_flops, memory_of, plan
 from opdengine.tools.shapes import QWEN3, shape_of
+from opdengine.types import Batch
 
 Models = dict[str, str]
 
@@ -52,16 +52,16 @@ def test_flops_of_the_update(models: Models, prompt_file: str, tmp_path: Path) -
     """
     config = make_config(models, prompt_file, tmp_path, max_completion_length=24, attn_implementation="eager")
     engine = make_engine(config)
-    items = make_items(engine, load_prompts([prompt_file]).prompts[:4])
+    samples = make_samples(engine, load_prompts([prompt_file]).prompts[:4])
     engine.probed = True
-    engine._differences = lambda tally, items: torch.zeros(1).numpy()  # type: ignore[assignment,method-assign,return-value]
+    engine._differences = lambda tally, samples: torch.zeros(1).numpy()  # type: ignore[assignment,method-assign,return-value]
     with FlopCounterMode(display=False) as counter:
-        engine.update(items, Tally())
+        engine.update(Batch(samples=samples))
     student = shape_of(models["student"])
     teachers = [shape_of(models["big"]), shape_of(models["small"])]
-    tokens = sum(len(i.rollout.token_ids) for i in items)
-    targets = sum(len(i.rollout.target_ids) for i in items)
-    width = max(len(i.rollout.token_ids) for i in items)
+    tokens = sum(len(i.token_ids) for i in samples)
+    targets = sum(len(i.target_ids) for i in samples)
+    width = max(len(i.token_ids) for i in samples)
     body = 3 * student.body_flops(tokens, width)
     expected = body + loss_flops(student, teachers, targets)
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.12)

@@ -16,13 +16,13 @@ from engine_helpers import (
     loss_and_gradient,
     make_config,
     make_engine,
-    make_items,
+    make_samples,
 )
 from transformers import AutoModelForCausalLM
 
 from opdengine.data.prompts import load_prompts
-from opdengine.methods.mt_seqkd import TeacherAnswers
-from opdengine.types import Prompt, Request, SamplingParams
+from opdengine.methods.mt_seqkd import MTSeqKD, author
+from opdengine.types import Prompt, Request
 
 
 @pytest.fixture
@@ -68,16 +68,16 @@ def test_the_loss_is_hugging_faces_cross_entropy(
     engine = make_engine(
         make_config(models, prompt_file, tmp_path, method="mt_seqkd", divergence_temperature=temperature)
     )
-    items = make_items(engine, prompts[:4])
-    loss, gradient = loss_and_gradient(engine, items)
+    samples = make_samples(engine, prompts[:4])
+    loss, gradient = loss_and_gradient(engine, samples)
     model = AutoModelForCausalLM.from_pretrained(models["student"])
-    count = sum(len(i.rollout.target_ids) for i in items)
+    count = sum(len(i.target_ids) for i in samples)
     total = 0.0
-    for item in items:
-        ids = torch.from_numpy(item.rollout.token_ids)[None]
+    for sample in samples:
+        ids = torch.from_numpy(sample.token_ids)[None]
         labels = ids.clone()
-        labels[0, : item.rollout.target_positions[0]] = -100
-        part = model(input_ids=ids, labels=labels).loss * len(item.rollout.target_ids) / count
+        labels[0, : sample.target_positions[0]] = -100
+        part = model(input_ids=ids, labels=labels).loss * len(sample.target_ids) / count
         part.backward()
         total += part.item()
     assert loss == pytest.approx(total, rel=1e-5)
@@ -88,8 +88,7 @@ def shares(weights: Sequence[float], seed: int = 0, count: int = 4000) -> Counte
     teachers = [ScriptedTeacher(f"t{k}", []) for k in range(len(weights))]
     for teacher, weight in zip(teachers, weights, strict=True):
         teacher.weight = weight
-    answers = TeacherAnswers(SamplingParams(seed=seed))
-    return Counter(answers.author(Prompt(f"p{i}", ()), teachers).name for i in range(count))
+    return Counter(author(Prompt(f"p{i}", ()), teachers, seed).name for i in range(count))
 
 
 def test_the_share_of_a_teacher_follows_its_weight() -> None:
@@ -104,8 +103,7 @@ def test_authors_are_fixed_by_the_seed() -> None:
     teachers = [ScriptedTeacher("a", []), ScriptedTeacher("b", [])]
 
     def authors(seed: int) -> list[str]:
-        answers = TeacherAnswers(SamplingParams(seed=seed))
-        return [answers.author(Prompt(f"p{i}", ()), teachers).name for i in range(50)]
+        return [author(Prompt(f"p{i}", ()), teachers, seed).name for i in range(50)]
 
     assert authors(1) == authors(1) != authors(2)
 
@@ -124,10 +122,10 @@ def test_prompts_beyond_a_teachers_window_are_dropped_and_counted(
 ) -> None:
     engine = make_engine(make_config(models, prompt_file, tmp_path, method="mt_seqkd"))
     small = engine.teachers[1]
-    written = asyncio.run(engine.rollout(prompts, 0, Counter()))[1]["seqkd/written/small"]
+    written = asyncio.run(engine.rollout(prompts, 0)).metrics["seqkd/written/small"]
     assert written > 0
     small.backbone.model.config.max_position_embeddings = 20
-    engine.recipe.demonstrations._answers.clear()
+    engine.method._answers.clear()
     result = asyncio.run(engine.step(prompts))
     assert result.metrics["dropped/teacher_window/small"] == written
     assert result.metrics["completions/kept"] == len(prompts) - written
@@ -138,17 +136,19 @@ def test_clipped_answers_are_reported(
 ) -> None:
     engine = make_engine(make_config(models, prompt_file, tmp_path, method="mt_seqkd", max_completion_length=2))
     result = asyncio.run(engine.step(prompts))
-    clipped = np.mean([len(r.target_ids) == 2 and r.target_ids[-1] not in engine.sampler.stop_ids for r in result.samples])
+    stops = engine.sampler.stop_ids
+    clipped = np.mean([len(r.target_ids) == 2 and r.target_ids[-1] not in stops for r in result.samples])
     assert result.metrics["completions/clipped_ratio"] == pytest.approx(clipped)
     assert clipped > 0
 
 
-def test_requests_to_a_teacher_carry_its_own_template() -> None:
+def test_requests_to_a_teacher_carry_its_own_template(models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
     teacher = ScriptedTeacher("a", lambda call, request: "answer")
-    answers = TeacherAnswers(SamplingParams(max_tokens=4))
+    method = MTSeqKD(make_config(models, prompt_file, tmp_path, method="mt_seqkd"))
+    method.teachers = [teacher]
     messages = ({"role": "system", "content": "s"}, {"role": "user", "content": "u"})
-    rollouts, _ = asyncio.run(answers([Prompt("p", messages, tools=({"name": "f"},))], [teacher], lambda p: [1, 2]))
+    written = asyncio.run(method.write([Prompt("p", messages, tools=({"name": "f"},))], lambda p: [1, 2]))
     assert teacher.asked(0) == "<system>s<user>u<tool {'name': 'f'}><assistant>"
     assert isinstance(teacher.calls[0][0], Request)
-    assert rollouts[0].token_ids.tolist() == [1, 2, 1]
-    assert rollouts[0].text == "answer"
+    assert written.samples[0].token_ids.tolist() == [1, 2, 1]
+    assert written.samples[0].text == "answer"

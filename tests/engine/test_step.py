@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,13 @@ from engine_helpers import (
     loss_and_gradient,
     make_config,
     make_engine,
-    make_items,
+    make_samples,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opdengine.data.prompts import load_prompts
-from opdengine.loss.objective import Item
-from opdengine.loss.statistics import Statistics
 from opdengine.models.chat import load_tokenizer, vocabulary_size
-from opdengine.types import Completion, Prompt, Request, SamplingParams, TeacherContext
+from opdengine.types import Completion, Prompt, Request, Sample, SamplingParams, TeacherContext
 
 Models = dict[str, str]
 
@@ -50,7 +47,7 @@ def question(prompt: Prompt) -> str:
 def expected_loss(
     models: Models,
     tokenizer: Any,
-    items: Sequence[Item],
+    samples: Sequence[Sample],
     *,
     kind_of: dict[str, str],
     weights: Sequence[float],
@@ -61,8 +58,8 @@ def expected_loss(
     """sum_k w_k D(p_Tk || p_S) at every sampled token, averaged as the settings say."""
     vocab = vocabulary_size(tokenizer)
     means, total, count = [], 0.0, 0
-    for item in items:
-        rollout = item.rollout
+    for sample in samples:
+        rollout = sample
         answer = rollout.target_ids
         prefix = chat_ids(tokenizer, question(rollout.prompt))
         assert rollout.token_ids.tolist() == prefix + answer.tolist()
@@ -92,20 +89,20 @@ def test_loss_of_mt_opd_equals_plain_torch(
 ) -> None:  # fmt: skip
     config = make_config(models, prompt_file, tmp_path, divergence=kind, loss_normalization=normalization)
     engine = make_engine(config)
-    items = make_items(engine, prompts[:4])
+    samples = make_samples(engine, prompts[:4])
     # Rollouts of equal length could not tell the two means apart.
-    rollout = items[0].rollout
-    assert len({len(i.rollout.target_ids) for i in items}) >= 1 and rollout.target_ids.size
-    loss, _ = loss_and_gradient(engine, items)
+    rollout = samples[0].rollout
+    assert len({len(i.target_ids) for i in samples}) >= 1 and rollout.target_ids.size
+    loss, _ = loss_and_gradient(engine, samples)
     expected = expected_loss(
-        models, tokenizer, items, kind_of={"code": kind, "agentic": kind}, weights=[0.75, 0.25],
+        models, tokenizer, samples, kind_of={"code": kind, "agentic": kind}, weights=[0.75, 0.25],
         normalization=normalization,
     )  # fmt: skip
     assert loss == pytest.approx(expected, rel=1e-4)
     assert loss > 0.01
 
 
-def shortened(engine: Any, prompts: Sequence[Prompt], keep: Sequence[int]) -> list[Item]:
+def shortened(engine: Any, prompts: Sequence[Prompt], keep: Sequence[int]) -> list[Sample]:
     """Items whose completions have the given lengths: teachers answer, so any length can be asked for."""
     plain = engine.sampler.generate
 
@@ -120,7 +117,7 @@ def shortened(engine: Any, prompts: Sequence[Prompt], keep: Sequence[int]) -> li
 
     engine.sampler.generate = generate
     try:
-        return make_items(engine, prompts)
+        return make_samples(engine, prompts)
     finally:
         del engine.sampler.generate
 
@@ -131,11 +128,11 @@ def test_token_and_sequence_means_differ_as_their_closed_forms_do(
     found = {}
     for mode in ("token", "sequence"):
         engine = make_engine(make_config(models, prompt_file, tmp_path, loss_normalization=mode))
-        items = shortened(engine, prompts[:4], (1, 2, 5, 6))
-        assert [len(i.rollout.target_ids) for i in items] == [1, 2, 5, 6]
-        found[mode], _ = loss_and_gradient(engine, items)
+        samples = shortened(engine, prompts[:4], (1, 2, 5, 6))
+        assert [len(i.target_ids) for i in samples] == [1, 2, 5, 6]
+        found[mode], _ = loss_and_gradient(engine, samples)
         kinds = {"code": "reverse_kl", "agentic": "reverse_kl"}
-        expected = expected_loss(models, tokenizer, items, kind_of=kinds, weights=[0.75, 0.25], normalization=mode)
+        expected = expected_loss(models, tokenizer, samples, kind_of=kinds, weights=[0.75, 0.25], normalization=mode)
         assert found[mode] == pytest.approx(expected, rel=1e-4)
     assert found["token"] != pytest.approx(found["sequence"], rel=1e-2)
 
@@ -147,17 +144,17 @@ def test_divergence_by_task_in_one_batch(
     engine = make_engine(
         make_config(models, prompt_file, tmp_path, divergence={"agentic": "jsd", "default": "reverse_kl"})
     )
-    items = make_items(engine, prompts[:4])
-    assert [i.rollout.prompt.key for i in items] == ["code", "agentic", "code", "agentic"]
-    loss, gradient = loss_and_gradient(engine, items)
-    expected = expected_loss(models, tokenizer, items, kind_of=kinds, weights=[0.75, 0.25], normalization="token")
+    samples = make_samples(engine, prompts[:4])
+    assert [i.prompt.key for i in samples] == ["code", "agentic", "code", "agentic"]
+    loss, gradient = loss_and_gradient(engine, samples)
+    expected = expected_loss(models, tokenizer, samples, kind_of=kinds, weights=[0.75, 0.25], normalization="token")
     assert loss == pytest.approx(expected, rel=1e-4)
     # The gradient of the batch is the sum of the gradients of its tasks, each under its own divergence.
-    parts = [loss_and_gradient(engine, [i for i in items if i.rollout.prompt.key == key])[1] for key in kinds]
+    parts = [loss_and_gradient(engine, [i for i in samples if i.prompt.key == key])[1] for key in kinds]
     assert_same_gradients(gradient, {n: parts[0][n] + parts[1][n] for n in gradient})
     for wrong in ("reverse_kl", "jsd"):
         uniform = dict.fromkeys(kinds, wrong)
-        other = expected_loss(models, tokenizer, items, kind_of=uniform, weights=[0.75, 0.25], normalization="token")
+        other = expected_loss(models, tokenizer, samples, kind_of=uniform, weights=[0.75, 0.25], normalization="token")
         assert loss != pytest.approx(other, rel=1e-2)
 
 
@@ -171,12 +168,12 @@ def test_parameters_of_two_divergences_and_the_mixture_in_one_batch(
         skew_alpha=0.2, teacher_reduction="mixture" if mixture else "sum",
     )  # fmt: skip
     engine = make_engine(config)
-    items = make_items(engine, prompts[:2])
-    loss, _ = loss_and_gradient(engine, items)
+    samples = make_samples(engine, prompts[:2])
+    loss, _ = loss_and_gradient(engine, samples)
     vocab = vocabulary_size(tokenizer)
     total, count = 0.0, 0
-    for item in items:
-        rollout, answer = item.rollout, item.rollout.target_ids
+    for sample in samples:
+        rollout, answer = sample, sample.target_ids
         ids, places = rollout.token_ids.tolist(), rollout.target_positions
         student = full_logprobs(models["student"], ids, places, vocab)
         teachers = [full_logprobs(models[name], ids, places, vocab) for name in ("big", "small")]
@@ -196,12 +193,12 @@ def test_divergence_temperature_divides_both_sides_and_not_the_sampling(
     models: Models, tokenizer: Any, prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path
 ) -> None:
     engine = make_engine(make_config(models, prompt_file, tmp_path, divergence_temperature=2.0))
-    items = make_items(engine, prompts[:3])
-    plain = make_items(make_engine(make_config(models, prompt_file, tmp_path)), prompts[:3])
-    assert [i.rollout.target_ids.tolist() for i in items] == [i.rollout.target_ids.tolist() for i in plain]
-    loss, _ = loss_and_gradient(engine, items)
+    samples = make_samples(engine, prompts[:3])
+    plain = make_samples(make_engine(make_config(models, prompt_file, tmp_path)), prompts[:3])
+    assert [i.target_ids.tolist() for i in samples] == [i.target_ids.tolist() for i in plain]
+    loss, _ = loss_and_gradient(engine, samples)
     expected = expected_loss(
-        models, tokenizer, items, kind_of=dict.fromkeys(("code", "agentic"), "reverse_kl"), weights=[0.75, 0.25],
+        models, tokenizer, samples, kind_of=dict.fromkeys(("code", "agentic"), "reverse_kl"), weights=[0.75, 0.25],
         normalization="token", temperature=2.0,
     )  # fmt: skip
     assert loss == pytest.approx(expected, rel=1e-4)
@@ -215,12 +212,12 @@ def test_loss_and_gradient_do_not_depend_on_micro_batches(
         models, prompt_file, tmp_path, method=method, divergence={"code": "jsd", "default": "forward_kl"}
     )
     engine = make_engine(config)
-    items = make_items(engine, prompts[:5])
-    loss, gradient = loss_and_gradient(engine, items)
-    longest = max(len(i.rollout.token_ids) for i in items)
+    samples = make_samples(engine, prompts[:5])
+    loss, gradient = loss_and_gradient(engine, samples)
+    longest = max(len(i.token_ids) for i in samples)
     for max_tokens in (1, longest + 20, 2 * longest + 5):
         engine.config = dataclasses.replace(config, max_tokens_per_batch=max_tokens)
-        cut_loss, cut = loss_and_gradient(engine, items)
+        cut_loss, cut = loss_and_gradient(engine, samples)
         assert cut_loss == pytest.approx(loss, rel=1e-5)
         assert_same_gradients(cut, gradient)
 
@@ -232,7 +229,7 @@ def test_gradient_checkpointing_changes_no_gradient(
     for on in (False, True):
         engine = make_engine(make_config(models, prompt_file, tmp_path, gradient_checkpointing=on))
         assert engine.student.model.is_gradient_checkpointing == on
-        found.append(loss_and_gradient(engine, make_items(engine, prompts[:2]))[1])
+        found.append(loss_and_gradient(engine, make_samples(engine, prompts[:2]))[1])
     assert_same_gradients(found[1], found[0])
 
 
@@ -243,13 +240,13 @@ def test_gradient_equals_that_of_plain_torch(
     from transformers import AutoModelForCausalLM
 
     engine = make_engine(make_config(models, prompt_file, tmp_path, divergence="jsd"))
-    items = make_items(engine, prompts[:3])
-    _, gradient = loss_and_gradient(engine, items)
+    samples = make_samples(engine, prompts[:3])
+    _, gradient = loss_and_gradient(engine, samples)
     vocab = vocabulary_size(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(models["student"]).double()
-    count = sum(len(i.rollout.target_ids) for i in items)
-    for item in items:
-        ids, at = item.rollout.token_ids, torch.from_numpy(item.rollout.target_positions)
+    count = sum(len(i.target_ids) for i in samples)
+    for sample in samples:
+        ids, at = sample.token_ids, torch.from_numpy(sample.target_positions)
         logits = model(input_ids=torch.from_numpy(ids)[None]).logits[0, at - 1, :vocab]
         for weight, name in ((0.75, "big"), (0.25, "small")):
             teacher = full_logprobs(models[name], ids.tolist(), at.numpy(), vocab)
@@ -263,17 +260,17 @@ def test_teachers_are_chosen_by_the_key_of_the_prompt(
 ) -> None:
     teachers = [{"model": models["big"], "key": ["code"]}, {"model": models["small"], "key": ["agentic"]}]
     engine = make_engine(make_config(models, prompt_file, tmp_path, method="opd", teachers=teachers))
-    items = make_items(engine, prompts[:4])
-    assert [i.teachers for i in items] == [("big",), ("small",), ("big",), ("small",)]
-    loss, _ = loss_and_gradient(engine, items)
+    samples = make_samples(engine, prompts[:4])
+    assert [i.teachers for i in samples] == [("big",), ("small",), ("big",), ("small",)]
+    loss, _ = loss_and_gradient(engine, samples)
     parts = [
         expected_loss(
-            models, tokenizer, [item], kind_of={item.rollout.prompt.key: "reverse_kl"}, normalization="token",
-            weights=[1.0, 0.0] if item.rollout.prompt.key == "code" else [0.0, 1.0],
+            models, tokenizer, [sample], kind_of={sample.prompt.key: "reverse_kl"}, normalization="token",
+            weights=[1.0, 0.0] if sample.prompt.key == "code" else [0.0, 1.0],
         )
-        for item in items
+        for sample in samples
     ]  # fmt: skip
-    lengths = [len(i.rollout.target_ids) for i in items]
+    lengths = [len(i.target_ids) for i in samples]
     assert loss == pytest.approx(np.average(parts, weights=lengths), rel=1e-4)
 
 
@@ -305,7 +302,7 @@ def test_loss_of_mad_opd_equals_plain_torch_under_the_transcript(
     )  # fmt: skip
     engine = make_engine(config)
     script_the_debate(engine)
-    items = make_items(engine, prompts[:4])
+    samples = make_samples(engine, prompts[:4])
     transcript = (
         "[Debate Start]\n"
         "[Expert A Round 1]: first of big <<CONFIDENCE=20>>\n[Expert B Round 1]: first of small\n"
@@ -314,16 +311,16 @@ def test_loss_of_mad_opd_equals_plain_torch_under_the_transcript(
     )
     raw = np.exp(np.array([0.9, 0.3]) / 0.5)
     weights = (raw / raw.sum()).tolist()
-    loss, _ = loss_and_gradient(engine, items)
+    loss, _ = loss_and_gradient(engine, samples)
     settings: dict[str, Any] = {
         "kind_of": {"code": "reverse_kl", "agentic": "jsd"}, "weights": weights, "normalization": "sequence",
     }  # fmt: skip
     expected = expected_loss(
-        models, tokenizer, items, **settings,
+        models, tokenizer, samples, **settings,
         question_of=lambda p, k: f"S {question(p)} | {'AB'[k]} | {transcript}",
     )  # fmt: skip
     assert loss == pytest.approx(expected, rel=1e-4)
-    blind = expected_loss(models, tokenizer, items, **settings)
+    blind = expected_loss(models, tokenizer, samples, **settings)
     assert loss != pytest.approx(blind, rel=1e-3)
 
 
@@ -333,13 +330,13 @@ def test_mad_opd_without_transcript_uses_only_the_weights(
     config = make_config(models, prompt_file, tmp_path, method="mad_opd", debate={"use_transcript": False, "rounds": 2})
     engine = make_engine(config)
     script_the_debate(engine)
-    items = make_items(engine, prompts[:3])
+    samples = make_samples(engine, prompts[:3])
     raw = np.exp([0.9, 0.3])
     expected = expected_loss(
-        models, tokenizer, items, kind_of=dict.fromkeys(("code", "agentic"), "reverse_kl"), normalization="token",
+        models, tokenizer, samples, kind_of=dict.fromkeys(("code", "agentic"), "reverse_kl"), normalization="token",
         weights=(raw / raw.sum()).tolist(),
     )  # fmt: skip
-    loss, _ = loss_and_gradient(engine, items)
+    loss, _ = loss_and_gradient(engine, samples)
     assert loss == pytest.approx(expected, rel=1e-4)
 
 
@@ -376,18 +373,17 @@ def test_no_head_is_called_on_the_training_path(
         raise Refused
 
     async def step() -> None:
-        dropped = Counter[str]()
-        rollouts, _ = await engine.rollout(prompts[:4], 0, dropped)
-        notes, _ = await engine.annotate(rollouts)
+        batch = await engine.prepare(prompts[:4], 0)
         for model in [engine.student.model, *(t.backbone.model for t in engine.teachers)]:
             model.forward = refuse
             model.get_output_embeddings().forward = refuse
         with pytest.raises(Refused):
             engine.student.model(input_ids=torch.ones(1, 1, dtype=torch.long))
-        judged = await engine.judge(rollouts, notes, dropped)
-        items, _ = engine.weigh(judged, engine.measure(judged), dropped)
+        await engine.score(batch)
+        engine.measure(batch)
+        engine.weigh(batch)
         before = engine.student.model.get_input_embeddings().weight.clone()
-        assert engine.update(items, Tally())["loss"] > 0
+        assert engine.update(batch).metrics["loss"] > 0
         assert not torch.equal(before, engine.student.model.get_input_embeddings().weight)
 
     asyncio.run(step())
@@ -422,11 +418,11 @@ def test_nothing_of_the_size_of_tokens_times_vocabulary_is_made(
     found = {}
     for budget in (None, 1 << 16):
         engine = make_engine(dataclasses.replace(config, workspace_bytes=budget))
-        items = make_items(engine, prompts)
-        tokens = sum(len(i.rollout.target_ids) for i in items)
+        samples = make_samples(engine, prompts)
+        tokens = sum(len(i.target_ids) for i in samples)
         assert tokens > 600  # far more than any hidden size here
         with Watch(range(vocab, vocab + 20)) as watch:
-            loss, gradient = loss_and_gradient(engine, items)
+            loss, gradient = loss_and_gradient(engine, samples)
         found[budget] = (watch, loss, gradient)
     roomy, tight = found[None][0], found[1 << 16][0]
     assert roomy.most_rows >= tokens  # the watch does see logits where the budget allows them
@@ -442,7 +438,7 @@ def test_a_context_with_other_tokens_than_the_students_is_refused(
     models: Models, prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path
 ) -> None:
     engine = make_engine(make_config(models, prompt_file, tmp_path))
-    rollouts = engine.sample(prompts[:1], 0)
+    rollouts = asyncio.run(engine.rollout(prompts[:1], 0)).samples
     context = TeacherContext.replace_prompt(rollouts[0], "big", [7, 8, 9])
     assert context.token_ids[:3].tolist() == [7, 8, 9]
     changed = dataclasses.replace(context, token_ids=np.concatenate([context.token_ids[:-1], [3]]))
@@ -490,7 +486,7 @@ def test_a_prompt_that_comes_again_gets_new_samples_and_a_resumed_step_the_same(
     models: Models, prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path
 ) -> None:
     def sampled(engine: Any) -> list[list[int]]:
-        return [r.target_ids.tolist() for r in asyncio.run(engine.step(prompts[:3])).rollouts]
+        return [r.target_ids.tolist() for r in asyncio.run(engine.step(prompts[:3])).samples]
 
     config = make_config(models, prompt_file, tmp_path, learning_rate=0.0)
     engine = make_engine(config)
@@ -505,11 +501,11 @@ def test_a_prompt_that_comes_again_gets_new_samples_and_a_resumed_step_the_same(
 def test_bfloat16_autocast_stays_close_to_float32(
     models: Models, prompt_file: str, prompts: Sequence[Prompt], tmp_path: Path
 ) -> None:
-    found, items = {}, []
+    found, samples = {}, []
     for bf16 in (False, True):
         engine = make_engine(make_config(models, prompt_file, tmp_path, bf16=bf16, divergence="forward_kl"))
-        items = items or make_items(engine, prompts[:3])
-        found[bf16] = loss_and_gradient(engine, items)
+        samples = samples or make_samples(engine, prompts[:3])
+        found[bf16] = loss_and_gradient(engine, samples)
         assert {g.dtype for g in found[bf16][1].values()} == {torch.float32}
     assert found[True][0] != found[False][0]
     assert found[True][0] == pytest.approx(found[False][0], rel=0.02)

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
-from engine_helpers import assert_same_gradients, loss_and_gradient, make_config, make_items
+from engine_helpers import assert_same_gradients, loss_and_gradient, make_config, make_samples
 
 from opdengine.data.prompts import load_prompts
 from opdengine.methods import build_method
@@ -79,9 +79,9 @@ def a_step_of_a_debate(bench: Bench, bf16: bool) -> None:
 def the_same_loss_as_on_the_cpu(bench: Bench, bf16: bool, **changes: Any) -> None:
     """Of the same rollouts under the same judgements; gradients, too."""
     reference = bench.engine(device=torch.device("cpu"), **changes)
-    items = make_items(reference, bench.prompts[:4])
-    loss, gradients = loss_and_gradient(reference, items)
-    found, here = loss_and_gradient(bench.engine(bf16=bf16, **changes), items)
+    samples = make_samples(reference, bench.prompts[:4])
+    loss, gradients = loss_and_gradient(reference, samples)
+    found, here = loss_and_gradient(bench.engine(bf16=bf16, **changes), samples)
     here = {name: gradient.cpu() for name, gradient in here.items()}
     if not bf16:
         assert found == pytest.approx(loss, rel=1e-4)
@@ -95,9 +95,9 @@ def the_same_loss_as_on_the_cpu(bench: Bench, bf16: bool, **changes: Any) -> Non
 def checkpointing_changes_nothing(bench: Bench) -> None:
     """Recomputed activations are those of the first pass."""
     plain = bench.engine(bf16=True)
-    items = make_items(plain, bench.prompts[:4])
-    loss, gradients = loss_and_gradient(plain, items)
-    again, others = loss_and_gradient(bench.engine(bf16=True, gradient_checkpointing=True), items)
+    samples = make_samples(plain, bench.prompts[:4])
+    loss, gradients = loss_and_gradient(plain, samples)
+    again, others = loss_and_gradient(bench.engine(bf16=True, gradient_checkpointing=True), samples)
     assert again == pytest.approx(loss, rel=1e-5)
     assert_same_gradients(others, gradients, rtol=1e-2)
 

@@ -49,9 +49,9 @@ def test_the_same_loss_as_on_the_cpu(bench: Bench, bf16: bool, divergence: str) 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_both_implementations_of_the_loss(bench: Bench, impl: str) -> None:
     here = bench.engine(loss_impl=impl)
-    items = engine_cases.make_items(here, bench.prompts[:4])
-    loss, _ = engine_cases.loss_and_gradient(here, items)
-    expected, _ = engine_cases.loss_and_gradient(bench.engine(loss_impl="reference"), items)
+    samples = engine_cases.make_samples(here, bench.prompts[:4])
+    loss, _ = engine_cases.loss_and_gradient(here, samples)
+    expected, _ = engine_cases.loss_and_gradient(bench.engine(loss_impl="reference"), samples)
     assert loss == pytest.approx(expected, rel=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Steps made by hand: rollouts, notes and statistics without any model."""
+"""Steps made by hand: samples with contexts and measures, without any model."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opdengine.methods.method import Batch, Note, Stats
-from opdengine.types import Prompt, Sample, Turn
+from opdengine.types import Batch, Prompt, Sample, Turn
 
 
 def make_rollout(
@@ -35,8 +34,7 @@ def make_batch(
 ) -> Batch:
     """One teacher whose log-probs lie above the student's by the given gaps."""
     own = [np.zeros(len(g)) - 1 for g in gaps] if student is None else [np.array(s) for s in student]
-    stats = [
-        Stats(student_logprob=s.astype(np.float32), teacher_logprob=(s + np.array(g))[:, None].astype(np.float32))
-        for s, g in zip(own, gaps, strict=True)
-    ]
-    return Batch(rollouts, [Note() for _ in rollouts], stats, step)
+    for sample, s, g in zip(rollouts, own, gaps, strict=True):
+        sample.student_logprob = s.astype(np.float32)
+        sample.teacher_logprob = (s + np.array(g))[:, None].astype(np.float32)
+    return Batch(step, list(rollouts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from method_helpers import make_batch, make_rollout
 import opdengine.loss.objective
 from opdengine.config.train import ConfigError
 from opdengine.data.prompts import load_prompts
-from opdengine.loss.objective import Item, Objective, make_item
+from opdengine.distributed import Ranks
+from opdengine.loss.objective import Objective
 from opdengine.methods import build_method
-from opdengine.methods.policy_gradient import PolicyGradient, gaps, no_divergence
-from opdengine.methods.method import Batch, Note, Stats, distill
+from opdengine.methods.method import Method
+from opdengine.methods.policy_gradient import PolicyGradient, gap_of
 from opdengine.models.backbone import Head
 from opdengine.training.step import Engine
-from opdengine.types import Sample, TokenSignal
+from opdengine.types import Batch, Sample
 
 VOCAB, WIDTH = 7, 5
 Models = dict[str, str]
@@ -34,10 +35,17 @@ def logprobs(seed: int, shape: tuple[int, ...] = (VOCAB,)) -> np.ndarray:
 
 
 def every_token(student: np.ndarray, teachers: np.ndarray, mix: np.ndarray, behaviour: np.ndarray) -> Batch:
-    """One rollout of a single token for each token of the vocabulary."""
-    rollouts = [make_rollout(str(y), [y], logprobs=[behaviour[y]]) for y in range(VOCAB)]
-    stats = [Stats(student_logprob=student[[y]], teacher_logprob=teachers[:, [y]].T) for y in range(VOCAB)]
-    return Batch(rollouts, [Note(mix=mix.astype(np.float32)) for _ in rollouts], stats)
+    """One sample of a single token for each token of the vocabulary."""
+    samples = [make_rollout(str(y), [y], logprobs=[behaviour[y]]) for y in range(VOCAB)]
+    for y, sample in enumerate(samples):
+        sample.mix = mix.astype(np.float32)
+        sample.student_logprob, sample.teacher_logprob = student[[y]], teachers[:, [y]].T
+    return Batch(samples=samples)
+
+
+def weighed(gradient: PolicyGradient, batch: Batch) -> Batch:
+    gradient.weigh(batch, Ranks())
+    return batch
 
 
 @pytest.mark.parametrize("mix", [(1.0,), (0.7, 0.3), (0.2, 0.3, 0.5)])
@@ -54,13 +62,11 @@ def test_expected_gradient_is_that_of_the_exact_reverse_kl(mix: tuple[float, ...
     gradient = PolicyGradient(importance="truncated", high=1e9) if off_policy else PolicyGradient()
 
     batch = every_token(p, teachers, weights, behaviour)
-    signals = gradient(batch).signals
-    items = [
-        make_item(r, dataclasses.replace(s, kl_weight=np.zeros(1), mix=None), (), (), float(np.exp(behaviour[y])))
-        for y, (r, s) in enumerate(zip(batch.rollouts, signals, strict=True))
-    ]
+    samples = weighed(gradient, batch).samples
+    for y, sample in enumerate(samples):
+        sample.scale = float(np.exp(behaviour[y]))
     objective = Objective(heads={}, divergence_of=lambda key: "reverse_kl", impl="torch")
-    loss = objective(hidden.repeat(VOCAB, 1), Head(weight, None, 1.0, None), items)
+    loss = objective(hidden.repeat(VOCAB, 1), Head(weight, None, 1.0, None), samples)
     ours = torch.autograd.grad(loss, [hidden, weight])
 
     exact = sum(w * (student.exp() * (student - torch.from_numpy(q))).sum() for w, q in zip(mix, teachers, strict=True))
@@ -71,12 +77,13 @@ def test_expected_gradient_is_that_of_the_exact_reverse_kl(mix: tuple[float, ...
 def test_large_gaps_carry_no_loss_and_are_counted() -> None:
     rollouts = [make_rollout("a", [1, 2, 3, 4]), make_rollout("b", [1, 2])]
     batch = make_batch(rollouts, [[1.0, -10.0, 9.99, 12.0], [-11.0, 0.5]])
-    weighed = PolicyGradient(max_gap=10.0)(batch)
-    np.testing.assert_allclose(weighed.signals[0].advantage, [1, 0, 9.99, 0], rtol=1e-6)
-    np.testing.assert_allclose(weighed.signals[1].advantage, [0, 0.5], rtol=1e-6)
-    np.testing.assert_array_equal(weighed.signals[0].kl_weight, [1, 0, 1, 0])
-    assert weighed.metrics["advantage/gap_masked"] == 3
-    assert PolicyGradient()(batch).metrics["advantage/gap_masked"] == 0
+    one, two = weighed(PolicyGradient(max_gap=10.0), batch).samples
+    np.testing.assert_allclose(one.advantage, [1, 0, 9.99, 0], rtol=1e-6)
+    np.testing.assert_allclose(two.advantage, [0, 0.5], rtol=1e-6)
+    assert batch.metrics["advantage/gap_masked"] == 3
+    weighed(PolicyGradient(exact=True, max_gap=10.0), batch)
+    np.testing.assert_array_equal(one.kl_weight, [1, 0, 1, 0])
+    assert weighed(PolicyGradient(), batch).metrics["advantage/gap_masked"] == 0
 
 
 @pytest.mark.parametrize(
@@ -92,28 +99,30 @@ def test_importance_weights_multiply_the_advantage(kind: str, low: float, high: 
     r = np.array([0.25, 0.6, 1.5, 4.0])
     student = -np.ones(4)
     rollout = make_rollout("a", [1, 2, 3, 4], logprobs=student - np.log(r))
-    weighed = PolicyGradient(True, kind, low, high)(make_batch([rollout], [[2.0] * 4], [student]))
-    np.testing.assert_allclose(weighed.signals[0].advantage, 2 * np.array(expected), rtol=1e-5)
-    assert weighed.metrics["advantage/importance_masked"] == expected.count(0)
+    batch = weighed(PolicyGradient(False, kind, low, high), make_batch([rollout], [[2.0] * 4], [student]))
+    np.testing.assert_allclose(rollout.advantage, 2 * np.array(expected), rtol=1e-5)
+    assert batch.metrics["advantage/importance_masked"] == expected.count(0)
 
 
 def test_rollouts_without_sampler_logprobs_are_counted_and_weigh_one() -> None:
-    weighed = PolicyGradient(True, "band", 0.5, 2.0)(make_batch([make_rollout("a", [1, 2])], [[1.0, -1.0]]))
-    np.testing.assert_allclose(weighed.signals[0].advantage, [1, -1])
-    assert weighed.metrics["advantage/without_sampler_logprobs"] == 1
+    batch = make_batch([make_rollout("a", [1, 2])], [[1.0, -1.0]])
+    weighed(PolicyGradient(False, "band", 0.5, 2.0), batch)
+    np.testing.assert_allclose(batch.samples[0].advantage, [1, -1])
+    assert batch.metrics["advantage/without_sampler_logprobs"] == 1
 
 
 def test_unjudged_rollouts_have_no_gap_and_no_statistics() -> None:
-    batch = Batch([make_rollout("a", [1, 2])], [Note(turn_weight=np.zeros(2))], [Stats()])
-    weighed = PolicyGradient(max_gap=1.0)(batch)
-    assert not np.any(weighed.signals[0].advantage)
-    assert "gap/mean" not in weighed.metrics
+    sample = make_rollout("a", [1, 2])
+    sample.turn_weight = np.zeros(2)
+    batch = weighed(PolicyGradient(max_gap=1.0), Batch(samples=[sample]))
+    assert not np.any(sample.advantage)
+    assert "gap/mean" not in batch.metrics
 
 
 def test_turn_weights_multiply_the_advantage() -> None:
     batch = make_batch([make_rollout("a", [1, 2])], [[1.0, 3.0]])
-    batch = dataclasses.replace(batch, notes=[Note(turn_weight=np.array([0.0, 0.5]))])
-    np.testing.assert_allclose(PolicyGradient()(batch).signals[0].advantage, [0.5, 1.5])
+    batch.samples[0].turn_weight = np.array([0.0, 0.5])
+    np.testing.assert_allclose(weighed(PolicyGradient(), batch).samples[0].advantage, [0.5, 1.5])
 
 
 # ------------------------------------------------------------------------------- with real models
@@ -125,21 +134,37 @@ def cut(rollout: Sample, length: int) -> Sample:
     return dataclasses.replace(rollout, turns=(prompt, answer))
 
 
-def gather(engine: Engine, prompt_file: str, weighers: tuple[Any, ...]) -> list[Item]:
-    """The items of one step under other weighers, of rollouts of different lengths."""
+Weigher = Callable[[Engine, Batch], None]
 
-    async def run() -> list[Item]:
-        dropped = Counter[str]()
-        rollouts, _ = await engine.rollout(load_prompts([prompt_file]).prompts[:4], 0, dropped)
-        rollouts = [cut(r, 2 + i) for i, r in enumerate(rollouts)]
-        notes, _ = await engine.annotate(rollouts)
-        judged = await engine.judge(rollouts, notes, dropped)
-        engine.recipe = dataclasses.replace(
-            engine.recipe, weighers=weighers, measures=("student_logprob", "teacher_logprob")
-        )
-        return engine.weigh(judged, engine.measure(judged), dropped)[0]
+
+def gather(engine: Engine, prompt_file: str, weigh: Weigher) -> list[Sample]:
+    """The samples of one step under other weights, of different lengths."""
+
+    async def run() -> list[Sample]:
+        batch = await engine.rollout(load_prompts([prompt_file]).prompts[:4], 0)
+        batch.samples = [cut(s, 2 + i) for i, s in enumerate(batch)]
+        await engine.annotate(batch)
+        await engine.score(batch)
+        engine.method.needs = frozenset({"student_logprob", "teacher_logprob"})
+        engine.measure(batch)
+        engine.method.weigh = lambda batch: weigh(engine, batch)  # type: ignore[method-assign]
+        engine.weigh(batch)
+        return list(batch)
 
     return asyncio.run(run())
+
+
+def distill(engine: Engine, batch: Batch) -> None:
+    Method.weigh(engine.method, batch)
+
+
+def sampled_form(engine: Engine, batch: Batch) -> None:
+    PolicyGradient().weigh(batch, engine.ranks)
+
+
+def both_terms(engine: Engine, batch: Batch) -> None:
+    sampled_form(engine, batch)
+    distill(engine, batch)
 
 
 @pytest.fixture
@@ -147,11 +172,9 @@ def engine(models: Models, prompt_file: str, tmp_path: Path) -> Engine:
     return make_engine(make_config(models, prompt_file, tmp_path / "run"))
 
 
-def test_both_streams_in_one_recipe_sum(engine: Engine, prompt_file: str) -> None:
-    gradient = PolicyGradient()
+def test_both_terms_of_one_method_sum(engine: Engine, prompt_file: str) -> None:
     parts = [
-        loss_and_gradient(engine, gather(engine, prompt_file, weighers))
-        for weighers in [(distill,), (no_divergence, gradient), (distill, gradient)]
+        loss_and_gradient(engine, gather(engine, prompt_file, weigh)) for weigh in (distill, sampled_form, both_terms)
     ]
     (divergence, one), (sampled, two), (both, three) = parts
     assert divergence != 0 and sampled != 0
@@ -167,13 +190,13 @@ def test_loss_is_the_mean_of_weighted_logprobs(
     from transformers import AutoModelForCausalLM
 
     engine = make_engine(make_config(models, prompt_file, tmp_path / "run", loss_normalization=normalization))
-    items = gather(engine, prompt_file, (no_divergence, PolicyGradient()))
+    samples = gather(engine, prompt_file, sampled_form)
     student = AutoModelForCausalLM.from_pretrained(models["student"], dtype=torch.float64)
     teachers = [AutoModelForCausalLM.from_pretrained(models[n], dtype=torch.float64) for n in ("big", "small")]
     vocab, parts = engine.vocab_size, []
-    for item in items:
-        ids, places = torch.from_numpy(item.rollout.token_ids)[None], item.rollout.target_positions
-        rows, targets = torch.from_numpy(places - 1), torch.from_numpy(item.rollout.target_ids)
+    for sample in samples:
+        ids, places = torch.from_numpy(sample.token_ids)[None], sample.target_positions
+        rows, targets = torch.from_numpy(places - 1), torch.from_numpy(sample.target_ids)
 
         def read(model: Any, ids: torch.Tensor = ids, rows: Any = rows, targets: Any = targets) -> torch.Tensor:
             logits = model(input_ids=ids).logits[0][rows, :vocab]
@@ -185,7 +208,7 @@ def test_loss_is_the_mean_of_weighted_logprobs(
         parts.append(-gap * own)
     expected = torch.cat(parts).mean() if normalization == "token" else torch.stack([x.mean() for x in parts]).mean()
     expected.backward()
-    loss, gradients = loss_and_gradient(engine, items)
+    loss, gradients = loss_and_gradient(engine, samples)
     assert len({len(p) for p in parts}) > 1  # else both means are equal
     assert loss == pytest.approx(expected.item(), rel=1e-4)
     theirs = {n: p.grad.float() for n, p in student.named_parameters() if p.grad is not None}
@@ -195,9 +218,9 @@ def test_loss_is_the_mean_of_weighted_logprobs(
 def test_only_tokens_with_an_advantage_go_through_the_head(
     engine: Engine, prompt_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    items = gather(engine, prompt_file, (no_divergence, PolicyGradient()))
+    samples = gather(engine, prompt_file, sampled_form)
     sparse = [
-        dataclasses.replace(i, advantage=np.where(np.arange(len(i.advantage)) % 2, i.advantage, 0)) for i in items
+        dataclasses.replace(i, advantage=np.where(np.arange(len(i.advantage)) % 2, i.advantage, 0)) for i in samples
     ]
     rows = []
     plain = opdengine.loss.objective.linear_logprob
@@ -208,7 +231,7 @@ def test_only_tokens_with_an_advantage_go_through_the_head(
         opdengine.loss.objective, "linear_divergence", lambda *a, **k: pytest.fail("no divergence asked")
     )
     _, ours = loss_and_gradient(engine, sparse)
-    assert sum(rows) == sum(len(i.advantage) // 2 for i in items)
+    assert sum(rows) == sum(len(i.advantage) // 2 for i in samples)
     whole = [dataclasses.replace(i, advantage=np.where(i.advantage == 0, 1e-30, i.advantage)) for i in sparse]
     _, theirs = loss_and_gradient(engine, whole)
     assert_same_gradients(ours, theirs)
@@ -255,10 +278,7 @@ def test_impossible_settings_are_refused(
 
 
 def test_gap_mixes_teachers_by_weight() -> None:
-    batch = Batch(
-        [make_rollout("a", [1])],
-        [Note(mix=np.array([0.25, 0.75], dtype=np.float32))],
-        [Stats(student_logprob=np.array([-2.0]), teacher_logprob=np.array([[-1.0, -4.0]]))],
-    )
-    np.testing.assert_allclose(gaps(batch)[0], [0.25 * 1 + 0.75 * -2])
-    assert isinstance(PolicyGradient()(batch).signals[0], TokenSignal)
+    sample = make_rollout("a", [1])
+    sample.mix = np.array([0.25, 0.75], dtype=np.float32)
+    sample.student_logprob, sample.teacher_logprob = np.array([-2.0]), np.array([[-1.0, -4.0]])
+    np.testing.assert_allclose(gap_of(sample), [0.25 * 1 + 0.75 * -2])

@@ -15,31 +15,48 @@ from method_helpers import make_batch, make_rollout
 from torch.utils.flop_counter import FlopCounterMode
 
 from opd_kernels import linear_logprob
-from opdengine.config.method_sections import CaMOPDConfig
+from opdengine.config.loading import from_mapping
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.data.prompts import DataError, PromptSet, ScheduledStream, load_prompts
 from opdengine.loss import objective
-from opdengine.loss.objective import Item
-from opdengine.loss.statistics import Statistics
+from opdengine.loss.objective import kl_weight
 from opdengine.methods import build_method
+from opdengine.methods.camopd import CaMOPD, gap_score, mass_prefix, select
 from opdengine.methods.policy_gradient import PolicyGradient
-from opdengine.methods.camopd import Branches, Selected
-from opdengine.methods.camopd import gap_score, mass_prefix, select
+from opdengine.training import scoring
 from opdengine.training.diagnostics import (
     Coherence,
     coherence,
     coherence_gain,
     probed_parameters,
-    rollout_gradients,
+    sample_gradients,
     sketch,
 )
-from opdengine.training import scoring
 from opdengine.training.run import train
 from opdengine.training.step import Engine
 from opdengine.training.writer import read_metrics
-from opdengine.types import Prompt
+from opdengine.types import Batch, Prompt, Sample
 
 Models = dict[str, str]
+
+
+def method(**settings: Any) -> CaMOPD:
+    """The method with some settings, without any model."""
+    teachers = [{"model": "t", "key": ["g"]}, {"model": "u", "key": ["d"]}]
+    section = {"domain": ["d"], **settings}
+    return CaMOPD(
+        from_mapping(
+            TrainConfig,
+            {
+                "model": "m",
+                "teachers": teachers,
+                "output_dir": "o",
+                "train_data": ["d"],
+                "method": "camopd",
+                "camopd": section,
+            },
+        )
+    )
 
 
 def test_scores() -> None:
@@ -81,11 +98,11 @@ def test_other_selections() -> None:
 
 
 def test_alternating_schedule() -> None:
-    branches = Branches(CaMOPDConfig(domain=["d"]))
-    steps = ["D" if branches.shares(t)["domain"] else "G" for t in range(120)]
+    branches = method()
+    steps = ["D" if branches.schedule(t)["domain"] else "G" for t in range(120)]
     assert "".join(steps[:8]) == "GGGDGGGD"
     assert Counter(steps) == {"G": 90, "D": 30}
-    assert Branches(CaMOPDConfig(domain=["d"], schedule="mixed")).shares(5) == {"general": 0.75, "domain": 0.25}
+    assert method(schedule="mixed").schedule(5) == {"general": 0.75, "domain": 0.25}
 
 
 # ------------------------------------------------------------------------------------- streams
@@ -98,8 +115,8 @@ def prompt_set(general: int, domain: int) -> PromptSet:
 
 def test_each_stream_keeps_its_own_order() -> None:
     """The prompts of a branch come as they would alone, whatever the other one does."""
-    alone = ScheduledStream(prompt_set(10, 7), 3, Branches(CaMOPDConfig(domain=["d"], n_general=1)))
-    other = ScheduledStream(prompt_set(10, 7), 3, Branches(CaMOPDConfig(domain=["d"], n_general=3)))
+    alone = ScheduledStream(prompt_set(10, 7), 3, method(n_general=1))
+    other = ScheduledStream(prompt_set(10, 7), 3, method(n_general=3))
     drawn = [[p.id for _ in range(24) for p in stream.next(4)] for stream in (alone, other)]
     for key, count in (("g", 48), ("d", 24)):
         one, two = ([i for i in ids if i.startswith(key)][:count] for ids in drawn)
@@ -110,13 +127,13 @@ def test_each_stream_keeps_its_own_order() -> None:
 
 def test_mixed_batches_are_rounded_by_largest_remainder() -> None:
     for ratio, count, expected in ((1, 8, (4, 4)), (3, 8, (6, 2)), (3, 6, (5, 1)), (3, 5, (4, 1)), (2, 4, (3, 1))):
-        config = CaMOPDConfig(domain=["d"], schedule="mixed", n_general=ratio)
-        keys = Counter(p.key for p in ScheduledStream(prompt_set(20, 20), 0, Branches(config)).next(count))
+        schedule = method(schedule="mixed", n_general=ratio)
+        keys = Counter(p.key for p in ScheduledStream(prompt_set(20, 20), 0, schedule).next(count))
         assert (keys["g"], keys["d"]) == expected
 
 
 def test_streams_resume_where_they_stopped() -> None:
-    schedule = Branches(CaMOPDConfig(domain=["d"]))
+    schedule = method()
     whole, first = (ScheduledStream(prompt_set(5, 3), 1, schedule) for _ in range(2))
     expected = [[p.id for p in whole.next(3)] for _ in range(14)]
     begun = [[p.id for p in first.next(3)] for _ in range(6)]
@@ -129,41 +146,44 @@ def test_streams_resume_where_they_stopped() -> None:
 
 def test_a_stream_without_prompts_is_refused() -> None:
     with pytest.raises(DataError, match="no prompt belongs to the stream 'domain'"):
-        ScheduledStream(prompt_set(5, 0), 0, Branches(CaMOPDConfig(domain=["d"])))
+        ScheduledStream(prompt_set(5, 0), 0, method())
 
 
 # ---------------------------------------------------------------------------------- the weigher
 
 
-def selected(**config: Any) -> Selected:
-    c = CaMOPDConfig(domain=["d"], **config)
-    return Selected(PolicyGradient(), c, Branches(c), seed=0)
+def weighed_by(batch: Batch, **settings: Any) -> Batch:
+    made = method(**settings)
+    made.gradient = PolicyGradient()
+    made.weigh(batch)
+    return batch
 
 
 def test_each_branch_has_its_own_score_share_and_weight() -> None:
     rollouts = [make_rollout(f"g{i}", [1, 2], key="g") for i in range(3)]
     rollouts += [make_rollout(f"d{i}", [1, 2], key="d") for i in range(3)]
     gaps = [[-9.0, -9.0], [1.0, 0.0], [0.2, 0.2], [-9.0, -9.0], [4.0, -1.0], [0.1, 0.0]]
-    weighed = selected()(make_batch(rollouts, gaps))
+    weighed = weighed_by(make_batch(rollouts, gaps))
     # general: |gap| 9, 0.5, 0.2; domain: positive part 0, 2, 0.05
-    assert [s.keep for s in weighed.signals] == [True, False, False, False, True, False]
-    assert {s.reason for s in weighed.signals} == {"", "selection"}
-    np.testing.assert_allclose(weighed.signals[0].advantage, [-18, -18])
-    np.testing.assert_allclose(weighed.signals[4].advantage, [4, -1])  # a negative gap still pushes down
+    assert [not s.drop for s in weighed.samples] == [True, False, False, False, True, False]
+    assert {s.drop for s in weighed.samples} == {"", "selection"}
+    np.testing.assert_allclose(weighed.samples[0].advantage, [-18, -18])
+    np.testing.assert_allclose(weighed.samples[4].advantage, [4, -1])  # a negative gap still pushes down
     assert weighed.metrics["camopd/general/selected_share"] == pytest.approx(1 / 3)
     assert weighed.metrics["camopd/domain/gap_positive"] == pytest.approx(4.1 / 6)
     assert weighed.metrics["camopd/domain/gap_signed"] == pytest.approx((-18 + 3 + 0.1) / 6)
 
 
 def test_equal_student_and_teacher_keep_all_with_zero_loss() -> None:
-    weighed = selected()(make_batch([make_rollout(str(i), [1, 2], key="d") for i in range(3)], [[0, 0]] * 3))
-    assert all(s.keep and not s.advantage.any() for s in weighed.signals)
+    weighed = weighed_by(make_batch([make_rollout(str(i), [1, 2], key="d") for i in range(3)], [[0, 0]] * 3))
+    assert all(not s.drop and not s.advantage.any() for s in weighed.samples)
 
 
 def test_bad_and_short_rollouts_are_left_out_and_counted() -> None:
     rollouts = [make_rollout(str(i), [1] * n, key="g") for i, n in enumerate([2, 2, 1])]
-    weighed = selected(min_tokens=2, selection="none")(make_batch(rollouts, [[np.nan, 1], [1, 1], [5.0]]))
-    assert [s.reason for s in weighed.signals] == ["gap_not_finite", "", "min_tokens"]
+    batch = make_batch(rollouts, [[np.nan, 1], [1, 1], [5.0]])
+    weighed = weighed_by(batch, min_tokens=2, selection="none")
+    assert [s.drop for s in weighed.samples] == ["gap_not_finite", "", "min_tokens"]
     assert np.isfinite(weighed.metrics["camopd/general/gap_abs"])
 
 
@@ -177,16 +197,18 @@ def camopd_config(models: Models, prompt_file: str, folder: Path, **changes: Any
     return make_config(models, prompt_file, folder, camopd=section, **settings)
 
 
-def gather(engine: Engine, prompts: list[Prompt]) -> tuple[list[Any], list[Any], list[Item]]:
-    async def run() -> tuple[list[Any], list[Any], list[Item]]:
-        dropped = Counter[str]()
-        rollouts, _ = await engine.rollout(prompts, 0, dropped)
-        notes, _ = await engine.annotate(rollouts)
-        judged = await engine.judge(rollouts, notes, dropped)
-        stats = engine.measure(judged)
-        return judged, stats, engine.weigh(judged, stats, dropped)[0]
+def gather(engine: Engine, prompts: list[Prompt]) -> tuple[list[Sample], list[Sample]]:
+    """All samples of a step, measured, and those that are trained on."""
 
-    return asyncio.run(run())
+    async def run() -> Batch:
+        batch = await engine.prepare(prompts, 0)
+        await engine.score(batch)
+        engine.measure(batch)
+        engine.weigh(batch)
+        return batch
+
+    batch = asyncio.run(run())
+    return batch.samples, list(batch)
 
 
 def code_prompts(prompt_file: str) -> list[Prompt]:
@@ -207,7 +229,7 @@ def test_bf16_covers_the_products_with_the_heads(
 
         monkeypatch.setattr(module, "linear_logprob", spied)
     engine = make_engine(camopd_config(models, prompt_file, tmp_path, bf16=True))
-    loss_and_gradient(engine, gather(engine, code_prompts(prompt_file))[2])
+    loss_and_gradient(engine, gather(engine, code_prompts(prompt_file))[1])
     assert seen["scoring"][0] == torch.bfloat16  # the student comes first
     assert set(seen["scoring"][1:]) == {torch.float32}
     assert set(seen["objective"]) == {torch.bfloat16}
@@ -220,20 +242,19 @@ def test_gradient_is_that_of_equation_9(models: Models, prompt_file: str, tmp_pa
 
     config = camopd_config(models, prompt_file, tmp_path, temperature=1.1)
     engine = make_engine(config)
-    judged, stats, items = gather(engine, [p for p in load_prompts([prompt_file]).prompts if p.key == key])
+    judged, items = gather(engine, [p for p in load_prompts([prompt_file]).prompts if p.key == key])
     assert 0 < len(items) < len(judged)
-    kept = {item.rollout.id for item in items}
+    kept = {item.id for item in items}
     student = AutoModelForCausalLM.from_pretrained(models["student"])
     loss, negative = torch.zeros(()), 0
-    for item, stat in zip(judged, stats, strict=True):
-        rollout = item.rollout
+    for rollout in judged:
         if rollout.id not in kept:
             continue
-        assert item.teachers == (("small",) if key == "code" else ("big",))
+        assert rollout.teachers == (("small",) if key == "code" else ("big",))
         logits = student(input_ids=torch.from_numpy(rollout.token_ids)[None]).logits[0]
         rows = logits[rollout.target_positions - 1, : engine.vocab_size].log_softmax(-1)
         logprob = rows[range(len(rollout.target_ids)), rollout.target_ids]
-        gap = torch.from_numpy(stat.teacher_logprob[:, 0]) - logprob.detach()
+        gap = torch.from_numpy(rollout.teacher_logprob[:, 0]) - logprob.detach()
         ratio = (logprob.detach() - torch.from_numpy(rollout.sampler_logprob)).exp()
         w = torch.where((ratio >= 0.5) & (ratio <= 2), ratio, 0)
         r = 1.0 if key == "code" else 2.0
@@ -253,37 +274,34 @@ def test_the_update_runs_only_what_was_selected(models: Models, prompt_file: str
     engine = make_engine(camopd_config(models, prompt_file, tmp_path, **still))
     everything = make_engine(camopd_config(models, prompt_file, tmp_path, camopd={"selection": "none"}, **still))
     prompts = code_prompts(prompt_file)
-    judged, stats, items = gather(engine, prompts)
-    _, _, whole = gather(everything, prompts)
+    judged, items = gather(engine, prompts)
+    _, whole = gather(everything, prompts)
     assert len(whole) == len(judged) > len(items) > 0
-    kept = {item.rollout.id for item in items}
-    alone = [item for item in whole if item.rollout.id in kept]
+    kept = {item.id for item in items}
+    alone = [item for item in whole if item.id in kept]
 
-    def flops(engine: Engine, items: list[Item]) -> int:
-        for _ in range(2):  # the first step also probes the loss
-            tally = Tally()
-            for item, known in zip(judged, stats, strict=True):
-                tally.add_measured(item.teachers, item.rollout, known)
+    def flops(engine: Engine, samples: list[Sample]) -> int:
+        for _ in range(2):  # the first step also checks the loss
             with FlopCounterMode(display=False) as counter:
-                engine.update(items, tally)
+                engine.update(Batch(samples=samples))
         return counter.get_total_flops()
 
     chosen, reference, full = flops(engine, items), flops(everything, alone), flops(everything, whole)
     assert chosen == reference < full
-    tokens = [sum(len(i.rollout.token_ids) for i in part) for part in (items, whole)]
+    tokens = [sum(len(i.token_ids) for i in part) for part in (items, whole)]
     assert chosen / full == pytest.approx(tokens[0] / tokens[1], rel=0.15)
 
 
 def test_full_vocabulary_trains_the_same_selection(models: Models, prompt_file: str, tmp_path: Path) -> None:
     prompts = code_prompts(prompt_file)
-    _, _, sampled = gather(make_engine(camopd_config(models, prompt_file, tmp_path)), prompts)
+    _, sampled = gather(make_engine(camopd_config(models, prompt_file, tmp_path)), prompts)
     config = camopd_config(models, prompt_file, tmp_path, advantage={"kl_mode": "full_vocab"}, camopd={"r_d": 3.0})
     engine = make_engine(config)
-    _, _, exact = gather(engine, prompts)
-    assert [i.rollout.id for i in exact] == [i.rollout.id for i in sampled]
+    _, exact = gather(engine, prompts)
+    assert [i.id for i in exact] == [i.id for i in sampled]
     assert not any(np.any(i.advantage) for i in exact)
     for item in exact:
-        np.testing.assert_allclose(item.kl_weight, 3 / (len(exact) * len(item.kl_weight)), rtol=1e-5)
+        np.testing.assert_allclose(kl_weight(item), 3 / (len(exact) * len(item.target_ids)), rtol=1e-5)
     assert loss_and_gradient(engine, exact)[0] > 0
 
 
@@ -335,11 +353,11 @@ def test_sketches_keep_inner_products() -> None:
     np.testing.assert_array_equal(sketch(parts[0], 256, 1), sketch(parts[0], 256, 1))
 
 
-def test_rollout_gradients_are_those_of_each_loss_alone(models: Models, prompt_file: str, tmp_path: Path) -> None:
-    """Projected gradients of single items sum to the projection of the gradient of their sum."""
+def test_sample_gradients_are_those_of_each_loss_alone(models: Models, prompt_file: str, tmp_path: Path) -> None:
+    """Projected gradients of single samples sum to the projection of the gradient of their sum."""
     engine = make_engine(camopd_config(models, prompt_file, tmp_path, camopd={"selection": "none"}))
-    _, _, items = gather(engine, code_prompts(prompt_file))
-    rows = rollout_gradients(engine, items, 512, seed=1)
+    _, items = gather(engine, code_prompts(prompt_file))
+    rows = sample_gradients(engine, items, 512, seed=1)
     assert rows.shape == (len(items), 512) and np.linalg.norm(rows, axis=1).min() > 0
     assert all(p.grad is None for p in engine.student.model.parameters())
     parameters = probed_parameters(engine.student.model)
@@ -355,10 +373,9 @@ def test_rollout_gradients_are_those_of_each_loss_alone(models: Models, prompt_f
 )
 def test_each_branch_is_measured_at_its_next_turn(every: int, general: list[int], domain: list[int]) -> None:
     """Also where the interval is a multiple of the schedule's period."""
-    config = CaMOPDConfig(domain=["d"], diagnose_steps=every)
-    inspector = Coherence(config, Branches(config), (), 0)
+    diagnostics = Coherence(method(diagnose_steps=every), ())
     for branch, steps in (("general", general), ("domain", domain)):
-        assert [s for s in range(8) if inspector.is_due(branch, s)] == steps
+        assert [s for s in range(8) if diagnostics.is_due(branch, s)] == steps
 
 
 def test_a_run_reports_coherence_and_opposition(models: Models, prompt_file: str, tmp_path: Path) -> None:
@@ -410,5 +427,5 @@ def test_a_general_teacher_without_key_judges_general_prompts_only(
 ) -> None:
     teachers = [{"model": models["big"]}, {"model": models["small"], "key": ["code"]}]
     engine = make_engine(camopd_config(models, prompt_file, tmp_path, teachers=teachers))
-    judged, _, _ = gather(engine, list(load_prompts([prompt_file]).prompts))
-    assert {(j.rollout.prompt.key, j.teachers) for j in judged} == {("code", ("small",)), ("agentic", ("big",))}
+    judged, _ = gather(engine, list(load_prompts([prompt_file]).prompts))
+    assert {(j.prompt.key, j.teachers) for j in judged} == {("code", ("small",)), ("agentic", ("big",))}

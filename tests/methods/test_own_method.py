@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_helpers import make_config, make_engine, make_items
+from engine_helpers import make_config, make_engine, make_samples
 
 from opdengine.config.train import ConfigError
 from opdengine.data.prompts import load_prompts
@@ -25,7 +25,7 @@ def method(tmp_path: Path) -> str:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.DOTALL)
     file = tmp_path / "apart.py"
     file.write_text(code)
-    return f"{file}:apart"
+    return f"{file}:Apart"
 
 
 def test_the_example_of_the_page_trains(models: dict[str, str], prompt_file: str, tmp_path: Path, method: str) -> None:
@@ -40,8 +40,8 @@ def test_its_options_decide_the_weights(models: dict[str, str], prompt_file: str
     weights = {}
     for bound in (0.0, 1.0):
         config = make_config(models, prompt_file, tmp_path, method=method, method_options={"bound": bound})
-        items = make_items(make_engine(config), prompts)
-        weights[bound] = np.concatenate([item.kl_weight for item in items])
+        samples = make_samples(make_engine(config), prompts)
+        weights[bound] = np.concatenate([sample.kl_weight for sample in samples])
     assert np.all(weights[0.0] > 0)
     assert 0 < np.mean(weights[1.0] > 0) < 1
 
@@ -51,9 +51,12 @@ def test_its_options_decide_the_weights(models: dict[str, str], prompt_file: str
     [
         ({"method": "nowhere.py:f"}, "method 'nowhere.py:f' cannot be loaded: there is no Python file"),
         ({"method": "opdengine.methods.opd:nothing"}, "cannot be loaded: .*'nothing'"),
-        ({"method": "opdengine.methods.opd:opd", "method_options": {"x": 1}}, "unexpected keyword argument 'x'"),
-        ({"method": "opdengine.config.loading:to_mapping"}, "returned a dict, not an opdengine.methods.method.Recipe"),
-        ({"method": "opdengine.methods.opd:MAX_TEACHERS"}, "cannot be called with .*not a callable object"),
+        ({"method": "opdengine.methods.opd:OPD", "method_options": {"x": 1}}, "unexpected keyword argument 'x'"),
+        (
+            {"method": "opdengine.config.loading:to_mapping"},
+            "is no class that inherits opdengine.methods.method",
+        ),
+        ({"method": "opdengine.methods.method:MAX_TEACHERS"}, "is no class that inherits"),
         ({"method": "mt_opd", "method_options": {"x": 1}}, "method_options=.'x': 1. is not possible"),
     ],
 )

@@ -20,8 +20,8 @@ from opdengine.config.method_sections import UniOPDConfig
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.data.prompts import load_prompts
 from opdengine.methods.policy_gradient import PolicyGradient
-from opdengine.methods.method import Note
 from opdengine.methods.uni_opd import (
+    UniOPD,
     balanced_counts,
     capped_counts,
     choose,
@@ -31,11 +31,10 @@ from opdengine.methods.uni_opd import (
     sets,
     shifts,
 )
-from opdengine.methods.uni_opd import Balance, Calibrated
 from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.training.run import check_routing
 from opdengine.training.step import Engine
-from opdengine.types import Prompt, Sample, Turn
+from opdengine.types import Batch, Prompt, Sample, Turn
 
 INF = math.inf
 
@@ -89,6 +88,15 @@ def test_capped_counts(counts: tuple[int, int], most: int | None, kept: tuple[in
     assert capped_counts(*counts, most) == kept
 
 
+def method(config: UniOPDConfig | None = None) -> UniOPD:
+    """The method with some settings, without any model."""
+    base = from_mapping(
+        TrainConfig,
+        {"model": "m", "teachers": [{"model": "t"}], "output_dir": "o", "train_data": ["d"], "method": "uni_opd"},
+    )
+    return UniOPD(dataclasses.replace(base, uni_opd=config or UniOPDConfig()))
+
+
 def outcomes(**groups: str) -> tuple[list[Sample], list[bool]]:
     """``a="110"``: a group of two correct and one incorrect rollout."""
     rollouts = [make_rollout(f"{g}{i}", [i + 1], group=g) for g, labels in groups.items() for i in range(len(labels))]
@@ -97,7 +105,7 @@ def outcomes(**groups: str) -> tuple[list[Sample], list[bool]]:
 
 def kept_counts(rollouts: Sequence[Sample], correct: Sequence[bool], stays: Sequence[bool]) -> dict[str, tuple]:
     found = {}
-    for group, members in sets(rollouts, "group").items():
+    for group, members in sets([r.group for r in rollouts], "group").items():
         labels = [correct[i] for i in members if stays[i]]
         found[group] = (sum(labels), len(labels) - sum(labels))
     return found
@@ -139,12 +147,14 @@ def test_only_rollouts_that_teachers_can_judge_are_balanced() -> None:
     """Two right and three wrong answers: the one wrong answer too many is not removed twice."""
     labels = {"a": 1.0, "b": 1.0, "c": 0.0, "d": 0.0, "e": 0.0}
     rollouts = [make_rollout(id, [i + 1], group="g", reward=reward) for i, (id, reward) in enumerate(labels.items())]
-    notes = [Note(drop="teacher_window/t") if r.id == "e" else Note() for r in rollouts]
-    revised, metrics = Balance(UniOPDConfig(), 0)(rollouts, notes, 0)
-    assert [note.drop for note in revised] == ["", "", "", "", "teacher_window/t"]
-    assert metrics == {"balance/correct_before": 0.5, "balance/correct_after": 0.5}
-    revised, _ = Balance(UniOPDConfig(), 0)(rollouts, [Note() for _ in rollouts], 0)
-    assert [note.drop for note in revised].count("balance") == 1
+    rollouts[-1].drop = "teacher_window/t"
+    batch = Batch(samples=rollouts)
+    method().select(batch)
+    assert [r.drop for r in rollouts] == ["", "", "", "", "teacher_window/t"]
+    assert batch.metrics == {"balance/correct_before": 0.5, "balance/correct_after": 0.5}
+    rollouts[-1].drop = ""
+    method().select(batch)
+    assert [r.drop for r in rollouts].count("balance") == 1
 
 
 def test_steps_of_an_episode_stay_or_go_together() -> None:
@@ -219,8 +229,12 @@ def test_order_consistency_counts_groups_and_pairs() -> None:
     assert found["order/return_correct"] == pytest.approx(1.1 / 4)
 
 
-def weigh(config: UniOPDConfig, rollouts: Sequence[Sample], gaps: Sequence[Sequence[float]], **gradient: Any) -> Any:
-    return Calibrated(PolicyGradient(**gradient), config)(make_batch(rollouts, gaps))
+def weigh(config: UniOPDConfig, rollouts: Sequence[Sample], gaps: Sequence[Sequence[float]], **gradient: Any) -> Batch:
+    made = method(config)
+    made.gradient = PolicyGradient(**gradient)
+    batch = make_batch([dataclasses.replace(r) for r in rollouts], gaps)
+    made.weigh(batch)
+    return batch
 
 
 def test_the_shift_is_a_constant_on_every_token_of_the_group() -> None:
@@ -234,40 +248,40 @@ def test_the_shift_is_a_constant_on_every_token_of_the_group() -> None:
     weighed = weigh(UniOPDConfig(), rollouts, gaps)
     d = 0.4 - (-0.5 - -0.2)
     expected = [np.array(gaps[0]) + d / 2, np.array(gaps[1]) - d / 2, np.array(gaps[2]), np.array(gaps[3])]
-    for signal, wanted in zip(weighed.signals, expected, strict=True):
+    for signal, wanted in zip(weighed.samples, expected, strict=True):
         np.testing.assert_allclose(signal.advantage, wanted, rtol=1e-5)
     assert weighed.metrics["margin/shift"] == pytest.approx(d)
     # Over the whole step the statistics are of all rollouts with an outcome.
     wide = weigh(UniOPDConfig(margin_scope="global"), rollouts, gaps)
     d = 0.4 - (-0.5 - (-0.2 - 3.0) / 2)
     assert d < 0 and not wide.metrics["margin/shift"]
-    np.testing.assert_allclose(wide.signals[1].advantage, gaps[1], rtol=1e-5)
+    np.testing.assert_allclose(wide.samples[1].advantage, gaps[1], rtol=1e-5)
 
 
 def test_masked_tokens_get_no_shift_and_the_fixed_control_ignores_the_margin() -> None:
     rollouts = [make_rollout("a", [1, 2], group="g", reward=1.0), make_rollout("b", [1, 2], group="g", reward=0.0)]
     gaps = [[5.0, -12.0], [-2.0, -2.0]]
     fixed = weigh(UniOPDConfig(margin="fixed"), rollouts, gaps, max_gap=10.0)
-    np.testing.assert_allclose(fixed.signals[0].advantage, [5.2, 0], rtol=1e-5)
-    np.testing.assert_allclose(fixed.signals[1].advantage, [-2.2, -2.2], rtol=1e-5)
+    np.testing.assert_allclose(fixed.samples[0].advantage, [5.2, 0], rtol=1e-5)
+    np.testing.assert_allclose(fixed.samples[1].advantage, [-2.2, -2.2], rtol=1e-5)
     alone = weigh(UniOPDConfig(margin="fixed"), rollouts[:1], gaps[:1])
-    np.testing.assert_allclose(alone.signals[0].advantage, gaps[0], rtol=1e-5)
+    np.testing.assert_allclose(alone.samples[0].advantage, gaps[0], rtol=1e-5)
     plain = weigh(UniOPDConfig(margin="none"), rollouts, gaps)
-    np.testing.assert_allclose(plain.signals[1].advantage, gaps[1], rtol=1e-5)
+    np.testing.assert_allclose(plain.samples[1].advantage, gaps[1], rtol=1e-5)
 
 
 def test_the_greedy_mask_drops_rollouts() -> None:
     rollouts = [make_rollout(str(i), [1], group="g", reward=float(i < 2)) for i in range(4)]
     weighed = weigh(UniOPDConfig(margin="mask"), rollouts, [[0.5], [-5.0], [0.0], [0.0]])
-    assert [s.keep for s in weighed.signals] == [True, False, True, True]
-    assert weighed.signals[1].reason == "margin"
+    assert [not s.drop for s in weighed.samples] == [True, False, True, True]
+    assert weighed.samples[1].drop == "margin"
 
 
 def test_full_vocabulary_leaves_only_the_shift_in_the_advantage() -> None:
     rollouts = [make_rollout("a", [1], group="g", reward=1.0), make_rollout("b", [1], group="g", reward=0.0)]
-    weighed = weigh(UniOPDConfig(), rollouts, [[-1.0], [-1.0]], use_gap=False)
-    np.testing.assert_allclose([s.advantage[0] for s in weighed.signals], [0.2, -0.2], rtol=1e-5)
-    assert all(s.kl_weight[0] == 1 for s in weighed.signals)
+    weighed = weigh(UniOPDConfig(), rollouts, [[-1.0], [-1.0]], exact=True)
+    np.testing.assert_allclose([s.advantage[0] for s in weighed.samples], [0.2, -0.2], rtol=1e-5)
+    assert all(s.kl_weight[0] == 1 for s in weighed.samples)
 
 
 # --------------------------------------------------------------------------------- in the engine
@@ -306,7 +320,7 @@ def test_dropped_rollouts_are_shown_to_no_teacher(
         plain = teacher.score
 
         async def score(contexts: Any, name: str = teacher.name, plain: Any = plain) -> Any:
-            shown.setdefault(name, []).extend(c.rollout_id for c in contexts)
+            shown.setdefault(name, []).extend(c.sample_id for c in contexts)
             return await plain(contexts)
 
         teacher.score = score
@@ -331,7 +345,7 @@ def test_outcomes_change_the_update(models: dict[str, str], prompt_file: str, tm
     for r in result.samples:
         states = engine.student.score([r.token_ids], [r.target_positions])[0]
         after = engine.student.head.logits(states).detach().log_softmax(-1)[range(len(r.target_ids)), r.target_ids]
-        drift[r.reward].append(float(after.mean() - r.logprobs.mean()))
+        drift[r.reward].append(float(after.mean() - r.sampler_logprob.mean()))
     assert np.mean(drift[1.0]) > np.mean(drift[0.0]) + 0.01
 
 
@@ -376,8 +390,8 @@ def test_the_empty_think_block_is_the_students_alone(tiny: Any, tmp_path: Path, 
     assert own[-len(block) :] == block
     answer = [*block, 40, 41, *block, tokenizer.eos_token_id]  # the same ids within the response stay
     rollout = Sample("r", prompt, (Turn("prompt", np.array(own)), Turn("assistant", np.array(answer), trains=True)))
-    notes, _ = asyncio.run(engine.annotate([rollout]))
-    (context,) = notes[0].contexts
+    asyncio.run(engine.annotate(Batch(samples=[rollout])))
+    (context,) = rollout.contexts
     plain = encode_chat(load_tokenizer(folders["small"]), prompt.messages)
     assert plain == own[: -len(block)]
     assert context.token_ids.tolist() == plain + answer

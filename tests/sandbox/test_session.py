@@ -17,10 +17,10 @@ from conftest import available
 
 from opdengine.verifiers.sandbox import session as module
 from opdengine.verifiers.sandbox.filter import AUDIT_ARCHITECTURE, build_filter
-from opdengine.workers.plain import decode, encode
 from opdengine.verifiers.sandbox.runtime import Runtime, find_runtime
 from opdengine.verifiers.sandbox.session import SandboxError, Session, find_tier
 from opdengine.verifiers.sandbox.tiers import NONE, Limits, Tier, spare_uid
+from opdengine.workers.plain import decode, encode
 
 OWNER = """
 import sys

@@ -10,7 +10,7 @@ import pytest
 from engine_helpers import PROMPTS
 from teacher_helpers import Server, served
 
-from opdengine.methods.debate import Debater
+from opdengine.methods.debate.debate import Debater
 from opdengine.methods.debate.prompts import debate_prompts
 from opdengine.methods.mad_opd import debate_metrics
 from opdengine.teachers import TeacherError

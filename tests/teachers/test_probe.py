@@ -17,10 +17,10 @@ from teacher_helpers import Server, context, served
 from transformers import AutoModelForCausalLM
 
 from opdengine.config.train import ConfigError, TeacherConfig
+from opdengine.errors import ProbeError
 from opdengine.training.build import teacher_tokenizer
 from opdengine.training.run import train
 from opdengine.training.run_folder import RunFolder
-from opdengine.errors import ProbeError
 from opdengine.types import Failure
 
 

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_helpers import assert_same_gradients, loss_and_gradient, make_config, make_engine, make_items
+from engine_helpers import assert_same_gradients, loss_and_gradient, make_config, make_engine, make_samples
 from teacher_helpers import Server
 
 from opdengine.data.prompts import load_prompts
+from opdengine.loss.objective import kl_weight
 from opdengine.loss.statistics import Statistics
-from opdengine.methods.method import Note
 from opdengine.models.chat import vocabulary_size
 from opdengine.teachers.endpoint import BadAnswer
 from opdengine.teachers.top_k import read_top_k
-from opdengine.types import TeacherContext, TopK
+from opdengine.types import Prompt, Sample, TeacherContext, TopK, Turn
 
 Models = dict[str, str]
 
@@ -101,27 +101,27 @@ def test_a_whole_list_equals_hidden_states_and_a_short_one_is_a_lower_bound(
     found = {}
     for k in (4, 32, vocab + 13):  # the head of the served model has 13 columns of padding
         local, away = engines(models, real_server, prompt_file, tmp_path, k, divergence=kind)
-        items = make_items(away, prompts)
-        targets = items[0].targets[0]
-        assert isinstance(targets, TopK) and len(targets) == len(items[0].rollout.target_ids)
+        samples = make_samples(away, prompts)
+        targets = samples[0].targets[0]
+        assert isinstance(targets, TopK) and len(targets) == len(samples[0].rollout.target_ids)
         # Columns of padding among the k likeliest are taken out.
         assert min(k, vocab) - 4 < targets.ids.shape[1] <= min(k, vocab)
-        assert targets.ids[:, 0].tolist() == items[0].rollout.target_ids.tolist()
-        found[k] = loss_and_gradient(away, items)
-    exact = loss_and_gradient(local, make_items(local, prompts))
+        assert targets.ids[:, 0].tolist() == samples[0].rollout.target_ids.tolist()
+        found[k] = loss_and_gradient(away, samples)
+    exact = loss_and_gradient(local, make_samples(local, prompts))
     assert found[vocab + 13][0] == pytest.approx(exact[0], rel=1e-5)
     assert_same_gradients(found[vocab + 13][1], exact[1], rtol=1e-3)
     assert found[4][0] < found[32][0] < exact[0]
     assert found[32][0] > 0.5 * exact[0]
 
 
-def plain_loss(engine: Any, items: Any, kind: str) -> torch.Tensor:
+def plain_loss(engine: Any, samples: Any, kind: str) -> torch.Tensor:
     """Whole-vocabulary student log-probs, merged by hand into the listed events and the rest."""
     total = torch.zeros((), dtype=torch.float64)
-    width = min(item.targets[0].ids.shape[1] for item in items)
-    for item in items:
-        rollout = item.rollout
-        targets = TopK(item.targets[0].ids[:, :width], item.targets[0].logprobs[:, :width])
+    width = min(sample.teacher_targets[0].ids.shape[1] for sample in samples)
+    for sample in samples:
+        rollout = sample
+        targets = TopK(sample.teacher_targets[0].ids[:, :width], sample.teacher_targets[0].logprobs[:, :width])
         logits = engine.student.model(torch.from_numpy(rollout.token_ids)[None]).logits[0].double()
         p = logits[torch.from_numpy(rollout.target_positions - 1), : engine.vocab_size].softmax(-1)
         ids = torch.from_numpy(targets.ids)
@@ -136,7 +136,7 @@ def plain_loss(engine: Any, items: Any, kind: str) -> torch.Tensor:
         else:
             m = 0.5 * (p + q)
             rows = 0.5 * (q * (q / m).log()).sum(1) + 0.5 * (p * (p / m).log()).sum(1)
-        total = total + (torch.from_numpy(item.kl_weight) * rows).sum()
+        total = total + (torch.from_numpy(kl_weight(sample)) * rows).sum()
     return total
 
 
@@ -147,9 +147,9 @@ def test_loss_and_gradient_equal_plain_torch(
     real_server.control()
     _, engine = engines(models, real_server, prompt_file, tmp_path, 16, method="opd", divergence=kind,
                         teachers=[{"model": models["big"]}])  # fmt: skip
-    items = make_items(engine, load_prompts([prompt_file]).prompts[:3])
-    loss, gradient = loss_and_gradient(engine, items)
-    expected = plain_loss(engine, items, kind)
+    samples = make_samples(engine, load_prompts([prompt_file]).prompts[:3])
+    loss, gradient = loss_and_gradient(engine, samples)
+    expected = plain_loss(engine, samples, kind)
     assert loss == pytest.approx(expected.item(), rel=1e-4)
     expected.backward()
     plain = {n: p.grad.clone() for n, p in engine.student.model.named_parameters() if p.grad is not None}
@@ -165,13 +165,13 @@ def test_statistics_of_a_served_teacher(
     prompts = load_prompts([prompt_file]).prompts[:3]
     teachers = [{"model": models["big"]}, {"model": models["small"]}][: 1 if method == "opd" else 2]
 
-    def statistics(engine: Any) -> Tally:
+    def statistics(engine: Any) -> Statistics:
         engine._optimizer_step = lambda loss, norm: {}
-        tally = Tally()
-        engine.update(make_items(engine, prompts), tally)
-        return tally
+        found = Statistics()
+        engine._update(make_samples(engine, prompts), found, [])
+        return found
 
-    def pair(k: int, **changes: Any) -> list[Tally]:
+    def pair(k: int, **changes: Any) -> list[Statistics]:
         made = engines(models, real_server, prompt_file, tmp_path, k, method=method, teachers=teachers, **changes)
         return [statistics(engine) for engine in made]
 
@@ -187,23 +187,27 @@ def test_statistics_of_a_served_teacher(
 
 
 def test_a_dead_teacher_behind_a_server_has_the_entropy_of_the_uniform_distribution() -> None:
-    tally = Tally()
-    tally.add_listed("t", torch.full((3, 8), -float(np.log(300))), 300, torch.zeros(3), None)
-    np.testing.assert_allclose(tally.get("teacher_entropy/t"), np.log(300), rtol=1e-5)
+    statistics = Statistics()
+    statistics.add_listed("t", torch.full((3, 8), -float(np.log(300))), 300, torch.zeros(3), None)
+    np.testing.assert_allclose(statistics.get("teacher_entropy/t"), np.log(300), rtol=1e-5)
 
 
 def test_the_weight_of_a_teacher_that_is_left_out_goes_to_the_others() -> None:
     ids = np.array([1, 2, 3])
     contexts = tuple(TeacherContext("r", name, ids, np.array([2])) for name in "abc")
-    note = Note(contexts, np.array([0.5, 0.3, 0.2], dtype=np.float32))
-    assert note.only(["a", "b", "c"]).mix is note.mix
-    left = note.only(["a", "b"])
-    assert [c.teacher for c in left.contexts] == ["a", "b"] and left.mix is not None
-    np.testing.assert_allclose(left.mix, [0.625, 0.375], rtol=1e-6)
-    nothing = Note(contexts, np.array([0.0, 0.0, 1.0], dtype=np.float32)).only(["a", "b"]).mix
-    assert nothing is not None
-    np.testing.assert_allclose(nothing, [0.5, 0.5], rtol=1e-6)
-    assert Note(contexts).only(["a"]).mix is None
+
+    def left(mix: list[float] | None, names: list[str]) -> Sample:
+        sample = Sample("r", Prompt("p", ()), (Turn("prompt", ids[:2]), Turn("assistant", ids[2:], trains=True)))
+        sample.contexts, sample.mix = contexts, None if mix is None else np.array(mix, dtype=np.float32)
+        sample.keep_teachers(names)
+        return sample
+
+    np.testing.assert_array_equal(left([0.5, 0.3, 0.2], ["a", "b", "c"]).mix, np.float32([0.5, 0.3, 0.2]))
+    two = left([0.5, 0.3, 0.2], ["a", "b"])
+    assert [c.teacher for c in two.contexts] == ["a", "b"]
+    np.testing.assert_allclose(two.mix, [0.625, 0.375], rtol=1e-6)
+    np.testing.assert_allclose(left([0.0, 0.0, 1.0], ["a", "b"]).mix, [0.5, 0.5], rtol=1e-6)
+    assert left(None, ["a"]).mix is None
 
 
 def test_rollouts_of_a_failed_teacher_are_judged_by_the_others(
@@ -214,12 +218,12 @@ def test_rollouts_of_a_failed_teacher_are_judged_by_the_others(
     real_server.control(faults=[{"kind": "500", "on": "score", "after": 1}])  # after the probe
     _, engine = engines(models, real_server, prompt_file, tmp_path, 16, on_teacher_failure="drop")
     engine.teachers[0].endpoint.max_retries = 0
-    items = make_items(engine, prompts)
-    assert [i.teachers for i in items] == [("small",), ("small",)]
-    assert all((i.mix == 1).all() for i in items)
+    samples = make_samples(engine, prompts)
+    assert [i.teachers for i in samples] == [("small",), ("small",)]
+    assert all((i.mix == 1).all() for i in samples)
     alone = make_engine(make_config(models, prompt_file, tmp_path, method="opd", teachers=[{"model": models["small"]}]))
-    expected = loss_and_gradient(alone, make_items(alone, prompts))
-    found = loss_and_gradient(engine, items)
+    expected = loss_and_gradient(alone, make_samples(alone, prompts))
+    found = loss_and_gradient(engine, samples)
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
     assert_same_gradients(found[1], expected[1])
 

@@ -21,8 +21,8 @@ from teacher_helpers import context
 
 from opdengine.config.train import TeacherConfig
 from opdengine.data.prompts import load_prompts
-from opdengine.teachers.server import ServedTeacher
 from opdengine.errors import ProbeError
+from opdengine.teachers.server import ServedTeacher
 from opdengine.types import Completion, Failure, Request, SamplingParams, TopK
 
 pytestmark = pytest.mark.vllm

@@ -14,8 +14,8 @@ from teacher_helpers import Server, context
 
 from opdengine.config.train import ConfigError, TeacherConfig
 from opdengine.data.prompts import load_prompts
-from opdengine.teachers.local import LocalTeacher
 from opdengine.errors import ProbeError
+from opdengine.teachers.local import LocalTeacher
 
 SAY = "written by the server <<CONFIDENCE=80>>"
 

@@ -12,14 +12,14 @@ from opdengine.config.loading import from_mapping
 from opdengine.config.sections import DataConfig
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import DataError, load_prompts
+from opdengine.data.reasoning_tasks import DENIED, allowed, generate, split_of
 from opdengine.training.run import train
 from opdengine.types import Prompt
 from opdengine.verifiers import load_verifier
 from opdengine.verifiers.grader import Grader
-from opdengine.data.reasoning_tasks import DENIED, allowed, generate, split_of
 from opdengine.verifiers.reasoning_tasks import EVALUATED, extract_answer
-from opdengine.workers.plain import decode
 from opdengine.verifiers.score import VerifierSettings
+from opdengine.workers.plain import decode
 
 JUNK = (
     "", "0", "1", "2", "7", "-1", "10", "100", "zzz", "True", "False", "None", "yes", "no", "[]", "{}", "[[0]]", "a",
