@@ -94,7 +94,7 @@ class MTSeqKD(Method):
 
 
 def author(prompt: Prompt, teachers: Sequence[Teacher], seed: int) -> Teacher:
-    """The teacher that answers this prompt, drawn in proportion to the weights; fixed by the prompt's id and the seed."""
+    """The teacher that answers this prompt, drawn by weight; fixed by its id and the seed."""
     digest = hashlib.sha256(f"{seed}:{prompt.id}".encode()).digest()
     point = int.from_bytes(digest[:8], "big") / 2**64 * sum(t.weight for t in teachers)
     for teacher in teachers:

@@ -12,7 +12,7 @@ from teacher_helpers import Server, served
 
 from opdengine.methods.debate.debate import Debater
 from opdengine.methods.debate.prompts import debate_prompts
-from opdengine.methods.mad_opd import debate_metrics
+from opdengine.methods.debate.contexts import debate_metrics
 from opdengine.teachers import TeacherError
 from opdengine.types import Prompt, SamplingParams
 
