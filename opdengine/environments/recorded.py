@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from opdengine.chat import plain_message
-from opdengine.data import parse_tools
+from opdengine.data_rows import parse_tools
 from opdengine.environments.actions import visible_text, with_tool_calls
 from opdengine.environments.protocol import Observation, Step, Task
 from opdengine.environments.rows import checked_rows, file_of
