@@ -158,7 +158,7 @@ def restore_optimizer(
     with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
         for key in file.keys():  # noqa: SIM118
             name, _, moment = key.rpartition(".")
-            value = file.get_tensor(key)
+            value = file.get_tensor(key).clone()  # what it gives is a view of the file
             parameter = parameters.get(name)
             if parameter is None or (value.dim() and value.shape != parameter.shape):
                 raise CheckpointError(
