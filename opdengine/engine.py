@@ -265,7 +265,9 @@ class Engine:
             return [Stats() for _ in judged]
         heads = {t.name: t.head for t in self.teachers if t.head is not None}
         self.student.model.eval()
-        measurer = Measurer(self.student, heads, self.vocab_size, c.loss_impl, c.workspace_bytes)
+        measurer = Measurer(
+            self.student, heads, self.vocab_size, c.loss_impl, c.workspace_bytes, self.sampling_params(), self.version
+        )
         return self.student.within(lambda: measurer(judged, recipe.measures, recipe.top1_temperature))
 
     def weigh(

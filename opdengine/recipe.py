@@ -68,12 +68,20 @@ class Stats:
         teacher_logprob: float32 [T, K] log q_k(target), teachers in the order of the note's contexts.
         teacher_top1: float32 [T, K] largest probability of q_k.
         teacher_entropy: float32 [T, K] of q_k, nats (of a served teacher: at most this).
+        policy_logratio: float32 [T] log of the probability of the target under the present policy over that
+            under the policy that sampled it, both after temperature, penalty, top-k and top-p of the sampling.
+            Exactly 0 where no update lies between the two; else the older one is the sampler's, and where that
+            told no log-probs this is None.
+        sampler_logratio: float32 [T] the same with the sampler's log-prob always, so that it also shows how
+            trainer and sampler differ with the same weights.
     """
 
     student_logprob: np.ndarray | None = None
     teacher_logprob: np.ndarray | None = None
     teacher_top1: np.ndarray | None = None
     teacher_entropy: np.ndarray | None = None
+    policy_logratio: np.ndarray | None = None
+    sampler_logratio: np.ndarray | None = None
 
 
 MEASURES = tuple(field.name for field in fields(Stats))

@@ -6,17 +6,18 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from opd_kernels import linear_logprob
+from opdengine.agreement import processed_rows
 from opdengine.backbone import Backbone, Head
 from opdengine.probes import ProbeError
 from opdengine.recipe import Note, Stats
 from opdengine.teachers import Teacher
-from opdengine.types import Failure, Hidden, Rollout, TeacherContext, TeacherTargets, TopK
+from opdengine.types import Failure, Hidden, Rollout, SamplingParams, TeacherContext, TeacherTargets, TopK
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ class Measurer:
         heads: of the teachers that judge by hidden states.
         vocab_size: valid leading columns of every head.
         impl, workspace_bytes: of the fused op.
+        sampling: how the rollouts were sampled.
+        version: optimiser steps that the student has taken.
     """
 
     student: Backbone
@@ -123,6 +126,8 @@ class Measurer:
     vocab_size: int
     impl: str = "auto"
     workspace_bytes: int | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    version: int = 0
 
     @torch.no_grad()
     def __call__(self, judged: Sequence[Judged], measures: Sequence[str], top1_temperature: float = 1.0) -> list[Stats]:
@@ -132,20 +137,60 @@ class Measurer:
         """
         values: list[dict[str, np.ndarray]] = [{} for _ in judged]
         shown = [i for i, item in enumerate(judged) if item.targets]
-        if "student_logprob" in measures:
-            rollouts = [judged[i].rollout for i in shown]
-            states = self.student.score([r.token_ids for r in rollouts], [r.target_positions for r in rollouts])
-            parts = [(judged[i], rows) for i, rows in zip(shown, states, strict=True)]
-            head = self.student.head.to(states[0].dtype) if states else self.student.head
-            for i, own in zip(shown, self._read(parts, head), strict=True):
-                values[i]["student_logprob"] = own["teacher_logprob"]
-        wanted = [measure for measure in measures if measure != "student_logprob"]
+        if any(measure in measures for measure in OWN):
+            for i, own in zip(shown, self._student([judged[i] for i in shown], measures), strict=True):
+                values[i] |= own
+        wanted = [measure for measure in measures if measure not in OWN]
         columns = self._teachers(judged, wanted, top1_temperature) if wanted else {}
         for i in shown:
             for measure in wanted:
                 read = [columns[i, name][measure] for name in judged[i].teachers]
                 values[i][measure] = np.stack(read, axis=1)
         return [Stats(**found) for found in values]
+
+    def _student(self, judged: Sequence[Judged], measures: Sequence[str]) -> list[dict[str, np.ndarray]]:
+        """The wanted statistics of the student alone; a ratio without the sampler's log-probs is left out."""
+        rollouts = [item.rollout for item in judged]
+        states = self.student.score([r.token_ids for r in rollouts], [r.target_positions for r in rollouts])
+        head = self.student.head.to(states[0].dtype) if states else self.student.head
+        parts = list(zip(judged, states, strict=True))
+        logprobs = [read["teacher_logprob"] for read in self._read(parts, head)]
+        values = [{"student_logprob": own} for own in logprobs]
+        for measure in (name for name in OWN[1:] if name in measures):
+            same = [measure == "policy_logratio" and r.policy_version == self.version for r in rollouts]
+            open_ = [i for i, r in enumerate(rollouts) if not same[i] and r.logprobs is not None]
+            ratios = self._ratios([parts[i] for i in open_], [logprobs[i] for i in open_], head)
+            values = [
+                v | ({measure: np.zeros_like(v["student_logprob"])} if s else {})
+                for v, s in zip(values, same, strict=True)
+            ]
+            for i, ratio in zip(open_, ratios, strict=True):
+                values[i][measure] = ratio
+        return values
+
+    def _ratios(
+        self, parts: Sequence[tuple[Judged, torch.Tensor]], logprobs: Sequence[np.ndarray], head: Head
+    ) -> list[np.ndarray]:
+        """float32 [T]: log-probs of every part under the student, processed as in sampling, less the sampler's.
+
+        Args:
+            parts: rollouts that have the sampler's log-probs, with hidden states.
+            logprobs: of their targets at temperature 1.
+            head: of the student.
+        """
+        params, ours = self.sampling, list(logprobs)
+        if params.repetition_penalty != 1.0 or (params.temperature and (params.top_p < 1.0 or params.top_k)):
+            ours = [
+                processed_rows(head, r.token_ids, r.target_positions, states, params, self.vocab_size)
+                for r, states in ((item.rollout, states) for item, states in parts)
+            ]
+        elif params.temperature not in (0.0, 1.0):
+            ours = [read["teacher_logprob"] for read in self._read(parts, head, params.temperature)]
+        theirs = [item.rollout.logprobs for item, _ in parts]
+        return [
+            np.where(_has_weight(item), mine - sampled, 0.0).astype(np.float32)
+            for (item, _), mine, sampled in zip(parts, ours, theirs, strict=True)
+        ]
 
     def _teachers(
         self, judged: Sequence[Judged], wanted: Sequence[str], top1_temperature: float
@@ -210,6 +255,8 @@ class Measurer:
         return results
 
 
+OWN = ("student_logprob", "policy_logratio", "sampler_logratio")
+"""What needs the student alone."""
 READ = ("teacher_logprob", "teacher_entropy", "teacher_top1")
 MOST_ROWS = 32768
 """Hidden states that are on the device at a time (those of one rollout always are)."""

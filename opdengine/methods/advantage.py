@@ -7,6 +7,7 @@ of KL(p || q): that gap, detached, is the token's advantage (arXiv 2605.03677 an
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +19,17 @@ from opdengine.importance import banded, clipped, truncated
 from opdengine.recipe import Batch, Note, Stats, Weighed, Weigher, distill
 from opdengine.types import TokenSignal
 
+logger = logging.getLogger(__name__)
+
 MEASURES = ("student_logprob", "teacher_logprob", "teacher_entropy")
-"""What :class:`PolicyGradient` reads; the entropy shows a dead teacher."""
+"""What gaps are made of; the entropy shows a dead teacher."""
+
+RATIOS = {"none": "", "truncated": "sampler_logratio", "band": "sampler_logratio", "clip": "policy_logratio"}
+"""The ratio of each kind of importance weight, by its name in :class:`Stats`.
+
+PPO clips how far the policy has moved since it sampled (1 with one update per rollout); the others bound how
+far trainer and sampler are apart, whatever the reason.
+"""
 
 BOUNDS = {"none": (0.0, 0.0), "truncated": (0.0, 2.0), "band": (0.5, 2.0), "clip": (0.2, 0.28)}
 """Usual ``low`` and ``high`` of each kind of importance weight."""
@@ -42,6 +52,11 @@ class PolicyGradient:
     low: float = 0.0
     high: float = 0.0
     max_gap: float = math.inf
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The statistics that it needs."""
+        return (*MEASURES, RATIOS[self.importance]) if self.importance != "none" else MEASURES
 
     def __call__(self, batch: Batch) -> Weighed:
         count = len(batch.rollouts)
@@ -70,10 +85,11 @@ class PolicyGradient:
             advantage = np.where(open_, (scale[i] * gap[i] if self.use_gap else 0.0) + shift[i], 0.0)
             weight = np.ones(len(advantage))
             if self.importance != "none" and stats.student_logprob is not None:
-                if rollout.logprobs is None:
+                difference = getattr(stats, RATIOS[self.importance])
+                if difference is None:
                     unknown += 1
                 else:
-                    weight = self._importance(stats.student_logprob - rollout.logprobs, advantage)
+                    weight = self._importance(difference, advantage)
             if note.turn_weight is not None:
                 advantage = advantage * np.asarray(note.turn_weight)[rollout.target_turns]
             signals.append(
@@ -139,10 +155,31 @@ def resolve(config: TrainConfig, importance: str, max_gap: float) -> tuple[Weigh
     gradient = PolicyGradient(
         section.kl_mode == "sampled", kind, low, high, max_gap if section.max_gap is None else section.max_gap
     )
+    _check_ratio(config, kind)
     if section.kl_mode == "full_vocab":
         return distill, gradient
     need_reverse_kl(config, "advantage.kl_mode")
     return no_divergence, gradient
+
+
+def _check_ratio(config: TrainConfig, kind: str) -> None:
+    """Refuse importance weights between updates of what was not sampled from a density; point out their limit."""
+    if kind == "none" or not config.max_staleness:
+        return
+    if config.temperature == 0:
+        raise ConfigError(
+            f"advantage.importance={kind!r} is not possible with temperature=0 and "
+            f"max_staleness={config.max_staleness}: what is chosen greedily has no density, so no ratio corrects for "
+            "an older policy; set temperature above 0, max_staleness to 0, or advantage.importance to none"
+        )
+    if config.top_p < 1 or config.top_k:
+        logger.warning(
+            "top_p=%g and top_k=%d with max_staleness=%d: importance weights compare what is left after them, and "
+            "cannot correct for tokens that an older policy excluded",
+            config.top_p,
+            config.top_k,
+            config.max_staleness,
+        )
 
 
 def need_reverse_kl(config: TrainConfig, setting: str) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from opdengine.coherence import Coherence
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.method_sections import CaMOPDConfig
-from opdengine.methods.advantage import MEASURES, PolicyGradient, gaps, resolve
+from opdengine.methods.advantage import PolicyGradient, gaps, resolve
 from opdengine.methods.gap_selection import branch_metrics, gap_score, select
 from opdengine.methods.opd import need_teachers, plain_note
 from opdengine.recipe import Annotations, Batch, Recipe, Weighed, route
@@ -131,7 +131,7 @@ def camopd(config: TrainConfig) -> Recipe:
         "camopd",
         branches,
         (base, Selected(gradient, c, branches, config.seed)),
-        measures=MEASURES,
+        measures=gradient.measures,
         schedule=branches,
         inspector=Coherence(c, branches, (base, gradient), config.seed) if c.diagnose_steps else None,
     )

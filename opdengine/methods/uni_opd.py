@@ -25,7 +25,7 @@ import numpy as np
 from opdengine.config import TrainConfig
 from opdengine.method_sections import UniOPDConfig
 from opdengine.methods import outcome
-from opdengine.methods.advantage import MEASURES, PolicyGradient, gaps, resolve
+from opdengine.methods.advantage import PolicyGradient, gaps, resolve
 from opdengine.methods.mad_opd import contexts_of
 from opdengine.methods.opd import need_teachers
 from opdengine.recipe import Batch, Note, Recipe, Weighed
@@ -113,7 +113,7 @@ def uni_opd(config: TrainConfig) -> Recipe:
         contexts_of(config),
         (base, Calibrated(gradient, config.uni_opd)),
         teachers_per_prompt=2 if config.debates else 1,
-        measures=MEASURES,
+        measures=gradient.measures,
         needs_reward=True,
         revise=Balance(config.uni_opd, config.seed),
     )

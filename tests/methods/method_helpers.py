@@ -33,10 +33,16 @@ def make_batch(
     student: Sequence[Sequence[float]] | None = None,
     step: int = 0,
 ) -> Batch:
-    """One teacher whose log-probs lie above the student's by the given gaps."""
+    """One teacher whose log-probs lie above the student's by the given gaps; sampled at temperature 1."""
     own = [np.zeros(len(g)) - 1 for g in gaps] if student is None else [np.array(s) for s in student]
+    ratios = [None if r.logprobs is None else s - r.logprobs for r, s in zip(rollouts, own, strict=True)]
     stats = [
-        Stats(student_logprob=s.astype(np.float32), teacher_logprob=(s + np.array(g))[:, None].astype(np.float32))
-        for s, g in zip(own, gaps, strict=True)
+        Stats(
+            student_logprob=s.astype(np.float32),
+            teacher_logprob=(s + np.array(g))[:, None].astype(np.float32),
+            policy_logratio=ratio,
+            sampler_logratio=ratio,
+        )
+        for s, g, ratio in zip(own, gaps, ratios, strict=True)
     ]
     return Batch(rollouts, [Note() for _ in rollouts], stats, step)

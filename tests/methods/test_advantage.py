@@ -36,7 +36,14 @@ def logprobs(seed: int, shape: tuple[int, ...] = (VOCAB,)) -> np.ndarray:
 def every_token(student: np.ndarray, teachers: np.ndarray, mix: np.ndarray, behaviour: np.ndarray) -> Batch:
     """One rollout of a single token for each token of the vocabulary."""
     rollouts = [make_rollout(str(y), [y], logprobs=[behaviour[y]]) for y in range(VOCAB)]
-    stats = [Stats(student_logprob=student[[y]], teacher_logprob=teachers[:, [y]].T) for y in range(VOCAB)]
+    stats = [
+        Stats(
+            student_logprob=student[[y]],
+            teacher_logprob=teachers[:, [y]].T,
+            sampler_logratio=student[[y]] - behaviour[[y]],
+        )
+        for y in range(VOCAB)
+    ]
     return Batch(rollouts, [Note(mix=mix.astype(np.float32)) for _ in rollouts], stats)
 
 
