@@ -36,7 +36,7 @@ class DebateConfig(Section):
     temperature: float = 0.7
     top_p: float = 0.8
     top_k: int = 20
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.1
     max_tokens: int = 4096
     prompts: str | dict[str, Any] = "generic"
     use_confidence: bool = True

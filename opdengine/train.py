@@ -25,7 +25,7 @@ from opdengine.environments.setup import held_out_tasks, load_tasks
 from opdengine.evaluate import answer_params, evaluate, evaluate_episodes, require_answers, turn_params
 from opdengine.interrupts import Interrupted, Interrupts
 from opdengine.loop import Loop
-from opdengine.methods import build_recipe
+from opdengine.methods import PAPERS, build_recipe
 from opdengine.metrics import MetricsWriter, NoWriter, require_trackers, write_jsonl
 from opdengine.progress import Progress
 from opdengine.recipe import Recipe
@@ -91,6 +91,8 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     stream = _open_stream(config, recipe, prompts, saved)
     _seed_everything(config.seed)
     ranks.settle()  # everything that can be refused has been, on every rank
+    for line in PAPERS[config.method].report(config, ranks.world_size) if config.method in PAPERS else ():
+        logger.info(line)
     engine = build_engine(config, recipe, tokenizer, folder.checkpoint, ranks)
     if ranks.rank:
         _seed_everything(config.seed + ranks.rank)  # dropout differs between ranks, what is loaded does not

@@ -7,12 +7,20 @@ from collections.abc import Callable
 
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.methods.agent_baselines import entropy_opd, tcod
+from opdengine.methods.camopd import PAPER as CAMOPD
 from opdengine.methods.camopd import camopd
+from opdengine.methods.mad_opd import BASELINES as MAD_OPD_BASELINES
+from opdengine.methods.mad_opd import PAPER as MAD_OPD
 from opdengine.methods.mad_opd import mad_opd
+from opdengine.methods.mt_seqkd import PAPER as MT_SEQKD
 from opdengine.methods.mt_seqkd import mt_seqkd
+from opdengine.methods.opad import PAPER as OPAD
 from opdengine.methods.opad import opad
 from opdengine.methods.opd import mt_opd, opd
+from opdengine.methods.paper import Paper
+from opdengine.methods.sage_opd import PAPER as SAGE_OPD
 from opdengine.methods.sage_opd import sage_opd
+from opdengine.methods.uni_opd import PAPER as UNI_OPD
 from opdengine.methods.uni_opd import uni_opd
 from opdengine.plugins import load_object
 from opdengine.recipe import Recipe
@@ -29,6 +37,20 @@ METHODS: dict[str, Callable[[TrainConfig], Recipe]] = {
     "uni_opd": uni_opd,
     "camopd": camopd,
 }
+
+PAPERS: dict[str, Paper] = {
+    "mt_opd": MAD_OPD_BASELINES,
+    "mt_seqkd": MT_SEQKD,
+    "mad_opd": MAD_OPD,
+    "opad": OPAD,
+    "sage_opd": SAGE_OPD,
+    "tcod": SAGE_OPD,
+    "entropy_opd": SAGE_OPD,
+    "uni_opd": UNI_OPD,
+    "camopd": CAMOPD,
+}
+"""What a run takes where it says nothing. Baselines have the settings of the method that they are compared with; plain
+"opd" is a baseline of every paper and has none."""
 
 
 def build_recipe(config: TrainConfig) -> Recipe:

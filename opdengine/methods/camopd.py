@@ -19,15 +19,40 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opdengine.coherence import Coherence
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.method_sections import CaMOPDConfig
 from opdengine.methods.advantage import PolicyGradient, gaps, resolve
 from opdengine.methods.gap_selection import branch_metrics, gap_score, select
 from opdengine.methods.opd import need_teachers, plain_note
-from opdengine.recipe import Annotations, Batch, Recipe, Weighed, route
+from opdengine.methods.paper import Paper
+from opdengine.recipe import Annotations, Batch, Inspector, Recipe, Weighed, Weigher, route
 from opdengine.teachers import Teacher
 from opdengine.types import Prompt, Rollout
+
+PAPER = Paper(
+    arxiv="2605.27115",
+    defaults={
+        "divergence": ("reverse_kl", "equation 2"),
+        "loss_normalization": ("sequence", "equation 9"),
+        "advantage.importance": ("band", "equation 2"),
+        "advantage.max_gap": (float("inf"), "equation 2"),
+        "num_generations": (1, "appendix A"),
+        "temperature": (1.0, "unstated: samples of the student itself"),
+        "top_p": (1.0, "unstated: samples of the student itself"),
+        "top_k": (0, "unstated: samples of the student itself"),
+        "learning_rate": (2e-6, "appendix A"),
+        "max_grad_norm": (1000.0, "unstated: where every step is clipped r_g and r_d do nothing"),
+    },
+    choices={
+        "max_prompt_length": "4096",
+        "max_completion_length": "32768",
+        "prompts_per_step": "512",
+        "max_steps": "120",
+        "lr_scheduler_type": "unstated",
+        "weight_decay": "unstated",
+    },
+)
+"""Those of schedule and selection are the defaults of :class:`opdengine.method_sections.CaMOPDConfig`."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +150,7 @@ def camopd(config: TrainConfig) -> Recipe:
             f"camopd.domain names {alone}, but no domain teacher has that 'key': nobody would judge these prompts; add "
             f"it to one of {special} or take it out of camopd.domain"
         )
-    base, gradient = resolve(config, importance="band", max_gap=float("inf"))
+    base, gradient = resolve(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
     branches = Branches(c)
     return Recipe(
         "camopd",
@@ -133,5 +158,11 @@ def camopd(config: TrainConfig) -> Recipe:
         (base, Selected(gradient, c, branches, config.seed)),
         measures=gradient.measures,
         schedule=branches,
-        inspector=Coherence(c, branches, (base, gradient), config.seed) if c.diagnose_steps else None,
+        inspector=_inspector(c, branches, (base, gradient), config.seed) if c.diagnose_steps else None,
     )
+
+
+def _inspector(config: CaMOPDConfig, branches: Branches, weighers: tuple[Weigher, Weigher], seed: int) -> Inspector:
+    from opdengine.coherence import Coherence  # needs torch, which reading the settings does not
+
+    return Coherence(config, branches, weighers, seed)

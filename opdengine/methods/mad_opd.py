@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,44 @@ from opdengine.config import ConfigError, DebateConfig, TrainConfig
 from opdengine.debate import Debate, Debater
 from opdengine.debate_prompts import DebatePrompts, debate_prompts
 from opdengine.methods.opd import PlainContexts, need_teachers, read_by
+from opdengine.methods.paper import Paper
 from opdengine.metrics import mean
 from opdengine.recipe import Annotations, Annotator, Note, Recipe, distill, route
 from opdengine.teachers import Teacher
 from opdengine.types import Rollout, SamplingParams
+
+BASELINES = Paper(
+    arxiv="2605.01347",
+    defaults={
+        "jsd_beta": (0.5, "remark 1"),
+        "teacher_reduction": ("sum", "equation 8"),
+        "divergence_temperature": (1.0, "released code"),
+        "loss_normalization": ("sequence", "released code"),
+        "num_generations": (1, "released code"),
+        "temperature": (0.7, "released scripts"),
+        "top_p": (0.8, "released scripts"),
+        "top_k": (20, "released scripts"),
+        "repetition_penalty": (1.2, "released scripts"),
+        "learning_rate": (1e-5, "released scripts"),
+        "lr_scheduler_type": ("cosine", "released scripts"),
+        "warmup_ratio": (0.05, "released scripts"),
+        "weight_decay": (0.01, "released scripts"),
+        "adam_beta1": (0.9, "appendix B.1"),
+        "adam_beta2": (0.999, "appendix B.1"),
+        "max_grad_norm": (1.0, "appendix B.1"),
+    },
+    choices={
+        "divergence": "reverse_kl for code, jsd for tool use: remark 1",
+        "max_prompt_length": "4096 for code, 16384 for tool use",
+        "max_completion_length": "16384 for code, 4096 for tool use",
+        "prompts_per_step": "128",
+        "max_steps": "one epoch: 234 for code, 125 for tool use",
+    },
+)
+"""What all arms of the paper share."""
+
+PAPER = replace(BASELINES, choices={**BASELINES.choices, "debate.prompts": "code, tools"})
+"""Other settings of the debate are the defaults of :class:`opdengine.method_sections.DebateConfig`."""
 
 
 class DebateContexts:

@@ -15,10 +15,24 @@ import numpy as np
 
 from opdengine.chat import written
 from opdengine.config import ConfigError, OpadConfig, TrainConfig
+from opdengine.methods.mad_opd import PAPER as MAD_OPD
 from opdengine.methods.mad_opd import mad_opd
+from opdengine.methods.paper import Paper
 from opdengine.recipe import Recipe
 from opdengine.rollout.episodes import turns_of
 from opdengine.types import Rollout, Turn
+
+PAPER = Paper(
+    arxiv=MAD_OPD.arxiv,
+    defaults={"divergence": ("jsd", "remark 1: agents"), **MAD_OPD.defaults},
+    choices={
+        "debate.prompts": "tools",
+        "environment.max_turns": "10",
+        "max_completion_length": "4096 of one turn",
+        "prompts_per_step": "trajectories of 128 steps",
+        "max_steps": "125",
+    },
+)
 
 
 class Steps:

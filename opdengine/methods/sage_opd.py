@@ -24,10 +24,35 @@ from opdengine.judge import FAILED, Judge, Verdict, turn_metrics
 from opdengine.methods.advantage import MEASURES, gaps, need_reverse_kl
 from opdengine.methods.mad_opd import contexts_of
 from opdengine.methods.opd import need_teachers
+from opdengine.methods.paper import Paper
 from opdengine.recipe import Annotations, Annotator, Batch, Note, Recipe, Stats, Weighed, plain_signal, route
 from opdengine.rollout.episodes import turns_of
 from opdengine.teachers import Teacher
 from opdengine.types import Rollout, TokenSignal, Turn
+
+PAPER = Paper(
+    arxiv="2606.19659",
+    defaults={
+        "divergence": ("reverse_kl", "equation 5"),
+        "loss_normalization": ("token", "equation 12"),
+        "num_generations": (1, "section 5.1"),
+        "temperature": (0.4, "appendix A"),
+        "top_p": (1.0, "appendix A"),
+        "top_k": (0, "appendix A"),
+        "environment.eval_temperatures": ([0.4], "appendix A"),
+        "learning_rate": (1e-6, "appendix A"),
+        "weight_decay": (0.1, "appendix A"),
+    },
+    choices={
+        "environment.max_turns": "30, in search 16",
+        "max_completion_length": "4096 of one turn",
+        "prompts_per_step": "64",
+        "max_steps": "one epoch: ALFWorld 55, ScienceWorld 56, search 156",
+        "lr_scheduler_type": "unstated",
+        "max_grad_norm": "unstated",
+    },
+)
+"""Those of judge, confidence and normalisation are the defaults of :class:`opdengine.method_sections.SageConfig`."""
 
 
 class Intervention:

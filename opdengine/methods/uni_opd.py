@@ -28,8 +28,36 @@ from opdengine.methods import outcome
 from opdengine.methods.advantage import PolicyGradient, gaps, resolve
 from opdengine.methods.mad_opd import contexts_of
 from opdengine.methods.opd import need_teachers
+from opdengine.methods.paper import Paper
 from opdengine.recipe import Batch, Note, Recipe, Weighed
 from opdengine.types import Rollout
+
+PAPER = Paper(
+    arxiv="2605.03677",
+    defaults={
+        "divergence": ("reverse_kl", "equation 1"),
+        "loss_normalization": ("sequence", "released code"),
+        "advantage.importance": ("clip", "released scripts"),
+        "advantage.max_gap": (10.0, "released scripts"),
+        "num_generations": (16, "released scripts"),
+        "temperature": (1.0, "released scripts"),
+        "top_p": (1.0, "released scripts"),
+        "top_k": (0, "released scripts"),
+        "learning_rate": (1e-6, "released scripts"),
+        "lr_scheduler_type": ("constant_with_warmup", "released scripts"),
+        "warmup_ratio": (0.1, "released scripts: 5 of about 50 steps"),
+        "weight_decay": (0.1, "released scripts"),
+        "adam_beta1": (0.9, "released scripts"),
+        "adam_beta2": (0.98, "released scripts"),
+    },
+    choices={
+        "max_prompt_length": "4096",
+        "max_completion_length": "16384",
+        "prompts_per_step": "64",
+        "max_steps": "about 50",
+    },
+)
+"""Those of balance and margin are the defaults of :class:`opdengine.method_sections.UniOPDConfig`."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +135,7 @@ class Calibrated:
 def uni_opd(config: TrainConfig) -> Recipe:
     """Routed teachers, balanced outcomes, calibrated margins."""
     need_teachers(config, 1)
-    base, gradient = resolve(config, importance="clip", max_gap=10.0)
+    base, gradient = resolve(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
     return Recipe(
         "uni_opd",
         contexts_of(config),

@@ -15,7 +15,8 @@ from opdengine.build import build_engine
 from opdengine.chat import load_tokenizer
 from opdengine.config import TrainConfig
 from opdengine.engine import Engine
-from opdengine.methods import build_recipe
+from opdengine.methods import PAPERS, build_recipe
+from opdengine.methods.paper import value_of
 from opdengine.objective import Item
 from opdengine.settings import from_mapping
 from opdengine.tally import Tally
@@ -28,9 +29,19 @@ PROMPTS = {
 }
 
 
+PLAIN = {
+    setting: value_of(TrainConfig, setting)
+    for paper in PAPERS.values()
+    for setting in paper.defaults
+    if "." not in setting
+}
+"""The general default of every setting that some paper sets otherwise."""
+
+
 def make_config(models: dict[str, str], train_data: str, output_dir: Path, **changes: Any) -> TrainConfig:
-    """Two teachers on the tiny models, four prompts a step, short completions."""
+    """Two teachers on the tiny models, four prompts a step, short completions, and no paper's defaults."""
     data: dict[str, Any] = {
+        **PLAIN,
         "model": models["student"],
         "teachers": [{"model": models["big"], "weight": 3.0}, {"model": models["small"], "weight": 1.0}],
         "train_data": [train_data] if train_data else [],
