@@ -113,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--config", help="YAML file of settings")
     command.add_argument("--output", type=Path, required=True, help="the balanced data file (.jsonl)")
     command.add_argument("--rollouts", type=int, default=8, help="of every prompt (default 8)")
+    command.add_argument("--temperature", type=float, default=1.0, help="of these rollouts (default 1)")
+    command.add_argument("--top_p", "--top-p", type=float, default=0.95, help="of these rollouts (default 0.95)")
+    command.add_argument("--top_k", "--top-k", type=int, default=50, help="of these rollouts (default 50)")
     command.add_argument("--cap", type=float, default=4.0, help="a prompt occurs at most this often (default 4)")
     command.add_argument("--target", default="largest", help="raise scarce counts to the largest or median one")
     command.add_argument("--chunk", type=int, default=64, help="prompts between two saves (default 64)")
@@ -219,7 +222,7 @@ def _load_student(config: TrainConfig) -> tuple[TransformersSampler, Any]:
 def _balance(config: TrainConfig, options: argparse.Namespace) -> int:
     from opdengine.tools.balance import BalanceSettings, balance
 
-    names = ("output", "rollouts", "cap", "target", "chunk")
+    names = ("output", "rollouts", "temperature", "top_p", "top_k", "cap", "target", "chunk")
     settings = BalanceSettings(**{name: getattr(options, name) for name in names})
     report = balance(config, settings, lambda done: logging.info("%d prompts counted", done))
     for key, found in report["keys"].items():

@@ -7,6 +7,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key, the value and the remedy."""
 
 
+class ModelFileError(ValueError):
+    """A model whose files are damaged, or do not hold its weights; the message names file or tensors."""
+
+
 class ServiceError(RuntimeError):
     """A process or server that the run depends on failed; what was learned so far is whole."""
 

@@ -192,6 +192,8 @@ PER_TOKEN = (
     "teacher_logprob",
     "teacher_top1",
     "teacher_entropy",
+    "policy_logratio",
+    "sampler_logratio",
     "kl_weight",
     "advantage",
 )
@@ -223,11 +225,17 @@ class Sample:
             the tokens still count in the denominators.
         teacher_targets: what each teacher said about the targets, in the order of ``contexts``; empty where no
             teacher was asked (set by the scoring).
-        student_logprob: float32 [T] the trainer's log p(target) before the update, nats. This and the next three
+        student_logprob: float32 [T] the trainer's log p(target) before the update, nats. This and the next five
             are None unless the method needs them.
         teacher_logprob: float32 [T, K] log q_k(target), nats.
         teacher_top1: float32 [T, K] largest probability of q_k.
         teacher_entropy: float32 [T, K] of q_k, nats (of a served teacher: at most this).
+        policy_logratio: float32 [T] log of the probability of the target under the present policy over that
+            under the policy that sampled it, both after temperature, penalty, top-k and top-p of the sampling.
+            Exactly 0 where no update lies between the two; else the older one is the sampler's, and where that
+            told no log-probs this is None.
+        sampler_logratio: float32 [T] the same with the sampler's log-prob always, so that it also shows how
+            trainer and sampler differ with the same weights.
         kl_weight: float32 [T] multiplies the divergence at each target (set by ``Method.weigh``).
         advantage: float32 [T] multiplies log p(target); None for no such term.
         scale: the loss denominator: what both weights are multiplied with in the loss.
@@ -252,6 +260,8 @@ class Sample:
     teacher_logprob: np.ndarray | None = None
     teacher_top1: np.ndarray | None = None
     teacher_entropy: np.ndarray | None = None
+    policy_logratio: np.ndarray | None = None
+    sampler_logratio: np.ndarray | None = None
     kl_weight: np.ndarray | None = None
     advantage: np.ndarray | None = None
     scale: float = 1.0

@@ -69,6 +69,7 @@ def _debate(**settings: Any) -> dict[str, Any]:
         "temperature": 0.0,
         "top_p": 1.0,
         "top_k": 0,
+        "repetition_penalty": 1.0,
         "max_tokens": 16,
         **settings,
     }
@@ -83,6 +84,10 @@ def shared_settings(options: argparse.Namespace, data: Path, seed: int) -> dict[
         "eval_data": [str(data / "test.jsonl")],
         "verifier": f"{HERE / 'task.py'}:verify",
         "divergence": "reverse_kl",
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "repetition_penalty": 1.0,
         "max_completion_length": 14,
         "per_device_train_batch_size": options.batch_size,
         "max_steps": options.steps,

@@ -60,7 +60,7 @@ def prepare(folder: Path, seeds: Sequence[int], split: str) -> dict[str, str]:
         raw = folder / f"raw_{seed}.jsonl"
         write_jsonl(raw, [r for skill in SKILLS for r in task.prompts("train", skill, TRAIN_PROMPTS, seed)])
         config = {**settings(folder, seed), "train_data": [str(raw)], "output_dir": str(folder), "seed": seed}
-        chosen = BalanceSettings(folder / f"balanced_{seed}.jsonl", chunk=TRAIN_PROMPTS)
+        chosen = BalanceSettings(folder / f"balanced_{seed}.jsonl", top_p=1.0, top_k=0, chunk=TRAIN_PROMPTS)
         balance(from_mapping(TrainConfig, config), chosen)
     return graded
 
@@ -86,6 +86,8 @@ def settings(folder: Path, seed: int) -> dict[str, Any]:
         "max_steps": 30,
         "learning_rate": 3e-4,
         "lr_scheduler_type": "constant_with_warmup",
+        "warmup_ratio": 0.05,
+        "adam_beta2": 0.999,
         "weight_decay": 0.0,
         "eval_steps": 10,
         "log_completions": False,

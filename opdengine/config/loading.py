@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.plugins import load_object
 
 ELSEWHERE = {
     "beta": "divergence (0 is forward_kl, 1 reverse_kl, between them jsd with jsd_beta)",
@@ -85,11 +86,15 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> TrainConfig:
 def from_mapping(cls: type, data: Mapping[str, Any], where: str = "") -> Any:
     """Build a dataclass from a mapping; unknown and missing keys are errors.
 
+    What a run does not say is taken from its method's paper (:data:`opdengine.methods.PAPERS`) before the defaults.
+
     Raises:
         ConfigError: see above; an unknown key comes with the closest known one.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    if cls is TrainConfig:
+        data = with_paper(data)
     for key in data:
         if key not in fields:
             raise ConfigError(f"unknown setting {where + str(key)!r}; {_hint(str(key), fields, where)}")
@@ -102,6 +107,14 @@ def from_mapping(cls: type, data: Mapping[str, Any], where: str = "") -> Any:
         raise ConfigError(f"missing setting {', '.join(repr(where + name) for name in missing)}")
     values = {key: _coerce(hints[key], value, where + key) for key, value in data.items()}
     return cls(**values)
+
+
+def with_paper(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings of a run with the defaults of its method's paper; what is there stays."""
+    method = data.get("method", TrainConfig.method)
+    # A method's settings stand beside the method, which stands above this room: it is asked for by name.
+    papers = load_object("opdengine.methods:PAPERS")
+    return papers[method].fill(data) if isinstance(method, str) and method in papers else data
 
 
 def _hint(key: str, fields: Iterable[str], where: str) -> str:

@@ -36,7 +36,7 @@ class DebateConfig(Section):
     temperature: float = 0.7
     top_p: float = 0.8
     top_k: int = 20
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.1
     max_tokens: int = 4096
     prompts: str | dict[str, Any] = "generic"
     use_confidence: bool = True
@@ -224,10 +224,11 @@ class AdvantageConfig(Section):
         kl_mode: "sampled": every sampled token y has the advantage log q(y) - log p(y), as in the papers;
             "full_vocab": the divergence over the whole vocabulary in its place, of which that is a
             sample (less variance, more computation).
-        importance: weight of a token by the ratio r of its probabilities in trainer and sampler: "none";
-            "truncated": min(r, high); "band": r within [low, high], else 0; "clip": PPO's, r until it has
-            moved out of [1 - low, 1 + high] in the direction of the advantage, then 0. Default: Uni-OPD
-            clips, CaMOPD takes the band.
+        importance: weight of a token by a ratio r of its probabilities: "none"; "truncated": min(r, high); "band":
+            r within [low, high], else 0; "clip": PPO's, r until it has moved out of [1 - low, 1 + high] in the
+            direction of the advantage, then 0. In "clip" r is the policy now over the policy that sampled, which
+            is 1 with ``max_staleness`` 0; in the others trainer over sampler, both after temperature, top-k,
+            top-p and penalty. Default: Uni-OPD clips, CaMOPD takes the band.
         low, high: the bounds. Default: clip 0.2 and 0.28, band 0.5 and 2, truncated 2.
         max_gap: tokens of which |log q(y) - log p(y)| (nats) reaches this carry no loss and are counted;
             ``.inf`` keeps all. Default: Uni-OPD 10, CaMOPD all.

@@ -7,12 +7,15 @@ A format is mostly a table of columns; see :data:`FORMATS`. Use one with
 
 from __future__ import annotations
 
-import json
+import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from opdengine.config.sections import DataConfig
+from opdengine.data.files import parse_json
+from opdengine.data.rows import chat_of_text
 from opdengine.errors import ConfigError
 
 Row = Mapping[str, Any]
@@ -21,7 +24,6 @@ BOXED = "\n\nReason step by step and put the final answer into \\boxed{}."
 LETTER = '\n\nThink first; the last line is "Answer: " and the letter of the right option.'
 PROGRAM = "\n\nWrite the whole program in Python, in one code block."
 TAGGED = "\n\nGive the final answer between <answer> and </answer>."
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class NotSelected(Exception):
@@ -94,7 +96,7 @@ def look_up(row: Any, place: str) -> Any:
     for part in place.split("."):
         if isinstance(row, str):
             try:
-                row = json.loads(row)
+                row = parse_json(row)
             except ValueError:
                 return None
         if isinstance(row, Sequence) and part.isdigit() and int(part) < len(row):
@@ -114,7 +116,7 @@ def _matches(value: Any, wanted: Any) -> bool:
     if isinstance(wanted, Mapping):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return False
         return bool(wanted.get("min", number) <= number <= wanted.get("max", number))
     return value in wanted if isinstance(wanted, list) else bool(value == wanted)
@@ -122,9 +124,10 @@ def _matches(value: Any, wanted: Any) -> bool:
 
 def _reword(row: dict[str, Any], system: str | None, suffix: str) -> Any:
     """The messages with another system message (none if it is empty) and an addition to the last user message."""
-    content = row.get("messages") if row.get("messages") is not None else row.get("prompt")
+    column = "messages" if row.get("messages") is not None else "prompt"
+    content = row.get(column)
     if isinstance(content, str):
-        content = [{"role": "user", "content": content}]
+        content = chat_of_text(content, column)
     if not isinstance(content, (list, tuple)) or not all(isinstance(m, Mapping) for m in content):
         return content
     messages = [dict(m) for m in content if system is None or m.get("role") != "system"]
@@ -145,13 +148,13 @@ def _eurus(row: Row, found: dict[str, Any]) -> None:
     if found["data_source"] != "code":
         return
     tests = look_up(row, "reward_model.ground_truth")
-    tests = json.loads(tests) if isinstance(tests, str) else tests
+    tests = parse_json(tests) if isinstance(tests, str) else tests
     if not isinstance(tests, Mapping) or not tests.get("inputs"):
         raise ValueError("reward_model.ground_truth holds no 'inputs'")
     inputs, outputs = tests["inputs"], tests.get("outputs", [])
     if tests.get("fn_name"):
-        inputs = [[json.loads(line) for line in i.splitlines()] if isinstance(i, str) else i for i in inputs]
-        outputs = [json.loads(o) if isinstance(o, str) else o for o in outputs]
+        inputs = [[parse_json(line) for line in i.splitlines()] if isinstance(i, str) else i for i in inputs]
+        outputs = [parse_json(o) if isinstance(o, str) else o for o in outputs]
         found["answer"] = {"entry": tests["fn_name"], "inputs": inputs, "outputs": outputs, "alternatives": True}
     else:
         joined = [["\n".join(map(str, t)) if isinstance(t, list) else str(t) for t in ts] for ts in (inputs, outputs)]
@@ -164,7 +167,7 @@ def _until_last_question(row: Row, found: dict[str, Any]) -> None:
     """Answers at the end are the data's, not the student's."""
     messages = found["messages"]
     if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
+        messages = chat_of_text(messages, "messages")
     if not isinstance(messages, (list, tuple)):
         raise ValueError("no list of messages")
     messages = list(messages)
@@ -178,26 +181,80 @@ def _until_last_question(row: Row, found: dict[str, Any]) -> None:
 
 def _options(row: Row, found: dict[str, Any]) -> None:
     """Question and options as text; the answer as a letter."""
-    options = found.pop("options", None)
+    options, labels = found.pop("options", None), found.pop("labels", None)
     if options is None:
         options = [row.get(name) for name in ("opa", "opb", "opc", "opd")]
-    if isinstance(options, Sequence) and options and all(isinstance(o, Mapping) for o in options):
-        options = {o.get("key"): o.get("value") for o in options}
-    if isinstance(options, Sequence) and not isinstance(options, str):
-        options = dict(zip(LETTERS, options, strict=False))
-    if not isinstance(options, Mapping) or len(options) < 2 or any(o is None for o in options.values()):
-        raise ValueError("no options to choose from")
-    answer = found.get("answer")
-    if isinstance(answer, str) and answer.strip().isdigit() and answer not in options:
-        answer = int(answer)
-    if isinstance(answer, int) and 0 <= answer < len(options):
-        answer = list(options)[answer]
-    if answer not in options:
-        raise ValueError("the answer is none of the options")
+    texts, labels = _labelled(options, labels)
+    place = _place(found.get("answer"), texts, labels)
     if not isinstance(found.get("prompt"), str):
         raise ValueError("no question")
-    found["answer"] = answer
-    found["prompt"] += "\n\n" + "\n".join(f"{letter}. {text}" for letter, text in options.items())
+    # The verifier looks for a letter.
+    letters = labels if {*labels} <= {*string.ascii_uppercase} else string.ascii_uppercase[: len(texts)]
+    found["answer"] = letters[place]
+    found["prompt"] += "\n\n" + "\n".join(f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True))
+
+
+def _labelled(options: Any, labels: Any) -> tuple[list[Any], list[str]]:
+    """Texts and labels of options; without labels of their own the letters stand for them.
+
+    Args:
+        options: a list of texts, of mappings of a label and a text, or a mapping from labels to texts.
+        labels: of the texts, where they are given apart.
+
+    Raises:
+        ValueError: there are fewer than two, or labels do not tell them apart.
+    """
+    if isinstance(options, Mapping) and {"text", "label"} <= {*options}:
+        options, labels = options["text"], options["label"]
+    if isinstance(options, Sequence) and options and all(isinstance(o, Mapping) for o in options):
+        labels = [o.get("key", o.get("label")) for o in options]
+        options = [o.get("value", o.get("text")) for o in options]
+    elif isinstance(options, Mapping):
+        labels, options = list(options), list(options.values())
+    if not isinstance(options, Sequence) or isinstance(options, str) or any(o is None for o in options):
+        raise ValueError("no options to choose from")
+    if not 2 <= len(options) <= len(string.ascii_uppercase):
+        raise ValueError(f"no options to choose from ({len(options)} of them; from 2 to 26 have letters)")
+    if labels is None:
+        labels = string.ascii_uppercase[: len(options)]
+    labels = [_bare(label) for label in labels]
+    if len(set(labels)) < len(labels) or len(labels) != len(options) or not all(labels):
+        raise ValueError(f"the labels of the options do not tell them apart ({labels})")
+    return list(options), labels
+
+
+def _place(answer: Any, texts: Sequence[Any], labels: Sequence[str]) -> int:
+    """Which option an answer names: by its label, by its place from 0 where labels are letters, or by its text.
+
+    Raises:
+        ValueError: none, or more than one.
+    """
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    if isinstance(answer, bool) or not isinstance(answer, (str, int)):
+        raise ValueError("the answer is none of the options")
+    said = _bare(answer)
+    if said in labels:
+        return labels.index(said)
+    places = {i for i, text in enumerate(texts) if isinstance(answer, str) and _same(answer, text)}
+    # Beside labels that are numbers, a number is a label and never a place.
+    if said.isdecimal() and int(said) < len(texts) and not any(label.isdecimal() for label in labels):
+        places.add(int(said))
+    if len(places) > 1:
+        raise ValueError(f"the answer is more than one of the options ({answer!r})")
+    if not places:
+        raise ValueError("the answer is none of the options")
+    return places.pop()
+
+
+def _bare(label: Any) -> str:
+    """A label without its punctuation, in capitals: "b", "(b)", "B." and "B)" are all "B"."""
+    text = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
+    return re.sub(r"^[\s(\[]*(.*?)[\s.):\]]*$", r"\1", text, flags=re.DOTALL).upper()
+
+
+def _same(one: str, other: Any) -> bool:
+    return one.strip().casefold() == str(other).strip().casefold()
 
 
 def _human_eval(row: Row, found: dict[str, Any]) -> None:
@@ -254,7 +311,13 @@ FORMATS: dict[str, Format] = {
     ),
     # MMLU and its like: a list of choices and the number of the right one.
     "multiple_choice": Format(
-        {"id": ["id"], "prompt": ["question"], "options": ["choices.text", "choices", "options"], "answer": ["answer"]},
+        {
+            "id": ["id"],
+            "prompt": ["question"],
+            "options": ["choices.text", "choices", "options"],
+            "labels": ["choices.label"],
+            "answer": ["answer"],
+        },
         _options,
         suffix=LETTER,
     ),

@@ -7,24 +7,34 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from opdengine.config.sections import DATA_COLUMNS, DataConfig
+from opdengine.config.sections import DataConfig
+from opdengine.data.files import DataError, Undecodable, read_rows
 from opdengine.data.formats import NotSelected, adapt, find_format
-from opdengine.data.reasoning_tasks import GENERATED, generate
-from opdengine.models.chat import plain_message
+from opdengine.data.reasoning_tasks import GENERATED
+from opdengine.data.rows import parse_tools, prompt_of
 from opdengine.types import Prompt
 
 logger = logging.getLogger(__name__)
 
-
-class DataError(ValueError):
-    """A data file that cannot be used; the message names rows and the remedy."""
+__all__ = [
+    "DataError",
+    "PromptSet",
+    "PromptStream",
+    "ScheduledStream",
+    "Undecodable",
+    "as_source",
+    "drop_long",
+    "load_prompts",
+    "parse_tools",
+    "read_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -85,18 +95,14 @@ def load_prompts(sources: Sequence[str | DataConfig], *, skip_bad_rows: bool = F
         for number, row in read_rows(config.path):
             place = f"{config.path}, row {number}"
             try:
-                problem, prompt = _check(adapt(row, config), f"{stem}:{number}")
+                prompt = prompt_of(adapt(row, config), f"{stem}:{number}")
+                if prompt.id in seen:
+                    raise ValueError(f"duplicate id {prompt.id!r} (first in {seen[prompt.id]})")
             except NotSelected as reason:
                 reasons[f"not_selected/{reason}"] += 1
-                continue
             except ValueError as error:
-                problem, prompt = str(error), None
-            if prompt is not None and prompt.id in seen:
-                problem = f"duplicate id {prompt.id!r} (first in {seen[prompt.id]})"
-                prompt = None
-            if prompt is None:
-                bad.append(f"  {place}: {problem}")
-                reasons[str(problem).split(" (")[0].split(" '")[0]] += 1
+                bad.append(f"  {place}: {error}")
+                reasons[str(error).split(" (")[0].split(" '")[0]] += 1
             else:
                 seen[prompt.id] = place
                 prompts.append(prompt)
@@ -157,10 +163,6 @@ def drop_long(
     if too_long:
         dropped["too_long"] = len(too_long)
     return PromptSet(tuple(kept), dropped)
-
-
-class Undecodable(str):
-    """Stands in for a row that could not be read; says why."""
 
 
 class PromptStream:
@@ -284,126 +286,7 @@ class ScheduledStream:
         self.step = state["step"]
 
 
-def _check(row: Any, default_id: str) -> tuple[str | None, Prompt | None]:
-    """A prompt, or what is wrong with the row."""
-    if isinstance(row, Undecodable):
-        return str(row), None
-    if not isinstance(row, Mapping):
-        return "not a JSON object", None
-    column = "messages" if row.get("messages") is not None else "prompt"
-    content = row.get(column)
-    if content is None:
-        return f"neither 'prompt' nor 'messages' (columns: {sorted(map(str, row))})", None
-    if isinstance(content, str):
-        content = [{"role": "user", "content": content}]
-    if not isinstance(content, (list, tuple)) or not content:
-        return f"{column!r} is neither text nor a non-empty list of messages", None
-    for message in content:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            return "a message without 'role'", None
-    try:
-        messages = tuple(plain_message(_without_none(message)) for message in content)
-        tools = parse_tools(row.get("tools"))
-    except ValueError as error:
-        return str(error), None
-    last = messages[-1]
-    if last["role"] == "assistant":
-        return "the last message is the assistant's; the student is to write that one", None
-    if last["role"] == "user" and not last.get("content", "").strip():
-        return "empty prompt", None
-    return None, Prompt(
-        id=str(row.get("id") if row.get("id") is not None else default_id),
-        messages=messages,
-        tools=tools,
-        key=str(row.get("data_source") or ""),
-        answer=row.get("answer"),
-        extra={k: v for k, v in row.items() if k not in DATA_COLUMNS},
-    )
-
-
-def _without_none(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Parquet fills absent fields of a struct with None; templates must not see them."""
-    return {k: v for k, v in message.items() if v is not None}
-
-
-def parse_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
-    """Tool schemas from a list, its JSON text, or nothing.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"'tools' is not JSON ({error.msg} at column {error.colno})") from error
-    if not tools:
-        return ()
-    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ValueError("'tools' is not a list of JSON schemas")
-    return tuple(tools)
-
-
 def _stems(paths: Sequence[str]) -> list[str]:
     """What the ids of rows without an id start with: the file's name, numbered where it is shared."""
     stems = [Path(path).stem for path in paths]
     return [stem if stems.count(stem) == 1 else f"{stem}#{i}" for i, stem in enumerate(stems)]
-
-
-def read_rows(path: str) -> Iterator[tuple[int, Any]]:
-    """(row number from 1, row) of a file; what cannot be decoded comes as :class:`Undecodable`.
-
-    Raises:
-        DataError: the file does not exist or cannot be read.
-    """
-    if path.startswith(GENERATED):
-        yield from enumerate(_read(path, lambda: list(generate(path))), start=1)
-        return
-    file = Path(path).expanduser()
-    if file.suffix in (".jsonl", ".ndjson") and file.is_file():
-        yield from _jsonl(file)
-    elif file.suffix == ".json" and file.is_file():
-        yield from enumerate(_read(path, lambda: json.loads(file.read_text("utf-8-sig"))), start=1)
-    elif file.suffix == ".parquet" and file.is_file():
-        import pyarrow.parquet as parquet
-
-        yield from enumerate(_read(path, lambda: parquet.read_table(file).to_pylist()), start=1)
-    elif file.is_dir():
-        import datasets
-
-        yield from enumerate(_read(path, lambda: datasets.load_from_disk(str(file))), start=1)
-    elif ":" in path and not file.suffix:
-        import datasets
-
-        name, _, split = path.rpartition(":")
-        yield from enumerate(_read(path, lambda: datasets.load_dataset(name, split=split)), start=1)
-    else:
-        raise DataError(
-            f"data file {path!r} does not exist or is none of .jsonl, .json, .parquet, a folder written by "
-            "datasets.save_to_disk, a hub data set as 'name:split', or generated tasks as 'reasoning_gym:NAMES'"
-        )
-
-
-def _read(path: str, load: Callable[[], Any]) -> Any:
-    """The rows that ``load`` returns; whatever goes wrong names the file."""
-    try:
-        rows = load()
-    except (ValueError, OSError) as error:
-        raise DataError(f"data file {path!r} cannot be read: {error}") from error
-    if isinstance(rows, Mapping):
-        names = sorted(map(str, rows))[:5]
-        raise DataError(f"data file {path!r} holds a mapping with {names}; one list of rows is needed")
-    return rows
-
-
-def _jsonl(file: Path) -> Iterator[tuple[int, Any]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError:
-                yield number, Undecodable("not UTF-8")
-            except json.JSONDecodeError as error:
-                yield number, Undecodable(f"not JSON ({error.msg} at column {error.colno})")

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opdengine.data.prompts import parse_tools
+from opdengine.data.rows import parse_tools
 from opdengine.environments.actions import visible_text, with_tool_calls
 from opdengine.environments.protocol import Observation, Step, Task
 from opdengine.environments.rows import checked_rows, file_of

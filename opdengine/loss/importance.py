@@ -1,9 +1,11 @@
 """Weights that correct for sampling with another policy than the one that is updated.
 
-All are functions of ``difference = log pi(y) - log mu(y)``, float [T]: the trainer's log-probs of the
-sampled tokens less the sampler's. They multiply an advantage and carry no gradient: with the
-stop-gradient weight ``w``, the gradient of ``-sum(w * A * log pi)`` is that of the method's loss. A
-divergence over the whole vocabulary needs none of them.
+All are functions of ``difference = log pi(y) - log mu(y)``, float [T]: log-probs of the sampled tokens under
+the policy that is updated, less those under the policy that sampled. Both are of the distribution after
+temperature, penalty, top-k and top-p (:class:`opdengine.types.Sample`): between a processed and an
+unprocessed one the ratio would differ from 1 without any update. They multiply an advantage and carry no
+gradient: with the stop-gradient weight ``w``, the gradient of ``-sum(w * A * log pi)`` is that of the
+method's loss. A divergence over the whole vocabulary needs none of them.
 """
 
 from __future__ import annotations

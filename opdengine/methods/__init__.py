@@ -5,21 +5,33 @@ from __future__ import annotations
 import inspect
 
 from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.methods.agent_baselines import TCOD, EntropyOPD
+from opdengine.methods.camopd import CaMOPD
+from opdengine.methods.mad_opd import MADOPD
 from opdengine.methods.method import Method
+from opdengine.methods.mt_seqkd import MTSeqKD
+from opdengine.methods.opad import OPAD
+from opdengine.methods.opd import MTOPD, OPD
+from opdengine.methods.sage_opd import SAGEOPD
+from opdengine.methods.uni_opd import UniOPD
 from opdengine.plugins import load_object
 
-METHODS: dict[str, str] = {
-    "opd": "opdengine.methods.opd:OPD",
-    "mt_opd": "opdengine.methods.opd:MTOPD",
-    "mt_seqkd": "opdengine.methods.mt_seqkd:MTSeqKD",
-    "mad_opd": "opdengine.methods.mad_opd:MADOPD",
-    "opad": "opdengine.methods.opad:OPAD",
-    "sage_opd": "opdengine.methods.sage_opd:SAGEOPD",
-    "tcod": "opdengine.methods.agent_baselines:TCOD",
-    "entropy_opd": "opdengine.methods.agent_baselines:EntropyOPD",
-    "uni_opd": "opdengine.methods.uni_opd:UniOPD",
-    "camopd": "opdengine.methods.camopd:CaMOPD",
+METHODS: dict[str, type[Method]] = {
+    "opd": OPD,
+    "mt_opd": MTOPD,
+    "mt_seqkd": MTSeqKD,
+    "mad_opd": MADOPD,
+    "opad": OPAD,
+    "sage_opd": SAGEOPD,
+    "tcod": TCOD,
+    "entropy_opd": EntropyOPD,
+    "uni_opd": UniOPD,
+    "camopd": CaMOPD,
 }
+
+PAPERS = {name: method.paper for name, method in METHODS.items() if method.paper is not None}
+"""What a run takes where it says nothing. Baselines have the settings of the method that they are compared with; plain
+"opd" is a baseline of every paper and has none."""
 
 
 def build_method(config: TrainConfig) -> Method:
@@ -36,7 +48,7 @@ def build_method(config: TrainConfig) -> Method:
             f"method={name!r} is unknown; choose one of {sorted(METHODS)}, 'module:Class' or 'file.py:Class'"
         )
     try:
-        kind = load_object(METHODS.get(name, name))
+        kind = METHODS[name] if name in METHODS else load_object(name)
     except (ImportError, AttributeError, OSError, SyntaxError) as error:
         raise ConfigError(f"method {name!r} cannot be loaded: {error}") from error
     if not (inspect.isclass(kind) and issubclass(kind, Method)):

@@ -12,7 +12,7 @@ import numpy as np
 from opdengine.config.train import ConfigError, SageConfig, TrainConfig
 from opdengine.environments.episodes import turns_of
 from opdengine.methods.opd import OPD
-from opdengine.methods.sage_opd import normalise
+from opdengine.methods.sage_opd import PAPER, normalise
 from opdengine.metrics import Mean
 from opdengine.types import Batch
 
@@ -22,6 +22,8 @@ class TCOD(OPD):
 
     n is the version of the weights that sampled the turns.
     """
+
+    paper = PAPER
 
     def __init__(self, config: TrainConfig) -> None:
         if not config.environment.name:
@@ -50,6 +52,7 @@ class TCOD(OPD):
 class EntropyOPD(OPD):
     """Weight 1 + alpha where the entropy of the teacher (mean over teachers, nats) exceeds tau, else 1."""
 
+    paper = PAPER
     needs = frozenset({"teacher_entropy"})
 
     def weigh(self, batch: Batch) -> None:

@@ -20,7 +20,8 @@ import numpy as np
 
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.methods.method import Method, judged_by, need_teachers, route
-from opdengine.methods.policy_gradient import MEASURES, gap_of, policy_gradient
+from opdengine.methods.paper import Paper
+from opdengine.methods.policy_gradient import gap_of, policy_gradient
 from opdengine.metrics import Mean, mean
 from opdengine.types import Batch, Prompt, Sample
 
@@ -28,17 +29,45 @@ TOLERANCE = 1e-6
 """Of a share and of a count: what only rounding has moved beyond a bound has reached it."""
 
 
+PAPER = Paper(
+    arxiv="2605.27115",
+    defaults={
+        "divergence": ("reverse_kl", "equation 2"),
+        "loss_normalization": ("sequence", "equation 9"),
+        "advantage.importance": ("band", "equation 2"),
+        "advantage.max_gap": (float("inf"), "equation 2"),
+        "num_generations": (1, "appendix A"),
+        "temperature": (1.0, "unstated: samples of the student itself"),
+        "top_p": (1.0, "unstated: samples of the student itself"),
+        "top_k": (0, "unstated: samples of the student itself"),
+        "learning_rate": (2e-6, "appendix A"),
+        "max_grad_norm": (1000.0, "unstated: where every step is clipped r_g and r_d do nothing"),
+    },
+    choices={
+        "max_prompt_length": "4096",
+        "max_completion_length": "32768",
+        "prompts_per_step": "512",
+        "max_steps": "120",
+        "lr_scheduler_type": "unstated",
+        "weight_decay": "unstated",
+    },
+)
+"""Those of schedule and selection are the defaults of :class:`opdengine.config.method_sections.CaMOPDConfig`."""
+
+
 class CaMOPD(Method):
     """Alternating branches, selected rollouts, sampled reverse KL."""
 
-    needs = MEASURES
+    paper = PAPER
+
     streams = ("general", "domain")
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         check(config)
         self.settings = config.camopd
-        self.gradient = policy_gradient(config, importance="band", max_gap=float("inf"))
+        self.gradient = policy_gradient(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
+        self.needs = self.gradient.needs
 
     def stream_of(self, prompt: Prompt) -> str:
         """The branch of a prompt."""

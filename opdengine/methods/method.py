@@ -14,11 +14,14 @@ import numpy as np
 
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.distributed import Ranks
+from opdengine.methods.paper import Paper
 from opdengine.models.chat import append_answer
 from opdengine.teachers import Teacher
 from opdengine.types import Batch, Message, Prompt, Sample, TeacherContext
 
-MEASURES = frozenset({"student_logprob", "teacher_logprob", "teacher_top1", "teacher_entropy"})
+MEASURES = frozenset(
+    {"student_logprob", "teacher_logprob", "teacher_top1", "teacher_entropy", "policy_logratio", "sampler_logratio"}
+)
 """What :attr:`Method.needs` may name: fields of a sample that are measured before the update."""
 
 MAX_TEACHERS = 8
@@ -42,6 +45,7 @@ class Method:
         config: of the run.
 
     Attributes:
+        paper: the settings of the method's paper, taken where the user says nothing; None for a method without one.
         needs: which of :data:`MEASURES` the samples must have in :meth:`weigh`.
         needs_reward: whether samples are graded by the verifier first (an episode's reward is its environment's).
         teachers_per_prompt: least number of teachers that every prompt needs.
@@ -55,6 +59,7 @@ class Method:
         ConfigError: the settings do not fit the method. No model has been loaded yet.
     """
 
+    paper: Paper | None = None
     needs: frozenset[str] = frozenset()
     needs_reward = False
     teachers_per_prompt = 1

@@ -16,15 +16,37 @@ from dataclasses import replace
 import numpy as np
 
 from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.methods.mad_opd import BASELINES
 from opdengine.methods.method import Method, need_teachers, route
+from opdengine.methods.paper import Paper
 from opdengine.teachers import Teacher
 from opdengine.types import Batch, Completion, Failure, Prompt, Request, Sample, SamplingParams, Turn
 
 _FAILED = Completion(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32), "teacher_failure", "")
 
 
+PAPER = Paper(
+    arxiv=BASELINES.arxiv,
+    defaults={
+        **BASELINES.defaults,
+        "temperature": (0.7, "unstated: as in the debates"),
+        "top_p": (0.8, "unstated: as in the debates"),
+        "top_k": (20, "unstated: as in the debates"),
+        "repetition_penalty": (1.0, "unstated: none, where students learn the text"),
+    },
+    choices={
+        "teachers.weight": "7 : 3, strong : weak",
+        **{name: text for name, text in BASELINES.choices.items() if name != "divergence"},
+    },
+)
+
+_FAILED = Completion(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32), "teacher_failure", "")
+
+
 class MTSeqKD(Method):
     """Supervised training on answers written by the teachers; an answer is written once per prompt."""
+
+    paper = PAPER
 
     writes = True
 

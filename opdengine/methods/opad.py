@@ -15,12 +15,28 @@ import numpy as np
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.environments.episodes import turns_of
 from opdengine.methods.mad_opd import MADOPD
+from opdengine.methods.mad_opd import PAPER as MAD_OPD
+from opdengine.methods.paper import Paper
 from opdengine.models.chat import written
 from opdengine.types import Batch, Sample, Turn
+
+PAPER = Paper(
+    arxiv=MAD_OPD.arxiv,
+    defaults={"divergence": ("jsd", "remark 1: agents"), **MAD_OPD.defaults},
+    choices={
+        "debate.prompts": "tools",
+        "environment.max_turns": "10",
+        "max_completion_length": "4096 of one turn",
+        "prompts_per_step": "trajectories of 128 steps",
+        "max_steps": "125",
+    },
+)
 
 
 class OPAD(MADOPD):
     """MAD-OPD over the steps of live trajectories."""
+
+    paper = PAPER
 
     def __init__(self, config: TrainConfig) -> None:
         if not config.environment.name:

@@ -7,6 +7,7 @@ arXiv 2306.13649. MT-OPD: the baseline of MAD-OPD, arXiv 2605.01347, section 5.
 from __future__ import annotations
 
 from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.methods.mad_opd import BASELINES
 from opdengine.methods.method import Method, need_teachers
 
 
@@ -32,6 +33,8 @@ class OPD(Method):
 
 class MTOPD(Method):
     """K teachers, the sum of their divergences with fixed weights."""
+
+    paper = BASELINES
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)

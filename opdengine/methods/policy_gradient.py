@@ -7,6 +7,7 @@ of KL(p || q): that gap, detached, is the token's advantage (arXiv 2605.03677 an
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,17 @@ from opdengine.loss.importance import banded, clipped, truncated
 from opdengine.metrics import Mean
 from opdengine.types import Batch, Sample
 
+logger = logging.getLogger(__name__)
+
 MEASURES = frozenset({"student_logprob", "teacher_logprob", "teacher_entropy"})
-"""What :class:`PolicyGradient` reads; the entropy shows a dead teacher."""
+"""What gaps are made of; the entropy shows a dead teacher."""
+
+RATIOS = {"none": "", "truncated": "sampler_logratio", "band": "sampler_logratio", "clip": "policy_logratio"}
+"""The ratio of each kind of importance weight: a field of :class:`opdengine.types.Sample`.
+
+PPO clips how far the policy has moved since it sampled (1 with one update per rollout); the others bound how
+far trainer and sampler are apart, whatever the reason.
+"""
 
 BOUNDS = {"none": (0.0, 0.0), "truncated": (0.0, 2.0), "band": (0.5, 2.0), "clip": (0.2, 0.28)}
 """Usual ``low`` and ``high`` of each kind of importance weight."""
@@ -40,6 +50,11 @@ class PolicyGradient:
     low: float = 0.0
     high: float = 0.0
     max_gap: float = math.inf
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The measures that it needs."""
+        return MEASURES | ({RATIOS[self.importance]} if self.importance != "none" else set())
 
     def weigh(
         self,
@@ -71,10 +86,11 @@ class PolicyGradient:
             advantage = np.where(open_, (0.0 if self.exact else factor * own) + extra, 0.0)
             weight = np.ones(len(advantage))
             if self.importance != "none" and sample.student_logprob is not None:
-                if sample.sampler_logprob is None:
+                difference = getattr(sample, RATIOS[self.importance])
+                if difference is None:
                     unknown += 1
                 else:
-                    weight = self._importance(sample.student_logprob - sample.sampler_logprob, advantage)
+                    weight = self._importance(difference, advantage)
             turns = sample.target_turn_weight
             sample.kl_weight = (turns if self.exact else np.zeros_like(turns)) * (factor * open_).astype(np.float32)
             sample.advantage = (weight * advantage * turns).astype(np.float32)
@@ -123,10 +139,31 @@ def policy_gradient(config: TrainConfig, importance: str, max_gap: float) -> Pol
     low, high = (own if own is not None else usual for own, usual in zip(bounds, BOUNDS[kind], strict=True))
     if (kind == "band" and low > high) or (kind == "truncated" and high <= 0):
         raise ConfigError(f"advantage.low={low}, advantage.high={high} leaves no token any weight; raise high")
+    _check_ratio(config, kind)
     exact = section.kl_mode == "full_vocab"
     if not exact:
         need_reverse_kl(config, "advantage.kl_mode")
     return PolicyGradient(exact, kind, low, high, max_gap if section.max_gap is None else section.max_gap)
+
+
+def _check_ratio(config: TrainConfig, kind: str) -> None:
+    """Refuse importance weights between updates of what was not sampled from a density; point out their limit."""
+    if kind == "none" or not config.max_staleness:
+        return
+    if config.temperature == 0:
+        raise ConfigError(
+            f"advantage.importance={kind!r} is not possible with temperature=0 and "
+            f"max_staleness={config.max_staleness}: what is chosen greedily has no density, so no ratio corrects for "
+            "an older policy; set temperature above 0, max_staleness to 0, or advantage.importance to none"
+        )
+    if config.top_p < 1 or config.top_k:
+        logger.warning(
+            "top_p=%g and top_k=%d with max_staleness=%d: importance weights compare what is left after them, and "
+            "cannot correct for tokens that an older policy excluded",
+            config.top_p,
+            config.top_k,
+            config.max_staleness,
+        )
 
 
 def need_reverse_kl(config: TrainConfig, setting: str) -> None:

@@ -20,15 +20,42 @@ from opdengine.distributed import Ranks
 from opdengine.environments.episodes import turns_of
 from opdengine.methods.debate.contexts import contexts_of
 from opdengine.methods.method import Method, need_teachers, route
+from opdengine.methods.paper import Paper
 from opdengine.methods.policy_gradient import MEASURES, gap_of, need_reverse_kl
 from opdengine.methods.sage_judge import FAILED, Judge, Verdict, turn_metrics
 from opdengine.metrics import Mean
 from opdengine.models.chat import written
 from opdengine.types import Batch, Sample, Turn
 
+PAPER = Paper(
+    arxiv="2606.19659",
+    defaults={
+        "divergence": ("reverse_kl", "equation 5"),
+        "loss_normalization": ("token", "equation 12"),
+        "num_generations": (1, "section 5.1"),
+        "temperature": (0.4, "appendix A"),
+        "top_p": (1.0, "appendix A"),
+        "top_k": (0, "appendix A"),
+        "environment.eval_temperatures": ([0.4], "appendix A"),
+        "learning_rate": (1e-6, "appendix A"),
+        "weight_decay": (0.1, "appendix A"),
+    },
+    choices={
+        "environment.max_turns": "30, in search 16",
+        "max_completion_length": "4096 of one turn",
+        "prompts_per_step": "64",
+        "max_steps": "one epoch: ALFWorld 55, ScienceWorld 56, search 156",
+        "lr_scheduler_type": "unstated",
+        "max_grad_norm": "unstated",
+    },
+)
+"""Judge, confidence, normalisation: the defaults of :class:`opdengine.config.method_sections.SageConfig`."""
+
 
 class SAGEOPD(Method):
     """Selective turn intervention; with several teachers for a prompt the first of them is the judge."""
+
+    paper = PAPER
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)

@@ -28,7 +28,8 @@ from opdengine.config.train import TrainConfig
 from opdengine.distributed import Ranks
 from opdengine.methods.debate.contexts import contexts_of
 from opdengine.methods.method import Method, need_teachers
-from opdengine.methods.policy_gradient import MEASURES, gap_of, policy_gradient
+from opdengine.methods.paper import Paper
+from opdengine.methods.policy_gradient import gap_of, policy_gradient
 from opdengine.metrics import Mean, mean
 from opdengine.types import Batch, Sample
 
@@ -39,17 +40,47 @@ LEAST_KEPT = 0.25
 """Share of each kind that :func:`narrowing` never removes."""
 
 
+PAPER = Paper(
+    arxiv="2605.03677",
+    defaults={
+        "divergence": ("reverse_kl", "equation 1"),
+        "loss_normalization": ("sequence", "released code"),
+        "advantage.importance": ("clip", "released scripts"),
+        "advantage.max_gap": (10.0, "released scripts"),
+        "num_generations": (16, "released scripts"),
+        "temperature": (1.0, "released scripts"),
+        "top_p": (1.0, "released scripts"),
+        "top_k": (0, "released scripts"),
+        "learning_rate": (1e-6, "released scripts"),
+        "lr_scheduler_type": ("constant_with_warmup", "released scripts"),
+        "warmup_ratio": (0.1, "released scripts: 5 of about 50 steps"),
+        "weight_decay": (0.1, "released scripts"),
+        "adam_beta1": (0.9, "released scripts"),
+        "adam_beta2": (0.98, "released scripts"),
+    },
+    choices={
+        "max_prompt_length": "4096",
+        "max_completion_length": "16384",
+        "prompts_per_step": "64",
+        "max_steps": "about 50",
+    },
+)
+"""Those of balance and margin are the defaults of :class:`opdengine.config.method_sections.UniOPDConfig`."""
+
+
 class UniOPD(Method):
     """Routed teachers, balanced outcomes, calibrated margins."""
 
-    needs = MEASURES
+    paper = PAPER
+
     needs_reward = True
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         need_teachers(config, 1)
         self.settings = config.uni_opd
-        self.gradient = policy_gradient(config, importance="clip", max_gap=10.0)
+        self.gradient = policy_gradient(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
+        self.needs = self.gradient.needs
         self.contexts = contexts_of(config)
         self.teachers_per_prompt = 2 if config.debates else 1
 

@@ -18,9 +18,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from opdengine.distributed import Sharded
+from opdengine.errors import ModelFileError
+from opdengine.models.files import own_memory, read_model, require_whole_files
 from opdengine.models.lora import architecture, base_of, merge_adapter, read_adapted
 from opdengine.models.packing import Packed, pack
+from opdengine.models.sharding import Sharded
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +72,8 @@ def load_model(
     will run under autocast to bfloat16, so that flash-attn can be used with float32 parameters.
 
     Raises:
-        ValueError: the folder does not exist or holds no model in safetensors, or the attention
-            implementation is not installed.
+        ValueError: the folder does not exist or holds no model in safetensors, files or weights are missing
+            or left over, or the attention implementation is not installed.
     """
     from transformers import AutoModelForCausalLM
 
@@ -92,19 +94,24 @@ def load_model(
     # Pickled weights (*.bin) can run code when they are read.
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "revision": revision, "use_safetensors": True}
     model: Any
+    read = AutoModelForCausalLM.from_pretrained
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attn_implementation, **options)
+        model = read_model(read, path, attn_implementation=attn_implementation, **options)
+    except ModelFileError:
+        raise
     except ValueError as error:
         if "attention" not in str(error).lower() or attn_implementation not in ("sdpa", "flash_attention_2"):
             raise
         logger.warning("%s does not support %s attention: using eager", path, attn_implementation)
-        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
+        model = read_model(read, path, attn_implementation="eager", **options)
     except (OSError, ImportError) as error:
         remedy = "; only safetensors are read: save it with save_pretrained" if "safetensors" in str(error) else ""
         raise ValueError(f"the model {path!r} cannot be loaded: {error}{remedy}") from error
     if not bf16:
         avoid_flash(model)
-    return model.to(device)
+    model = model.to(device)
+    own_memory(model)
+    return model
 
 
 def avoid_flash(model: Any) -> None:
@@ -145,7 +152,7 @@ def read_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype | N
 
 
 def check_model_path(path: str) -> None:
-    """Raise ValueError for a local model folder that is missing or has no ``config.json``."""
+    """Raise ValueError for a local model folder that is missing, has no ``config.json``, or damaged files."""
     folder = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if folder.is_dir():
@@ -154,6 +161,7 @@ def check_model_path(path: str) -> None:
                 f"model folder {path!r} has no config.json; save a model there with "
                 "model.save_pretrained(...) or name another folder"
             )
+        require_whole_files(folder)
     elif looks_local or folder.exists():
         raise ValueError(
             f"model folder {path!r} does not exist; give a folder written by save_pretrained or "

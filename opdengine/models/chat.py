@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opdengine.models.lfs import require_no_pointers
 from opdengine.types import Message
 
 PROBES = (
@@ -30,13 +31,15 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
         chat_template: Jinja text or a file that holds it; replaces the tokenizer's own.
 
     Raises:
-        ValueError: no chat template is known, or there is no end-of-sequence token.
+        ValueError: it cannot be read, no chat template is known, or there is no end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
+    if Path(path).is_dir():
+        require_no_pointers(Path(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except OSError as error:
+    except Exception as error:  # tokenizers has no class of its own for a damaged file
         place = f"the folder {path!r}" if Path(path).is_dir() else f"{path!r}, which is no folder here, as a hub name"
         raise ValueError(f"no tokenizer could be loaded from {place}: {error}") from error
     if chat_template is not None:

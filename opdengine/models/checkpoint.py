@@ -17,10 +17,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from opdengine.distributed import Ranks, split_like, whole
+from opdengine.distributed import Ranks
 from opdengine.errors import WriteError
 from opdengine.models.lora import save_model
 from opdengine.models.random_state import random_state, set_random_state
+from opdengine.models.sharding import split_like, whole
 
 
 class CheckpointError(RuntimeError):
@@ -158,7 +159,7 @@ def restore_optimizer(
     with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
         for key in file.keys():  # noqa: SIM118
             name, _, moment = key.rpartition(".")
-            value = file.get_tensor(key)
+            value = file.get_tensor(key).clone()  # what it gives is a view of the file
             parameter = parameters.get(name)
             if parameter is None or (value.dim() and value.shape != parameter.shape):
                 raise CheckpointError(

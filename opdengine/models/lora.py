@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from typing import Any
 import torch
 
 from opdengine.config.train import ConfigError, LoRAConfig
-from opdengine.distributed import Ranks, whole, whole_weights
+from opdengine.distributed import Ranks
+from opdengine.errors import ModelFileError
+from opdengine.models.files import ADAPTER_FILE, some, tensor_shapes
+from opdengine.models.sharding import whole, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +93,26 @@ def merge_adapter(model: Any, folder: Path) -> Any:
 
 def _with_adapter(model: Any, folder: Path, trained: bool) -> Any:
     require_peft()
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ConfigError(f"{str(folder)!r} has no adapter_model.safetensors; adapters are read from safetensors only")
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=trained, torch_device=str(model.device))
+    if not (folder / ADAPTER_FILE).is_file():
+        raise ConfigError(f"{str(folder)!r} has no {ADAPTER_FILE}; adapters are read from safetensors only")
+    stored, where = set(tensor_shapes(folder / ADAPTER_FILE)), f"the adapter in {str(folder)!r}"
+    name = model.name_or_path
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of what is missing
+            adapted = PeftModel.from_pretrained(
+                model, str(folder), is_trainable=trained, torch_device=str(model.device)
+            )
+    except RuntimeError as error:
+        sizes = " ".join(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
+        raise ModelFileError(f"{where} does not fit the model {name!r}: {sizes or error}") from error
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if missing := sorted(wanted - stored):
+        raise ModelFileError(f"{where} lacks weights: {some(missing)}; they would be random: fetch or save it again")
+    if left := sorted(stored - wanted):
+        raise ModelFileError(f"{where} has weights that the model {name!r} has no place for: {some(left)}")
+    return adapted
 
 
 def is_adapted(model: Any) -> bool:

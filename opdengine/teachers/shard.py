@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed as dist
 
-from opdengine.distributed import Ranks, Sharded
+from opdengine.distributed import Ranks
 from opdengine.models.lora import base_of
+from opdengine.models.sharding import Sharded
 from opdengine.teachers.threads import work_on
 
 T = TypeVar("T")

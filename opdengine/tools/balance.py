@@ -3,6 +3,8 @@
 The student answers every prompt several times and the verifier counts what is right. Prompts of the
 counts that are scarce are repeated until the histogram is about flat; nothing is removed.
 
+The rollouts are sampled at temperature 1 with top-p 0.95 and top-k 50, not as in training.
+
 - U shape (never right and always right are both common): the counts in between are repeated.
 - J shape (one end is the most common by far): all counts but that end are repeated.
 - Any other shape is left as it is.
@@ -47,6 +49,8 @@ class BalanceSettings:
     Args:
         output: the new data file; the counts, the report and the figure are written beside it.
         rollouts: of every prompt.
+        temperature, top_p, top_k: how they are sampled, without a repetition penalty and whatever training samples
+            with; the defaults are the paper's.
         cap: a prompt occurs at most this many times.
         target: raise scarce counts to the "largest" or the "median" one.
         chunk: prompts that are sampled and graded between two saves.
@@ -54,6 +58,9 @@ class BalanceSettings:
 
     output: Path
     rollouts: int = 8
+    temperature: float = 1.0
+    top_p: float = 0.95
+    top_k: int = 50
     cap: float = 4.0
     target: str = "largest"
     chunk: int = 64
@@ -62,6 +69,9 @@ class BalanceSettings:
         checks = (
             ("output", self.output.suffix == ".jsonl", "it must end in .jsonl"),
             ("rollouts", self.rollouts >= 2, "a histogram needs at least 2"),
+            ("temperature", 0 < self.temperature < math.inf, "with 0 all rollouts of a prompt are equal"),
+            ("top_p", 0 < self.top_p <= 1, "it lies in (0, 1]; 1 keeps every token"),
+            ("top_k", self.top_k >= 0, "it must not be negative; 0 keeps every token"),
             ("cap", self.cap >= 1, "it must be at least 1; nothing is removed"),
             ("target", self.target in ("largest", "median"), "choose largest or median"),
             ("chunk", self.chunk >= 1, "it must be at least 1"),
@@ -225,10 +235,9 @@ def balance(config: TrainConfig, settings: BalanceSettings, progress: Callable[[
     data = drop_long(found, lambda p: len(encode(p)), config.max_prompt_length)
     params = SamplingParams(
         max_tokens=config.max_completion_length,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        repetition_penalty=config.repetition_penalty,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
         n=settings.rollouts,
         seed=config.seed,
     )

@@ -15,6 +15,7 @@ import yaml
 
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.environments.registry import load_environment
+from opdengine.methods import PAPERS
 
 WIDTH = 100
 COMMON = (
@@ -56,7 +57,7 @@ def common() -> str:
     lines = []
     for name in COMMON:
         default = _default(fields[name])
-        plain = isinstance(default, (str, int, float)) and default != ""
+        plain = isinstance(default, (str, int, float)) and default != "" and not by_method(name)
         shown = f" [{_value(default)}]" if plain else ""
         lines += _wrapped(texts[name].split(". ")[0].rstrip(".") + shown, f"  {name:<29} ", " " * 32)
     return "\n".join(lines)
@@ -65,19 +66,26 @@ def common() -> str:
 def annotated(names: Sequence[str] = ()) -> str:
     """A YAML file that holds every setting with its default, and what it means in a comment above.
 
-    What has no default is left empty; what makes a list or is off by default is shown in comments.
+    What has no default is left empty; what makes a list, is off by default or has a default of its own in some
+    method's paper is shown in comments.
 
     Args:
-        names: only these settings or sections; "environment.NAME" stands for the options of that environment.
+        names: only these settings or sections; "environment.NAME" stands for the options of that environment,
+            "method.NAME" for what that method's paper sets.
 
     Raises:
         ConfigError: there is no such setting; names the closest one.
     """
-    options = [name for name in names if name.startswith("environment.")]
-    names = [name for name in names if name not in options]
-    parts = [_options(name.removeprefix("environment.")) for name in options]
-    if names or not parts:
-        parts.insert(0, _settings(names))
+    special = {"environment": _options, "method": _paper}
+    parts, plain = [], []
+    for name in names:
+        kind, dot, rest = name.partition(".")
+        if dot and kind in special:
+            parts.append(special[kind](rest))
+        else:
+            plain.append(name)
+    if plain or not parts:
+        parts.insert(0, _settings(plain))
     return "\n".join(parts)
 
 
@@ -85,9 +93,31 @@ def _options(name: str) -> str:
     described = getattr(load_environment(name), "option_class", None)
     if described is None:
         raise ConfigError(f"environment {name!r} is not one of ours: its options are the keywords of its class")
-    lines = _lines(described, [f.name for f in dataclasses.fields(described)], set())
+    lines = _lines(described, [f.name for f in dataclasses.fields(described)], set(), "environment.options.")
     body = [f"    {line}".rstrip() for line in lines]
     return "\n".join(["environment:", f"  name: {name}", "  options:", *body]) + "\n"
+
+
+def _paper(method: str) -> str:
+    if method not in PAPERS:
+        raise ConfigError(f"method {method!r} has no paper's settings; those that have are {sorted(PAPERS)}")
+    paper, lines, open_ = PAPERS[method], [f"method: {method}  # arXiv {PAPERS[method].arxiv}"], ""
+    for setting, (value, where) in sorted(paper.defaults.items(), key=lambda entry: entry[0].rpartition(".")[0]):
+        section, _, name = setting.rpartition(".")
+        lines += [f"{section}:"] if section != open_ else []
+        lines.append(f"{'  ' if section else ''}{name}: {_value(value)}  # {where}")
+        open_ = section
+    lines += ["# to be chosen; the paper's runs had", *(f"# {s}: {text}" for s, text in paper.choices.items())]
+    return "\n".join(lines) + "\n"
+
+
+def by_method(setting: str) -> dict[str, list[str]]:
+    """The defaults that papers give a setting, as written, with the methods that have each."""
+    found: dict[str, list[str]] = {}
+    for method, paper in PAPERS.items():
+        if setting in paper.defaults:
+            found.setdefault(_value(paper[setting]), []).append(method)
+    return found
 
 
 def _settings(names: Sequence[str]) -> str:
@@ -97,10 +127,10 @@ def _settings(names: Sequence[str]) -> str:
             close = difflib.get_close_matches(name, fields, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "'opdengine settings' lists all"
             raise ConfigError(f"there is no setting or section {name!r}; {hint}")
-    return "\n".join(_lines(TrainConfig, names or list(fields), set())).strip() + "\n"
+    return "\n".join(_lines(TrainConfig, names or list(fields), set(), "")).strip() + "\n"
 
 
-def _lines(cls: Any, names: Sequence[str], shown: set[type]) -> Iterator[str]:
+def _lines(cls: Any, names: Sequence[str], shown: set[type], where: str) -> Iterator[str]:
     texts, hints = meanings(cls), typing.get_type_hints(cls)
     said = ""
     for field in dataclasses.fields(cls):
@@ -113,10 +143,14 @@ def _lines(cls: Any, names: Sequence[str], shown: set[type]) -> Iterator[str]:
         default = _default(field)
         if inner is None or inner in shown:
             required = default is dataclasses.MISSING
-            yield f"{field.name}:  # needed" if required else f"{field.name}: {_value(default)}"
+            of_papers = by_method(where + field.name)
+            line = f"{field.name}:  # needed" if required else f"{field.name}: {_value(default)}"
+            yield f"#{line}" if of_papers else line
+            yield from (f"#   {', '.join(methods)}: {value}" for value, methods in of_papers.items())
             continue
         shown.add(inner)
-        body = [f"  {line}".rstrip() for line in _lines(inner, [f.name for f in dataclasses.fields(inner)], shown)]
+        deeper = _lines(inner, [f.name for f in dataclasses.fields(inner)], shown, f"{where}{field.name}.")
+        body = [f"  {line}".rstrip() for line in deeper]
         if dataclasses.is_dataclass(default):
             yield from [f"{field.name}:", *body]
         else:

@@ -59,6 +59,33 @@ def _start(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
+def processed_rows(
+    head: Head,
+    ids: np.ndarray,
+    positions: np.ndarray,
+    hidden: torch.Tensor,
+    params: SamplingParams,
+    vocab_size: int,
+) -> np.ndarray:
+    """float32 [T]: log-probs of ``ids[positions]`` after penalty, temperature, top-k and top-p, some rows at a time.
+
+    Args:
+        head: of the student.
+        ids: int64 [L] of one sequence.
+        positions: int64 [T] of its targets.
+        hidden: [T, d] states that predict them.
+        params: how they were sampled.
+        vocab_size: valid leading columns of the head.
+
+    Returns:
+        -inf where top-k or top-p exclude the token.
+    """
+    cuts = range(0, len(positions), TOKENS)
+    parts = [_processed(head, ids, positions[i : i + TOKENS], hidden[i : i + TOKENS], params, vocab_size) for i in cuts]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
+
+
+@torch.no_grad()
 def _processed(
     head: Head,
     ids: np.ndarray,

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opdengine.config.train import ConfigError, TeacherConfig, TrainConfig
-from opdengine.distributed import Ranks, Sharded
+from opdengine.distributed import Ranks
 from opdengine.environments.setup import open_episodes
 from opdengine.loss.vocab_parallel import VocabParallel
 from opdengine.methods.method import Method
 from opdengine.models.backbone import Backbone, choose_attention, default_device, load_model, read_dtype, read_window
 from opdengine.models.chat import load_tokenizer, require_same_mode, require_same_tokenizer, vocabulary_size
 from opdengine.models.lora import add_adapter, architecture, base_of, freeze_head, load_adapter, require_peft
+from opdengine.models.sharding import Sharded
 from opdengine.rollout import Sampler
 from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.server import ServedTeacher

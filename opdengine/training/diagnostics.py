@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from opdengine.distributed import whole
 from opdengine.methods.camopd import CaMOPD
 from opdengine.methods.method import Method
 from opdengine.models.packing import pack
+from opdengine.models.sharding import whole
 from opdengine.types import Batch, Prompt, Sample
 
 if TYPE_CHECKING:

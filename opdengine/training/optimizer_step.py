@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdengine.distributed import whole
 from opdengine.loss.objective import LossOf, advantage, kl_weight
 from opdengine.models.backbone import Backbone
 from opdengine.models.packing import Packed, pack
+from opdengine.models.sharding import whole
 from opdengine.types import Sample
 
 

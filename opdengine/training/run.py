@@ -91,6 +91,8 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     stream = _open_stream(config, method, prompts, saved)
     _seed_everything(config.seed)
     ranks.settle()  # everything that can be refused has been, on every rank
+    for line in method.paper.report(config, ranks.world_size) if method.paper is not None else ():
+        logger.info(line)
     engine = build_engine(config, method, tokenizer, folder.checkpoint, ranks)
     engine.diagnostics = gradient_diagnostics(method, prompts.prompts)
     if ranks.rank:

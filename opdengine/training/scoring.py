@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from opd_kernels import linear_logprob
 from opdengine.errors import ProbeError
 from opdengine.models.backbone import Backbone, Head
 from opdengine.teachers import Teacher
-from opdengine.types import Batch, Failure, Hidden, Sample, TeacherContext, TeacherTargets, TopK
+from opdengine.training.agreement import processed_rows
+from opdengine.types import Batch, Failure, Hidden, Sample, SamplingParams, TeacherContext, TeacherTargets, TopK
 
 
 async def score(batch: Batch, teachers: Sequence[Teacher], vocab_size: int) -> None:
@@ -84,6 +85,8 @@ class Measurer:
         heads: of the teachers that judge by hidden states.
         vocab_size: valid leading columns of every head.
         impl, workspace_bytes: of the fused op.
+        sampling: how the rollouts were sampled.
+        version: optimiser steps that the student has taken.
     """
 
     student: Backbone
@@ -91,6 +94,8 @@ class Measurer:
     vocab_size: int
     impl: str = "auto"
     workspace_bytes: int | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    version: int = 0
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample], needs: Collection[str], top1_temperature: float = 1.0) -> None:
@@ -104,16 +109,49 @@ class Measurer:
             top1_temperature: of the distributions behind ``teacher_top1``.
         """
         shown = [sample for sample in samples if sample.teacher_targets]
-        if "student_logprob" in needs:
-            states = self.student.score([s.token_ids for s in shown], [s.target_positions for s in shown])
-            head = self.student.head.to(states[0].dtype) if states else self.student.head
-            for sample, own in zip(shown, self._read(list(zip(shown, states, strict=True)), head), strict=True):
-                sample.student_logprob = own["teacher_logprob"]
+        if any(name in needs for name in OWN):
+            self._student(shown, needs)
         wanted = [name for name in READ if name in needs]
         columns = self._teachers(shown, wanted, top1_temperature) if wanted else {}
         for i, sample in enumerate(shown):
             for name in wanted:
                 setattr(sample, name, np.stack([columns[i, teacher][name] for teacher in sample.teachers], axis=1))
+
+    def _student(self, samples: Sequence[Sample], needs: Collection[str]) -> None:
+        """Set what the student alone tells; a ratio without the sampler's log-probs stays None."""
+        states = self.student.score([s.token_ids for s in samples], [s.target_positions for s in samples])
+        head = self.student.head.to(states[0].dtype) if states else self.student.head
+        parts = list(zip(samples, states, strict=True))
+        for sample, read in zip(samples, self._read(parts, head), strict=True):
+            sample.student_logprob = read["teacher_logprob"]
+        for name in (name for name in OWN[1:] if name in needs):
+            same = [name == "policy_logratio" and s.policy_version == self.version for s in samples]
+            open_ = [i for i, s in enumerate(samples) if not same[i] and s.sampler_logprob is not None]
+            for sample in (s for s, unmoved in zip(samples, same, strict=True) if unmoved):
+                setattr(sample, name, np.zeros(len(sample.target_ids), dtype=np.float32))
+            for i, ratio in zip(open_, self._ratios([parts[i] for i in open_], head), strict=True):
+                setattr(samples[i], name, ratio)
+
+    def _ratios(self, parts: Sequence[tuple[Sample, torch.Tensor]], head: Head) -> list[np.ndarray]:
+        """float32 [T]: log-probs of every part under the student, processed as in sampling, less the sampler's.
+
+        Args:
+            parts: samples that have both log-probs, with hidden states.
+            head: of the student.
+        """
+        params, samples = self.sampling, [sample for sample, _ in parts]
+        ours = [np.asarray(sample.student_logprob) for sample in samples]
+        if params.repetition_penalty != 1.0 or (params.temperature and (params.top_p < 1.0 or params.top_k)):
+            ours = [
+                processed_rows(head, s.token_ids, s.target_positions, states, params, self.vocab_size)
+                for s, states in parts
+            ]
+        elif params.temperature not in (0.0, 1.0):
+            ours = [read["teacher_logprob"] for read in self._read(parts, head, params.temperature)]
+        return [
+            np.where(sample.target_turn_weight != 0, mine - np.asarray(sample.sampler_logprob), 0.0).astype(np.float32)
+            for sample, mine in zip(samples, ours, strict=True)
+        ]
 
     def _teachers(
         self, samples: Sequence[Sample], wanted: Sequence[str], top1_temperature: float
@@ -178,6 +216,8 @@ class Measurer:
         return results
 
 
+OWN = ("student_logprob", "policy_logratio", "sampler_logratio")
+"""What needs the student alone."""
 READ = ("teacher_logprob", "teacher_entropy", "teacher_top1")
 MOST_ROWS = 32768
 """Hidden states that are on the device at a time (those of one sample always are)."""

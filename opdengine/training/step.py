@@ -242,7 +242,9 @@ class Engine:
             return
         heads = {t.name: t.head for t in self.teachers if t.head is not None}
         self.student.model.eval()
-        measurer = Measurer(self.student, heads, self.vocab_size, c.loss_impl, c.workspace_bytes)
+        measurer = Measurer(
+            self.student, heads, self.vocab_size, c.loss_impl, c.workspace_bytes, self.sampling_params(), self.version
+        )
         with batch.timed("score"):
             self.student.within(lambda: measurer(list(batch), method.needs, method.top1_temperature))
 

@@ -93,6 +93,7 @@ def test_a_run_in_an_environment(models: dict[str, str], tmp_path: Path, method:
             "max_turns": 2,
             "max_trajectory_tokens": 400,
             "eval_splits": ["valid_unseen"],
+            "eval_temperatures": [0.0],
             "eval_max_tasks": 2,
             "options": {"count": 6, "instructions": False},
         },

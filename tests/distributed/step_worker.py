@@ -20,12 +20,13 @@ import torch
 from opdengine.config.loading import from_mapping
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import load_prompts
-from opdengine.distributed import Ranks, start, whole, whole_weights
+from opdengine.distributed import Ranks, start
 from opdengine.environments.setup import load_tasks
 from opdengine.methods import build_method
 from opdengine.methods.method import Method
 from opdengine.methods.sage_judge import Query, Verdict
 from opdengine.models.chat import load_tokenizer
+from opdengine.models.sharding import whole, whole_weights
 from opdengine.training.build import build_engine
 from opdengine.training.diagnostics import gradient_diagnostics
 from opdengine.types import Batch, Prompt, Sample

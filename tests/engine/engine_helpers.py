@@ -12,7 +12,8 @@ import torch
 
 from opdengine.config.loading import from_mapping
 from opdengine.config.train import TrainConfig
-from opdengine.methods import build_method
+from opdengine.methods import PAPERS, build_method
+from opdengine.methods.paper import value_of
 from opdengine.models.chat import load_tokenizer
 from opdengine.training.build import build_engine
 from opdengine.training.step import Engine
@@ -25,9 +26,19 @@ PROMPTS = {
 }
 
 
+PLAIN = {
+    setting: value_of(TrainConfig, setting)
+    for paper in PAPERS.values()
+    for setting in paper.defaults
+    if "." not in setting
+}
+"""The general default of every setting that some paper sets otherwise."""
+
+
 def make_config(models: dict[str, str], train_data: str, output_dir: Path, **changes: Any) -> TrainConfig:
-    """Two teachers on the tiny models, four prompts a step, short completions."""
+    """Two teachers on the tiny models, four prompts a step, short completions, and no paper's defaults."""
     data: dict[str, Any] = {
+        **PLAIN,
         "model": models["student"],
         "teachers": [{"model": models["big"], "weight": 3.0}, {"model": models["small"], "weight": 1.0}],
         "train_data": [train_data] if train_data else [],
@@ -49,7 +60,7 @@ def make_engine(config: TrainConfig) -> Engine:
 
 
 def make_samples(engine: Engine, prompts: Sequence[Prompt]) -> list[Sample]:
-    """Rollout, annotation, scores and weights of a step, as the engine does them."""
+    """Sample, annotation, scores and weights of a step, as the engine does them."""
 
     async def run() -> list[Sample]:
         batch = await engine.prepare(prompts, 0)

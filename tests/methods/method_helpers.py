@@ -32,9 +32,11 @@ def make_batch(
     student: Sequence[Sequence[float]] | None = None,
     step: int = 0,
 ) -> Batch:
-    """One teacher whose log-probs lie above the student's by the given gaps."""
+    """One teacher whose log-probs lie above the student's by the given gaps; sampled at temperature 1."""
     own = [np.zeros(len(g)) - 1 for g in gaps] if student is None else [np.array(s) for s in student]
     for sample, s, g in zip(rollouts, own, gaps, strict=True):
         sample.student_logprob = s.astype(np.float32)
         sample.teacher_logprob = (s + np.array(g))[:, None].astype(np.float32)
+        if sample.sampler_logprob is not None:
+            sample.policy_logratio = sample.sampler_logratio = s - sample.sampler_logprob
     return Batch(step, list(rollouts))

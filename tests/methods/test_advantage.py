@@ -40,6 +40,7 @@ def every_token(student: np.ndarray, teachers: np.ndarray, mix: np.ndarray, beha
     for y, sample in enumerate(samples):
         sample.mix = mix.astype(np.float32)
         sample.student_logprob, sample.teacher_logprob = student[[y]], teachers[:, [y]].T
+        sample.sampler_logratio = student[[y]] - behaviour[[y]]
     return Batch(samples=samples)
 
 

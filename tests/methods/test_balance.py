@@ -154,7 +154,7 @@ def test_counting_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 def command(models: dict[str, str], data: str, folder: Path, *more: str) -> subprocess.Popen[str]:
     settings = {"model": models["student"], "train_data": data, "output_dir": str(folder / "run"),
-                "verifier": "numeric", "max_completion_length": "12"}  # fmt: skip
+                "verifier": "numeric", "max_completion_length": "12", "method": "uni_opd"}  # fmt: skip
     arguments = [f"--{name}={value}" for name, value in settings.items()]
     return subprocess.Popen(
         [sys.executable, "-m", "opdengine", "balance", "--output", str(folder / "out.jsonl"), *more, *arguments],
@@ -188,6 +188,9 @@ def test_the_command_killed_and_repeated_gives_the_same(models: dict[str, str], 
         assert "24 -> " in out
         report = json.loads((folder / "out.report.json").read_text())
         assert sum(report["keys"][""]["before"]) == 24
+        counted = json.loads((folder / "out.counts.jsonl").read_text().split("\n")[0])
+        sampled = [counted[name] for name in ("temperature", "top_p", "top_k", "repetition_penalty")]
+        assert sampled == [1.0, 0.95, 50, 1.0]  # whatever the run samples with
         assert (folder / "out.png").stat().st_size > 1000
         outputs.append(((folder / "out.jsonl").read_text(), report, sorted((folder / "out.counts.jsonl").open())))
     assert outputs[0] == outputs[1]
@@ -198,6 +201,10 @@ def test_the_command_killed_and_repeated_gives_the_same(models: dict[str, str], 
     [
         ({"rollouts": 1}, "--rollouts 1 is not possible"),
         ({"cap": 0.5}, "--cap 0.5 is not possible"),
+        ({"temperature": 0.0}, "--temperature 0.0 is not possible; with 0 all rollouts"),
+        ({"temperature": float("nan")}, "--temperature nan is not possible"),
+        ({"top_p": 0.0}, "--top_p 0.0 is not possible"),
+        ({"top_k": -1}, "--top_k -1 is not possible"),
         ({"target": "most"}, "choose largest or median"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from opdengine.training.diagnostics import (
 from opdengine.training.run import train
 from opdengine.training.step import Engine
 from opdengine.training.writer import read_metrics
-from opdengine.types import Batch, Prompt, Sample
+from opdengine.types import Batch, Completion, Prompt, Sample
 
 Models = dict[str, str]
 
@@ -237,16 +238,29 @@ def test_bf16_covers_the_products_with_the_heads(
 
 @pytest.mark.parametrize("key", ["agentic", "code"])
 def test_gradient_is_that_of_equation_9(models: Models, prompt_file: str, tmp_path: Path, key: str) -> None:
-    """-(1/|S|) (1/T_i) sum_t w r gap d log p over the selected, written down with the whole model's logits."""
+    """-(1/|S|) (1/T_i) sum_t w r gap d log p over the selected, written down with the whole model's logits.
+
+    The gap is that of the models themselves, the ratio that of the distributions that are sampled from.
+    """
     from transformers import AutoModelForCausalLM
 
     config = camopd_config(models, prompt_file, tmp_path, temperature=1.1)
     engine = make_engine(config)
+    plain = engine.sampler.generate
+
+    def generate(*arguments: Any) -> list[list[Completion]]:
+        """As from an engine that computes otherwise, so that some ratios are outside of the band."""
+        return [
+            [replace(c, logprobs=c.logprobs + np.tile([0.8, -0.1], 50)[: len(c.logprobs)]) for c in completions]
+            for completions in plain(*arguments)
+        ]
+
+    engine.sampler.generate = generate
     judged, items = gather(engine, [p for p in load_prompts([prompt_file]).prompts if p.key == key])
     assert 0 < len(items) < len(judged)
     kept = {item.id for item in items}
     student = AutoModelForCausalLM.from_pretrained(models["student"])
-    loss, negative = torch.zeros(()), 0
+    loss, negative, banned = torch.zeros(()), 0, 0
     for rollout in judged:
         if rollout.id not in kept:
             continue
@@ -255,13 +269,16 @@ def test_gradient_is_that_of_equation_9(models: Models, prompt_file: str, tmp_pa
         rows = logits[rollout.target_positions - 1, : engine.vocab_size].log_softmax(-1)
         logprob = rows[range(len(rollout.target_ids)), rollout.target_ids]
         gap = torch.from_numpy(rollout.teacher_logprob[:, 0]) - logprob.detach()
-        ratio = (logprob.detach() - torch.from_numpy(rollout.sampler_logprob)).exp()
+        tempered = (logits[rollout.target_positions - 1, : engine.vocab_size] / 1.1).log_softmax(-1)
+        tempered = tempered[range(len(rollout.target_ids)), rollout.target_ids].detach()
+        ratio = (tempered - torch.from_numpy(rollout.sampler_logprob)).exp()
         w = torch.where((ratio >= 0.5) & (ratio <= 2), ratio, 0)
+        banned += int((w == 0).sum())
         r = 1.0 if key == "code" else 2.0
         loss = loss - (w * r * gap * logprob).mean() / len(kept)
         negative += int((gap < 0).sum())
     loss.backward()
-    assert negative
+    assert negative and banned
     mine, gradients = loss_and_gradient(engine, items)
     assert mine == pytest.approx(loss.item(), rel=1e-3)
     theirs = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}

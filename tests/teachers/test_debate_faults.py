@@ -10,9 +10,9 @@ import pytest
 from engine_helpers import PROMPTS
 from teacher_helpers import Server, served
 
+from opdengine.methods.debate.contexts import debate_metrics
 from opdengine.methods.debate.debate import Debater
 from opdengine.methods.debate.prompts import debate_prompts
-from opdengine.methods.debate.contexts import debate_metrics
 from opdengine.teachers import TeacherError
 from opdengine.types import Prompt, SamplingParams
 

@@ -125,6 +125,66 @@ def test_a_row_becomes_a_prompt_that_its_verifier_can_grade(name: str, tmp_path:
     assert [(s.value, s.failure) for s in scores] == [(1, ""), (0, "")], scores
 
 
+LETTERED = ["A", "B", "C", "D"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "key", "expected"),
+    [
+        (LETTERED, "C", "C"),
+        (["1", "2", "3", "4"], "1", "A"),
+        (["1", "2", "3", "4"], "4", "D"),
+        ([1, 2, 3, 4], 4, "D"),
+        (["0", "1", "2", "3"], "0", "A"),
+        ([0, 1, 2, 3], 3.0, "D"),
+        (["a", "b", "c", "d"], "c", "C"),
+        (["A.", "B.", "C.", "D."], "C", "C"),
+        (LETTERED, "(c)", "C"),
+        (["i)", "ii)", "iii)", "iv)"], "iii", "C"),
+        (["D", "C", "B", "A"], "D", "D"),  # printed first
+        (LETTERED, "Y ", "C"),
+        (None, "Y", "C"),
+        (None, "c", "C"),
+        (None, 2, "C"),
+        (None, "2", "C"),
+        (LETTERED, 2, "C"),
+        (["1", "2", "3", "4"], "0", None),
+        (["1", "2", "3", "4"], 5, None),
+        (LETTERED, "E", None),
+        (LETTERED, True, None),
+        (LETTERED, None, None),
+        (["A", "A", "B", "C"], "A", None),
+        (["A", "B"], "A", None),
+    ],
+)
+def test_an_answer_is_found_by_label_place_or_text(tmp_path: Path, labels: Any, key: Any, expected: Any) -> None:
+    texts = ["w", "x", "y", "z"]
+    choices: Any = texts if labels is None else {"text": texts, "label": labels}
+    shapes = [{"question": "Which?", "choices": choices, "answerKey": key}]
+    if labels is not None and len(labels) == len(texts):
+        pairs = [{"label": label, "text": text} for label, text in zip(labels, texts, strict=True)]
+        shapes.append({**shapes[0], "choices": pairs})
+    for row in shapes:
+        if expected is None:
+            with pytest.raises(
+                DataError, match=r"row 1: (the answer is none of the options|the labels of the options)"
+            ):
+                one(tmp_path, row, format="multiple_choice", columns={"answer": "answerKey"})
+            continue
+        prompt = one(tmp_path, row, format="multiple_choice", columns={"answer": "answerKey"})
+        assert prompt.answer == expected
+        place = labels.index("D") if labels == ["D", "C", "B", "A"] else "ABCD".index(expected)
+        assert f"\n{expected}. {texts[place]}" in prompt.messages[0]["content"]
+
+
+def test_a_number_that_is_a_place_and_another_options_text_is_refused(tmp_path: Path) -> None:
+    row = {"question": "1 + 1?", "choices": ["4", "3", "2", "1"], "answer": "1"}
+    with pytest.raises(DataError, match="the answer is more than one of the options"):
+        one(tmp_path, row, format="multiple_choice")
+    assert one(tmp_path, {**row, "answer": 1}, format="multiple_choice").answer == "B"
+    assert one(tmp_path, {**row, "choices": ["0", "1", "2"]}, format="multiple_choice").answer == "B"
+
+
 def test_parquet_files_are_read_in_the_same_layout(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet

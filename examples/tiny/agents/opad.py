@@ -31,7 +31,7 @@ def arms(batch_size: int, records: Path) -> list[Arm]:
     both = [{"model": str(MODELS / name)} for name in EXPERTS]
     debate = {
         "prompts": world.DEBATE_PROMPTS, "rounds": 2, "tau": 0.2, "temperature": 0.0, "top_p": 1.0, "top_k": 0,
-        "max_tokens": 8,
+        "repetition_penalty": 1.0, "max_tokens": 8,
     }  # fmt: skip
     recorded = {
         "environment": {
