@@ -22,7 +22,14 @@ from opdengine.data import PromptSet, PromptStream, ScheduledStream, as_source, 
 from opdengine.distributed import Ranks, start
 from opdengine.engine import Engine
 from opdengine.environments.setup import held_out_tasks, load_tasks
-from opdengine.evaluate import answer_params, evaluate, evaluate_episodes, require_answers, turn_params
+from opdengine.evaluate import (
+    answer_params,
+    evaluate,
+    evaluate_episodes,
+    require_answers,
+    turn_params,
+    warn_of_overlap,
+)
 from opdengine.interrupts import Interrupted, Interrupts
 from opdengine.loop import Loop
 from opdengine.methods import PAPERS, build_recipe
@@ -84,6 +91,10 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     student_dtype(config)  # refuses what cannot be trained
     if not config.environment.name:
         prompts = fit_prompts(config, tokenizer, prompts, held_out)
+    warn_of_overlap({**({"eval_data": held_out} if held_out else {}), **episodes}, prompts.prompts)
+    if config.eval_steps and not held_out and not episodes:
+        missing = "environment.eval_splits" if config.environment.name else "eval_data"
+        logger.warning("eval_steps=%d evaluates nothing: name what to evaluate on with %s", config.eval_steps, missing)
     _warn_of_repeats(config.prompts_per_step * ranks.world_size, len(prompts.prompts))
     if recipe.inspector is not None:
         recipe.inspector.watch(prompts.prompts)
