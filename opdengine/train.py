@@ -73,7 +73,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     recipe = build_recipe(config)
     _check_needs(config)
     grader = Grader.from_config(config)
-    folder = RunFolder(config, ranks.world_size)
+    folder = RunFolder(config, ranks)
     held_out, episodes = _held_out(config), held_out_tasks(config.environment)
     if config.environment.name:
         prompts = load_tasks(config.environment, config.environment.train_split)

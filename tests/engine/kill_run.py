@@ -24,7 +24,7 @@ from typing import Any
 
 import opdengine.build
 import opdengine.train  # noqa: F401
-from opdengine import checkpoint, cli, debate, engine
+from opdengine import checkpoint, cli, debate, engine, manifest
 from opdengine.rollout.transformers import TransformersSampler
 
 PHASES = {
@@ -35,7 +35,7 @@ PHASES = {
     "weight sync": (TransformersSampler, "load_policy"),
     "start of saving": (checkpoint, "write_model"),
     "files of a checkpoint": (checkpoint, "save_file"),
-    "flush of a checkpoint": (checkpoint, "_flush"),
+    "flush of a checkpoint": (manifest, "flush"),
     "rename of a checkpoint": (checkpoint, "_replace"),
     "removal of a checkpoint": (checkpoint, "_remove"),
 }

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from opdengine import checkpoint as module
-from opdengine import loop
+from opdengine import loop, manifest
 from opdengine.checkpoint import CheckpointError, list_checkpoints, read_state, restore_optimizer, save_checkpoint
 from opdengine.data import DataError
 from opdengine.engine import Engine
@@ -62,7 +62,10 @@ def names(folder: Path) -> list[str]:
 def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
     """End the process, so to speak, at the n-th call that changes something on the disk."""
     calls = [0]
-    places = [(module, "save_file"), (module, "_flush"), (Path, "rename"), (shutil, "rmtree"), (Path, "write_text")]
+    places = [
+        (module, "save_file"), (module, "flush"), (manifest, "flush"), (Path, "rename"), (shutil, "rmtree"),
+        (Path, "write_text"),
+    ]  # fmt: skip
     for owner, name in places:
         plain = getattr(owner, name)
 
