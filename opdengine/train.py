@@ -61,7 +61,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     Raises:
         ConfigError, DataError, CheckpointError: before any model is loaded, where possible.
         PeerError: another process failed.
-        Interrupted: SIGINT or SIGTERM; the last finished step has been saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; the last finished step has been saved.
     """
     with start(config.ddp_timeout) as ranks:
         if not ranks.is_first:
