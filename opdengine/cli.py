@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opdengine import __version__
-from opdengine.chat import encode_chat
 from opdengine.checkpoint import CheckpointError
 from opdengine.config import TrainConfig
 from opdengine.describe import annotated, common
@@ -170,6 +169,7 @@ def _train(config: TrainConfig) -> int:
 def _eval(config: TrainConfig) -> int:
     from opdengine.environments.setup import held_out_tasks, open_episodes
     from opdengine.evaluate import answer_params, evaluate, evaluate_episodes, turn_params, warn_of_overlap
+    from opdengine.templates import Reader
 
     tasks = held_out_tasks(config.environment)
     if config.environment.name and not tasks:
@@ -188,9 +188,10 @@ def _eval(config: TrainConfig) -> int:
         finally:
             episodes.close()
     else:
+        reader = Reader("the student", tokenizer, config.chat_template_kwargs)
 
         def encode(prompt: Prompt) -> list[int]:
-            return encode_chat(tokenizer, prompt.messages, prompt.tools, config.chat_template_kwargs)
+            return reader.encode(prompt.messages, prompt.tools)
 
         with grader:
             metrics = evaluate(sampler, prompts, encode, grader, answer_params(config)).metrics()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from opdengine.backbone import check_model_path, load_model, read_window
-from opdengine.build import build_engine, check_ranks, student_dtype
+from opdengine.build import build_engine, check_ranks, student_dtype, teacher_tokenizer
 from opdengine.chat import encode_chat, load_tokenizer
 from opdengine.checkpoint import restore_optimizer, write_model
 from opdengine.config import ConfigError, TrainConfig
@@ -38,6 +38,7 @@ from opdengine.progress import Progress
 from opdengine.recipe import Recipe
 from opdengine.rollout.vllm import require_vllm
 from opdengine.run_folder import InputFiles, RunFolder, require_writable
+from opdengine.templates import Reader, check_templates, readable, readers_of
 from opdengine.types import Prompt
 from opdengine.verifiers.grader import Grader
 
@@ -89,6 +90,8 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
         chat_template=config.chat_template,
     )
     student_dtype(config)  # refuses what cannot be trained
+    tokenizers = [teacher_tokenizer(config, teacher) for teacher in config.teachers]
+    prompts = _read_in_full(readers_of(config, tokenizer, tokenizers), config, prompts, held_out)
     if not config.environment.name:
         prompts = fit_prompts(config, tokenizer, prompts, held_out)
     warn_of_overlap({**({"eval_data": held_out} if held_out else {}), **episodes}, prompts.prompts)
@@ -104,7 +107,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     ranks.settle()  # everything that can be refused has been, on every rank
     for line in PAPERS[config.method].report(config, ranks.world_size) if config.method in PAPERS else ():
         logger.info(line)
-    engine = build_engine(config, recipe, tokenizer, folder.checkpoint, ranks)
+    engine = build_engine(config, recipe, tokenizer, folder.checkpoint, ranks, tokenizers)
     if ranks.rank:
         _seed_everything(config.seed + ranks.rank)  # dropout differs between ranks, what is loaded does not
     begin = saved.get("step", 0)
@@ -253,6 +256,17 @@ def check_routing(config: TrainConfig, recipe: Recipe, prompts: PromptSet) -> No
         named |= set(config.divergence) - {"default"}
     if unused := sorted(named - set(prompts.keys)):
         logger.warning("no prompt has the data_source %s named in the settings (it has %s)", unused, list(prompts.keys))
+
+
+def _read_in_full(
+    readers: Sequence[Reader], config: TrainConfig, prompts: PromptSet, held_out: Sequence[Prompt]
+) -> PromptSet:
+    """The prompts of which no chat template leaves anything out; those of the evaluation all must be such."""
+    if not config.environment.name:
+        prompts = readable(prompts, readers, skip_bad_rows=config.skip_bad_rows)
+        readable(PromptSet(tuple(held_out), {}), readers[:1])
+    check_templates(readers, converses=bool(config.environment.name))
+    return prompts
 
 
 def fit_prompts(config: TrainConfig, tokenizer: Any, prompts: PromptSet, held_out: Sequence[Prompt]) -> PromptSet:

@@ -11,7 +11,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from opdengine.chat import append_answer
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.recipe import Annotations, Note, Recipe, distill, route
 from opdengine.teachers import Teacher
@@ -42,7 +41,7 @@ def read_by(teacher: Teacher, rollout: Rollout, messages: Sequence[Message]) -> 
     """
     tools = rollout.prompt.tools
     answers = {
-        i: append_answer(before.token_ids.tolist(), teacher.encode_answer(turn.messages, tools))
+        i: teacher.encode_answer(turn.messages, tools, before.token_ids.tolist())
         for i, (before, turn) in enumerate(pairwise(rollout.turns), start=1)
         if turn.role == "environment" and turn.messages
     }
