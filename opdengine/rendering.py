@@ -67,7 +67,7 @@ def apply_template(
     Raises:
         ValueError: the template refuses the chat, whatever it raises, or a message holds more than text.
     """
-    chat = [plain_message(message) for message in messages]
+    chat: list[Message] = [plain_message(message) for message in messages]
     if any(message.get("tool_calls") for message in chat):
         form = arguments_form(tokenizer, template_kwargs)
         chat = [_with_arguments(message, form) for message in chat]
@@ -121,7 +121,7 @@ def _find_form(tokenizer: Any, template_kwargs: Mapping[str, Any] | None) -> str
     shown = json.dumps(arguments)
     for form, value in (("mapping", arguments), ("text", shown)):
         call = {"id": "123456789", "type": "function", "function": {"name": "f", "arguments": value}}
-        chat = [
+        chat: list[Message] = [
             {"role": "user", "content": "?"},
             {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "content": "?", "name": "f", "tool_call_id": "123456789"},

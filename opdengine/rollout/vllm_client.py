@@ -168,8 +168,10 @@ class VLLMServerSampler(VLLMBase):
                     f"the server {self._client.base_url} answered with weights {sorted(stamps)} instead of version "
                     f"{self.policy_version}; does another run update the same server?"
                 )
-        texts = [text_of_completion(self.tokenizer, ids.tolist(), self.stop_ids) for _, ids, _, _ in read]
-        samples = [(*sample, text) for (_, *sample), text in zip(read, texts, strict=True)]
+        samples = [
+            (ids, logprobs, reason, text_of_completion(self.tokenizer, ids.tolist(), self.stop_ids))
+            for _, ids, logprobs, reason in read
+        ]
         return self.policy_version, samples
 
     def _read(self, answer: Any) -> tuple[set[str], np.ndarray, np.ndarray, str]:
