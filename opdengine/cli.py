@@ -19,7 +19,6 @@ from opdengine.config.loading import load_config
 from opdengine.config.train import TrainConfig
 from opdengine.distributed import PeerError
 from opdengine.errors import ServiceError, VLLMMissingError, WriteError
-from opdengine.models.chat import encode_chat
 from opdengine.models.checkpoint import CheckpointError
 from opdengine.tools.explain import annotated, common
 from opdengine.training.signals import Interrupted
@@ -168,12 +167,15 @@ def _train(config: TrainConfig) -> int:
 
 
 def _eval(config: TrainConfig) -> int:
+    from opdengine.data.templates import Reader
     from opdengine.environments.setup import held_out_tasks, open_episodes
-    from opdengine.training.evaluate import answer_params, evaluate, evaluate_episodes, turn_params
+    from opdengine.training.evaluate import answer_params, evaluate, evaluate_episodes, turn_params, warn_of_overlap
 
     tasks = held_out_tasks(config.environment)
     if config.environment.name and not tasks:
         raise ValueError("nothing to evaluate on: name the tasks with environment.eval_splits")
+    trained = tasks.get(config.environment.train_split, ())
+    warn_of_overlap({config.environment.train_split: trained} if trained else {}, trained)
     if not tasks:
         grader, prompts = _graded_prompts(config)
     sampler, tokenizer = _load_student(config)
@@ -186,9 +188,10 @@ def _eval(config: TrainConfig) -> int:
         finally:
             episodes.close()
     else:
+        reader = Reader("the student", tokenizer, config.chat_template_kwargs)
 
         def encode(prompt: Prompt) -> list[int]:
-            return encode_chat(tokenizer, prompt.messages, prompt.tools, config.chat_template_kwargs)
+            return reader.encode(prompt.messages, prompt.tools)
 
         with grader:
             metrics = evaluate(sampler, prompts, encode, grader, answer_params(config)).metrics()
@@ -197,15 +200,23 @@ def _eval(config: TrainConfig) -> int:
 
 
 def _graded_prompts(config: TrainConfig) -> tuple[Grader, Sequence[Prompt]]:
-    from opdengine.data.prompts import load_prompts
-    from opdengine.training.evaluate import require_answers
+    from opdengine.data.prompts import as_source, load_prompts
+    from opdengine.training.evaluate import require_answers, warn_of_overlap
     from opdengine.verifiers.grader import Grader
 
+    if not config.eval_data:
+        raise ValueError(
+            "nothing to evaluate on: name the data with eval_data (train_data is trained on and not evaluated; to see "
+            "how a model does on it, name it as eval_data)"
+        )
     grader = Grader.from_config(config)
-    paths = config.eval_data or config.train_data
-    prompts = require_answers(load_prompts(paths, skip_bad_rows=config.skip_bad_rows).prompts)
+    prompts = require_answers(load_prompts(config.eval_data, skip_bad_rows=config.skip_bad_rows).prompts)
     grader.check(prompts)
-    return grader, prompts[: config.eval_max_prompts]
+    prompts = prompts[: config.eval_max_prompts]
+    files = {os.path.realpath(as_source(source).path) for source in config.eval_data}
+    if shared := [source for source in config.train_data if os.path.realpath(as_source(source).path) in files]:
+        warn_of_overlap({"eval_data": prompts}, load_prompts(shared, skip_bad_rows=config.skip_bad_rows).prompts)
+    return grader, prompts
 
 
 def _load_student(config: TrainConfig) -> tuple[TransformersSampler, Any]:

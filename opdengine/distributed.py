@@ -37,6 +37,33 @@ class PeerError(RuntimeError):
         self.kind = kind
 
 
+class LostPeerError(PeerError):
+    """Another rank has ended, hangs or was stopped: nothing can be done together any more."""
+
+
+def _lost(error: Exception, timeout: float) -> LostPeerError | None:
+    """What an error of the communication between ranks means; None for any other error.
+
+    Args:
+        error: of this rank.
+        timeout: seconds that it has waited for another one at most.
+    """
+    if isinstance(error, LostPeerError):
+        return error
+    if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+        return None
+    what = "has ended (see its own message)"
+    if "timed out" in str(error).lower():
+        what = (
+            f"did not answer within ddp_timeout={timeout:g} seconds: it hangs, was stopped, or needs longer for a step"
+        )
+    return LostPeerError(
+        f"another process {what}. The run ends here, too; continue it with --resume_from_checkpoint latest "
+        f"({next(iter(str(error).splitlines()), type(error).__name__)})",
+        RuntimeError,
+    )
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes of a run. All methods but :meth:`share` are called by every rank, in the same order.
@@ -48,12 +75,14 @@ class Ranks:
         world_size: number of processes.
         local_rank: of this process on its machine.
         local_world_size: number of processes on its machine.
+        timeout: seconds that one rank may wait for another.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    timeout: float = 7200.0
 
     @property
     def is_first(self) -> bool:
@@ -71,7 +100,12 @@ class Ranks:
         import torch.distributed  # here: a single process does without
 
         values: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(values, value)
+        try:
+            torch.distributed.all_gather_object(values, value)
+        except RuntimeError as error:
+            if lost := _lost(error, self.timeout):
+                raise lost from error
+            raise
         return values
 
     def join(self, values: Sequence[T]) -> list[T]:
@@ -98,12 +132,14 @@ class Ranks:
             error: of this rank.
 
         Raises:
-            Exception: this rank's error; where another one failed first, :class:`PeerError`.
+            Exception: this rank's error; where another one failed first, or does not answer, :class:`PeerError`.
         """
         if self.world_size == 1:
             if error is not None:
                 raise error
             return
+        if error is not None and (lost := _lost(error, self.timeout)):
+            raise lost from error  # there is nobody to agree with
         settled = isinstance(error, PeerError)  # by an agreement within this one
         reports = self.gather(None if error is None or settled else (type(error), str(error)))
         failed = [(rank, *report) for rank, report in enumerate(reports) if report is not None]
@@ -166,6 +202,9 @@ def start(timeout: float = 7200.0) -> Iterator[Ranks]:
 
     Args:
         timeout: seconds that one rank may wait for another.
+
+    Raises:
+        PeerError: a rank does not answer in that time.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
@@ -185,7 +224,12 @@ def start(timeout: float = 7200.0) -> Iterator[Ranks]:
             )
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    yield Ranks(rank, world_size, local_rank, local_world_size)
+    try:
+        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        yield Ranks(rank, world_size, local_rank, local_world_size, timeout)
+    except RuntimeError as error:
+        if lost := _lost(error, timeout):
+            raise lost from error
+        raise
     # After an error the others may be waiting for this rank: it just ends.
     torch.distributed.destroy_process_group()

@@ -51,5 +51,6 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a small JSONL file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    partial.write_text(text, "utf-8", errors="backslashreplace")  # a lone surrogate stays an escape of JSON
     partial.replace(path)

@@ -154,8 +154,9 @@ class TopK:
     """What a served teacher tells of its distributions; all the rest is one tail bucket.
 
     Args:
-        ids: int64 [T, k] different token ids of each row, the target first, then from likely to unlikely.
-        logprobs: float32 [T, k] their log-probabilities at temperature 1, nats.
+        ids: int64 [T, k] different token ids of each row, the target first, then from likely to unlikely; a row
+            that has fewer than k ends with -1.
+        logprobs: float32 [T, k] their log-probabilities at temperature 1, nats; -inf where the id is -1.
     """
 
     ids: np.ndarray
@@ -163,6 +164,14 @@ class TopK:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def widened(self, width: int) -> TopK:
+        """The same lists in arrays of ``width`` columns, which is at least k."""
+        more = ((0, 0), (0, width - self.ids.shape[1]))
+        return TopK(
+            np.pad(self.ids, more, constant_values=-1),
+            np.pad(self.logprobs, more, constant_values=np.float32(-np.inf)),
+        )
 
 
 TeacherTargets = Hidden | TopK

@@ -28,6 +28,11 @@ def available() -> dict[str, bool]:
 PACKAGES = {"trl": "trl", "liger": "liger_kernel"}
 
 
+def describe(found: BaseException) -> str:
+    """One line of what a provider failed with."""
+    return f"{type(found).__name__}: {found}"[:300]
+
+
 def ours(problem: Problem, kind: str, **options: Any) -> Step:
     def step():
         out = linear_divergence(

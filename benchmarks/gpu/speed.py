@@ -50,6 +50,18 @@ def tried(problem: Problem, kind: str, peer: str) -> dict[str, Callable[[], Step
     return {f"{c} rows": lambda c=c: providers.liger(problem, kind, chunk=c, compile_=cuda) for c in chunks}
 
 
+def made(makers: dict[str, Callable[[], Step]]) -> tuple[dict[str, Step], dict[str, Any]]:
+    """The steps that can be made, and the error of each of the others: a peer may be installed and not
+    importable."""
+    steps, broken = {}, {}
+    for name, make in makers.items():
+        try:
+            steps[name] = make()
+        except Exception as found:
+            broken[name] = {"error": providers.describe(found)}
+    return steps, broken
+
+
 def measure(
     problem: Problem, steps: dict[str, Step], ceiling: float | None, *, warmups: int, rounds: int
 ) -> dict[str, Any]:
@@ -62,11 +74,11 @@ def measure(
                 "peak_bytes": temporary_bytes(step, problem.gradient_bytes),
                 "launches": launches(step),
             }
-        except Exception as problem_found:
-            out[name] = {"error": f"{type(problem_found).__name__}: {problem_found}"[:300]}
+        except Exception as found:
+            out[name] = {"error": providers.describe(found)}
         release()
     working = {name: step for name, step in steps.items() if "error" not in out[name]}
-    for name, times in rotate(working, warmups=warmups, rounds=rounds).items():
+    for name, times in (rotate(working, warmups=warmups, rounds=rounds) if working else {}).items():
         out[name] |= summary(times)
         out[name]["tflops"] = problem.shape.flops / out[name]["ms"] / 1e9
         if ceiling:
@@ -80,8 +92,8 @@ def rounds_of(smoke: bool) -> dict[str, int]:
 
 def compare(shape: Shape, kind: str, names: list[str], ceiling: float | None, smoke: bool) -> dict[str, Any]:
     problem = strangers(shape, *setting())
-    steps = {name: make() for name, make in steps_of(problem, kind, names).items()}
-    out = measure(problem, steps, ceiling, **rounds_of(smoke))
+    steps, broken = made(steps_of(problem, kind, names))
+    out = measure(problem, steps, ceiling, **rounds_of(smoke)) | broken
     return out | at_their_memory(problem, kind, out, ceiling, smoke)
 
 
@@ -102,7 +114,7 @@ def at_their_memory(
 def at_their_best(shape: Shape, kind: str, ceiling: float | None, smoke: bool) -> dict[str, Any]:
     """Every peer at the fastest of several chunks; what was tried is kept."""
     problem, out = strangers(shape, *setting()), {}
-    steps = {name: make() for name, make in steps_of(problem, kind, ["ours", "gemms"]).items()}
+    steps, _ = made(steps_of(problem, kind, ["ours", "gemms"]))
     for peer in [name for name, there in providers.available().items() if there]:
         times: dict[str, float] = {}
         for chunk, make in tried(problem, kind, peer).items():
@@ -110,15 +122,15 @@ def at_their_best(shape: Shape, kind: str, ceiling: float | None, smoke: bool) -
                 step = make()
                 step()
                 times[chunk] = median_ms(step, warmups=1, rounds=2 if smoke else 5)
-            except Exception as problem_found:
-                out[f"{peer}, {chunk}"] = {"error": f"{type(problem_found).__name__}: {problem_found}"[:200]}
+            except Exception as found:
+                out[f"{peer}, {chunk}"] = {"error": providers.describe(found)}
             release()
         if times:
             best = min(times, key=times.__getitem__)
             steps[f"{peer}, {best}"] = tried(problem, kind, peer)[best]()
             out[f"{peer} tried"] = {"ms_by_chunk": times}
-    found = measure(problem, steps, ceiling, **rounds_of(smoke))
-    return out | found | at_their_memory(problem, kind, found, ceiling, smoke)
+    figures = measure(problem, steps, ceiling, **rounds_of(smoke))
+    return out | figures | at_their_memory(problem, kind, figures, ceiling, smoke)
 
 
 def memory(shape: Shape, kind: str) -> dict[str, Any]:

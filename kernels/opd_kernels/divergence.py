@@ -3,7 +3,8 @@ and heads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
@@ -177,8 +178,27 @@ def from_trl_beta(beta: float) -> dict[str, Any]:
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
-    """Autocast would run the GEMMs, and so the logits, in half precision."""
+    """Autocast would round what is computed here to half precision."""
     return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Products in the precision of their operands: autocast would round them to half precision, and the
+    process's settings float32 ones to TF32 or bfloat16."""
+    matmul = [getattr(torch.backends, name).matmul for name in ("cuda", "mkldnn")]
+    # Where it is missing, torch is older than the settings by backend.
+    before = [getattr(setting, "fp32_precision", "ieee") for setting in matmul]
+    with no_autocast(device):
+        try:
+            for setting, precision in zip(matmul, before, strict=True):
+                if precision not in ("ieee", "none"):
+                    setting.fp32_precision = "ieee"
+            yield
+        finally:
+            for setting, precision in zip(matmul, before, strict=True):
+                if precision not in ("ieee", "none"):
+                    setting.fp32_precision = precision
 
 
 def loss_scale(problem: Problem) -> Tensor:
@@ -268,7 +288,7 @@ def solve(problem: Problem, scale: Tensor, wants: Wants) -> tuple[Tensor, Outcom
     """(loss, outcome) of a problem with ``loss_scale`` [N]; with gradients when they are known in
     forward, that is unless the reduction is "none"."""
     rows = plan_rows(problem.mix, problem.mix_is_uniform, problem.token_weight)
-    with no_autocast(scale.device):
+    with exact_products(scale.device):
         outcome = run_divergence(problem, rows, scale, wants if problem.reduction != "none" else Wants())
     return reduce_loss(problem, outcome.token_loss, scale), outcome
 
@@ -278,5 +298,5 @@ def recompute(problem: Problem, scale: Tensor, grad_loss: Tensor, wants: Wants) 
     second backward; ``scale`` as in ``solve``."""
     scale = scale * grad_loss.to(scale.dtype)
     rows: RowPlan = plan_rows(problem.mix, problem.mix_is_uniform, scale)
-    with no_autocast(scale.device):
+    with exact_products(scale.device):
         return run_divergence(replace(problem, labels=None, stats=False), rows, scale, wants)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .divergence import cast_gradients, no_autocast, prepare, wanted
+from .divergence import cast_gradients, exact_products, prepare, wanted
 from .driver import run_divergence
 from .heads import Wants
 from .label_sets import LabelSets, SingleLabel, Upstream
@@ -89,7 +89,7 @@ STATS_OPTIONS: dict[str, Any] = {
 
 def compute_stats(problem: Problem) -> TokenStats:
     """Statistics of a prepared problem; nothing else of it is computed."""
-    with torch.no_grad(), no_autocast(problem.student.hidden.device):
+    with torch.no_grad(), exact_products(problem.student.hidden.device):
         if problem.impl == "reference":
             from .reference import reference_divergence
 
@@ -193,7 +193,7 @@ def prepare_logprob(
     head = make_head("", hidden, weight, bias, logit_scale, softcap, temperature)
     budget = make_workspace_bytes(workspace_bytes)
     (head,), shards = split_vocabularies((head,), vocab_size, group, (tail, budget, "linear_logprob"))
-    check_labels(labels, head.vocab if shards is None else shards.vocab, hidden)
+    labels = check_labels(labels, head.vocab if shards is None else shards.vocab, hidden)
     chosen = choose_impl(impl, hidden.device.type, compute_dtype_of((head,)), shards is not None)
     single = labels.dim() == 1 and not tail and shards is None
     if impl == "triton" and not single:
@@ -212,7 +212,7 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LabelSets, wants: Wants
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        with no_autocast(hidden.device):
+        with exact_products(hidden.device):
             logprob, entropy, tail, lse, top1_prob = call.forward()
         ctx.call, ctx.wants = call, wants
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -228,7 +228,7 @@ class _LinearLogprob(torch.autograd.Function):
             return None, None, None, None, None
         hidden, weight, bias, entropy, tail, lse = ctx.saved_tensors
         call: LabelSets = replace(ctx.call, head=ctx.call.head.with_tensors(hidden, weight, bias))
-        with no_autocast(hidden.device):
+        with exact_products(hidden.device):
             gradients = Upstream.of(*upstream[:3], like=call.labels, dtype=entropy.dtype)
             outcome = call.backward(entropy, tail, lse, gradients, ctx.wants)
         return *cast_gradients(ctx, outcome), None, None

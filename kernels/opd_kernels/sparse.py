@@ -6,6 +6,9 @@ everything else. Merging events never increases an f-divergence (data-processing
 result is a lower bound of the exact divergence, and equal to it when the list is the vocabulary or
 when both models spread their tails alike. Without the bucket the truncated sum bounds nothing and can
 be negative.
+
+Rows may list different numbers of ids: the places of [N, k] that a row does not need hold :data:`UNLISTED`
+and -inf. They are no events: what they could have named belongs to the tail.
 """
 
 from __future__ import annotations
@@ -23,6 +26,12 @@ from .validation import check_choice, check_constant, check_matrix, check_values
 
 # How far above 1 the probabilities of a list may sum: what half-precision log-probs lose.
 MASS_TOLERANCE = 1.0e-2
+
+UNLISTED = -1
+"""In place of an id: the row lists fewer than k ids. The log-prob there is -inf."""
+
+# Log-prob of what is no event: exp of it is 0 in every dtype, and differences of it are finite.
+NOTHING = -1.0e4
 
 
 def topk_divergence(
@@ -55,9 +64,9 @@ def topk_divergence(
     Args:
         student_hidden: [N, d] float32, bfloat16, float16 or float64, row-major.
         student_weight: [V, d], same dtype.
-        topk_ids: [N, k] int64 ids, different within a row.
+        topk_ids: [N, k] int64 ids, different within a row; -1 where a row lists fewer than k.
         topk_logprobs: [N, k] floating point, the teacher's log-probs of these ids, normalised over
-            its whole vocabulary at the temperature of the loss.
+            its whole vocabulary at the temperature of the loss; -inf where the id is -1.
         divergence, jsd_beta, skew_alpha: as in ``linear_divergence``.
         token_weight: [N] weight of each row in the loss, default 1. Rows with 0 are not computed.
         temperature: divides the student's logits only: a truncated list cannot be tempered.
@@ -71,8 +80,9 @@ def topk_divergence(
         ``token_loss`` [N] with NaN on rows that were not computed.
 
     Raises:
-        ValueError: an argument is invalid: an id twice in a row, a log-prob that is not finite or
-            above 0, probabilities of a row that sum to more than 1.01.
+        ValueError: an argument is invalid: an id twice in a row or outside the vocabulary, a row without
+            any id, a log-prob that is not finite or above 0, probabilities of a row that sum to more
+            than 1.01.
     """
     rule = make_rule(divergence, jsd_beta, skew_alpha)
     check_choice("reduction", reduction, REDUCTIONS)
@@ -83,7 +93,8 @@ def topk_divergence(
     weight = make_token_weight(token_weight, rows, dtype, device)
     check_values(torch.ones(rows, 1, device=device), weight, reduction, None, 0)
     used = None if weight is None else torch.nonzero(weight)[:, 0]
-    check_topk(topk_ids, topk_logprobs, rows, device, used)
+    width = student_weight.shape[0] if vocab_size is None and group is None else vocab_size
+    check_topk(topk_ids, topk_logprobs, rows, device, used, width)
 
     token_loss = student_hidden.new_full((rows,), math.nan, dtype=dtype)
     if used is not None and used.numel() == 0:
@@ -95,11 +106,12 @@ def topk_divergence(
     else:
         used = None
 
-    width = student_weight.shape[0] if vocab_size is None and group is None else vocab_size
+    # An unused place repeats the row's largest id, which changes nothing of the tail, and is masked below.
+    unlisted = ids == UNLISTED
     student = linear_logprob(
         hidden,
         student_weight,
-        ids,
+        torch.where(unlisted, ids.amax(1, keepdim=True), ids),
         bias=student_bias,
         logit_scale=student_logit_scale,
         softcap=student_softcap,
@@ -107,11 +119,12 @@ def topk_divergence(
         impl=impl,
         workspace_bytes=workspace_bytes,
         vocab_size=vocab_size,
-        tail=ids.shape[1] != width,
+        tail=ids.shape[1] != width or bool(unlisted.any()),
         group=group,
     )
     with no_autocast(device):
-        p, q = student.logprob, listed.detach().to(dtype)
+        p = student.logprob.masked_fill(unlisted, NOTHING)
+        q = listed.detach().to(dtype).masked_fill(unlisted, NOTHING)
         if student.tail is not None:
             p = torch.cat((p, student_tail(student.tail)[:, None]), 1)
             q = torch.cat((q, teacher_tail(listed.detach(), dtype)[:, None]), 1)
@@ -156,8 +169,10 @@ def student_tail(tail: Tensor) -> Tensor:
     return torch.where(torch.isneginf(tail), math.log(torch.finfo(tail.dtype).eps), tail)
 
 
-def check_topk(ids: Tensor, logprobs: Tensor, rows: int, device: torch.device, used: Tensor | None) -> None:
-    """Shapes, dtypes and values of a teacher's list, the values on the rows ``used`` only."""
+def check_topk(
+    ids: Tensor, logprobs: Tensor, rows: int, device: torch.device, used: Tensor | None, vocab: int | None
+) -> None:
+    """Shapes, dtypes and values of a teacher's list, the values on the rows ``used`` only; ``vocab``: of the ids."""
     for name, tensor in (("topk_ids", ids), ("topk_logprobs", logprobs)):
         if not isinstance(tensor, Tensor) or tensor.dim() != 2 or tensor.shape[0] != rows or tensor.shape[1] == 0:
             shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -176,14 +191,25 @@ def check_topk(ids: Tensor, logprobs: Tensor, rows: int, device: torch.device, u
     if used is not None:
         ids, logprobs = ids[used], logprobs[used]
     places = torch.arange(ids.shape[0], device=device) if used is None else used
-    ordered = ids.sort(1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]).any(1)
-    bad = ~(torch.isfinite(logprobs) & (logprobs <= 0)).all(1)
+    ordered, unlisted = ids.sort(1).values, ids == UNLISTED
+    outside = (ids < UNLISTED).any(1)
+    if vocab is not None:
+        outside |= (ids >= vocab).any(1)
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != UNLISTED)).any(1)
+    empty = unlisted.all(1)
+    marked = (unlisted & ~torch.isneginf(logprobs)).any(1)
+    bad = ~(unlisted | torch.isfinite(logprobs) & (logprobs <= 0)).all(1)
     mass = logprobs.double().exp().sum(1)
     heavy = mass > 1.0 + MASS_TOLERANCE
-    if not bool((twice | bad | heavy).any()):
+    if not bool((outside | twice | empty | marked | bad | heavy).any()):
         return
     for flag, message in (
+        (
+            outside,
+            f"holds an id outside the vocabulary of {vocab}: pass token ids, and -1 for a place that is not used",
+        ),
+        (empty, "lists no id: leave such rows out with token_weight 0"),
+        (marked, "has a log-prob at the id -1, which marks a place that is not used: give it the log-prob -inf"),
         (bad, "holds a log-prob that is NaN, infinite or above 0: leave such rows out with token_weight 0"),
         (twice, "lists an id twice: merge the entries, or its probability would count twice"),
         (heavy, "sums to a probability above 1: pass log-probs normalised over the whole vocabulary"),

@@ -156,7 +156,7 @@ class Head:
         return self.scale / self.temperature
 
     def with_tensors(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
-        return replace(self, hidden=hidden, weight=weight, bias=bias)
+        return replace(self, hidden=hidden, weight=weight, bias=None if bias is None else bias.contiguous())
 
 
 @dataclass(frozen=True)

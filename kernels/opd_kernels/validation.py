@@ -56,7 +56,8 @@ def check_matrix(name: str, tensor: object, dims: str) -> Tensor:
 
 
 def check_vector(name: str, tensor: object, length: int, device: torch.device, integer: bool = False) -> Tensor:
-    """A [length] tensor on ``device``: int64 with ``integer``, else floating point."""
+    """A dense [length] tensor on ``device``: int64 with ``integer``, else floating point. What is strided or
+    expanded is copied: row kernels step through it by one element."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a torch.Tensor [{length}], got {type(tensor).__name__}")
     if tuple(tensor.shape) != (length,):
@@ -67,7 +68,7 @@ def check_vector(name: str, tensor: object, length: int, device: torch.device, i
         raise ValueError(f"{name} has dtype {tensor.dtype}: pass {name}.float()")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, the student on {device}: move it there")
-    return tensor
+    return tensor.contiguous()
 
 
 def check_constant(name: str, tensor: Tensor) -> None:
@@ -103,7 +104,7 @@ def make_head(
         check_positive(f"{name}softcap", softcap)
     floor = False
     if bias is not None:
-        check_vector(f"{name}bias", bias, weight.shape[0], hidden.device)
+        bias = check_vector(f"{name}bias", bias, weight.shape[0], hidden.device)
         blind = capturing(bias.device)
         if not blind and bool((torch.isnan(bias) | torch.isposinf(bias)).any()):
             raise ValueError(
@@ -242,9 +243,8 @@ def make_token_weight(weight: Tensor | None, rows: int, dtype: torch.dtype, devi
     """[N] detached, in the compute dtype; its values are left to ``check_values``."""
     if weight is None:
         return None
-    check_vector("token_weight", weight, rows, device)
     check_constant("token_weight", weight)
-    return weight.detach().to(dtype)
+    return check_vector("token_weight", weight, rows, device).detach().to(dtype)
 
 
 def check_values(mix: Tensor, token_weight: Tensor | None, reduction: str, labels: Tensor | None, vocab: int) -> None:
@@ -285,8 +285,8 @@ def check_values(mix: Tensor, token_weight: Tensor | None, reduction: str, label
     )
 
 
-def check_labels(labels: object, vocab: int, hidden: Tensor) -> None:
-    """[N] or [N, L] int64, L at least 1, every label a column."""
+def check_labels(labels: object, vocab: int, hidden: Tensor) -> Tensor:
+    """[N] or [N, L] int64, dense, L at least 1, every label a column."""
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         labels = check_vector("labels", labels, hidden.shape[0], hidden.device, integer=True)
     if labels.shape[0] != hidden.shape[0] or 0 in labels.shape:
@@ -298,6 +298,7 @@ def check_labels(labels: object, vocab: int, hidden: Tensor) -> None:
         raise ValueError(
             f"labels{place} = {labels[tuple(place)].item()} is outside [0, {vocab}): pass only rows with a token"
         )
+    return labels.contiguous()
 
 
 def make_workspace_bytes(workspace_bytes: int | None) -> int:
@@ -354,7 +355,7 @@ def make_problem(
     weights, uniform = make_mix(mix, rows, len(others), dtype, device)
     token_weight = make_token_weight(token_weight, rows, dtype, device)
     if labels is not None:
-        check_vector("labels", labels, rows, device, integer=True)
+        labels = check_vector("labels", labels, rows, device, integer=True)
     check_values(weights, token_weight, reduction, labels, student.vocab if shards is None else shards.vocab)
     mixture = teacher_reduction == "mixture"
     if mixture:

@@ -72,7 +72,7 @@ class TrainConfig(Section):
         trust_remote_code: run code that comes with a model.
         chat_template: Jinja text or file in place of the student tokenizer's own.
         chat_template_kwargs: handed to the student's chat template.
-        eval_data: like ``train_data``, with an ``answer`` column.
+        eval_data: like ``train_data``, with an ``answer`` column; ``train_data`` is never evaluated in its place.
         eval_temperature: of the answers to ``eval_data``; 0 is greedy.
         eval_num_generations: answers to each evaluation prompt; the accuracy is their mean.
         eval_max_prompts: evaluate on at most this many prompts.

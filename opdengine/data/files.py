@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opdengine.data.reasoning_tasks import GENERATED, generate
+from opdengine.models.surrogates import levels, surrogate_in
 
 MOST_LEVELS = 100
 """Rows are rendered, pickled and hashed by functions that call themselves once per level."""
@@ -55,31 +56,13 @@ def parse_json(text: str) -> Any:
 
 def require_sound(value: Any) -> None:
     """Raise ValueError where a value of JSON is nested too deeply or holds a lone surrogate."""
-    level, depth = [value], 0
-    while level:
+    for depth, level in enumerate(levels(value)):
         if depth > MOST_LEVELS:
             raise ValueError(f"not JSON that can be used (nested more than {MOST_LEVELS} levels deep)")
-        texts = [item for item in level if isinstance(item, str)]
-        texts += [key for item in level if isinstance(item, Mapping) for key in item if isinstance(key, str)]
-        for text in texts:
-            if (place := surrogate_in(text)) is not None:
+        for text in level:
+            if isinstance(text, str) and (place := surrogate_in(text)) is not None:
                 around = text[max(place - 20, 0) : place + 1]
                 raise ValueError(f"not text (a lone surrogate, half of a character, behind {around!a})")
-        inner = [item.values() if isinstance(item, Mapping) else item for item in level if _is_nested(item)]
-        level, depth = [item for items in inner for item in items], depth + 1
-
-
-def surrogate_in(text: str) -> int | None:
-    """Where a text holds a code point that UTF-8 cannot write; None: nowhere."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return error.start
-    return None
-
-
-def _is_nested(value: Any) -> bool:
-    return isinstance(value, (Mapping, list, tuple))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

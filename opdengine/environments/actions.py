@@ -6,12 +6,12 @@ tool calls in the markup of the Hermes and Qwen chat templates. Thoughts in ``<t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from opdengine.data.files import parse_json
 from opdengine.models.chat import text_of
 from opdengine.types import Message
 
@@ -128,8 +128,8 @@ def _call(value: Any) -> dict[str, Any] | None:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return None
 
 

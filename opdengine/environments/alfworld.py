@@ -17,6 +17,7 @@ from typing import Any
 from opdengine.environments.alfworld_expert import Expert
 from opdengine.environments.alfworld_games import SPLITS, TYPES, draw_tasks, make_game, package_folder
 from opdengine.environments.commands import CommandEnvironment, CommandOptions, View, need, optional
+from opdengine.environments.demonstration import ALFWORLD
 from opdengine.environments.protocol import Task
 
 REFUSED = "Nothing happens."
@@ -47,11 +48,13 @@ class ALFWorldOptions(CommandOptions):
 
     Args:
         types: the task types to draw from, equally often.
+        demonstration: the instructions end with a played task as an example.
         data_dir: folder of the official games (``json_2.1.1`` or the folder that holds it, with
             ``SPLIT/*/*/game.tw-pddl`` beside ``traj_data.json``); empty: games are generated.
     """
 
     types: Sequence[str] = TYPES
+    demonstration: bool = True
     data_dir: str = ""
 
     def __post_init__(self) -> None:
@@ -103,6 +106,10 @@ class ALFWorld(CommandEnvironment):
             state = self._engine.reset()
         self._put = PUT if PUT.format(thing="{o}", place="{r}") in state["command_templates"] else OLD_PUT
         self.rules = RULES.format(put=self._put.format(thing="THING", place="PLACE"))
+        if self.options.demonstration:
+            put = self._put.format(thing="spatula 2", place="drawer 1")
+            done = self._put.format(thing="the spatula 2", place="the drawer 1")
+            self.demonstration = ALFWORLD.shown(self.options.format, put=put, done=done)
         room, _, goal = state.feedback.partition("Your task is to: ")
         room = room.replace("-= Welcome to TextWorld, ALFRED! =-", "").strip()
         return goal.strip(), self._show(state, room)

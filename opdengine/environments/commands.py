@@ -107,6 +107,8 @@ class CommandEnvironment:
     name: str
     rules: str
     """What the system message says about the world and its commands."""
+    demonstration: str = ""
+    """An example that the system message ends with."""
     options: CommandOptions
     _view: View | None = None
 
@@ -137,7 +139,8 @@ class CommandEnvironment:
         self._view, self._turns = view, 0
         messages: list[Message] = []
         if self.options.instructions:
-            messages.append({"role": "system", "content": f"{self.rules}\n\n{ANSWERS[self.options.format]}"})
+            parts = (self.rules, ANSWERS[self.options.format], self.demonstration)
+            messages.append({"role": "system", "content": "\n\n".join(filter(None, parts))})
         text = f"{view.observation}\n\nYour task: {goal}"
         messages.append({"role": "user", "content": text + self._listed(view)})
         info = {

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from opdengine.data.templates import Reader
 from opdengine.environments.protocol import Broken, Observation, Step, Task
 from opdengine.metrics import Mean, mean
-from opdengine.models.chat import append_answer, encode_answer, encode_chat, written
+from opdengine.models.chat import encode_answer, written
+from opdengine.models.surrogates import without_surrogates
 from opdengine.types import Completion, Message, Prompt, Request, Sample, SamplingParams, Turn
 
 if TYPE_CHECKING:
@@ -99,6 +101,9 @@ class Episodes:
     parse: Callable[[Message], Message] | None = None
     _turn: threading.Lock = field(default_factory=threading.Lock)
 
+    def __post_init__(self) -> None:
+        self._reader = Reader("the student", self.tokenizer, self.template_kwargs)
+
     def play(self, sampler: Sampler, jobs: Sequence[Job], params: SamplingParams) -> tuple[list[Sample], Counter[str]]:
         """One rollout per job, in order, without those whose environment broke (counted by reason).
 
@@ -162,27 +167,35 @@ class Episodes:
         self.pool.close()
 
     def _begin(self, job: Job, start: Observation) -> Running:
-        prompt = replace(job.prompt, messages=tuple(start.messages), tools=tuple(start.tools))
-        ids = encode_chat(self.tokenizer, prompt.messages, prompt.tools, self.template_kwargs)
-        return Running(job, prompt, [Turn("prompt", np.array(ids))], start.info)
+        messages, tools, info = without_surrogates((tuple(start.messages), tuple(start.tools), start.info))
+        prompt = replace(job.prompt, messages=messages, tools=tools)
+        ids = self._reader.encode(messages, tools)
+        return Running(job, prompt, [Turn("prompt", np.array(ids))], info)
 
     def _has_room(self, episode: Running, params: SamplingParams) -> bool:
         return len(episode.token_ids) + params.max_tokens <= self.max_trajectory_tokens
 
     def _message(self, episode: Running, completion: Completion) -> Message:
         message: Message = {"role": "assistant", "content": completion.text}
-        return self.parse(message) if self.parse is not None and episode.prompt.tools else message
+        if self.parse is None or not episode.prompt.tools:
+            return message
+        parsed: Message = without_surrogates(self.parse(message))  # JSON in the student's text may escape them
+        return parsed
 
     def _advance(self, episode: Running, message: Message, completion: Completion, answer: Step) -> None:
         """Add the student's turn and, unless the episode is over, the environment's."""
+        messages, told = without_surrogates((tuple(answer.messages), answer.info))
+        answer = replace(answer, messages=messages, info=told)
         info = {**answer.info, "reward": answer.reward, "stop_reason": completion.stop_reason}
         episode.turns.append(
             Turn("assistant", completion.token_ids, completion.logprobs, True, messages=(message,), info=info)
         )
         episode.steps.append(answer)
         if not answer.done:
-            ids = encode_answer(self.tokenizer, answer.messages, episode.prompt.tools, self.template_kwargs)
-            following = append_answer(completion.token_ids.tolist(), ids)
+            sampled = completion.token_ids.tolist()
+            following = encode_answer(
+                self.tokenizer, answer.messages, episode.prompt.tools, self.template_kwargs, sampled
+            )
             episode.turns.append(Turn("environment", np.array(following), messages=tuple(answer.messages)))
 
 

@@ -14,6 +14,7 @@ from random import Random
 from typing import Any
 
 from opdengine.environments.commands import CommandEnvironment, CommandOptions, View, need, optional
+from opdengine.environments.demonstration import SCIENCEWORLD
 from opdengine.environments.java import find_java, java_first
 from opdengine.environments.protocol import InfrastructureError, Task
 
@@ -97,6 +98,8 @@ class ScienceWorldOptions(CommandOptions):
 
     Args:
         types: the task types to draw from, in turn.
+        demonstration: the instructions end with a played task as an example.
+        inventory: every observation ends with what the agent carries, in the simulator's words.
         variations: at most this many of each type; 0 takes all of the split.
         simplifications: "easy" (all that leave the task possible), "" or some of
             "teleportAction,selfWateringFlowerPots,openContainers,openDoors,noElectricalAction".
@@ -105,6 +108,8 @@ class ScienceWorldOptions(CommandOptions):
 
     admissible: int = 0
     types: Sequence[str] = tuple(VARIATIONS)
+    demonstration: bool = True
+    inventory: bool = True
     variations: int = 0
     simplifications: str = "easy"
     memory_mb: int = 512
@@ -175,6 +180,10 @@ class ScienceWorld(CommandEnvironment):
             teleport=", teleport to ROOM" if any(c.startswith("teleport") for c in commands) else "",
             connect=", connect THING to THING, disconnect THING" if "connect OBJ to OBJ" in commands else "",
         )
+        if self.options.demonstration:
+            held = {"one": "an orange", "both": "a dove egg\n\tan orange"} if self.options.inventory else {}
+            told = {name: f"\nIn your inventory, you see:\n\t{things}" for name, things in held.items()}
+            self.demonstration = SCIENCEWORLD.shown(self.options.format, **{"one": "", "both": "", **told})
         goal = " ".join(info["taskDesc"].removeprefix("Task Description:").split())
         return goal.removeprefix("Your task is to "), self._show(text, False, info)
 
@@ -191,8 +200,9 @@ class ScienceWorld(CommandEnvironment):
 
     def _show(self, text: str, ended: bool, info: dict[str, Any]) -> View:
         raw = int(info["score"])
+        carried = f"\n{info['inv'].strip()}" if self.options.inventory else ""
         return View(
-            observation=text.strip(),
+            observation=text.strip() + carried,
             admissible=sorted(set(info["valid"]) - {""}),
             score=max(raw, 0) / 100,
             ended=ended,

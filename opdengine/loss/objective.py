@@ -281,9 +281,10 @@ def _hidden(targets: TeacherTargets) -> torch.Tensor:
 
 
 def _lists(targets: Sequence[TeacherTargets]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and log-probs [T, k] of several contexts, as wide as the narrowest of them."""
+    """Ids and log-probs [T, k] of several contexts; every row keeps all that it lists."""
     lists = [t for t in targets if isinstance(t, TopK)]
     assert len(lists) == len(targets), "a teacher without a head judges by log-probs"
-    width = min(t.ids.shape[1] for t in lists)
-    ids = np.concatenate([t.ids[:, :width] for t in lists])
-    return torch.from_numpy(ids), torch.from_numpy(np.concatenate([t.logprobs[:, :width] for t in lists]))
+    width = max(t.ids.shape[1] for t in lists)
+    wide = [t.widened(width) for t in lists]
+    ids, logprobs = np.concatenate([t.ids for t in wide]), np.concatenate([t.logprobs for t in wide])
+    return torch.from_numpy(ids), torch.from_numpy(logprobs)

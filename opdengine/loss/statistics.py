@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,7 +40,7 @@ class Statistics:
 
         Args:
             name: of the teacher.
-            logprobs: [T, k], the target's first.
+            logprobs: [T, k], the target's first; -inf where a row lists fewer.
             vocab: width of the whole distribution.
             student: [T] log p(target).
             kl: [T] lower bound of the reverse KL, where it was computed.
@@ -52,8 +51,9 @@ class Statistics:
         # The entropy is at most this, and exactly this for a dead (uniform) teacher.
         known = logprobs.double().exp()
         tail = (1 - known.sum(1)).clamp(min=1e-12)
-        rest = tail * (math.log(max(vocab - logprobs.shape[1], 1)) - tail.log())
-        self._extend(f"teacher_entropy/{name}", rest - (known * logprobs.double()).sum(1))
+        unlisted = (vocab - torch.isfinite(logprobs).sum(1)).clamp(min=1).double()
+        rest = tail * (unlisted.log() - tail.log())
+        self._extend(f"teacher_entropy/{name}", rest - torch.xlogy(known, known).sum(1))
 
     def add_logprob(self, logprob: torch.Tensor) -> None:
         """Note the log-probs of targets that have an advantage."""

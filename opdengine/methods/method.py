@@ -15,7 +15,6 @@ import numpy as np
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.distributed import Ranks
 from opdengine.methods.paper import Paper
-from opdengine.models.chat import append_answer
 from opdengine.teachers import Teacher
 from opdengine.types import Batch, Message, Prompt, Sample, TeacherContext
 
@@ -133,7 +132,7 @@ def read_by(teacher: Teacher, sample: Sample, messages: Sequence[Message]) -> Te
     """
     tools = sample.prompt.tools
     answers = {
-        i: append_answer(before.token_ids.tolist(), teacher.encode_answer(turn.messages, tools))
+        i: teacher.encode_answer(turn.messages, tools, before.token_ids.tolist())
         for i, (before, turn) in enumerate(pairwise(sample.turns), start=1)
         if turn.role == "environment" and turn.messages
     }

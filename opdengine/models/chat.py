@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from opdengine.models.lfs import require_no_pointers
+from opdengine.models.rendering import (
+    MARK,
+    REPLY,
+    apply_template,
+    closes_thought,
+    opening,
+    opens_thought,
+    plain_message,
+    render,
+    shared_start,
+    text_of,
+    turn_end,
+)
 from opdengine.types import Message
+
+__all__ = [
+    "PROBES",
+    "append_answer",
+    "encode_answer",
+    "encode_behind",
+    "encode_chat",
+    "load_tokenizer",
+    "plain_message",
+    "require_same_mode",
+    "require_same_tokenizer",
+    "stop_token_ids",
+    "text_of",
+    "text_of_completion",
+    "vocabulary_size",
+    "written",
+]
+
+logger = logging.getLogger(__name__)
 
 PROBES = (
     "The quick brown fox jumps over 13 lazy dogs.",
@@ -62,37 +95,11 @@ def _read_template(text: str) -> str:
     return text
 
 
-def text_of(content: Any) -> str:
-    """A message's content as one string: the text itself, or the joined parts of a list of parts.
-
-    Raises:
-        ValueError: a part is not text.
-    """
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, (list, tuple)):
-        raise ValueError(f"message content of type {type(content).__name__}; use a string or a list of text parts")
-    texts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
-        if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise ValueError(f"message part of type {kind!r}; only text can be used")
-        texts.append(text)
-    return "".join(texts)
-
-
 def written(message: Message) -> str:
     """All that a message says as one string: its text, then its tool calls in the markup of Hermes and Qwen."""
     calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()]
     parts = [text_of(message.get("content")), *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)]
     return "\n".join(part for part in parts if part)
-
-
-def plain_message(message: Message) -> dict[str, Any]:
-    """The message with its content as one string: many templates drop or misprint lists of parts."""
-    content = message.get("content")
-    return dict(message) if content is None else {**message, "content": text_of(content)}
 
 
 def encode_chat(
@@ -106,25 +113,7 @@ def encode_chat(
     Raises:
         ValueError: the template refuses the chat, or a message holds more than text.
     """
-    from jinja2 import TemplateError
-
-    try:
-        ids = tokenizer.apply_chat_template(
-            [plain_message(message) for message in messages],
-            tools=[dict(tool) for tool in tools] or None,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **(template_kwargs or {}),
-        )
-    except TemplateError as error:
-        roles = [str(message.get("role")) for message in messages]
-        raise ValueError(f"the chat template cannot render a chat of the roles {roles}: {error}") from error
-    return list(ids)
-
-
-REPLY = "\u2042reply\u2042"
-"""Stands for an assistant's message while the text after it is looked up."""
+    return list(apply_template(tokenizer, messages, tools, template_kwargs, tokenize=True))
 
 
 def encode_answer(
@@ -132,21 +121,23 @@ def encode_answer(
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] = (),
     template_kwargs: Mapping[str, Any] | None = None,
+    sampled: Sequence[int] = (),
 ) -> list[int]:
     """Token ids between a sampled assistant message and the next one: its end, then ``messages``.
 
     The template is applied to the new messages only, behind a stand-in for the assistant's, so what was
     sampled keeps its exact ids even where the template would rewrite earlier turns (for example
-    strip their reasoning). The first ids close the assistant's message; see :func:`append_answer`.
+    strip their reasoning). The first ids close the assistant's message, unless ``sampled`` has done so.
 
     Args:
         messages: what the environment answered ("user" or "tool").
+        sampled: the ids of the assistant's message.
 
     Raises:
         ValueError: the template cannot render them, leaves one out, or rewrites the assistant's message.
     """
     text = _render_answer(tokenizer, messages, tools, template_kwargs)
-    _, found, after = text.partition(REPLY)
+    before, found, after = text.partition(REPLY)
     if not found:
         raise ValueError(
             "the chat template leaves out the assistant's messages, so a conversation cannot go on; "
@@ -160,10 +151,24 @@ def encode_answer(
                 f"the chat template leaves out messages of the roles {roles} behind the assistant's, so a model would "
                 "not read what the environment answers; give another chat_template, or do without tool messages"
             )
-    return list(tokenizer.encode(after, add_special_tokens=False))
+    answer = encode_behind(tokenizer, before + found, after)
+    if len(sampled) and sampled[-1] in answer:
+        place = answer.index(sampled[-1])
+        if not str(tokenizer.decode(answer[:place])).strip():  # some templates print a space before the end
+            answer = answer[place:]
+    return append_answer(sampled, answer)
 
 
-MARK = "AnswerOfTheEnvironment"
+def encode_behind(tokenizer: Any, before: str, text: str) -> list[int]:
+    """The ids that ``text`` has behind ``before``.
+
+    A text on its own may have others: tokenizers of the SentencePiece kind mark its beginning as that of a word.
+    Where a token spans both, the text is encoded on its own after all.
+    """
+    whole, prefix = (list(tokenizer.encode(t, add_special_tokens=False)) for t in (before + text, before))
+    if whole[: len(prefix)] == prefix:
+        return whole[len(prefix) :]
+    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _render_answer(
@@ -173,21 +178,8 @@ def _render_answer(
     template_kwargs: Mapping[str, Any] | None,
 ) -> str:
     """A chat whose assistant said :data:`REPLY` and was answered with ``messages``."""
-    from jinja2 import TemplateError
-
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}]
-    try:
-        text = tokenizer.apply_chat_template(
-            [*chat, *(plain_message(message) for message in messages)],
-            tools=[dict(tool) for tool in tools] or None,
-            add_generation_prompt=True,
-            tokenize=False,
-            **(template_kwargs or {}),
-        )
-    except TemplateError as error:
-        roles = [str(message.get("role")) for message in messages]
-        raise ValueError(f"the chat template cannot render an answer of the roles {roles}: {error}") from error
-    return str(text)
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}, *messages]
+    return render(tokenizer, chat, tools, template_kwargs, what="an answer")
 
 
 def append_answer(sampled: Sequence[int], answer: Sequence[int]) -> list[int]:
@@ -196,18 +188,29 @@ def append_answer(sampled: Sequence[int], answer: Sequence[int]) -> list[int]:
     return list(answer[1:] if closed else answer)
 
 
+def text_of_completion(tokenizer: Any, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
+    """What a completion says, without the token that ended it, special or not, and without special tokens."""
+    said = ids[:-1] if len(ids) and ids[-1] in stop_ids else ids
+    return str(tokenizer.decode(said, skip_special_tokens=True))
+
+
 def vocabulary_size(tokenizer: Any) -> int:
     """Number of ids that the tokenizer can produce (heads may be padded beyond it)."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def stop_token_ids(tokenizer: Any, model: Any = None) -> tuple[int, ...]:
-    """Every id that ends a completion: the tokenizer's eos and the generation config's."""
+def stop_token_ids(
+    tokenizer: Any, model: Any = None, template_kwargs: Mapping[str, Any] | None = None
+) -> tuple[int, ...]:
+    """Every id that ends a completion: the tokenizer's eos, the generation config's, and the end of a turn in the
+    chat template (:func:`opdengine.models.rendering.turn_end`)."""
     ids = {tokenizer.eos_token_id}
     generation = getattr(model, "generation_config", None)
     more = getattr(generation, "eos_token_id", None)
     if more is not None:
         ids.update([more] if isinstance(more, int) else more)
+    if (end := turn_end(tokenizer, template_kwargs)) is not None:
+        ids.add(end)
     return tuple(sorted(ids))
 
 
@@ -247,13 +250,14 @@ def require_same_tokenizer(student: Any, teacher: Any, name: str) -> None:
 def require_same_mode(
     student: Any, student_kwargs: Mapping[str, Any], teacher: Any, teacher_kwargs: Mapping[str, Any], name: str
 ) -> None:
-    """Refuse a template setting that only one side has although the other's template knows it, too.
+    """Refuse two templates of which one begins an answer in another mode than the other.
 
-    A student that is told not to think and a teacher that is not told so would answer in two modes: the
-    teacher expects a thought where the student's answer begins.
+    Where only one side opens a thought, by a setting or by the template itself, the teacher expects a thought where the
+    student's answer begins, or reads one that nothing has opened. Other differences are pointed out in the log, and
+    settings that both sides state are meant.
 
     Raises:
-        ValueError: names the setting.
+        ValueError: names the setting, or shows both openings.
     """
     sides = (
         (f"teacher {name!r}", teacher, teacher_kwargs, "the student", student_kwargs),
@@ -261,17 +265,26 @@ def require_same_mode(
     )
     for who, tokenizer, own, whose, others in sides:
         for key in sorted(set(others) - set(own)):
-            before, after = _opening(tokenizer, own), _opening(tokenizer, {**own, key: others[key]})
+            before, after = opening(tokenizer, own), opening(tokenizer, {**own, key: others[key]})
             if before != after:
                 raise ValueError(
                     f"chat_template_kwargs of {who} lack {key!r}, which {whose} has ({others[key]!r}): an answer "
                     f"begins with {before[-60:]!r}, and would with {after[-60:]!r}; set {key} there as well, to the "
                     "value that you mean"
                 )
-
-
-def _opening(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> str:
-    """What stands before an answer."""
-    chat = [{"role": "user", "content": "?"}]
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **template_kwargs)
-    return str(text)
+    ours, theirs = opening(student, student_kwargs), opening(teacher, teacher_kwargs)
+    if ours == theirs:
+        return
+    both = {**student_kwargs, **teacher_kwargs}
+    meant = opening(student, both) == opening(teacher, both)  # the settings differ, and both sides state them
+    shared = shared_start(ours, theirs)
+    only_one = [rest for rest in (ours[shared:], theirs[shared:]) if rest.strip()]
+    written = len(only_one) == 1 and not closes_thought(only_one[0])
+    openings = f"an answer of the student begins behind {ours[-60:]!r}, of teacher {name!r} behind {theirs[-60:]!r}"
+    if not meant and (opens_thought(ours) != opens_thought(theirs) or written):
+        raise ValueError(
+            f"the chat templates open answers differently: {openings}, so the teacher would judge the student's tokens "
+            "in another mode than they were written in; give both the same chat_template (a file will do), or "
+            "chat_template_kwargs that print the same"
+        )
+    logger.warning("the chat templates differ: %s", openings)

@@ -7,7 +7,9 @@ name of its parameter. Only the states of the random generators are those of eac
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,8 +22,13 @@ from safetensors.torch import load_file, save_file
 from opdengine.distributed import Ranks
 from opdengine.errors import WriteError
 from opdengine.models.lora import save_model
+from opdengine.models.manifest import MANIFEST, STATE, find_damage, flush, has_manifest, seal
 from opdengine.models.random_state import random_state, set_random_state
 from opdengine.models.sharding import split_like, whole
+
+logger = logging.getLogger(__name__)
+
+NAME = re.compile(r"step_(0|[1-9][0-9]*)")
 
 
 class CheckpointError(RuntimeError):
@@ -65,9 +72,9 @@ def save_checkpoint(
         tokenizer.save_pretrained(partial / "model")
         save_file(moments, partial / "optimizer.safetensors")
         save_file(randoms, partial / "rng.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        (partial / STATE).write_text(json.dumps({"step": step, "manifest": True, **state}, indent=1))
 
-    write_model(final, model, ranks, write, place="model")
+    write_model(final, model, ranks, write, place="model", finish=lambda partial: seal(partial, step))
     if ranks.is_first:
         saved = list_checkpoints(folder)
         at = saved.index(final)
@@ -78,7 +85,13 @@ def save_checkpoint(
 
 
 def write_model(
-    final: Path, model: Any, ranks: Ranks, also: Callable[[Path], object], place: str = "", save: Any = save_model
+    final: Path,
+    model: Any,
+    ranks: Ranks,
+    also: Callable[[Path], object],
+    place: str = "",
+    save: Any = save_model,
+    finish: Callable[[Path], object] | None = None,
 ) -> None:
     """Write a folder with a model in it, whole or not at all. All ranks call this; the first one writes.
 
@@ -89,6 +102,7 @@ def write_model(
         also: writes the rest into the folder that it is given.
         place: of the model in the folder.
         save: (model, folder, ranks) -> None, called by all ranks.
+        finish: writes the whole folder to the disk; default: file by file.
 
     Raises:
         WriteError: names the remedy.
@@ -98,15 +112,13 @@ def write_model(
         if ranks.is_first:
             final.parent.mkdir(parents=True, exist_ok=True)
             for left_by_a_killed_run in final.parent.glob(f".{final.name.split('_')[0]}*.partial"):
-                shutil.rmtree(left_by_a_killed_run)
+                _delete(left_by_a_killed_run)
     try:
         save(model, partial / place, ranks)
         with ranks.agree():
             if ranks.is_first:
                 also(partial)
-                for file in partial.rglob("*"):
-                    if file.is_file():
-                        _flush(file)
+                (finish or _flush_files)(partial)
                 _replace(partial, final)
     except Exception as error:  # of the file system, or of a library in its own words
         if ranks.is_first:
@@ -118,31 +130,80 @@ def write_model(
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first; what a killed save left behind is not one."""
+    """The checkpoints in a folder, oldest first, whole or damaged; what a killed save left behind is none.
+
+    Only what a save names is one: ``step_8``, but no ``step_08`` or ``step_8.bak``, and no file.
+    """
     if not folder.is_dir():
         return []
-    found = [p for p in folder.glob("step_*") if (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+    return sorted((p for p in folder.iterdir() if NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     """The checkpoint named by ``resume_from_checkpoint``; None for "latest" where there is none yet.
 
+    "latest" is the newest that is whole. One without a manifest, of an earlier version, is taken with a warning.
+
     Raises:
-        CheckpointError: the named one is none.
+        CheckpointError: the named one is none, or is damaged; of "latest", every one is. The message names the
+            file and what can be resumed instead.
     """
     if wanted != "latest":
-        path = Path(wanted)
-        if not (path / "state.json").is_file():
-            raise CheckpointError(f"{wanted!r} is not a checkpoint: it has no state.json")
-        return path
-    found = list_checkpoints(output_dir / "checkpoints")
-    return found[-1] if found else None
+        return _require_whole(Path(wanted))
+    known = list_checkpoints(output_dir / "checkpoints")
+    damages: list[str] = []
+    for checkpoint in reversed(known):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            for text in damages:
+                logger.warning("%s", text)
+            if damages:
+                logger.warning("the newest checkpoint that is whole is %s: continuing from there", checkpoint)
+            return _warn_of_old(checkpoint)
+        damages.append(f"the checkpoint {str(checkpoint)!r} is damaged: {damage}")
+    if damages:
+        raise CheckpointError(
+            f"{'; '.join(damages)}. None is whole: restore one from a copy, or start again in another output_dir"
+        )
+    return None
+
+
+def _require_whole(checkpoint: Path) -> Path:
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{str(checkpoint)!r} is not a checkpoint: there is no such folder")
+    if not any((checkpoint / name).exists() for name in (STATE, MANIFEST)):
+        raise CheckpointError(f"{str(checkpoint)!r} is not a checkpoint: it has no {STATE}")
+    damage = find_damage(checkpoint)
+    if damage is None:
+        return _warn_of_old(checkpoint)
+    others = [other for other in list_checkpoints(checkpoint.parent) if other.resolve() != checkpoint.resolve()]
+    if NAME.fullmatch(checkpoint.name):
+        others = [other for other in others if step_of(other) < step_of(checkpoint)]
+    whole = next((other for other in reversed(others) if find_damage(other) is None), None)
+    remedy = "no older checkpoint beside it is whole: restore one from a copy, or start again in another output_dir"
+    if whole is not None:
+        remedy = f"{whole.name} is whole: resume with --resume_from_checkpoint {whole}"
+    raise CheckpointError(f"the checkpoint {str(checkpoint)!r} is damaged: {damage}; {remedy}")
+
+
+def _warn_of_old(checkpoint: Path) -> Path:
+    if not has_manifest(checkpoint):
+        logger.warning(
+            "%s has no %s, as an earlier version wrote it: whether its files are what was saved cannot be checked",
+            checkpoint,
+            MANIFEST,
+        )
+    return checkpoint
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
-    return dict(json.loads((checkpoint / "state.json").read_text()))
+    return dict(json.loads((checkpoint / STATE).read_text()))
 
 
 def restore_optimizer(
@@ -156,6 +217,9 @@ def restore_optimizer(
     parameters = _trained(model)
     # A fused optimiser counts its steps on the device, any other on the host.
     counts = {p: p.device if group["fused"] else "cpu" for group in optimizer.param_groups for p in group["params"]}
+    for name in ("optimizer.safetensors", "rng.safetensors"):
+        if not (checkpoint / name).is_file():
+            raise CheckpointError(f"the checkpoint {str(checkpoint)!r} is damaged: {name} is missing")
     with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
         for key in file.keys():  # noqa: SIM118
             name, _, moment = key.rpartition(".")
@@ -200,19 +264,24 @@ def _replace(partial: Path, final: Path) -> None:
     if final.exists():
         _remove(final)
     partial.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def _remove(path: Path) -> None:
     """Take a folder away as a whole, then delete it."""
     gone = _hidden(path, "old.partial")
     path.rename(gone)
-    shutil.rmtree(gone)
+    _delete(gone)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _flush_files(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            flush(file)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdengine.models.chat import stop_token_ids, vocabulary_size
+from opdengine.models.chat import stop_token_ids, text_of_completion, vocabulary_size
 from opdengine.models.lora import LowRank
 from opdengine.types import Completion, Request, SamplingParams
 
@@ -138,7 +138,7 @@ class TransformersSampler:
                 token_ids=np.array(ids, dtype=np.int64),
                 logprobs=np.array(logprobs, dtype=np.float32),
                 stop_reason=reason,
-                text=self.tokenizer.decode(ids, skip_special_tokens=True),
+                text=text_of_completion(self.tokenizer, ids, self.stop_ids),
             )
             for ids, logprobs, reason in zip(state.ids, state.logprobs, state.reasons, strict=True)
         ]

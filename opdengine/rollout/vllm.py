@@ -65,6 +65,7 @@ class VLLMSampler(VLLMBase):
         kv_cache_memory_bytes: KV cache; None: by ``gpu_memory_utilization``, on CPU by
             ``max_num_seqs`` up to 2 GiB.
         max_num_seqs: sequences sampled at a time.
+        stop_ids: tokens that end a completion, beside those that vLLM reads from the model's files.
         seed: the engine's own; samples depend on the seeds of the request alone.
         enforce_eager: no compilation, no CUDA graphs; None: on CPU only.
         enable_sleep_mode: make :meth:`sleep` possible (GPU).
@@ -90,6 +91,7 @@ class VLLMSampler(VLLMBase):
         tensor_parallel_size: int = 1,
         kv_cache_memory_bytes: int | None = None,
         max_num_seqs: int = 256,
+        stop_ids: Sequence[int] = (),
         seed: int = 0,
         enforce_eager: bool | None = None,
         enable_sleep_mode: bool = False,
@@ -101,7 +103,7 @@ class VLLMSampler(VLLMBase):
         response_timeout: float = 3600.0,
     ) -> None:
         require_vllm("set use_vllm to false to sample without it")
-        super().__init__(private_folders())
+        super().__init__(private_folders(), stop_ids)
         self.restarts = 0
         self.response_timeout = response_timeout
         self._config = {

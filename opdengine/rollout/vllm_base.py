@@ -46,12 +46,14 @@ class VLLMBase(ABC):
 
     Args:
         folders: for weight files, best first; the engine must be able to read them.
+        stop_ids: tokens that end a completion, beside those that vLLM reads from the model's files.
     """
 
     info: EngineInfo
 
-    def __init__(self, folders: Sequence[str]) -> None:
+    def __init__(self, folders: Sequence[str], stop_ids: Sequence[int] = ()) -> None:
         self.policy_version = 0
+        self.stop_ids = tuple(stop_ids)
         self._folders = list(folders)
         self._policy: StoredPolicy | None = None
         self._lock = threading.RLock()
@@ -79,6 +81,7 @@ class VLLMBase(ABC):
             "top_k": params.top_k,
             "repetition_penalty": params.repetition_penalty,
             "stop": list(params.stop),
+            "stop_token_ids": list(self.stop_ids),
         }
         with self._lock:
             version, samples = self._sample(prompts, seeds, sampling)

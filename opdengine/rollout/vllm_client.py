@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from opdengine.distributed import Ranks
+from opdengine.models.chat import text_of_completion
 from opdengine.rollout.engine_process import EngineDiedError, EngineError, InvalidRequestError
 from opdengine.rollout.http_client import GarbledError, HTTPError, JSONClient, SilentError, UnreachableError
 from opdengine.rollout.policy_file import StoredPolicy
@@ -66,6 +67,7 @@ class VLLMServerSampler(VLLMBase):
         response_timeout: seconds for one sample or one weight update.
         ranks: that take part in updates.
         owner: the rank that sends weights to this server.
+        stop_ids: tokens that end a completion, beside those that vLLM reads from the model's files.
 
     Raises:
         EngineError: there is no server, or not one that :func:`opdengine.rollout.vllm_server.serve`
@@ -84,6 +86,7 @@ class VLLMServerSampler(VLLMBase):
         response_timeout: float = 3600.0,
         ranks: Ranks | None = None,
         owner: int = 0,
+        stop_ids: Sequence[int] = (),
     ) -> None:
         self._client = JSONClient(base_url, concurrency)
         if sync_dir is None and not is_loopback(self._client.host):
@@ -96,7 +99,7 @@ class VLLMServerSampler(VLLMBase):
         self._closed = False
         self._ranks, self._owner = ranks or Ranks(), owner
         self._name = self._shared(secrets.token_hex(4))
-        super().__init__(private_folders(sync_dir) if self._owns else ())
+        super().__init__(private_folders(sync_dir) if self._owns else (), stop_ids)
         self.policy_version = -1  # whatever the server holds, it is not known to be the trainer's
         self._finalizer = weakref.finalize(self, _clean, os.getpid(), self._folders)
         try:
@@ -165,8 +168,10 @@ class VLLMServerSampler(VLLMBase):
                     f"the server {self._client.base_url} answered with weights {sorted(stamps)} instead of version "
                     f"{self.policy_version}; does another run update the same server?"
                 )
-        texts = self.tokenizer.batch_decode([ids.tolist() for _, ids, _, _ in read], skip_special_tokens=True)
-        samples = [(*sample, text) for (_, *sample), text in zip(read, texts, strict=True)]
+        samples = [
+            (ids, logprobs, reason, text_of_completion(self.tokenizer, ids.tolist(), self.stop_ids))
+            for _, ids, logprobs, reason in read
+        ]
         return self.policy_version, samples
 
     def _read(self, answer: Any) -> tuple[set[str], np.ndarray, np.ndarray, str]:

@@ -38,7 +38,7 @@ class VLLMGroupSampler(VLLMServerSampler):
         ranks: of the run.
         size: consecutive ranks of a machine that share an engine, and its number of GPUs.
         devices: CUDA_VISIBLE_DEVICES of this rank's engine; None: the trainer's.
-        dtype, max_model_len, gpu_memory_utilization, max_num_seqs, seed, trust_remote_code: see
+        dtype, max_model_len, gpu_memory_utilization, max_num_seqs, seed, trust_remote_code, stop_ids: see
             :class:`~opdengine.rollout.vllm.VLLMSampler`.
         start_timeout: seconds to load the model.
         response_timeout: seconds for one sample or one weight update.
@@ -65,6 +65,7 @@ class VLLMGroupSampler(VLLMServerSampler):
         trust_remote_code: bool = False,
         start_timeout: float = 900.0,
         response_timeout: float = 3600.0,
+        stop_ids: Sequence[int] = (),
     ) -> None:
         owner = ranks.rank - ranks.local_rank % size
         settings = ["--tensor-parallel-size", size, "--max-num-seqs", max_num_seqs, "--seed", seed]
@@ -77,7 +78,15 @@ class VLLMGroupSampler(VLLMServerSampler):
                 self._server = OwnServer(model, dtype, max_model_len, list(map(str, settings)), devices, start_timeout)
         places = ranks.gather((self._server.url, self._server.log) if self._server else ("", ""))
         url, self._log = places[owner]
-        super().__init__(url, tokenizer, dtype=dtype, response_timeout=response_timeout, ranks=ranks, owner=owner)
+        super().__init__(
+            url,
+            tokenizer,
+            dtype=dtype,
+            response_timeout=response_timeout,
+            ranks=ranks,
+            owner=owner,
+            stop_ids=stop_ids,
+        )
 
     def close(self) -> None:
         """End a call in flight, delete the weight files and, on the first rank of the group, stop the engine."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from opdengine.models.chat import text_of_completion
 from opdengine.rollout.policy_file import StoredPolicy
 from opdengine.rollout.vllm_extension import WORKER_EXTENSION, EngineInfo
 
@@ -108,7 +109,8 @@ class Engine:
                     )
                 )
         outputs = [output.outputs[0] for output in self._run(inputs, parameters)]
-        texts = self.tokenizer.batch_decode([list(output.token_ids) for output in outputs], skip_special_tokens=True)
+        stop_ids = sampling["stop_token_ids"]
+        texts = [text_of_completion(self.tokenizer, list(output.token_ids), stop_ids) for output in outputs]
         return self.version, [
             (
                 np.array(output.token_ids, dtype=np.int64),

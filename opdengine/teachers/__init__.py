@@ -58,7 +58,9 @@ class Teacher(Protocol):
         """Token ids of a chat in this teacher's own template, ready for its reply."""
         ...
 
-    def encode_answer(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    def encode_answer(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), sampled: Sequence[int] = ()
+    ) -> list[int]:
         """Token ids between one reply and the next; see :func:`opdengine.models.chat.encode_answer`."""
         ...
 

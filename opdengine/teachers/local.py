@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import torch
 
 from opdengine.config.train import TeacherConfig
+from opdengine.data.templates import Reader
 from opdengine.models.backbone import Backbone, Head, load_model
-from opdengine.models.chat import encode_answer, encode_chat, load_tokenizer
+from opdengine.models.chat import encode_answer, load_tokenizer
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.teachers.offload import Offload
 from opdengine.teachers.prefix import PrefixScorer
@@ -59,6 +60,7 @@ class LocalTeacher:
         self.tokenizer = tokenizer or load_tokenizer(
             config.model, trust_remote_code=trust_remote_code, chat_template=config.chat_template
         )
+        self._reader = Reader(f"teacher {config.name!r}", self.tokenizer, config.chat_template_kwargs)
         model = load_model(
             config.model,
             dtype=config.dtype,
@@ -105,10 +107,12 @@ class LocalTeacher:
         return self.backbone.head
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        return encode_chat(self.tokenizer, messages, tools, self.config.chat_template_kwargs)
+        return self._reader.encode(messages, tools)
 
-    def encode_answer(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        return encode_answer(self.tokenizer, messages, tools, self.config.chat_template_kwargs)
+    def encode_answer(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), sampled: Sequence[int] = ()
+    ) -> list[int]:
+        return encode_answer(self.tokenizer, messages, tools, self.config.chat_template_kwargs, sampled)
 
     async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion | Failure]:
         if self._writer is not None:

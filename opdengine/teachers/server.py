@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 
 from opdengine.config.train import ConfigError, TeacherConfig
+from opdengine.data.templates import Reader
 from opdengine.errors import ProbeError
-from opdengine.models.chat import PROBES, encode_answer, encode_chat
+from opdengine.models.chat import PROBES, encode_answer, encode_behind, stop_token_ids
+from opdengine.models.rendering import opening, turn_end
+from opdengine.models.surrogates import without_surrogates
 from opdengine.rollout.transformers import stream_key
 from opdengine.teachers.echo import Echo
 from opdengine.teachers.endpoint import Answer, BadAnswer, Endpoint
@@ -46,7 +49,12 @@ class ServedTeacher:
         self.config = config
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
+        self._reader = Reader(f"teacher {config.name!r}", tokenizer, config.chat_template_kwargs)
         self.window: int | None = None
+        ends = stop_token_ids(tokenizer, template_kwargs=config.chat_template_kwargs)
+        # A server stops at the eos token by itself, but need not know the end of a turn.
+        more = [i for i in ends if i != tokenizer.eos_token_id]
+        self._stops: dict[str, Any] = {"stop_token_ids": more} if more else {}
         self._echo: Echo | None = None
         self.endpoint = Endpoint(
             name=config.name,
@@ -76,10 +84,12 @@ class ServedTeacher:
         return f"served {self.config.model}"
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        return encode_chat(self.tokenizer, messages, tools, self.config.chat_template_kwargs)
+        return self._reader.encode(messages, tools)
 
-    def encode_answer(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        return encode_answer(self.tokenizer, messages, tools, self.config.chat_template_kwargs)
+    def encode_answer(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), sampled: Sequence[int] = ()
+    ) -> list[int]:
+        return encode_answer(self.tokenizer, messages, tools, self.config.chat_template_kwargs, sampled)
 
     async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion | Failure]:
         """One completion per request; their log-probs are unknown (NaN)."""
@@ -94,6 +104,7 @@ class ServedTeacher:
                 "top_k": params.top_k,
                 "repetition_penalty": params.repetition_penalty,
                 "stop": list(params.stop),
+                **self._stops,
                 "seed": stream_key(params.seed, r.seed, 0) >> 1,  # servers take signed seeds
                 "return_token_ids": True,
             }
@@ -148,7 +159,7 @@ class ServedTeacher:
         # Special tokens are part of every chat.
         ids = [*self.tokenizer.encode(PROBES[0], add_special_tokens=False), self.tokenizer.eos_token_id]
         # Whether it knows the fields that writing will need shows itself here, too.
-        body = self._scoring(ids) | {"top_k": 1, "top_p": 1.0, "repetition_penalty": 1.0}
+        body = self._scoring(ids) | {"top_k": 1, "top_p": 1.0, "repetition_penalty": 1.0} | self._stops
         if judges:
             await self._probe_scores(ids, body)
         else:
@@ -232,19 +243,27 @@ class ServedTeacher:
             BadAnswer: "bad_answer" or "wrong_ids".
         """
         choice = _choice(answer)
-        text, stop = choice.get("text"), choice.get("finish_reason")
+        text, stop = without_surrogates(choice.get("text")), choice.get("finish_reason")
         if not isinstance(text, str) or stop not in ("stop", "length"):
             raise BadAnswer("bad_answer", f"no text or no end: finish_reason {stop!r}, text {text!r}"[:200])
         echoed, ids = choice.get("prompt_token_ids"), choice.get("token_ids")
         if echoed is not None and list(echoed) != list(request.token_ids):
             raise BadAnswer("wrong_ids", "the server read other token ids than were sent")
         if ids is None:  # a server that tells no ids: its text is all there is
-            ids = self.tokenizer.encode(text, add_special_tokens=False)
-            ids += [self.tokenizer.eos_token_id] if stop == "stop" else []
+            ids = self._ids_of(text)
+            ids += [self._end()] if stop == "stop" else []
         elif not all(isinstance(i, int) and i >= 0 for i in ids) or len(ids) > params.max_tokens:
             raise BadAnswer("wrong_ids", f"{len(ids)} token ids for max_tokens={params.max_tokens}: {ids[:8]}")
         unknown = np.full(len(ids), np.nan, dtype=np.float32)
         return Completion(np.array(ids, dtype=np.int64), unknown, stop, text)
+
+    def _ids_of(self, text: str) -> list[int]:
+        """The ids of a written text, where it stands."""
+        return encode_behind(self.tokenizer, opening(self.tokenizer, self.config.chat_template_kwargs), text)
+
+    def _end(self) -> int:
+        end = turn_end(self.tokenizer, self.config.chat_template_kwargs)
+        return int(self.tokenizer.eos_token_id if end is None else end)
 
 
 def _choice(answer: Answer) -> Mapping[str, Any]:

@@ -216,8 +216,9 @@ def balance(config: TrainConfig, settings: BalanceSettings, progress: Callable[[
     Raises:
         ConfigError, DataError: before any model is loaded, where possible.
     """
+    from opdengine.data.templates import Reader
     from opdengine.models.backbone import check_model_path
-    from opdengine.models.chat import encode_chat, load_tokenizer
+    from opdengine.models.chat import load_tokenizer
     from opdengine.verifiers.grader import Grader
 
     require_matplotlib()
@@ -228,9 +229,10 @@ def balance(config: TrainConfig, settings: BalanceSettings, progress: Callable[[
     tokenizer = load_tokenizer(
         config.model, trust_remote_code=config.trust_remote_code, chat_template=config.chat_template
     )
+    reader = Reader("the student", tokenizer, config.chat_template_kwargs)
 
     def encode(prompt: Prompt) -> list[int]:
-        return encode_chat(tokenizer, prompt.messages, prompt.tools, config.chat_template_kwargs)
+        return reader.encode(prompt.messages, prompt.tools)
 
     data = drop_long(found, lambda p: len(encode(p)), config.max_prompt_length)
     params = SamplingParams(

@@ -18,7 +18,13 @@ from opdengine.environments.setup import open_episodes
 from opdengine.loss.vocab_parallel import VocabParallel
 from opdengine.methods.method import Method
 from opdengine.models.backbone import Backbone, choose_attention, default_device, load_model, read_dtype, read_window
-from opdengine.models.chat import load_tokenizer, require_same_mode, require_same_tokenizer, vocabulary_size
+from opdengine.models.chat import (
+    load_tokenizer,
+    require_same_mode,
+    require_same_tokenizer,
+    stop_token_ids,
+    vocabulary_size,
+)
 from opdengine.models.lora import add_adapter, architecture, base_of, freeze_head, load_adapter, require_peft
 from opdengine.models.sharding import Sharded
 from opdengine.rollout import Sampler
@@ -39,7 +45,12 @@ NO_FLOAT16 = (
 
 
 def build_engine(
-    config: TrainConfig, method: Method, tokenizer: Any, checkpoint: Path | None = None, ranks: Ranks | None = None
+    config: TrainConfig,
+    method: Method,
+    tokenizer: Any,
+    checkpoint: Path | None = None,
+    ranks: Ranks | None = None,
+    tokenizers: Sequence[Any] | None = None,
 ) -> Engine:
     """Load student, teachers and sampler.
 
@@ -49,6 +60,7 @@ def build_engine(
         tokenizer: the student's.
         checkpoint: take the student's weights from here.
         ranks: split the student's parameters.
+        tokenizers: of the teachers, in their order; None loads them.
 
     Raises:
         ValueError: a teacher does not share the tokenizer, or a head is narrower than it.
@@ -58,7 +70,7 @@ def build_engine(
     ranks = ranks or Ranks()
     device = default_device()
     vocab_size = vocabulary_size(tokenizer)
-    tokenizers = [teacher_tokenizer(config, teacher) for teacher in config.teachers]
+    tokenizers = tokenizers or [teacher_tokenizer(config, teacher) for teacher in config.teachers]
     for teacher, its_tokenizer in zip(config.teachers, tokenizers, strict=True):
         require_same_tokenizer(tokenizer, its_tokenizer, teacher.name)
         require_same_mode(
@@ -232,6 +244,7 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
     ranks = ranks or Ranks()
     # Under autocast the trainer's own forward pass is bfloat16 as well.
     dtype = "bfloat16" if config.bf16 else str(model.dtype).removeprefix("torch.")
+    stop_ids = stop_token_ids(tokenizer, model, config.chat_template_kwargs)
     if config.use_vllm and config.vllm_mode == "server":
         from opdengine.rollout.vllm_client import VLLMServerSampler
 
@@ -242,6 +255,7 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
             sync_dir=config.vllm_sync_dir,
             response_timeout=config.vllm_response_timeout,
             ranks=ranks,
+            stop_ids=stop_ids,
         )
     size = config.vllm_tensor_parallel_size
     if config.use_vllm and ranks.world_size > 1 and size > 1:
@@ -259,6 +273,7 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
             seed=config.seed,
             trust_remote_code=config.trust_remote_code,
             response_timeout=config.vllm_response_timeout,
+            stop_ids=stop_ids,
         )
     if config.use_vllm:
         from opdengine.rollout.vllm import VLLMSampler
@@ -274,6 +289,7 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
             enable_sleep_mode=config.vllm_enable_sleep_mode,
             response_timeout=config.vllm_response_timeout,
             devices=_gpus(ranks, 1),
+            stop_ids=stop_ids,
         )
     from opdengine.rollout.transformers import TransformersSampler
 

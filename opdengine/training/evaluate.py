@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections import Counter
@@ -177,6 +178,30 @@ def require_answers(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
             f"{len(without)} evaluation prompts have no 'answer' (e.g. {without[:3]}); evaluation compares with it"
         )
     return prompts
+
+
+def warn_of_overlap(held_out: Mapping[str, Sequence[Prompt]], trained: Sequence[Prompt]) -> None:
+    """Say where what is evaluated on is trained on, too.
+
+    Args:
+        held_out: prompts or tasks to evaluate on, by the setting that names them.
+        trained: all training prompts or tasks.
+    """
+    known = {_content(prompt) for prompt in trained} if held_out else set()
+    for name, prompts in held_out.items():
+        if count := sum(_content(prompt) in known for prompt in prompts):
+            logger.warning(
+                "WARNING: %d of the %d prompts of %s are training prompts, word for word: their eval/ metrics show "
+                "what was learned by heart as well; name other data there",
+                count,
+                len(prompts),
+                name,
+            )
+
+
+def _content(prompt: Prompt) -> str:
+    """What makes a prompt or a task the same as another one, whatever its id."""
+    return json.dumps([prompt.messages, prompt.tools, prompt.extra.get("task")], sort_keys=True, default=str)
 
 
 def evaluate(

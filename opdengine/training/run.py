@@ -15,6 +15,7 @@ import torch
 
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.data.prompts import PromptSet, PromptStream, ScheduledStream, as_source, drop_long, load_prompts
+from opdengine.data.templates import Reader, check_templates, readable, readers_of
 from opdengine.distributed import Ranks, start
 from opdengine.environments.setup import held_out_tasks, load_tasks
 from opdengine.methods import build_method
@@ -24,9 +25,16 @@ from opdengine.models.backbone import check_model_path, load_model, read_window
 from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.models.checkpoint import restore_optimizer, write_model
 from opdengine.rollout.vllm import require_vllm
-from opdengine.training.build import build_engine, check_ranks, student_dtype
+from opdengine.training.build import build_engine, check_ranks, student_dtype, teacher_tokenizer
 from opdengine.training.diagnostics import gradient_diagnostics
-from opdengine.training.evaluate import answer_params, evaluate, evaluate_episodes, require_answers, turn_params
+from opdengine.training.evaluate import (
+    answer_params,
+    evaluate,
+    evaluate_episodes,
+    require_answers,
+    turn_params,
+    warn_of_overlap,
+)
 from opdengine.training.loop import Loop
 from opdengine.training.progress import Progress
 from opdengine.training.run_folder import InputFiles, RunFolder, require_writable
@@ -56,7 +64,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     Raises:
         ConfigError, DataError, CheckpointError: before any model is loaded, where possible.
         PeerError: another process failed.
-        Interrupted: SIGINT or SIGTERM; the last finished step has been saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; the last finished step has been saved.
     """
     with start(config.ddp_timeout) as ranks:
         if not ranks.is_first:
@@ -68,7 +76,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     method = build_method(config)
     _check_needs(config)
     grader = Grader.from_config(config)
-    folder = RunFolder(config, ranks.world_size)
+    folder = RunFolder(config, ranks)
     held_out, episodes = _held_out(config), held_out_tasks(config.environment)
     if config.environment.name:
         prompts = load_tasks(config.environment, config.environment.train_split)
@@ -84,8 +92,14 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
         chat_template=config.chat_template,
     )
     student_dtype(config)  # refuses what cannot be trained
+    tokenizers = [teacher_tokenizer(config, teacher) for teacher in config.teachers]
+    prompts = _read_in_full(readers_of(config, tokenizer, tokenizers), config, prompts, held_out)
     if not config.environment.name:
         prompts = fit_prompts(config, tokenizer, prompts, held_out)
+    warn_of_overlap({**({"eval_data": held_out} if held_out else {}), **episodes}, prompts.prompts)
+    if config.eval_steps and not held_out and not episodes:
+        missing = "environment.eval_splits" if config.environment.name else "eval_data"
+        logger.warning("eval_steps=%d evaluates nothing: name what to evaluate on with %s", config.eval_steps, missing)
     _warn_of_repeats(config.prompts_per_step * ranks.world_size, len(prompts.prompts))
     saved = folder.state
     stream = _open_stream(config, method, prompts, saved)
@@ -93,7 +107,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     ranks.settle()  # everything that can be refused has been, on every rank
     for line in method.paper.report(config, ranks.world_size) if method.paper is not None else ():
         logger.info(line)
-    engine = build_engine(config, method, tokenizer, folder.checkpoint, ranks)
+    engine = build_engine(config, method, tokenizer, folder.checkpoint, ranks, tokenizers)
     engine.diagnostics = gradient_diagnostics(method, prompts.prompts)
     if ranks.rank:
         _seed_everything(config.seed + ranks.rank)  # dropout differs between ranks, what is loaded does not
@@ -243,6 +257,17 @@ def check_routing(config: TrainConfig, method: Method, prompts: PromptSet) -> No
         named |= set(config.divergence) - {"default"}
     if unused := sorted(named - set(prompts.keys)):
         logger.warning("no prompt has the data_source %s named in the settings (it has %s)", unused, list(prompts.keys))
+
+
+def _read_in_full(
+    readers: Sequence[Reader], config: TrainConfig, prompts: PromptSet, held_out: Sequence[Prompt]
+) -> PromptSet:
+    """The prompts of which no chat template leaves anything out; those of the evaluation all must be such."""
+    if not config.environment.name:
+        prompts = readable(prompts, readers, skip_bad_rows=config.skip_bad_rows)
+        readable(PromptSet(tuple(held_out), {}), readers[:1])
+    check_templates(readers, converses=bool(config.environment.name))
+    return prompts
 
 
 def fit_prompts(config: TrainConfig, tokenizer: Any, prompts: PromptSet, held_out: Sequence[Prompt]) -> PromptSet:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -17,8 +18,9 @@ import yaml
 
 from opdengine.config.loading import from_mapping, to_mapping
 from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.distributed import Ranks
 from opdengine.errors import WriteError
-from opdengine.models.checkpoint import find_checkpoint, list_checkpoints, read_state
+from opdengine.models.checkpoint import find_checkpoint, list_checkpoints, read_state, step_of
 from opdengine.training.writer import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,12 @@ TEACHER_MAY_CHANGE = {
 LOCK = ".lock"
 """Locked by the process that writes to the folder."""
 
+LOGS = ("rollouts", "debates", "verdicts", "evaluations", "bad_steps")
+"""Folders with one file for each step, ``step_N.jsonl``."""
+
+ABANDONED = "abandoned"
+"""Where what was done after a step goes when a run is continued from there although later checkpoints exist."""
+
 OWN = ("config.yaml", "metrics.jsonl", "checkpoints", "final")
 """What shows that a folder holds a run."""
 
@@ -57,14 +65,15 @@ class RunFolder:
 
     Args:
         config: of the run.
-        processes: that share the prompts of a step.
+        ranks: that share the prompts of a step; the first one checks the checkpoint.
 
     Raises:
         ConfigError: the folder holds another run, or the run to resume had other settings.
-        CheckpointError: the checkpoint to resume from is none.
+        CheckpointError: the checkpoint to resume from is none, or is damaged.
     """
 
-    def __init__(self, config: TrainConfig, processes: int = 1) -> None:
+    def __init__(self, config: TrainConfig, ranks: Ranks | None = None) -> None:
+        ranks = ranks or Ranks()
         self.path = Path(config.output_dir)
         self.config = config
         self.checkpoint: Path | None = None
@@ -77,7 +86,9 @@ class RunFolder:
             if occupied and self._has_trained():
                 raise ConfigError(f"output_dir={config.output_dir!r} already holds a run; {self._way_out()}")
             return
-        self.checkpoint = find_checkpoint(self.path, config.resume_from_checkpoint)
+        with ranks.agree():
+            found = find_checkpoint(self.path, config.resume_from_checkpoint) if ranks.is_first else None
+        self.checkpoint = ranks.gather(found)[0]
         if self.checkpoint is None:
             self._start_again(occupied)
             return
@@ -91,7 +102,7 @@ class RunFolder:
             stored = yaml.safe_load((origin / "config.yaml").read_text("utf-8"))
             # Read like any configuration, so that a setting newer than the run has its default.
             _require_same(to_mapping(from_mapping(TrainConfig, stored)), to_mapping(config))
-        _require_batch(self.state.get("prompts_per_step"), config, processes)
+        _require_batch(self.state.get("prompts_per_step"), config, ranks.world_size)
 
     def _start_again(self, occupied: bool) -> None:
         """A run that was interrupted before its first checkpoint, or never begun, starts from the beginning."""
@@ -120,14 +131,53 @@ class RunFolder:
             raise WriteError(f"output_dir={self.config.output_dir!r} cannot be written ({error})") from error
         if self.config.resume_from_checkpoint is None and self._has_trained():  # since it was looked at first
             raise ConfigError(f"output_dir={self.config.output_dir!r} already holds a run; {self._way_out()}")
+        try:
+            self._prepare()
+        except OSError as error:
+            raise WriteError(f"output_dir={self.config.output_dir!r} cannot be written ({error})") from error
+
+    def _prepare(self) -> None:
         if self.config.resume_from_checkpoint is None:  # what a run that trained nothing has left
             for name in ("config.yaml", "metrics.jsonl"):
                 (self.path / name).unlink(missing_ok=True)
+        self._leave_later()
         if not (self.path / "config.yaml").exists():
             text = yaml.safe_dump(to_mapping(self.config), sort_keys=False, allow_unicode=True)
             partial = self.path / "config.yaml.tmp"
             partial.write_text(text, "utf-8")
             partial.replace(self.path / "config.yaml")
+
+    def _leave_later(self) -> None:
+        """Let nothing of a step after the one to continue from be taken for this run's.
+
+        What an interrupted run wrote after its last checkpoint is removed: it is done again. Where later
+        checkpoints exist, everything after the step is moved away as a whole, the newest first: a run that is
+        killed meanwhile, or before its next checkpoint, continues from where it was sent back to.
+        """
+        step = self.state.get("step", -1)
+        logs = [f for name in LOGS for f in (self.path / name).glob("step_*.jsonl") if _step_of_log(f) > step]
+        later = [c for c in list_checkpoints(self.path / "checkpoints") if step_of(c) > step]
+        if self.checkpoint is None or not later:
+            for file in logs:
+                file.unlink()
+            return
+        number, target = 1, self.path / ABANDONED / f"after_step_{step}"
+        while target.exists():
+            number, target = number + 1, target.with_name(f"after_step_{step}.{number + 1}")
+        target.mkdir(parents=True)
+        for name in ("config.yaml", "metrics.jsonl"):
+            if (self.path / name).is_file():
+                shutil.copy(self.path / name, target)
+        ends = [self.path / name for name in ("final", "merged")]
+        for path in (*reversed(later), *logs, *(end for end in ends if end.exists())):
+            place = target / path.relative_to(self.path)
+            place.parent.mkdir(exist_ok=True)
+            shutil.move(path, place)
+        logger.warning(
+            "continuing from step %d: the checkpoints up to step %d, and what else was done after step %d, are now in "
+            "%s; remove it when you do not need it",
+            step, step_of(later[-1]), step, target,
+        )  # fmt: skip
 
     def _lock(self, kind: int) -> IO[str]:
         """Lock the folder until the file is closed or this process has ended, however it ends."""
@@ -162,13 +212,19 @@ class RunFolder:
 
     def _has_trained(self) -> bool:
         metrics = self.path / "metrics.jsonl"
-        steps = [line["step"] for line in read_metrics(metrics)] if metrics.is_file() else []
+        steps = [line["step"] for line in read_metrics(metrics, warn=False)] if metrics.is_file() else []
         return max(steps, default=0) > 0 or any(any(self.path.glob(pattern)) for pattern in TRAINED)
 
     @property
     def state(self) -> dict[str, Any]:
         """What the checkpoint to resume from holds; empty for a new run."""
         return {} if self.checkpoint is None else read_state(self.checkpoint)
+
+
+def _step_of_log(file: Path) -> int:
+    """The step that a file of a log belongs to; -1 for what no run has written."""
+    number = file.stem.removeprefix("step_")
+    return int(number) if number.isdecimal() else -1
 
 
 def require_writable(name: str, folder: str) -> None:

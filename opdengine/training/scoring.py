@@ -241,10 +241,11 @@ def _read_list(targets: TopK, vocabulary: int) -> dict[str, np.ndarray]:
     logprobs = targets.logprobs.astype(np.float64)
     known = np.exp(logprobs)
     tail = np.clip(1 - known.sum(axis=1), 1e-12, None)
-    rest = tail * (np.log(max(vocabulary - logprobs.shape[1], 1)) - np.log(tail))
+    listed = targets.ids >= 0
+    rest = tail * (np.log(np.maximum(vocabulary - listed.sum(axis=1), 1)) - np.log(tail))
     values = {
         "teacher_logprob": logprobs[:, 0],
         "teacher_top1": known.max(axis=1),
-        "teacher_entropy": rest - (known * logprobs).sum(axis=1),
+        "teacher_entropy": rest - (known * np.where(listed, logprobs, 0.0)).sum(axis=1),
     }
     return {name: value.astype(np.float32) for name, value in values.items()}

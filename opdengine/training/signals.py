@@ -1,9 +1,10 @@
-"""SIGINT and SIGTERM while a run trains: nothing that was learned is lost, and no step is left half done."""
+"""SIGINT, SIGTERM and SIGHUP while a run trains: nothing that was learned is lost, and no step is left half done."""
 
 from __future__ import annotations
 
 import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 
 from opdengine.distributed import Ranks
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,11 +29,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Within this context the first SIGINT or SIGTERM ends the run at the next moment at which its weights are whole.
+    """Within this context the first of these signals ends the run at the next moment at which its weights are whole.
 
     Rollouts and debates are given up at once, an update that has begun is finished first. Several processes end
     together, after the step in which the signal has reached any of them. A second SIGINT ends a single process at
-    once. Outside the main thread nothing is caught.
+    once. Outside the main thread nothing is caught, and under ``nohup`` no SIGHUP.
 
     Args:
         ranks: of the run.
@@ -46,7 +47,8 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            wanted = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in wanted}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -80,7 +82,18 @@ class Interrupts:
         self.caught = number
         when = "when this step is finished" if self._held else "now"
         if self.ranks.is_first:  # not through logging, which may be what was interrupted
-            os.write(2, f"{signal.Signals(number).name}: the run ends {when}\n".encode())
+            try:
+                os.write(2, f"{signal.Signals(number).name}: the run ends {when}\n".encode())
+            except OSError:  # the terminal is gone, and printing to it would fail from now on
+                _print_nowhere()
         if not self._held:
             self.end()
             raise Interrupted(number)
+
+
+def _print_nowhere() -> None:
+    """Give standard output and error another place where they were a terminal."""
+    with open(os.devnull, "wb") as nowhere:
+        for stream in (1, 2):
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(nowhere.fileno(), stream)

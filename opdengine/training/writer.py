@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from opdengine.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def require_trackers(report_to: Sequence[str]) -> None:
@@ -33,7 +37,10 @@ class MetricsWriter:
         if self.path.is_file():
             kept = [line for line in read_metrics(self.path) if line["step"] <= last_step]
             partial = self.path.with_suffix(".tmp")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            with partial.open("w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in kept)
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(self.path)
         self._file = self.path.open("a")
         self._tensorboard: Any = None
@@ -46,6 +53,7 @@ class MetricsWriter:
         """Record the metrics of one step."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # a checkpoint that follows must not outlive its rows
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -66,12 +74,28 @@ class NoWriter:
         """Nothing is open."""
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics file; a last line cut off by a crash is left out."""
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+def read_metrics(path: Path, warn: bool = True) -> list[dict[str, Any]]:
+    """All rows of a metrics file, without lines that are none (a last one cut off by a crash, say).
+
+    Args:
+        path: of the file.
+        warn: about lines that are left out.
+    """
+    rows, broken = [], []
+    for number, text in enumerate(path.read_bytes().split(b"\n"), start=1):
+        row = _metrics_row(text)
+        if row is not None:
+            rows.append(row)
+        elif text.strip():
+            broken.append(number)
+    if broken and warn:
+        logger.warning("%s: line(s) %s are no metrics and are left out", path, ", ".join(map(str, broken)))
+    return rows
+
+
+def _metrics_row(text: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None

@@ -83,6 +83,41 @@ def test_a_template_that_strips_reasoning_does_not_change_what_was_sampled(tiny:
     assert "why" not in tokenizer.decode(again)  # rendering the chat again would have
 
 
+class Cut(Countdown):
+    """Says and lists halves of characters."""
+
+    def reset(self, *, seed: int, task: Any) -> Observation:
+        start = super().reset(seed=seed, task=task)
+        tool = {"type": "function", "function": {"name": "f", "description": "cut \ud83d"}}
+        return Observation(({"role": "user", "content": "begin \ud83d"},), (tool,), {**start.info, "goal": "\ud83d"})
+
+    def step(self, message: Any) -> Step:
+        step = super().step(message)
+        answers = tuple({**answer, "content": "see \udc00"} for answer in step.messages)
+        return Step(answers, step.reward, step.terminated, info={**step.info, "admissible": ["go \ud83d"]})
+
+
+def test_halves_of_characters_are_replaced(tokenizer: Any, tiny: Any) -> None:
+    """In what an environment says, and in calls that are read from the student's text."""
+    shown = tiny.make_tokenizer()
+    shown.chat_template = "{{ tools | tojson if tools else '' }}" + tokenizer.chat_template
+    episodes = make_episodes(
+        shown, LocalPool(Cut, 1), parse=lambda m: {**m, "tool_calls": [{"function": {"name": "\ud83d"}}]}
+    )
+    (rollout,), broken = episodes.play(Scripted(shown, lambda request: "go"), make_jobs(1), PARAMS)
+    assert not broken and rollout.prompt.messages[0]["content"] == "begin \ufffd"
+    assert "see \ufffd" in shown.decode(rollout.token_ids) and rollout.info["goal"] == "\ufffd"
+    assert rollout.turns[1].info["admissible"] == ["go \ufffd"]
+    assert rollout.turns[1].messages[0]["tool_calls"] == [{"function": {"name": "\ufffd"}}]
+    rollout.text.encode()
+
+
+def test_a_start_that_the_template_leaves_out_is_refused(tiny: Any) -> None:
+    tokenizer = tiny.make_tokenizer()  # its template prints no tools
+    with pytest.raises(ValueError, match="the chat template of the student leaves out the tools"):
+        make_episodes(tokenizer, LocalPool(Cut, 1)).play(Scripted(tokenizer, lambda r: "go"), make_jobs(1), PARAMS)
+
+
 def test_an_unfinished_message_is_closed_before_the_answer(tokenizer: Any) -> None:
     answer = encode_answer(tokenizer, [{"role": "user", "content": "no"}])
     assert tokenizer.decode(answer) == "<|im_end|>\n<|im_start|>user\nno<|im_end|>\n<|im_start|>assistant\n"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from ranks_helpers import torchrun
+from ranks_helpers import ROOT, torchrun
 from safetensors.torch import load_file
 
 from opdengine.models.checkpoint import list_checkpoints
@@ -129,9 +133,36 @@ def test_when_one_sampler_cannot_be_updated_all_stop_with_a_checkpoint(world: Pa
 
 def test_when_one_process_is_killed_the_others_do_not_wait_for_it(world: Path) -> None:
     killed = train(world, 2, "killed", "--save_steps", "1", KILL_AT="3")
-    assert killed.returncode != 0
+    assert killed.returncode != 0 and "another process has ended" in killed.stderr
     assert [p.name for p in list_checkpoints(world / "killed" / "checkpoints")] == ["step_1", "step_2"]
     assert not (world / "killed" / "final").exists()
+
+
+def test_when_one_process_is_stopped_the_others_end_with_a_sentence(world: Path) -> None:
+    """Without torchrun, which would end the others itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    arguments = ["--config", str(world / "run.yaml"), "--output_dir", str(world / "stopped"), "--save_steps", "1"]
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    shared = {**os.environ, **place, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "STOP_AT": "3"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, WORKER, *arguments, "--ddp_timeout", "30"],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        error = processes[0].communicate(timeout=300)[1]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+    assert processes[0].returncode == 2 and "Traceback" not in error
+    assert "opdengine (rank 0): another process did not answer within ddp_timeout=30 seconds: it hangs" in error
+    assert [p.name for p in list_checkpoints(world / "stopped" / "checkpoints")] == ["step_1", "step_2"]
 
 
 def test_when_one_process_is_told_to_end_all_end_with_a_checkpoint_of_that_step(world: Path) -> None:

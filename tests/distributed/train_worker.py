@@ -1,7 +1,7 @@
 """``opdengine train`` whose second rank may fail, as the environment says.
 
 FAIL_AT=2: a service of the second rank fails while it samples the second batch. KILL_AT=2: the rank is killed there.
-TERM_AT=2: it alone gets SIGTERM there.
+TERM_AT=2: it alone gets SIGTERM there. STOP_AT=2: it is stopped there and never goes on.
 SYNC_FAIL_AT=2: its sampler fails to take the weights of the second version.
 """
 
@@ -31,6 +31,8 @@ async def failing(self: Engine, prompts: Any, number: int, dropped: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
     if is_due("TERM_AT", number):
         os.kill(os.getpid(), signal.SIGTERM)
+    if is_due("STOP_AT", number):
+        os.kill(os.getpid(), signal.SIGSTOP)
     return await rollout(self, prompts, number, dropped)
 
 

@@ -142,7 +142,9 @@ class ScriptedTeacher:
         text = "".join(f"<{m['role']}>{m['content']}" for m in messages) + "".join(f"<tool {t}>" for t in tools)
         return [ord(c) for c in text + "<assistant>"]
 
-    def encode_answer(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
+    def encode_answer(
+        self, messages: Sequence[Message], tools: Sequence[Any] = (), sampled: Sequence[int] = ()
+    ) -> list[int]:
         return [ord(c) for c in "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"]
 
     def asked(self, call: int, place: int = 0) -> str:

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import opdengine.training.build
-import opdengine.training.run  # noqa: F401
+import opdengine.training.run  # noqa: F401  # noqa: F401
 from opdengine import cli
-from opdengine.methods import debate
-from opdengine.models import checkpoint
+from opdengine.methods.debate import debate
+from opdengine.models import checkpoint, manifest
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.training import step as engine
 
@@ -38,7 +38,7 @@ PHASES = {
     "weight sync": (TransformersSampler, "load_policy"),
     "start of saving": (checkpoint, "write_model"),
     "files of a checkpoint": (checkpoint, "save_file"),
-    "flush of a checkpoint": (checkpoint, "_flush"),
+    "flush of a checkpoint": (manifest, "flush"),
     "rename of a checkpoint": (checkpoint, "_replace"),
     "removal of a checkpoint": (checkpoint, "_remove"),
 }

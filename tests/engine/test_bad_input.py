@@ -429,7 +429,7 @@ def test_the_command_line_ends_with_one_message(
 ) -> None:
     data = rows(tmp_path / "d.jsonl", {"id": "q7", "prompt": "x"})
     arguments = ["--model", models["student"], "--train_data", data, "--output_dir", str(tmp_path / "o")]
-    assert main(["eval", *arguments]) == 2
+    assert main(["eval", *arguments, "--eval_data", data]) == 2
     assert "have no 'answer'" in capsys.readouterr().err
     assert main(["train", *arguments]) == 2
     assert capsys.readouterr().err.startswith("opdengine: method 'mad_opd' needs at least 2 teacher")

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from opdengine.data.prompts import DataError
 from opdengine.errors import WriteError
 from opdengine.models import checkpoint as module
+from opdengine.models import manifest
 from opdengine.models.checkpoint import (
     CheckpointError,
     list_checkpoints,
@@ -68,7 +69,10 @@ def names(folder: Path) -> list[str]:
 def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
     """End the process, so to speak, at the n-th call that changes something on the disk."""
     calls = [0]
-    places = [(module, "save_file"), (module, "_flush"), (Path, "rename"), (shutil, "rmtree"), (Path, "write_text")]
+    places = [
+        (module, "save_file"), (module, "flush"), (manifest, "flush"), (Path, "rename"), (shutil, "rmtree"),
+        (Path, "write_text"),
+    ]  # fmt: skip
     for owner, name in places:
         plain = getattr(owner, name)
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from engine_helpers import make_config
 
+from opdengine.cli import main
 from opdengine.config.train import ConfigError
 from opdengine.distributed import Ranks
 from opdengine.models.backbone import load_model
 from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.rollout.transformers import TransformersSampler
-from opdengine.training.evaluate import answer_params, evaluate
+from opdengine.training.evaluate import answer_params, evaluate, warn_of_overlap
+from opdengine.training.run import train
 from opdengine.types import Completion, Prompt, Request, SamplingParams
 
 WRITTEN = {"a": ["1", "0", "0", "1"], "b": ["0", "0", "0", "0"], "c": ["1", "1", "1", "1"]}
@@ -79,3 +81,54 @@ def test_several_greedy_answers_are_refused(models: dict[str, str], prompt_file:
         make_config(models, prompt_file, tmp_path, eval_num_generations=4)
     greedy = answer_params(make_config(models, prompt_file, tmp_path, top_p=0.9, top_k=5))
     assert (greedy.temperature, greedy.top_p, greedy.top_k, greedy.n) == (0.0, 1.0, 0, 1)
+
+
+# ------------------------------------------------------------------------------- what is held out
+
+
+def test_training_data_is_not_evaluated_in_place_of_evaluation_data(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", models["student"], "--train_data", prompt_file, "--output_dir", str(tmp_path / "o")]
+    assert main(["eval", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("opdengine: nothing to evaluate on: name the data with eval_data")
+    assert captured.out == ""
+    assert main(["eval", *arguments[:2], *arguments[4:], "--environment.name", "house"]) == 2
+    assert "name the tasks with environment.eval_splits" in capsys.readouterr().err
+
+
+def test_what_is_evaluated_and_trained_on_is_pointed_out(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same file under another name, a part of it in another file, and nothing that only looks like it."""
+    lines = Path(prompt_file).read_text().splitlines()
+    link, part, other = tmp_path / "link.jsonl", tmp_path / "part.jsonl", tmp_path / "other.jsonl"
+    link.symlink_to(prompt_file)
+    part.write_text("\n".join(line.replace('"id": "p', '"id": "copy') for line in lines[:3]) + "\n")
+    other.write_text(lines[0].replace("What is", "Say what is") + "\n")
+    arguments = ["--model", models["student"], "--train_data", prompt_file, "--output_dir", str(tmp_path / "o")]
+    arguments += ["--max_completion_length", "2", "--eval_data", str(link)]
+    assert main(["eval", *arguments]) == 0
+    assert "WARNING: 12 of the 12 prompts of eval_data are training prompts" in caplog.text
+    caplog.clear()
+    changes = {"max_steps": 1, "eval_data": [str(part), str(other)], "max_completion_length": 2}
+    train(make_config(models, prompt_file, tmp_path / "run", **changes), progress=False)
+    assert "WARNING: 3 of the 4 prompts of eval_data are training prompts" in caplog.text
+    caplog.clear()
+    changes |= {"eval_data": [str(other)]}
+    train(make_config(models, prompt_file, tmp_path / "clean", **changes), progress=False)
+    assert "training prompts" not in caplog.text
+
+
+def test_tasks_of_the_training_split_are_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
+    task = [Prompt(str(i), (), extra={"task": {"id": i, "seed": 7}}) for i in range(3)]
+    warn_of_overlap({"train": task[:2], "unseen": task[2:]}, task[:2])
+    assert caplog.messages[0].startswith("WARNING: 2 of the 2 prompts of train are") and len(caplog.messages) == 1
+
+
+def test_evaluation_steps_without_data_are_pointed_out(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(make_config(models, prompt_file, tmp_path, eval_steps=1, max_steps=1), progress=False)
+    assert "eval_steps=1 evaluates nothing: name what to evaluate on with eval_data" in caplog.text

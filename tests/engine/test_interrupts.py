@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import signal
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,8 +20,11 @@ from safetensors.torch import load_file
 
 from opdengine.cli import main
 from opdengine.models.checkpoint import list_checkpoints
+from opdengine.models.manifest import find_damage
 from opdengine.training.step import Engine
 from opdengine.training.writer import read_metrics
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -63,6 +70,8 @@ def signalled(monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         ("sample", signal.SIGTERM, 2, "SIGTERM: the run ends now"),
         ("sample", signal.SIGINT, 2, "SIGINT: the run ends now"),
+        ("sample", signal.SIGHUP, 2, "SIGHUP: the run ends now"),
+        ("update", signal.SIGHUP, 3, "SIGHUP: the run ends when this step is finished"),
         ("annotate", signal.SIGTERM, 2, "SIGTERM: the run ends now"),
         ("update", signal.SIGTERM, 3, "SIGTERM: the run ends when this step is finished"),
         ("_optimizer_step", signal.SIGINT, 3, "SIGINT: the run ends when this step is finished"),
@@ -73,10 +82,10 @@ def test_the_last_whole_step_is_saved_and_the_run_continues_from_it(
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, method: str, number: int, saved: int,
     said: str,
 ) -> None:  # fmt: skip
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     signalled(method, 3, number)
     assert main(arguments) == 128 + number
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
     run = tmp_path / "run"
     assert [p.name for p in list_checkpoints(run / "checkpoints")] == [f"step_{saved}"]
     error = capfd.readouterr().err
@@ -106,3 +115,34 @@ def test_a_second_interrupt_ends_the_run_at_once(
     assert main(arguments) == 128 + signal.SIGINT
     assert capfd.readouterr().err.endswith("opdengine: interrupted\n")
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing(
+    arguments: list[str], tmp_path: Path, signalled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signalled("sample", 3, signal.SIGHUP)
+        assert main(arguments) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "run" / "final").is_dir()
+
+
+def test_a_run_whose_terminal_is_closed_is_saved(arguments: list[str], tmp_path: Path) -> None:
+    """With its progress bar, which can be printed nowhere then."""
+    child, terminal = pty.fork()
+    if not child:
+        paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TERM": "xterm"}
+        os.execve(sys.executable, [sys.executable, "-m", "opdengine", *arguments, "--max_steps", "9999"], environment)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 2):
+        assert time.monotonic() < deadline
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGHUP
+    (saved,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert saved.name == f"step_{read_metrics(metrics)[-1]['step']}" and find_damage(saved) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -230,3 +231,30 @@ def test_it_plays_in_a_worker_process():
             steps = pool.step({slot: say("look") for slot in starts})
             assert {step.truncated for step in steps.values()} == {turn == 2}
     assert steps[0].info["success"] is False
+
+
+def test_the_demonstration_speaks_as_the_games_do(world):
+    """Every command of it works in games, and what they answer has the same words, but for names and lists."""
+
+    def words(text):
+        return re.sub(r"\b[a-z]+ \d+", "THING", text)
+
+    tasks = ALFWorld.tasks("train", types=["pick_clean_then_place_in_recep"], count=12)
+    commands, answers = set(), set()
+    for task in tasks:
+        start, steps = play_expert(world, task)
+        before = [start.info, *(step.info for step in steps[:-1])]
+        commands |= {words(command) for info in before for command in info["admissible"]}
+        answers |= {words(step.info["observation"]) for step in steps}
+    example = start.messages[0]["content"].partition("Here is an example")[2].splitlines()
+    shown = [line.removeprefix("Action: ") for line in example if line.startswith("Action: ")]
+    assert len(shown) == 7 and {words(command) for command in shown} <= commands
+    told = {words(line.removeprefix("Observation: ")) for line in example if line.startswith("Observation: ")}
+    assert {t for t in told if "you see" not in t} <= answers and "You move the THING to the THING." in told
+
+
+def test_without_a_demonstration_there_is_none():
+    world = ALFWorld(demonstration=False)
+    (task,) = ALFWorld.tasks("train", count=1)
+    assert "example" not in world.reset(seed=0, task=task).messages[0]["content"]
+    world.close()

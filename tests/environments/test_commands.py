@@ -9,7 +9,9 @@ import pytest
 from envs_helpers import play_odd_messages, say
 
 from opdengine.environments import Environment, HasExpert, InfrastructureError, load_environment
+from opdengine.environments.actions import react_action
 from opdengine.environments.commands import LONGEST_COMMAND, CommandEnvironment, CommandOptions, View
+from opdengine.environments.demonstration import ALFWORLD, SCIENCEWORLD, Demonstration
 
 
 class Counter(CommandEnvironment):
@@ -149,3 +151,25 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch, name):
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(ImportError, match=rf'pip install "opdengine\[{name}\]"'):
         found()
+
+
+def test_a_demonstration_ends_the_instructions_in_the_format_of_the_answers():
+    demonstration = Demonstration("count", [("You begin{dot}", "One comes first.", "say {one}")], "{one}{dot}")
+    told = {form: demonstration.shown(form, one="1", dot=".") for form in ("react", "action")}
+    head = "Here is an example with another task.\n\nYou begin.\n\nYour task: count\n"
+    assert told["react"] == head + "Thought: One comes first.\nAction: say 1\nObservation: 1."
+    assert told["action"] == head + "say 1\nObservation: 1."
+    world = Counter()
+    world.demonstration = told["react"]
+    start = world.reset(seed=0, task={"id": "a"})
+    assert start.messages[0]["content"].endswith(told["react"]) and "Observation" not in start.messages[1]["content"]
+    world = Counter(instructions=False)
+    world.demonstration = told["react"]
+    assert [m["role"] for m in world.reset(seed=0, task={"id": "a"}).messages] == ["user"]
+
+
+@pytest.mark.parametrize("demonstration", [ALFWORLD, SCIENCEWORLD])
+def test_every_command_of_a_demonstration_is_read_from_its_message(demonstration):
+    for _, thought, command in demonstration.steps:
+        assert react_action({"role": "assistant", "content": f"Thought: {thought}\nAction: {command}"}).name == command
+        assert len(command) <= LONGEST_COMMAND and "\n" not in thought

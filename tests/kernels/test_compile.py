@@ -63,6 +63,20 @@ def test_divergence(make_case, kind, reduction, dtype):
     assert_same(call, (*case.student, bias))
 
 
+@pytest.mark.parametrize("compile_", [False, True])
+def test_the_factor_of_a_loss_is_not_rounded(make_case, compile_):
+    """A third of the loss has a third of the gradient, to the last bit of a bfloat16 result."""
+    case = make_case(1, dtype=torch.bfloat16)
+
+    def call(hidden, weight):
+        return linear_divergence(hidden, weight, case.teachers, impl="torch").loss
+
+    whole = torch.autograd.grad(call(*case.student), case.student)
+    third = torch.autograd.grad((compiled(call) if compile_ else call)(*case.student) / 3, case.student)
+    for mine, other in zip(third, whole, strict=True):
+        torch.testing.assert_close(mine, (other.float() / 3).bfloat16(), rtol=0, atol=0)
+
+
 def test_ops_stay_out_of_cuda_graphs():
     """They read data on the host."""
     for name in ("linear_divergence", "linear_divergence_backward", "linear_logprob", "token_stats"):

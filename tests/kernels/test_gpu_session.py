@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,31 @@ def test_every_case_leaves_its_figures(tmp_path):
     # A target is either read from the file or named as open.
     assert "| half of the rows masked, over all rows | at most 0.55 | not measured" not in run.stdout
     assert "| gap-domain GEMM over the library | time 1.1 to 1.3 | not measured" in run.stdout
+
+
+@pytest.fixture
+def broken_peers(monkeypatch):
+    """TRL and Liger are found, and cannot be imported."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    for name in ("trl", "trl.kernels", "liger_kernel", "liger_kernel.chunked_loss"):
+        monkeypatch.setitem(sys.modules, name, None)
+    providers = importlib.import_module("providers")
+    monkeypatch.setattr(providers, "available", lambda: {"trl": True, "liger": True})
+
+
+def test_a_broken_peer_ends_nothing(broken_peers):
+    """Ours has its figures, the peer its error, in every kind of case."""
+    speed, correctness = importlib.import_module("speed"), importlib.import_module("correctness")
+    problems = importlib.import_module("problems")
+    shape = problems.S1.smaller()
+    compared = speed.compare(shape, "reverse_kl", ["trl", "ours", "gemms", "liger"], None, True)
+    best = speed.at_their_best(shape, "jsd", None, True)
+    assert compared["ours"]["ms"] > 0 and best["ours"]["ms"] > 0
+    assert "ModuleNotFoundError" in compared["trl"]["error"] and "error" in compared["liger"]
+    assert any("error" in figures for name, figures in best.items() if name.startswith("trl, "))
+    problem = problems.neighbours(shape, "cpu", torch.float32, 0.2)
+    checked = correctness.compare(problem, "reverse_kl", ["ours", "trl", "liger"])
+    assert checked["passed"] and "error" in checked["trl"] and "error" in checked["liger"]
 
 
 def test_pages_and_figure_of_a_result(tmp_path, monkeypatch):

@@ -74,3 +74,27 @@ def test_same_model_as_teacher_gives_zero():
     for kind in KINDS:
         out = linear_divergence(hidden, weight, [TeacherHead(hidden, weight)], divergence=kind)
         assert abs(out.loss.item()) < 1e-6
+
+
+@pytest.mark.parametrize("setting", ["high", "medium"])
+def test_float32_products_are_float32(setting, monkeypatch):
+    """Whatever the process allows its other products; the setting is as before afterwards."""
+    hidden, weight, teacher = close_pair(2e-2)
+    seen, plain = [], torch.mm
+    settings = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+
+    def watched(*args, **options):
+        seen.append([x.fp32_precision for x in settings])
+        return plain(*args, **options)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        allowed = [x.fp32_precision for x in settings]
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "mm", watched)
+            linear_divergence(hidden, weight, [teacher], impl="torch")
+        assert seen and all(x in ("ieee", "none") for found in seen for x in found)
+        assert [x.fp32_precision for x in settings] == allowed and "tf32" in allowed
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -184,6 +184,77 @@ def test_rows_without_weight_are_not_read(make_case):
     assert case.hidden.grad.eq(0).all()
 
 
+def ragged(case, widths, k=6):
+    """The same teacher's lists in one array: row n lists ``widths[n]`` ids."""
+    ids, values = listed(case.teachers[0], k)
+    unused = torch.arange(k) >= torch.tensor(widths)[:, None]
+    return ids.masked_fill(unused, -1), values.masked_fill(unused, -torch.inf)
+
+
+WIDTHS = (6, 1, 3, 3, 5, 6, 2, 1, 4, 6, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_every_row_keeps_its_own_width(make_case, kind, impl):
+    """One call on ragged lists is one call for every row with its own list."""
+    case = make_case(1)
+    ids, values = ragged(case, WIDTHS)
+    options = {"divergence": kind, "temperature": 0.8, "student_softcap": 3.0, "impl": impl}
+    together = topk_divergence(*case.student, ids, values, token_weight=case.token_weight, **options)
+    total = torch.zeros((), dtype=torch.float64)
+    for n, width in enumerate(WIDTHS):
+        row = topk_divergence(case.hidden[n : n + 1], case.weight, ids[n : n + 1, :width], values[n : n + 1, :width],
+                              reduction="none", **options)  # fmt: skip
+        if case.token_weight[n]:
+            torch.testing.assert_close(together.token_loss[n], row.token_loss[0])
+        total = total + case.token_weight[n] * row.loss[0]
+    torch.testing.assert_close(together.loss, total)
+    gradients = [torch.autograd.grad(loss, case.student) for loss in (together.loss, total)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_list_beside_a_short_one(make_case, kind):
+    """A row that lists the vocabulary has the exact divergence, though another row has a tail."""
+    case = make_case(1)
+    ids, values = ragged(case, (37, *(2,) * 10), k=37)
+    got = topk_divergence(*case.student, ids, values, divergence=kind).token_loss
+    exact = linear_divergence(*case.student, case.teachers, divergence=kind).token_loss
+    torch.testing.assert_close(got[0], exact[0])
+    assert (got[1:] < exact[1:]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_of_ragged_lists(make_case, kind):
+    case = make_case(1, rows=4, vocab=7, width=3)
+    ids, values = ragged(case, (4, 1, 2, 3), k=4)
+
+    def op(hidden, weight):
+        return topk_divergence(hidden, weight, ids, values, divergence=kind, reduction="none", temperature=0.8).loss
+
+    assert torch.autograd.gradcheck(op, case.student)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ragged_lists_in_low_precision_and_under_autocast(make_case, kind, dtype):
+    case = make_case(1, dtype=dtype)
+    exact = [x.detach().double().requires_grad_() for x in case.student]
+    full = TeacherHead(case.teachers[0].hidden.double(), case.teachers[0].weight.double())
+    case.teachers = [full]
+    ids, values = ragged(case, WIDTHS)
+    want = topk_divergence(*exact, ids, values, divergence=kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = topk_divergence(*case.student, ids, values.float(), divergence=kind)
+    torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-5, atol=1e-5)
+    pairs = zip(torch.autograd.grad(got.loss, case.student), torch.autograd.grad(want.loss, exact), strict=True)
+    for a, b in pairs:
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -195,7 +266,11 @@ def test_rows_without_weight_are_not_read(make_case):
         (lambda i, v: (i.int(), v), "int64"),
         (lambda i, v: (i, v.long()), "floating point"),
         (lambda i, v: (i[:2], v), r"topk_ids must be a tensor \[N, k\] = \[3, k\], got \[2, 4\]"),
-        (lambda i, v: (i + 37, v), r"labels\[0, 0\]"),
+        (lambda i, v: (i + 37, v), "row 0 .* outside the vocabulary of 37"),
+        (lambda i, v: (i.index_fill(0, torch.tensor([1]), -2), v), "row 1 .* outside the vocabulary"),
+        (lambda i, v: (i.index_fill(0, torch.tensor([1]), -1), v), "row 1 .* lists no id"),
+        (lambda i, v: (i.index_fill(1, torch.tensor([3]), -1), v), "row 0 .* log-prob at the id -1"),
+        (lambda i, v: (i, v * torch.nan), "row 0 .* NaN"),
         (lambda i, v: (i, v.clone().requires_grad_()), "topk_logprobs requires a gradient"),
     ],
 )

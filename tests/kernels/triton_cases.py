@@ -300,6 +300,16 @@ def test_statistics_of_tokens():
     assert_close(call(case, "triton"), call(case.double(), "reference"))
 
 
+@pytest.mark.parametrize("view", ["column", "every second", "expanded"])
+def test_views_of_vectors(view):
+    """Labels, biases and weights that are not dense."""
+    from test_vectors import VIEWS, results
+
+    dense = results(lambda x: VIEWS[view](x).contiguous(), impl="triton")
+    for mine, other in zip(results(VIEWS[view], impl="triton"), dense, strict=True):
+        torch.testing.assert_close(mine, other, equal_nan=True)
+
+
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_logprob(entropy, softcap):

@@ -112,6 +112,25 @@ def test_a_dead_server_costs_one_round_of_retries(tokenizer: Any) -> None:
     assert counts["teacher_retries/served"] <= 2 * 2
 
 
+def test_the_end_of_a_turn_is_sent_where_it_is_not_the_eos_token(bigrams: Server, tiny: Any) -> None:
+    tokenizer = tiny.make_tokenizer(("<|end|>",))
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|end|>")
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    bigrams.control(say="hello")
+    (written,) = generate(served(bigrams, tokenizer))
+    (body,) = bigrams.seen["bodies"]
+    assert body["stop_token_ids"] == [end]
+    # This server tells no ids: what it wrote ended as the template ends it.
+    assert isinstance(written, Completion) and written.token_ids.tolist() == [*tokenizer.encode("hello"), end]
+
+
+def test_halves_of_characters_in_a_teachers_text_are_replaced(bigrams: Server, tokenizer: Any) -> None:
+    bigrams.control(say="cut \ud83d text")
+    (written,) = generate(served(bigrams, tokenizer))
+    assert isinstance(written, Completion) and written.text == "cut \ufffd text"
+    assert tokenizer.decode(written.token_ids[:-1]) == "cut \ufffd text"
+
+
 def test_what_is_sent(bigrams: Server, tokenizer: Any) -> None:
     """Everything that shapes the sample is stated, so that no default of the server steps in."""
     bigrams.control(say="hello")

@@ -14,11 +14,13 @@ from engine_helpers import assert_same_gradients, loss_and_gradient, make_config
 from teacher_helpers import Server
 
 from opdengine.data.prompts import load_prompts
-from opdengine.loss.objective import kl_weight
-from opdengine.loss.statistics import Statistics
+from opdengine.loss.objective import Item, Objective, kl_weight
+from opdengine.loss.statistics import Statistics, Tally
+from opdengine.models.backbone import Head
 from opdengine.models.chat import vocabulary_size
 from opdengine.teachers.endpoint import BadAnswer
 from opdengine.teachers.top_k import read_top_k
+from opdengine.training.scoring import _read_list
 from opdengine.types import Prompt, Sample, TeacherContext, TopK, Turn
 
 Models = dict[str, str]
@@ -41,7 +43,9 @@ def test_every_row_holds_the_actual_token_and_the_likeliest_others() -> None:
     assert found.ids.tolist() == [[9, 1], [2, 7]]  # the first row came with k + 1 entries
     np.testing.assert_allclose(found.logprobs, [[-3.0, -0.5], [-0.1, -4.0]])
     assert found.ids.dtype == np.int64 and found.logprobs.dtype == np.float32
-    assert read([None, ROWS[1], row(_2=-0.1)]).ids.tolist() == [[9], [2]]  # as wide as the narrowest row
+    narrow = read([None, ROWS[1], row(_2=-0.1)])  # a row that lists fewer leaves the others as they are
+    assert narrow.ids.tolist() == [[9, 1], [2, -1]] and narrow.logprobs[1, 1] == -np.inf
+    assert read([None, row(_9=-3.0), row(_2=-0.1)], k=5).ids.tolist() == [[9], [2]]
     assert read_top_k({"prompt_logprobs": ROWS}, IDS, np.array([], dtype=int), 2, 10).ids.shape[0] == 0
 
 
@@ -67,12 +71,23 @@ def test_padding_columns_of_a_head_are_taken_out_of_the_distribution() -> None:
         ([None, row(_9=float("nan")), ROWS[2]], {}, "bad_logprobs"),
         ([None, {"9": {"prob": 1.0}}, ROWS[2]], {}, "bad_logprobs"),
         ([None, {"9": None}, ROWS[2]], {}, "bad_logprobs"),
+        ([None, row(_9=-np.inf), ROWS[2]], {}, "bad_logprobs"),
+        ([None, row(_9="-0.1"), ROWS[2]], {}, "bad_logprobs"),
+        ([None, row(_9=True), ROWS[2]], {}, "bad_logprobs"),
+        ([None, row(_9=-(10**400)), ROWS[2]], {}, "bad_logprobs"),
+        ([None, {"9": {"logprob": -1.0}, "09": {"logprob": -1.5}}, ROWS[2]], {}, "bad_logprobs"),  # one id twice
+        ([None, {"9": {"logprob": -1.0}, "1" * 30: {"logprob": -1.5}}, ROWS[2]], {}, "bad_logprobs"),
+        ([None, {"9": {"logprob": -1.0}, "-1": {"logprob": -1.5}}, ROWS[2]], {}, "wrong_ids"),
+        ([None, row(_9=-9.0, _11=-0.01), ROWS[2]], {}, "wrong_ids"),  # nearly all of it beyond the vocabulary
+        (ROWS, {"prompt_token_ids": 7}, "wrong_ids"),
     ],
 )
 def test_anything_else_is_refused(rows: Any, more: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadAnswer) as error:
         read(rows, **more)
     assert error.value.reason == reason
+    if isinstance(rows, list) and isinstance(rows[1], dict) and len(rows) == 3 and not more:
+        assert "position 1 " in str(error.value)
 
 
 # ------------------------------------------------------------------ through the engine
@@ -118,26 +133,28 @@ def test_a_whole_list_equals_hidden_states_and_a_short_one_is_a_lower_bound(
 def plain_loss(engine: Any, samples: Any, kind: str) -> torch.Tensor:
     """Whole-vocabulary student log-probs, merged by hand into the listed events and the rest."""
     total = torch.zeros((), dtype=torch.float64)
-    width = min(sample.teacher_targets[0].ids.shape[1] for sample in samples)
-    for sample in samples:
-        rollout = sample
-        targets = TopK(sample.teacher_targets[0].ids[:, :width], sample.teacher_targets[0].logprobs[:, :width])
+    for rollout in samples:
+        targets = rollout.teacher_targets[0]
         logits = engine.student.model(torch.from_numpy(rollout.token_ids)[None]).logits[0].double()
         p = logits[torch.from_numpy(rollout.target_positions - 1), : engine.vocab_size].softmax(-1)
-        ids = torch.from_numpy(targets.ids)
-        listed = p.gather(1, ids)
-        p = torch.cat([listed, 1 - listed.sum(1, keepdim=True)], 1)
-        q = torch.from_numpy(targets.logprobs).double().exp()
-        q = torch.cat([q, 1 - q.sum(1, keepdim=True)], 1)
-        if kind == "reverse_kl":
-            rows = (p * (p / q).log()).sum(1)
-        elif kind == "forward_kl":
-            rows = (q * (q / p).log()).sum(1)
-        else:
-            m = 0.5 * (p + q)
-            rows = 0.5 * (q * (q / m).log()).sum(1) + 0.5 * (p * (p / m).log()).sum(1)
-        total = total + (torch.from_numpy(kl_weight(sample)) * rows).sum()
+        for n, weight in enumerate(kl_weight(rollout).tolist()):
+            listed = torch.from_numpy(targets.ids[n][targets.ids[n] >= 0])
+            likely = torch.from_numpy(targets.logprobs[n, : len(listed)]).double().exp()
+            total = total + weight * plain_row(_with_rest(p[n, listed]), _with_rest(likely), kind)
     return total
+
+
+def _with_rest(listed: torch.Tensor) -> torch.Tensor:
+    return torch.cat([listed, 1 - listed.sum(0, keepdim=True)])
+
+
+def plain_row(p: torch.Tensor, q: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "reverse_kl":
+        return (p * (p / q).log()).sum()
+    if kind == "forward_kl":
+        return (q * (q / p).log()).sum()
+    m = 0.5 * (p + q)
+    return 0.5 * (q * (q / m).log()).sum() + 0.5 * (p * (p / m).log()).sum()
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
@@ -184,6 +201,50 @@ def test_statistics_of_a_served_teacher(
     assert (short.get("teacher_kl/big") > 0).all()
     _, jsd = pair(16, divergence="jsd")
     assert not len(jsd.get("teacher_kl/big")) and len(jsd.get("gap"))
+
+
+def listed_item(name: str, widths: list[int], vocab: int, seed: int) -> Item:
+    """Four targets of which a teacher lists ``widths`` ids each."""
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(0, vocab, 4)
+    turns = (Turn("prompt", np.array([1, 2])), Turn("assistant", targets, np.zeros(4), True))
+    logq = torch.from_numpy(rng.normal(size=(4, vocab)) * 2).log_softmax(-1).numpy()
+    ids, logprobs = np.full((4, max(widths)), -1), np.full((4, max(widths)), -np.inf, dtype=np.float32)
+    for n, (target, width) in enumerate(zip(targets, widths, strict=True)):
+        others = [i for i in np.argsort(-logq[n]) if i != target]
+        ids[n, :width] = [target, *others[: width - 1]]
+        logprobs[n, :width] = logq[n, ids[n, :width]]
+    weight = rng.random(4).astype(np.float32) / 8
+    return Item(Sample(name, Prompt(name, ()), turns), ("T",), (TopK(ids, logprobs),), weight, np.ones((4, 1)), None)
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd", "skew_kl"])
+def test_lists_of_different_widths_do_not_depend_on_the_micro_batch(kind: str) -> None:
+    """Loss, gradient and statistics of the whole are the sums of those of the parts."""
+    items = [listed_item("a", [20, 20, 20, 20], 60, 0), listed_item("b", [3, 1, 2, 3], 60, 1)]
+    g = torch.Generator().manual_seed(0)
+    head = Head(torch.randn(60, 8, generator=g, dtype=torch.float64))
+    hidden = torch.randn(8, 8, generator=g, dtype=torch.float64)
+    objective = Objective(heads={}, divergence_of=lambda key: kind)
+
+    def run(rows: slice, members: list[Item]) -> tuple[float, torch.Tensor, np.ndarray]:
+        leaf, tally = hidden[rows].clone().requires_grad_(), Tally()
+        loss = objective(leaf, head, members, tally)
+        loss.backward()
+        assert leaf.grad is not None
+        return loss.item(), leaf.grad, tally.get("teacher_entropy/T")
+
+    whole, one, two = run(slice(0, 8), items), run(slice(0, 4), items[:1]), run(slice(4, 8), items[1:])
+    assert whole[0] == pytest.approx(one[0] + two[0], rel=1e-9)
+    torch.testing.assert_close(whole[1], torch.cat([one[1], two[1]]), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(whole[2], np.concatenate([one[2], two[2]]), rtol=1e-6)
+    assert np.isfinite(whole[2]).all()
+
+
+def test_what_is_measured_of_ragged_lists_does_not_depend_on_their_padding() -> None:
+    narrow = TopK(np.array([[4, 1]]), np.log(np.array([[0.5, 0.25]], dtype=np.float32)))
+    for name, value in _read_list(narrow, 10).items():
+        np.testing.assert_allclose(_read_list(narrow.widened(7), 10)[name], value, err_msg=name)
 
 
 def test_a_dead_teacher_behind_a_server_has_the_entropy_of_the_uniform_distribution() -> None:

@@ -20,6 +20,7 @@ from uuid import uuid4
 import numpy as np
 
 from opdengine.methods.debate.prompts import DebatePrompts, parse_confidence
+from opdengine.models.surrogates import without_surrogates
 from opdengine.teachers import Teacher
 from opdengine.types import Failure, Prompt, Request, SamplingParams
 
@@ -165,7 +166,7 @@ class Debater:
                 if isinstance(completion, Failure):
                     failures[key] += 1
                     continue
-                talks[key].rounds[number][k] = completion.text.strip()
+                talks[key].rounds[number][k] = without_surrogates(completion.text).strip()
                 talks[key].truncated[number] += completion.stop_reason == "length"
         for key, count in failures.items():
             if count == len(states[key][1]):

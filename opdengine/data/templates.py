@@ -1,0 +1,188 @@
+"""What chat templates leave out: found by rendering with and without, before it could go missing in silence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from opdengine.data.prompts import DataError, PromptSet
+from opdengine.models.chat import encode_answer, encode_chat
+from opdengine.models.rendering import MARK, render, text_of, turn_end
+from opdengine.types import Message, Prompt
+
+if TYPE_CHECKING:
+    from opdengine.config.train import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+Tools = Sequence[Mapping[str, Any]]
+
+
+class Reader:
+    """A model's chat template, which must show the model all that a chat holds.
+
+    Args:
+        name: of the model, for messages.
+        tokenizer: of the model.
+        template_kwargs: handed to its chat template.
+        keys: routing keys of the prompts that it reads; empty: all.
+        debates: whether a user's message is put behind chats that end with another role.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Any,
+        template_kwargs: Mapping[str, Any] | None = None,
+        keys: Sequence[str] = (),
+        debates: bool = False,
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.template_kwargs = dict(template_kwargs or {})
+        self.keys = tuple(keys)
+        self.debates = debates
+        self._known: dict[Any, str] = {}
+
+    def encode(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
+        """Token ids of a chat; see :func:`opdengine.models.chat.encode_chat`.
+
+        Raises:
+            ValueError: the template cannot render the chat, or leaves something out.
+        """
+        if lost := self.left_out(messages, tools):
+            raise ValueError(f"the chat template of {self.name} {lost}; give it another chat_template")
+        return encode_chat(self.tokenizer, messages, tools, self.template_kwargs)
+
+    def left_out(self, messages: Sequence[Message], tools: Tools = ()) -> str:
+        """What the template leaves out of such a chat: "" if nothing; chats of the same shape are looked at once."""
+        shape = (
+            *((m.get("role"), bool(text_of(m.get("content")).strip()), bool(m.get("tool_calls"))) for m in messages),
+            bool(tools),
+        )
+        if shape not in self._known:
+            self._known[shape] = self._left_out(messages, tools)
+        return self._known[shape]
+
+    def unread(self, prompts: Iterable[Prompt]) -> dict[str, str]:
+        """What cannot be read, by the prompt's id."""
+        found = {}
+        for prompt in prompts:
+            if self.keys and prompt.key not in self.keys:
+                continue
+            messages = list(prompt.messages)
+            if self.debates and messages[-1].get("role") != "user":
+                messages.append({"role": "user", "content": MARK})
+            try:
+                render(self.tokenizer, messages, prompt.tools, self.template_kwargs)
+                problem = self.left_out(messages, prompt.tools)
+            except ValueError as error:
+                problem = str(error).removeprefix("the chat template ")
+            if problem:
+                found[prompt.id] = problem
+        return found
+
+    def _left_out(self, messages: Sequence[Message], tools: Tools) -> str:
+        whole = self._text(messages, tools)
+        if whole is None:
+            return ""  # encoding says why
+        marks = {i: f"{MARK}{i}End" for i, m in enumerate(messages) if text_of(m.get("content")).strip()}
+        marked = self._text([{**m, "content": marks[i]} if i in marks else m for i, m in enumerate(messages)], tools)
+        lost = [messages[i] for i, mark in marks.items() if marked is not None and mark not in marked]
+        if any(m.get("tool_calls") for m in lost):
+            logger.warning("the chat template of %s leaves out the text of messages that call tools", self.name)
+        if roles := sorted({str(m["role"]) for m in lost if not m.get("tool_calls")}):
+            return f"leaves out messages of the roles {roles}"
+        if tools and self._text(messages, ()) == whole:
+            return "leaves out the tools"
+        silent = [{"content": "", **{k: v for k, v in m.items() if k != "tool_calls"}} for m in messages]
+        if any(m.get("tool_calls") for m in messages) and self._text(silent, tools) == whole:
+            return "leaves out the tool calls"
+        return ""
+
+    def _text(self, messages: Sequence[Message], tools: Tools) -> str | None:
+        try:
+            return render(self.tokenizer, messages, tools, self.template_kwargs)
+        except ValueError:
+            return None
+
+
+def readers_of(config: TrainConfig, tokenizer: Any, teacher_tokenizers: Sequence[Any] = ()) -> list[Reader]:
+    """The student and the teachers of a run.
+
+    Args:
+        config: of the run.
+        tokenizer: the student's.
+        teacher_tokenizers: in the order of the teachers.
+    """
+    teachers = [
+        Reader(f"teacher {teacher.name!r}", its, teacher.chat_template_kwargs, teacher.key, config.debates)
+        for teacher, its in zip(config.teachers, teacher_tokenizers, strict=True)
+    ]
+    return [Reader("the student", tokenizer, config.chat_template_kwargs), *teachers]
+
+
+def readable(prompts: PromptSet, readers: Sequence[Reader], *, skip_bad_rows: bool = False) -> PromptSet:
+    """The prompts that all models read in full.
+
+    Args:
+        prompts: of the data.
+        readers: models; those with the same template as an earlier one are not asked again.
+        skip_bad_rows: leave the others out, counted, instead of refusing the data.
+
+    Raises:
+        DataError: some are not; says what is missing where, and what to do.
+    """
+    asked: list[tuple[Any, ...]] = []
+    unread: dict[str, str] = {}
+    for reader in readers:
+        template = (str(reader.tokenizer.chat_template), reader.template_kwargs, reader.keys, reader.debates)
+        if template not in asked:
+            asked.append(template)
+            found = reader.unread(prompts.prompts)
+            unread = {id: f"the chat template of {reader.name} {problem}" for id, problem in found.items()} | unread
+    if not unread:
+        return prompts
+    kept = tuple(p for p in prompts.prompts if p.id not in unread)
+    lines = [f"  {_some(unread, problem)}: {problem}" for problem in dict.fromkeys(unread.values())]
+    shown = "\n".join(lines[:10]) + ("\n  ..." if len(lines) > 10 else "")
+    if not skip_bad_rows or not kept:
+        raise DataError(
+            f"{len(unread)} of {len(prompts.prompts)} prompts cannot be read in full:\n{shown}\nGive the model another "
+            "chat_template, change the prompts, or leave them out with --skip-bad-rows."
+        )
+    logger.warning("left out %d of %d prompts:\n%s", len(unread), len(prompts.prompts), shown)
+    return PromptSet(kept, {**prompts.dropped, "chat_template": len(unread)})
+
+
+def check_templates(readers: Sequence[Reader], *, converses: bool) -> None:
+    """What is known of templates without data.
+
+    Args:
+        readers: the models.
+        converses: whether a chat goes on behind an answer.
+
+    Raises:
+        ValueError: a template cannot render a user's message, or what follows an answer.
+    """
+    question = {"role": "user", "content": "?"}
+    for reader in readers:
+        reader.encode([question])
+        if converses:
+            try:
+                encode_answer(reader.tokenizer, [question], (), reader.template_kwargs)
+            except ValueError as error:
+                raise ValueError(f"{reader.name}: {error}") from error
+        if turn_end(reader.tokenizer, reader.template_kwargs) is None:
+            logger.warning(
+                "the chat template of %s ends answers without a token of their own, so sampling stops at the eos token "
+                "%r alone",
+                reader.name,
+                reader.tokenizer.eos_token,
+            )
+
+
+def _some(unread: Mapping[str, str], problem: str) -> str:
+    ids = [id for id, found in unread.items() if found == problem]
+    return f"prompt {ids[0]!r}" + (f" and {len(ids) - 1} more" if len(ids) > 1 else "")

@@ -1,0 +1,211 @@
+"""What a chat template prints: the text of a chat, what opens an answer and what ends it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from opdengine.types import Message
+
+Tools = Sequence[Mapping[str, Any]]
+
+REPLY = "\u2042reply\u2042"
+"""Stands for an assistant's message while the text around it is looked up."""
+
+MARK = "TextOfAMessage"
+"""Stands for another message; plain letters, which templates neither strip nor escape."""
+
+THOUGHT = re.compile(
+    r"[<\[◁](?P<end>/|\|?end)?[^<>\[\]◁▷/]*(think|thought|reason|analysis|scratchpad)[^<>\[\]◁▷]*[>\]▷]", re.I
+)
+"""Markup around thoughts: <think>, [THINK], <|START_THINKING|>, <|begin_of_thought|> and their ends."""
+
+
+def text_of(content: Any) -> str:
+    """A message's content as one string: the text itself, or the joined parts of a list of parts.
+
+    Raises:
+        ValueError: a part is not text.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"message content of type {type(content).__name__}; use a string or a list of text parts")
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise ValueError(f"message part of type {kind!r}; only text can be used")
+        texts.append(text)
+    return "".join(texts)
+
+
+def plain_message(message: Message) -> dict[str, Any]:
+    """The message with its content as one string: many templates drop or misprint lists of parts."""
+    content = message.get("content")
+    return dict(message) if content is None else {**message, "content": text_of(content)}
+
+
+def apply_template(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Tools = (),
+    template_kwargs: Mapping[str, Any] | None = None,
+    *,
+    what: str = "a chat",
+    **how: Any,
+) -> Any:
+    """What the chat template makes of a chat.
+
+    Args:
+        what: is rendered, for the error.
+        how: further arguments of ``apply_chat_template``.
+
+    Raises:
+        ValueError: the template refuses the chat, whatever it raises, or a message holds more than text.
+    """
+    chat: list[Message] = [plain_message(message) for message in messages]
+    if any(message.get("tool_calls") for message in chat):
+        form = arguments_form(tokenizer, template_kwargs)
+        chat = [_with_arguments(message, form) for message in chat]
+    return _apply(tokenizer, chat, tools, template_kwargs, what, how)
+
+
+def _apply(
+    tokenizer: Any,
+    chat: Sequence[Message],
+    tools: Tools,
+    template_kwargs: Mapping[str, Any] | None,
+    what: str,
+    how: Mapping[str, Any],
+) -> Any:
+    arguments = {"add_generation_prompt": True, "return_dict": False, **how, **(template_kwargs or {})}
+    try:
+        return tokenizer.apply_chat_template(chat, tools=[dict(tool) for tool in tools] or None, **arguments)
+    except Exception as error:  # a template is a program of somebody else
+        roles = [str(message.get("role")) for message in chat]
+        raise ValueError(f"the chat template cannot render {what} of the roles {roles}: {error}") from error
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Tools = (),
+    template_kwargs: Mapping[str, Any] | None = None,
+    **how: Any,
+) -> str:
+    """The text of a chat; see :func:`apply_template`."""
+    return str(apply_template(tokenizer, messages, tools, template_kwargs, tokenize=False, **how))
+
+
+def arguments_form(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> str:
+    """How the chat template takes the arguments of tool calls: as a "mapping", or as "text" of JSON.
+
+    A template that writes JSON would quote a text once more; one that pastes text would print a mapping in Python's
+    words. "" where neither comes out right: then they are handed over as they are.
+    """
+    key = (str(getattr(tokenizer, "chat_template", "")), repr(template_kwargs))
+    if key not in _forms:
+        _forms[key] = _find_form(tokenizer, template_kwargs)
+    return _forms[key]
+
+
+_forms: dict[tuple[str, str], str] = {}
+
+
+def _find_form(tokenizer: Any, template_kwargs: Mapping[str, Any] | None) -> str:
+    arguments = {MARK: "Value"}
+    shown = json.dumps(arguments)
+    for form, value in (("mapping", arguments), ("text", shown)):
+        call = {"id": "123456789", "type": "function", "function": {"name": "f", "arguments": value}}
+        chat: list[Message] = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "?", "name": "f", "tool_call_id": "123456789"},
+        ]
+        try:
+            text = str(_apply(tokenizer, chat, (), template_kwargs, "a tool call", {"tokenize": False}))
+        except ValueError:
+            continue
+        if shown in text or (form == "mapping" and MARK in text and repr(MARK) not in text):
+            return form
+    return ""
+
+
+def _with_arguments(message: Message, form: str) -> Message:
+    """The message with the arguments of its tool calls in a form."""
+    if not form or not isinstance(message.get("tool_calls"), (list, tuple)):
+        return message
+    return {**message, "tool_calls": [_call_with_arguments(call, form) for call in message["tool_calls"]]}
+
+
+def _call_with_arguments(call: Any, form: str) -> Any:
+    if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
+        return {**call, "function": _call_with_arguments(call["function"], form)}
+    arguments = call.get("arguments") if isinstance(call, Mapping) else None
+    if form == "text" and isinstance(arguments, Mapping):
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    if form == "mapping" and isinstance(arguments, str):
+        try:
+            read = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return call
+        return {**call, "arguments": read} if isinstance(read, Mapping) else call
+    return call
+
+
+def opening(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> str:
+    """What stands between the words of a user and the answer."""
+    text = render(tokenizer, [{"role": "user", "content": MARK}], (), template_kwargs)
+    return text.rpartition(MARK)[2]
+
+
+def opens_thought(text: str) -> bool:
+    """Whether a text leaves a thought open."""
+    marks = list(THOUGHT.finditer(text))
+    return bool(marks) and not marks[-1]["end"]
+
+
+def closes_thought(text: str) -> bool:
+    """Whether a text ends a thought."""
+    marks = list(THOUGHT.finditer(text))
+    return bool(marks) and bool(marks[-1]["end"])
+
+
+def shared_start(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Length of the longest common beginning."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def turn_end(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> int | None:
+    """The token with which the chat template ends an assistant's message; None: it prints none.
+
+    It need not be the tokenizer's eos: ChatML on a base model ends turns with ``<|im_end|>`` and texts with
+    ``<|endoftext|>``. Looked up behind a message at the end of a chat and behind one that is answered: what both
+    print is the end; else what closes the chat (gpt-oss), else what opens the answer (GLM).
+    """
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}]
+    last = _tokens_behind_reply(tokenizer, chat, template_kwargs, add_generation_prompt=False)
+    answered = _tokens_behind_reply(tokenizer, [*chat, {"role": "user", "content": "?"}], template_kwargs)
+    ends = last[: shared_start(last, answered)] or last or answered[:1]
+    return ends[-1] if ends else None
+
+
+def _tokens_behind_reply(
+    tokenizer: Any, chat: Sequence[Message], template_kwargs: Mapping[str, Any] | None, **how: Any
+) -> list[int]:
+    """Ids of the added tokens that follow an assistant's message at once, white space before them aside."""
+    try:
+        text = render(tokenizer, chat, (), template_kwargs, **how).rpartition(REPLY)[2].lstrip()
+    except ValueError:  # where it matters, the chat itself is refused
+        return []
+    added = sorted(tokenizer.get_added_vocab().items(), key=lambda item: -len(item[0]))
+    ids = []
+    while found := next(((token, i) for token, i in added if token and text.startswith(token)), None):
+        ids.append(found[1])
+        text = text[len(found[0]) :]
+    return ids
