@@ -14,8 +14,8 @@ from engine_helpers import assert_same_gradients, loss_and_gradient, make_config
 from teacher_helpers import Server
 
 from opdengine.data.prompts import load_prompts
-from opdengine.loss.objective import Item, Objective, kl_weight
-from opdengine.loss.statistics import Statistics, Tally
+from opdengine.loss.objective import Objective, kl_weight
+from opdengine.loss.statistics import Statistics
 from opdengine.models.backbone import Head
 from opdengine.models.chat import vocabulary_size
 from opdengine.teachers.endpoint import BadAnswer
@@ -203,7 +203,7 @@ def test_statistics_of_a_served_teacher(
     assert not len(jsd.get("teacher_kl/big")) and len(jsd.get("gap"))
 
 
-def listed_item(name: str, widths: list[int], vocab: int, seed: int) -> Item:
+def listed_item(name: str, widths: list[int], vocab: int, seed: int) -> Sample:
     """Four targets of which a teacher lists ``widths`` ids each."""
     rng = np.random.default_rng(seed)
     targets = rng.integers(0, vocab, 4)
@@ -214,8 +214,10 @@ def listed_item(name: str, widths: list[int], vocab: int, seed: int) -> Item:
         others = [i for i in np.argsort(-logq[n]) if i != target]
         ids[n, :width] = [target, *others[: width - 1]]
         logprobs[n, :width] = logq[n, ids[n, :width]]
-    weight = rng.random(4).astype(np.float32) / 8
-    return Item(Sample(name, Prompt(name, ()), turns), ("T",), (TopK(ids, logprobs),), weight, np.ones((4, 1)), None)
+    sample = Sample(name, Prompt(name, ()), turns, teacher_targets=(TopK(ids, logprobs),))
+    sample.contexts = (TeacherContext(name, "T", sample.token_ids, sample.target_positions),)
+    sample.kl_weight = rng.random(4).astype(np.float32) / 8
+    return sample
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd", "skew_kl"])
@@ -227,12 +229,12 @@ def test_lists_of_different_widths_do_not_depend_on_the_micro_batch(kind: str) -
     hidden = torch.randn(8, 8, generator=g, dtype=torch.float64)
     objective = Objective(heads={}, divergence_of=lambda key: kind)
 
-    def run(rows: slice, members: list[Item]) -> tuple[float, torch.Tensor, np.ndarray]:
-        leaf, tally = hidden[rows].clone().requires_grad_(), Tally()
-        loss = objective(leaf, head, members, tally)
+    def run(rows: slice, members: list[Sample]) -> tuple[float, torch.Tensor, np.ndarray]:
+        leaf, statistics = hidden[rows].clone().requires_grad_(), Statistics()
+        loss = objective(leaf, head, members, statistics)
         loss.backward()
         assert leaf.grad is not None
-        return loss.item(), leaf.grad, tally.get("teacher_entropy/T")
+        return loss.item(), leaf.grad, statistics.get("teacher_entropy/T")
 
     whole, one, two = run(slice(0, 8), items), run(slice(0, 4), items[:1]), run(slice(4, 8), items[1:])
     assert whole[0] == pytest.approx(one[0] + two[0], rel=1e-9)
