@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opdengine.surrogates import without_surrogates
 from opdengine.types import Message
 
 Tools = Sequence[Mapping[str, Any]]
@@ -87,7 +88,9 @@ def _apply(
         return tokenizer.apply_chat_template(chat, tools=[dict(tool) for tool in tools] or None, **arguments)
     except Exception as error:  # a template is a program of somebody else
         roles = [str(message.get("role")) for message in chat]
-        raise ValueError(f"the chat template cannot render {what} of the roles {roles}: {error}") from error
+        cut = without_surrogates(chat) is not chat
+        reason = "a text in it holds half of a character (a lone surrogate)" if cut else error
+        raise ValueError(f"the chat template cannot render {what} of the roles {roles}: {reason}") from error
 
 
 def render(

@@ -265,7 +265,8 @@ def _read_in_full(
     if not config.environment.name:
         prompts = readable(prompts, readers, skip_bad_rows=config.skip_bad_rows)
         readable(PromptSet(tuple(held_out), {}), readers[:1])
-    check_templates(readers, converses=bool(config.environment.name))
+    judges = config.method == "sage_opd" and config.sage.use_judge and config.sage.judge_prompt is None
+    check_templates(readers, converses=bool(config.environment.name), judges=judges)
     return prompts
 
 

@@ -316,6 +316,18 @@ def test_text_beside_calls_that_a_template_leaves_out_is_pointed_out(
     assert "the student leaves out the text of messages that call tools" in caplog.text
 
 
+def test_a_judge_is_instructed_by_a_system_message(tiny: Any) -> None:
+    readers = [Reader("the student", tiny.make_tokenizer())]
+    check_templates([*readers, Reader("teacher 'a'", tiny.make_tokenizer())], converses=False, judges=True)
+    for name in ("system", "raises"):
+        silent = with_template(tiny, LOSSES[name][0])
+        check_templates([*readers, Reader("teacher 'a'", silent)], converses=False)
+        with pytest.raises(
+            ValueError, match=r"of teacher 'a' .*with which a judge is instructed; .* or a judge_prompt"
+        ):
+            check_templates([*readers, Reader("teacher 'a'", silent)], converses=False, judges=True)
+
+
 def test_a_debate_goes_on_behind_a_tool_result(tiny: Any) -> None:
     """The debating teachers read a user's message there, which strict templates refuse."""
     strict = FULL + (
@@ -398,5 +410,5 @@ def test_lone_surrogates_are_replaced_at_every_level_and_pairs_joined(tmp_path: 
 
 
 def test_a_chat_with_a_lone_surrogate_is_one_clear_error(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match=r"the chat template cannot render a chat of the roles \['user'\]"):
+    with pytest.raises(ValueError, match=r"of the roles \['user'\]: a text in it holds half of a character"):
         encode_chat(tokenizer, [{"role": "user", "content": "cut \ud83d"}])
