@@ -35,6 +35,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class TrainConfig(Section):
     """Everything a run depends on.
 
+    Settings that are read (:func:`opdengine.settings.from_mapping`) and do not name a value take that of the method's
+    paper first; the defaults here are those of methods without one, and of a class that is built by hand.
+
     Args:
         model: the student: model folder or hub name.
         train_data: sources of prompts: JSONL or Parquet files, or ``datasets`` folders, with a ``prompt`` or
