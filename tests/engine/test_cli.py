@@ -21,7 +21,11 @@ from opdengine.progress import Progress
 from opdengine.settings import ELSEWHERE, from_mapping
 from opdengine.train import train
 
-SECTIONS = [c for c in {**vars(sections), **vars(method_sections)}.values() if dataclasses.is_dataclass(c)]
+SECTIONS = [
+    c
+    for c in {**vars(sections), **vars(method_sections)}.values()
+    if isinstance(c, type) and issubclass(c, sections.Section) and dataclasses.is_dataclass(c)
+]
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, TeacherConfig, *SECTIONS])
