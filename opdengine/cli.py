@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chunk", type=int, default=64, help="prompts between two saves (default 64)")
     command = commands.add_parser("settings", help=DESCRIBE, description=DESCRIBE)
     command.add_argument(
-        "names", nargs="*", metavar="NAME", help="settings or sections, or environment.NAME; default: all"
+        "names", nargs="*", metavar="NAME", help="settings, sections, environment.NAME or method.NAME; default: all"
     )
     commands.add_parser("doctor", help="show what is installed, what is missing and how to get it")
     commands.add_parser("vllm-serve", help=SERVE, add_help=False)

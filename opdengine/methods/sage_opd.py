@@ -45,6 +45,7 @@ PAPER = Paper(
     },
     choices={
         "environment.max_turns": "30, in search 16",
+        "environment.stop": "none, in search </action>",
         "max_completion_length": "4096 of one turn",
         "prompts_per_step": "64",
         "max_steps": "one epoch: ALFWorld 55, ScienceWorld 56, search 156",

@@ -51,6 +51,8 @@ PAPER = Paper(
         "adam_beta2": (0.98, "released scripts"),
     },
     choices={
+        "train_data": "evened out by opdengine balance",
+        "verifier": "math, code",
         "max_prompt_length": "4096",
         "max_completion_length": "16384",
         "prompts_per_step": "64",

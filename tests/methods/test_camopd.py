@@ -14,6 +14,7 @@ import torch
 from engine_helpers import assert_same_gradients, loss_and_gradient, make_config, make_engine
 from method_helpers import make_batch, make_rollout
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from opd_kernels import linear_logprob
 from opdengine import objective, scoring
@@ -22,7 +23,7 @@ from opdengine.config import ConfigError, TrainConfig
 from opdengine.data import DataError, PromptSet, ScheduledStream, load_prompts
 from opdengine.engine import Engine
 from opdengine.method_sections import CaMOPDConfig
-from opdengine.methods import build_recipe
+from opdengine.methods import PAPERS, build_recipe
 from opdengine.methods.advantage import PolicyGradient
 from opdengine.methods.camopd import Branches, Selected
 from opdengine.methods.gap_selection import gap_score, mass_prefix, select
@@ -421,3 +422,18 @@ def test_a_general_teacher_without_key_judges_general_prompts_only(
     engine = make_engine(camopd_config(models, prompt_file, tmp_path, teachers=teachers))
     judged, _, _ = gather(engine, list(load_prompts([prompt_file]).prompts))
     assert {(j.rollout.prompt.key, j.teachers) for j in judged} == {("code", ("small",)), ("agentic", ("big",))}
+
+
+def test_r_g_acts_at_the_clipping_of_the_method_and_is_lost_at_1(
+    models: Models, prompt_file: str, tmp_path: Path
+) -> None:
+    """Four general and domain steps: where each is clipped, AdamW sees the same gradients whatever r_g is."""
+    weights = {}
+    for clip in (PAPERS["camopd"]["max_grad_norm"], 1e-3):
+        for r_g in (1.0, 2.0):
+            changes = {"max_grad_norm": clip, "max_steps": 4, "advantage": {"importance": "none"}}
+            config = camopd_config(models, prompt_file, tmp_path / f"{clip}-{r_g}", camopd={"r_g": r_g}, **changes)
+            model = AutoModelForCausalLM.from_pretrained(train(config, progress=False).final_model)
+            weights[clip, r_g] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert not torch.equal(weights[1000.0, 1.0], weights[1000.0, 2.0])
+    assert torch.allclose(weights[1e-3, 1.0], weights[1e-3, 2.0], atol=1e-6)
