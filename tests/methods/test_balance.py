@@ -155,7 +155,7 @@ def test_counting_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_only_whole_rewards_count_as_right(tmp_path: Path) -> None:
     rewards = iter([1.0, 0.99, 0.5, 0.0])
     counts = pass_counts(
-        prompts([0]), lambda asked: [["a"] * 4 for _ in asked], lambda texts, _: [next(rewards) for _ in texts],
+        prompts([1]), lambda asked: [["a"] * 4 for _ in asked], lambda texts, _: [next(rewards) for _ in texts],
         tmp_path / "counts.jsonl", {}, chunk=1,
     )  # fmt: skip
     assert list(counts.values()) == [1]
