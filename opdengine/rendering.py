@@ -203,10 +203,15 @@ def _tokens_behind_reply(
 ) -> list[int]:
     """Ids of the added tokens that follow an assistant's message at once, white space before them aside."""
     try:
-        text = render(tokenizer, chat, (), template_kwargs, **how).rpartition(REPLY)[2].lstrip()
+        _, reply, text = render(tokenizer, chat, (), template_kwargs, **how).rpartition(REPLY)
     except ValueError:  # where it matters, the chat itself is refused
         return []
-    added = sorted(tokenizer.get_added_vocab().items(), key=lambda item: -len(item[0]))
+    if not reply:
+        return []
+    text = text.lstrip()
+    special = tokenizer.all_special_tokens  # not all of them were added
+    known = {**dict(zip(special, tokenizer.convert_tokens_to_ids(special), strict=True)), **tokenizer.get_added_vocab()}
+    added = sorted(((token, i) for token, i in known.items() if i is not None), key=lambda item: -len(item[0]))
     ids = []
     while found := next(((token, i) for token, i in added if token and text.startswith(token)), None):
         ids.append(found[1])

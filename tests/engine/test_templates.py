@@ -108,6 +108,7 @@ TURNS = {
     "glm": (END + "{% endfor %}{% if add_generation_prompt %}<|h|>assistant{% endif %}", "<|h|>"),
     "alpaca": ("{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}### assistant:\n", None),
     "no token": (END.replace("<|h|>", "<") + "<end_of_turn>{% endfor %}", None),
+    "keeps no answer": ("{% for m in messages if m.role == 'user' %}{{ m.content }}<|e|>{% endfor %}", None),
     "refuses": ("{{ messages[0].content }}{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}", None),
 }
 
@@ -236,6 +237,7 @@ def test_a_conversation_in_pieces_has_the_ids_of_the_whole(kind: str, end: str) 
     assert whole[-len(following) :] == following
     reply = whole[len(start) : -len(following)]
     assert tokenizer.decode(reply).strip() == "hi"
+    assert turn_end(tokenizer) == (tokenizer.eos_token_id if end else None)
     if end:  # what was sampled ended with the token itself, whatever the template prints before it
         stopped = [*reply, tokenizer.eos_token_id]
         rest = encode_answer(tokenizer, answer, sampled=stopped)
