@@ -19,7 +19,7 @@ from opdengine.checkpoint import CheckpointError
 from opdengine.config import TrainConfig
 from opdengine.describe import annotated, common
 from opdengine.distributed import PeerError
-from opdengine.errors import ServiceError, VLLMMissingError, WriteError
+from opdengine.errors import NothingTrainedError, ServiceError, VLLMMissingError, WriteError
 from opdengine.interrupts import Interrupted
 from opdengine.settings import load_config
 from opdengine.types import Prompt
@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         CheckpointError,
         ProbeError,
         FloatingPointError,
+        NothingTrainedError,
         ServiceError,
         TeacherError,
         VLLMMissingError,

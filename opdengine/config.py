@@ -161,9 +161,9 @@ class TrainConfig(Section):
         run_name: shown by trackers.
         resume_from_checkpoint: "latest" (from the beginning where there is none yet) or a checkpoint folder.
         ddp_timeout: seconds that one process may wait for another (``torchrun``), rollouts and debates included.
-        max_bad_steps: a step whose loss or gradient is not finite moves no weight and is written to
-            ``bad_steps/``; more than so many in a row end the run. So do as many steps of which every
-            episode broke.
+        max_bad_steps: more steps in a row than this that train nothing end the run: of which the loss or gradient is
+            not finite (they move no weight and are written to ``bad_steps/``), every episode broke, no rollout is left
+            or has weight, or the gradient is 0. A run in which not one step trains anything fails in any case.
         max_logprob_difference: stop when sampler and trainer disagree by more (mean absolute
             difference of a step, nats).
     """

@@ -136,6 +136,7 @@ class Engine:
             metrics |= teacher.counts()
         merged, records = merge_ranks(self.ranks, prepared, len(items))
         merged |= found | updated | summarise(rollouts, tally)
+        merged["completions/sampled"] = float(len(rollouts))
         seconds = sum(value for name, value in merged.items() if name.startswith("timing/"))
         merged["perf/tokens_per_second"] = sum(len(r.targets) for r in rollouts) / seconds
         return StepResult(merged, rollouts, records, bad)
@@ -213,14 +214,15 @@ class Engine:
         rollouts, broken = self.episodes.play(self.sampler, jobs, self.sampling_params())
         self._let_sleep()
         dropped.update(broken)
-        return rollouts, episode_metrics(rollouts) | self.episodes.counts()
+        begun = {"episodes/begun": float(len(jobs))}
+        return rollouts, begun | episode_metrics(rollouts) | self.episodes.counts()
 
     def reward(self, rollouts: Sequence[Rollout], metrics: dict[str, float]) -> list[Rollout]:
         """The rollouts with the verifier's scores, where the environment has given none."""
         assert self.grader is not None
         open_ = [r for r in rollouts if r.reward is None]
         scores = self.grader.grade([r.text for r in open_], [r.prompt for r in open_])
-        metrics |= self.grader.counts()
+        metrics |= {**self.grader.counts(), "verifier/graded": float(len(open_))}
         graded = {r.id: replace(r, reward=s.value) for r, s in zip(open_, scores, strict=True)}
         return [graded.get(r.id, r) for r in rollouts]
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from opdengine.checks import Check
+from opdengine.room import Room
 from opdengine.teachers import Teacher
 from opdengine.types import Prompt, Rollout, TeacherContext, TokenSignal
 
@@ -216,6 +218,8 @@ class Recipe:
         schedule: which data streams a step draws from; None draws from all data as one.
         inspector: measures beside the updates.
         revise: changes the notes of a whole step; None leaves them as they are annotated.
+        checks: shares of a step's counts from which on the method has fallen apart.
+        room: what it asks of the teachers' windows; None is not known.
     """
 
     name: str
@@ -230,6 +234,8 @@ class Recipe:
     schedule: Schedule | None = None
     inspector: Inspector | None = None
     revise: Reviser | None = None
+    checks: tuple[Check, ...] = ()
+    room: Room | None = None
 
 
 def combine(per_weigher: Sequence[Weighed]) -> Weighed:

@@ -99,6 +99,8 @@ async def judge(
         if answered and not good:
             dropped["teacher_failure"] += 1
         else:
+            failed = {name for name, t in answered.items() if isinstance(t, Failure) and t.reason != "not_finite"}
+            dropped.update(f"teacher_without_answer/{name}" for name in failed)
             judged.append(Judged(rollout, note.only(list(good)), tuple(good.values())))
     return judged
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from opdengine.backbone import check_model_path, load_model, read_window
-from opdengine.build import build_engine, check_ranks, student_dtype, teacher_tokenizer
+from opdengine.build import build_engine, check_ranks, require_updates, student_dtype, teacher_tokenizer
 from opdengine.chat import encode_chat, load_tokenizer
 from opdengine.checkpoint import restore_optimizer, write_model
 from opdengine.config import ConfigError, TrainConfig
@@ -37,6 +37,7 @@ from opdengine.metrics import MetricsWriter, NoWriter, require_trackers, write_j
 from opdengine.progress import Progress
 from opdengine.recipe import Recipe
 from opdengine.rollout.vllm import require_vllm
+from opdengine.room import check_room
 from opdengine.run_folder import InputFiles, RunFolder, require_writable
 from opdengine.templates import Reader, check_templates, readable, readers_of
 from opdengine.types import Prompt
@@ -73,6 +74,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     recipe = build_recipe(config)
     _check_needs(config)
+    require_updates(config)
     grader = Grader.from_config(config)
     folder = RunFolder(config, ranks)
     held_out, episodes = _held_out(config), held_out_tasks(config.environment)
@@ -136,6 +138,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     try:
         with interrupts, Progress(config, begin, enabled=progress) as bar:
             try:
+                check_room(recipe.room, engine.teachers, prompts.prompts)
                 asyncio.run(loop.run(bar))
             except Interrupted as signal:
                 loop.rescue(str(signal))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from opdengine.checks import ROLLOUTS, SAMPLED, Check
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.importance import banded, clipped, truncated
 from opdengine.recipe import Batch, Note, Stats, Weighed, Weigher, distill
@@ -104,7 +105,11 @@ class PolicyGradient:
                 masked += int((~open_).sum())
                 weighted += int((open_ & (weight == 0)).sum())
                 shown.append(gap[i])
-        metrics = {"advantage/gap_masked": float(masked), "advantage/importance_masked": float(weighted)}
+        metrics = {
+            "advantage/tokens": float(sum(map(len, shown))),
+            "advantage/gap_masked": float(masked),
+            "advantage/importance_masked": float(weighted),
+        }
         metrics |= {"advantage/without_sampler_logprobs": float(unknown)} if unknown else {}
         if shown:
             every = np.concatenate(shown)
@@ -117,6 +122,25 @@ class PolicyGradient:
         return (
             banded(difference, self.low, self.high) if self.importance == "band" else truncated(difference, self.high)
         )
+
+
+CHECKS = (
+    Check(
+        "advantage/gap_masked", "advantage/tokens", "tokens have a gap of advantage.max_gap or more and carry no loss",
+        "check that teacher and student share template and skills (a gap of 10 nats is a factor of 22,000), or raise "
+        "advantage.max_gap", ROLLOUTS,
+    ),
+    Check(
+        "advantage/importance_masked", "advantage/tokens", "tokens have an importance ratio out of bounds and carry no "
+        "loss", "lower learning_rate or max_staleness, or widen advantage.low and advantage.high "
+        "(sampling/logprob_difference in metrics.jsonl shows how far trainer and sampler are apart)",
+    ),
+    Check(
+        "advantage/without_sampler_logprobs", SAMPLED, "rollouts have no log-probs of the sampler, so no importance "
+        "ratio is known and their weight is 1", "set advantage.importance to none if that is meant",
+    ),
+)  # fmt: skip
+"""Of recipes with a :class:`PolicyGradient`."""
 
 
 def gaps(batch: Batch) -> list[np.ndarray]:

@@ -8,9 +8,11 @@ Entropy-aware OPD gives more weight to tokens on which the teacher is uncertain 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from opdengine.checks import Check
 from opdengine.config import ConfigError, SageConfig, TcodConfig, TrainConfig
 from opdengine.methods.opd import PlainContexts, opd
 from opdengine.methods.sage_opd import Selective
@@ -64,26 +66,44 @@ class Uncertain:
         self.tau = tau
 
     def __call__(self, batch: Batch) -> Weighed:
-        signals, share = [], []
+        signals, share = [], []  # of tokens with more weight
         for stats, rollout in zip(batch.stats, batch.rollouts, strict=True):
             count = len(rollout.targets)
             entropy = np.zeros(count) if stats.teacher_entropy is None else stats.teacher_entropy.mean(axis=1)
             share.append(entropy > self.tau)
             signals.append(TokenSignal((1 + self.alpha * share[-1]).astype(np.float32)))
-        mean = float(np.concatenate(share).mean()) if share else 0.0
-        return Weighed(signals, {"entropy_aware/weighted": mean})
+        every = np.concatenate(share) if share else np.zeros(0, dtype=bool)
+        alike = max(int(every.sum()), int((~every).sum()))
+        return Weighed(
+            signals,
+            {
+                "entropy_aware/weighted": float(every.mean()) if len(every) else 0.0,
+                "entropy_aware/alike": float(alike),
+                "entropy_aware/tokens": float(len(every)),
+            },
+        )
 
 
 def tcod(config: TrainConfig) -> Recipe:
     """Turn-curriculum OPD, front to back."""
     if not config.environment.name:
         raise ConfigError("method 'tcod' needs the turns of an agent; set environment.name")
-    opd(config)  # its checks
-    return Recipe("tcod", FirstTurns(config.tcod), (KeptMean(config.loss_normalization),))
+    plain = opd(config)  # its checks
+    return replace(
+        plain, name="tcod", annotator=FirstTurns(config.tcod), weighers=(KeptMean(config.loss_normalization),)
+    )
 
 
 def entropy_opd(config: TrainConfig) -> Recipe:
     """Entropy-aware OPD."""
     plain = opd(config)
     weigher = Uncertain(config.entropy_opd.alpha, config.entropy_opd.tau)
-    return Recipe("entropy_opd", plain.annotator, (distill, weigher), measures=("teacher_entropy",))
+    alike = Check(
+        "entropy_aware/alike",
+        "entropy_aware/tokens",
+        f"tokens lie on one side of entropy_opd.tau={config.entropy_opd.tau}, so all weigh alike: this is plain OPD",
+        "choose a tau within the teacher's entropies (teacher_entropy/... in metrics.jsonl)",
+        share=1.0,
+    )
+    measures = ("teacher_entropy",)
+    return replace(plain, name="entropy_opd", weighers=(distill, weigher), measures=measures, checks=(alike,))

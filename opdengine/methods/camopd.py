@@ -16,16 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from opdengine.checks import ROLLOUTS, SAMPLED, Check
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.method_sections import CaMOPDConfig
-from opdengine.methods.advantage import PolicyGradient, gaps, resolve
+from opdengine.methods.advantage import CHECKS, PolicyGradient, gaps, resolve
 from opdengine.methods.gap_selection import branch_metrics, gap_score, select
-from opdengine.methods.opd import need_teachers, plain_note
+from opdengine.methods.opd import need_teachers, plain_note, plain_room
 from opdengine.methods.paper import Paper
 from opdengine.recipe import Annotations, Batch, Inspector, Recipe, Weighed, Weigher, route
+from opdengine.room import Need
 from opdengine.teachers import Teacher
 from opdengine.types import Prompt, Rollout
 
@@ -80,13 +83,17 @@ class Branches:
 
     async def annotate(self, rollouts: Sequence[Rollout], teachers: Sequence[Teacher]) -> Annotations:
         """Every rollout under the plain prompt of its branch's teacher."""
+        return Annotations([plain_note(r, self.teachers_of(r.prompt, teachers)) for r in rollouts])
+
+    def teachers_of(self, prompt: Prompt, teachers: Sequence[Teacher]) -> list[Teacher]:
+        """The routed teachers of the prompt's branch."""
         special = {t.name for t in teachers if set(t.keys) & set(self.config.domain)}
-        notes = []
-        for rollout in rollouts:
-            domain = self.stream_of(rollout.prompt) == "domain"
-            mine = [t for t in route(teachers, rollout.prompt.key) if (t.name in special) == domain]
-            notes.append(plain_note(rollout, mine))
-        return Annotations(notes)
+        domain = self.stream_of(prompt) == "domain"
+        return [t for t in route(teachers, prompt.key) if (t.name in special) == domain]
+
+    def room(self, config: TrainConfig, prompt: Prompt, teachers: Sequence[Teacher]) -> list[Need]:
+        """What the branch's teachers read."""
+        return plain_room(config, prompt, self.teachers_of(prompt, teachers))
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,30 @@ class Selected:
             for i, stays in zip(able, chosen, strict=True):
                 scale[i], reasons[i] = r, "" if stays else "selection"
             metrics |= branch_metrics(branch, [gap[i] for i in able], mine, chosen)
+            metrics[f"camopd/{branch}/scored"] = float(len(able))
         weighed = self.gradient.signals(batch, gap, scale, np.zeros(count), reasons)
         return Weighed(weighed.signals, {**weighed.metrics, **metrics})
+
+
+def selection_checks(config: CaMOPDConfig) -> tuple[Check, ...]:
+    """Selection acts only where it leaves rollouts out and where there are scores."""
+    found = [
+        Check(
+            "dropped/min_tokens", SAMPLED, "rollouts are shorter than camopd.min_tokens and were left out",
+            "lower camopd.min_tokens", ROLLOUTS,
+        ),
+        Check(
+            "dropped/gap_not_finite", SAMPLED, "rollouts have a gap that is not finite and were left out",
+            "check the teachers' weights and dtypes", ROLLOUTS,
+        ),
+    ]  # fmt: skip
+    for branch, rho in (("general", config.rho_g), ("domain", config.rho_d)):
+        if config.selection != "none" and rho < 1:
+            says = f"rollouts of the {branch} branch were selected: selection leaves nothing out"
+            remedy = f"take more prompts in a step, or lower camopd.rho_{branch[0]}={rho}"
+            failed, total = f"camopd/{branch}/selected", f"camopd/{branch}/scored"
+            found.append(Check(failed, total, says, remedy, share=1.0))
+    return tuple(found)
 
 
 def camopd(config: TrainConfig) -> Recipe:
@@ -158,6 +187,8 @@ def camopd(config: TrainConfig) -> Recipe:
         (base, Selected(gradient, c, branches, config.seed)),
         measures=gradient.measures,
         schedule=branches,
+        checks=(*CHECKS, *selection_checks(c)),
+        room=partial(branches.room, config),
         inspector=_inspector(c, branches, (base, gradient), config.seed) if c.diagnose_steps else None,
     )
 

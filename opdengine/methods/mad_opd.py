@@ -10,22 +10,26 @@ confidences as weights and drops the transcript.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from opdengine.checks import Check
 from opdengine.config import ConfigError, DebateConfig, TrainConfig
 from opdengine.debate import Debate, Debater
 from opdengine.debate_prompts import DebatePrompts, debate_prompts
-from opdengine.methods.opd import PlainContexts, need_teachers, read_by
+from opdengine.methods.opd import PlainContexts, answer_need, need_teachers, plain_room, read_by
 from opdengine.methods.paper import Paper
 from opdengine.metrics import mean
 from opdengine.recipe import Annotations, Annotator, Note, Recipe, distill, route
+from opdengine.room import Need, Room, length
 from opdengine.teachers import Teacher
-from opdengine.types import Rollout, SamplingParams
+from opdengine.types import Prompt, Rollout, SamplingParams
 
 BASELINES = Paper(
     arxiv="2605.01347",
@@ -139,7 +143,14 @@ def debate_metrics(debates: Sequence[Debate], tau: float) -> dict[str, float]:
             weights.setdefault(name, []).append(float(weight))
             if stated is not None:
                 confidences.setdefault(name, []).append(stated)
+    held = [d for d in debates if not d.failed]
     metrics = {f"debate/{reason}": float(count) for reason, count in problems.items()}
+    metrics["debate/states"] = float(len(debates))
+    metrics["debate/turns"] = float(sum(len(texts) for d in held for texts in d.rounds))
+    metrics["debate/final_turns"] = float(sum(len(d.teachers) for d in held))
+    known = [d.confidences for d in held if None not in d.confidences]
+    metrics["debate/rated"] = float(len(known))
+    metrics["debate/equal_confidences"] = float(sum(len(set(stated)) == 1 for stated in known))
     metrics["debate/parse_failures"] = float(problems["missing_confidence"])
     metrics["debate/failed"] = float(sum(bool(d.failed) for d in debates))
     if entropies:
@@ -149,6 +160,77 @@ def debate_metrics(debates: Sequence[Debate], tau: float) -> dict[str, float]:
     for name, values in weights.items():
         metrics[f"teacher_weight/{name}"] = mean(values)
     return metrics
+
+
+DEBATES = "debates/step_{step}.jsonl"
+
+
+def debate_checks(config: TrainConfig) -> tuple[Check, ...]:
+    """What of a debate can come to nothing; empty where the teachers do not debate."""
+    if not config.debates:
+        return ()
+    debate = config.debate
+    states = (
+        "debates did not take place (debate_too_long: the next turn might not fit a teacher's window; teacher_failure: "
+        "every teacher's call failed), and their rollouts were dropped"
+    )
+    cut = f"turns of debates were cut off at debate.max_tokens={debate.max_tokens}"
+    found = [
+        Check("debate/failed", "debate/states", states, "lower debate.max_tokens or debate.rounds", DEBATES),
+        Check(
+            "debate/empty_turn",
+            "debate/turns",
+            "turns of debates are empty",
+            "look at what the teachers write",
+            DEBATES,
+        ),
+        Check("debate/truncated_turn", "debate/turns", cut, "raise debate.max_tokens", DEBATES),
+    ]
+    if debate.use_confidence:
+        found += [
+            Check(
+                "debate/missing_confidence", "debate/final_turns", "confidences could not be read, and a debate that "
+                "lacks one weighs its teachers alike (equation 7 does nothing)", "raise debate.max_tokens where turns "
+                "are cut off, and see that debate.prompts asks for <<CONFIDENCE=N>>", DEBATES,
+            ),
+        ]  # fmt: skip
+        if math.isfinite(debate.tau):
+            found.append(
+                Check(
+                    "debate/equal_confidences", "debate/rated", "debates end with equal confidences, so their teachers "
+                    "weigh alike (equation 7 does nothing)", "ask for confidences otherwise in debate.prompts", DEBATES,
+                    share=1.0,
+                )
+            )  # fmt: skip
+    return tuple(found)
+
+
+def debate_room(config: TrainConfig, prompt: Prompt, teachers: Sequence[Teacher]) -> list[Need]:
+    """Every turn of a debate in which nobody has said anything yet, and the completion under its transcript."""
+    debate = config.debate
+    experts, needs = route(teachers, prompt.key), []
+    if not prompt.messages:  # an environment has yet to write them
+        turn = "a turn with debate.max_tokens"
+        needs = [Need(t, debate.max_tokens, f"{turn}={debate.max_tokens}", "lower debate.max_tokens") for t in experts]
+        return [*needs, *(answer_need(config, teacher, 0) for teacher in experts)]
+    family = debate_prompts(debate.prompts_of(prompt.key))
+    silent = [[""] * len(experts)] * debate.rounds
+    for k, teacher in enumerate(experts):
+        asked = [family.first_messages(prompt.messages, k, debate.use_confidence)]
+        if debate.rounds > 1:
+            asked.append(family.later_messages(prompt.messages, k, silent[1:], debate.use_confidence))
+        before = max(length(teacher, messages, prompt.tools) for messages in asked)
+        what = f"a debate's question of {before} tokens with debate.max_tokens={debate.max_tokens}"
+        needs.append(Need(teacher, before + debate.max_tokens, what, "lower debate.max_tokens or debate.rounds"))
+        read = family.score_messages(prompt.messages, k, silent) if debate.use_transcript else prompt.messages
+        before = length(teacher, read, prompt.tools)
+        needs.append(answer_need(config, teacher, before, "a prompt with its transcript"))
+    return needs
+
+
+def room_of(config: TrainConfig) -> Room:
+    """What the contexts of :func:`contexts_of` ask of the teachers' windows."""
+    return partial(debate_room if config.debates else plain_room, config)
 
 
 def contexts_of(config: TrainConfig) -> Annotator:
@@ -180,4 +262,11 @@ def mad_opd(config: TrainConfig) -> Recipe:
             "debate.use_transcript and debate.use_confidence are both off, so the debate would be "
             "generated and not used; turn one on or use method 'mt_opd'"
         )
-    return Recipe("mad_opd", debate_contexts(config), (distill,), teachers_per_prompt=2)
+    return Recipe(
+        "mad_opd",
+        debate_contexts(config),
+        (distill,),
+        teachers_per_prompt=2,
+        checks=debate_checks(config),
+        room=partial(debate_room, config),
+    )

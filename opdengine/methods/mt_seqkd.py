@@ -17,9 +17,10 @@ import numpy as np
 
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.methods.mad_opd import BASELINES
-from opdengine.methods.opd import need_teachers
+from opdengine.methods.opd import answer_need, need_teachers
 from opdengine.methods.paper import Paper
 from opdengine.recipe import Annotations, Batch, Note, Recipe, Weighed, route
+from opdengine.room import Need, length
 from opdengine.teachers import Teacher
 from opdengine.types import Completion, Failure, Prompt, Request, Rollout, SamplingParams, TokenSignal, Turn
 
@@ -132,4 +133,10 @@ def mt_seqkd(config: TrainConfig) -> Recipe:
         repetition_penalty=config.repetition_penalty,
         seed=config.seed,
     )
-    return Recipe("mt_seqkd", NoTeacher(), (cross_entropy,), TeacherAnswers(params))
+    answers = TeacherAnswers(params)
+
+    def room(prompt: Prompt, teachers: Sequence[Teacher]) -> list[Need]:
+        author = answers.author(prompt, route(teachers, prompt.key))
+        return [answer_need(config, author, length(author, prompt.messages, prompt.tools))]
+
+    return Recipe("mt_seqkd", NoTeacher(), (cross_entropy,), answers, room=room)

@@ -7,14 +7,16 @@ arXiv 2306.13649. MT-OPD: the baseline of MAD-OPD, arXiv 2605.01347, section 5.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 
 from opdengine.config import ConfigError, TrainConfig
 from opdengine.recipe import Annotations, Note, Recipe, distill, route
+from opdengine.room import Need, length
 from opdengine.teachers import Teacher
-from opdengine.types import Message, Rollout, TeacherContext
+from opdengine.types import Message, Prompt, Rollout, TeacherContext
 
 MAX_TEACHERS = 8
 
@@ -48,6 +50,25 @@ def read_by(teacher: Teacher, rollout: Rollout, messages: Sequence[Message]) -> 
     return TeacherContext.replace_prompt(rollout, teacher.name, teacher.encode(messages, tools), answers)
 
 
+def plain_room(config: TrainConfig, prompt: Prompt, teachers: Sequence[Teacher]) -> list[Need]:
+    """Every routed teacher reads the plain prompt and the longest completion."""
+    return [
+        answer_need(config, teacher, length(teacher, prompt.messages, prompt.tools))
+        for teacher in route(teachers, prompt.key)
+    ]
+
+
+def answer_need(config: TrainConfig, teacher: Teacher, before: int, what: str = "a prompt") -> Need:
+    """Room for the longest completion (in an environment: the longest turn) behind ``before`` tokens."""
+    count = config.max_completion_length
+    return Need(
+        teacher,
+        before + count,
+        f"{what} of {before} tokens with max_completion_length={count}",
+        "lower max_completion_length or shorten the prompts",
+    )
+
+
 def opd(config: TrainConfig) -> Recipe:
     """One teacher per prompt: a single teacher, or several routed by key."""
     need_teachers(config, 1)
@@ -63,13 +84,13 @@ def opd(config: TrainConfig) -> Recipe:
             f"method 'opd' uses one teacher per prompt, but several teachers have the key {doubles}; "
             "give every key to one teacher, or use 'mt_opd'"
         )
-    return Recipe("opd", PlainContexts(), (distill,))
+    return Recipe("opd", PlainContexts(), (distill,), room=partial(plain_room, config))
 
 
 def mt_opd(config: TrainConfig) -> Recipe:
     """K teachers, sum of their divergences with fixed weights."""
     need_teachers(config, 2)
-    return Recipe("mt_opd", PlainContexts(), (distill,))
+    return Recipe("mt_opd", PlainContexts(), (distill,), room=partial(plain_room, config))
 
 
 def need_teachers(config: TrainConfig, count: int) -> None:

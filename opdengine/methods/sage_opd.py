@@ -20,15 +20,16 @@ import numpy as np
 
 from opdengine.chat import written
 from opdengine.config import ConfigError, SageConfig, TrainConfig
-from opdengine.judge import FAILED, Judge, Verdict, turn_metrics
+from opdengine.judge import FAILED, Judge, Verdict, answer_metrics, judge_checks, turn_metrics
 from opdengine.methods.advantage import MEASURES, gaps, need_reverse_kl
-from opdengine.methods.mad_opd import contexts_of
+from opdengine.methods.mad_opd import contexts_of, debate_checks, room_of
 from opdengine.methods.opd import need_teachers
 from opdengine.methods.paper import Paper
 from opdengine.recipe import Annotations, Annotator, Batch, Note, Recipe, Stats, Weighed, plain_signal, route
 from opdengine.rollout.episodes import turns_of
+from opdengine.room import Need
 from opdengine.teachers import Teacher
-from opdengine.types import Rollout, TokenSignal, Turn
+from opdengine.types import Prompt, Rollout, TokenSignal, Turn
 
 PAPER = Paper(
     arxiv="2606.19659",
@@ -70,12 +71,14 @@ class Intervention:
         verdicts: list[Verdict | None] = [
             FAILED if self.config.use_failures and has_failed(turn) else None for _, (_, turn, _) in turns
         ]
+        metrics = dict(found.metrics)
         if self.config.use_judge:
             asked = [place for place, verdict in enumerate(verdicts) if verdict is None]
             queries = [(rollouts[i], *turn) for i, turn in (turns[place] for place in asked)]
             judges = [route(teachers, rollout.prompt.key)[0] for rollout, *_ in queries]
             for place, verdict in zip(asked, await self.judge.ask(queries, judges), strict=True):
                 verdicts[place] = verdict
+            metrics |= answer_metrics([v for place in asked if (v := verdicts[place])])
         final = [v or Verdict("strong", 1.0) for v in verdicts]
         weights = [np.zeros(len(r.turns), dtype=np.float32) for r in rollouts]
         for (i, (index, _, _)), verdict in zip(turns, final, strict=True):
@@ -87,10 +90,10 @@ class Intervention:
         places = [sum(t.role == "assistant" for t in rollouts[i].turns[:index]) for i, (index, _, _) in turns]
         records = [
             {"rollout_id": rollouts[i].id, "prompt_id": rollouts[i].prompt.id, "turn": place, "verdict": verdict.label,
-             "weight": verdict.weight, "text": "\n".join(map(written, turn.messages))}
+             "weight": verdict.weight, "text": "\n".join(map(written, turn.messages)), "reply": verdict.reply}
             for (i, (_, turn, _)), place, verdict in zip(turns, places, final, strict=True)
         ]  # fmt: skip
-        return Annotations(notes, {**found.metrics, **turn_metrics(final, places)}, [*found.records, *records])
+        return Annotations(notes, {**metrics, **turn_metrics(final, places)}, [*found.records, *records])
 
 
 @dataclass(frozen=True)
@@ -206,12 +209,20 @@ def sage_opd(config: TrainConfig) -> Recipe:
     if sage.kl_mode == "sampled":
         need_reverse_kl(config, "sage.kl_mode")
         measures += MEASURES
+    intervention = Intervention(sage, contexts_of(config))
+
+    def room(prompt: Prompt, teachers: Sequence[Teacher]) -> list[Need]:
+        needs = list(room_of(config)(prompt, teachers))
+        return [*needs, intervention.judge.need(prompt, route(teachers, prompt.key)[0])] if sage.use_judge else needs
+
     return Recipe(
         "sage_opd",
-        Intervention(sage, contexts_of(config)),
+        intervention,
         (Selective(sage),),
         teachers_per_prompt=2 if config.debates else 1,
         measures=measures,
         top1_temperature=sage.confidence_temperature,
+        checks=(*debate_checks(config), *judge_checks(sage)),
+        room=room,
         revise=None if sage.intervention == "judge" else Control(sage.intervention, config.seed),
     )

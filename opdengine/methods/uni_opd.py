@@ -17,16 +17,18 @@ Left out rollouts do not count in the loss denominators, and returns are those o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from opdengine.config import TrainConfig
+from opdengine.checks import ROLLOUTS, Check
+from opdengine.config import ConfigError, TrainConfig
 from opdengine.method_sections import UniOPDConfig
 from opdengine.methods import outcome
-from opdengine.methods.advantage import PolicyGradient, gaps, resolve
-from opdengine.methods.mad_opd import contexts_of
+from opdengine.methods.advantage import CHECKS, PolicyGradient, gaps, resolve
+from opdengine.methods.mad_opd import contexts_of, debate_checks, room_of
 from opdengine.methods.opd import need_teachers
 from opdengine.methods.paper import Paper
 from opdengine.recipe import Batch, Note, Recipe, Weighed
@@ -129,21 +131,67 @@ class Calibrated:
                 moved.append(np.ptp(shift[places]))
         weighed = self.gradient.signals(batch, gap, np.ones(count), shift, ["margin" if g else "" for g in gone])
         metrics = outcome.consistency(returns, correct, list(outcome.sets(rollouts, "group").values()))
+        compared = outcome.sets(rollouts, c.margin_scope if c.margin != "none" else c.balance).values()
+        metrics["outcomes/sets"] = float(len(compared))
+        metrics["outcomes/one_sided"] = float(sum(len(set(correct[members])) == 1 for members in compared))
         if moved and c.margin in ("shift", "fixed"):
             metrics["margin/shift"] = float(np.mean(moved))
         return Weighed(weighed.signals, {**weighed.metrics, **metrics})
+
+
+def outcome_checks(config: UniOPDConfig) -> tuple[Check, ...]:
+    """Outcomes act only where correct and incorrect rollouts stand side by side."""
+    acts = "margin calibration" if config.margin != "none" else "balancing"
+    if config.margin == "none" and (config.balance == "none" or config.balance_ratio in (0.0, math.inf)):
+        return ()
+    scope = config.margin_scope if config.margin != "none" else config.balance
+    what = "steps" if scope == "global" else "prompts"
+    says = f"{what} have correct rollouts only or incorrect ones only, so {acts} does nothing there: that is plain OPD"
+    remedy = (
+        "see whether the verifier reads the answers (reward/mean, verifier/failed/...), raise num_generations, or "
+        "choose prompts that the student solves now and then (opdengine balance)"
+    )
+    return (Check("outcomes/one_sided", "outcomes/sets", says, remedy, ROLLOUTS, share=1.0),)
+
+
+def need_groups(config: TrainConfig) -> None:
+    """Raise ConfigError where no prompt can have both a correct and an incorrect rollout."""
+    c, acts = config.uni_opd, []
+    if c.margin != "none" and c.margin_scope == "group":
+        acts.append(f"uni_opd.margin={c.margin!r}")
+    if c.balance == "group":
+        acts.append("uni_opd.balance='group'")
+    if config.num_generations == 1 and acts:
+        raise ConfigError(
+            f"num_generations=1 is not possible with {' and '.join(acts)}, which compare the rollouts of one prompt: "
+            "they would never act. Sample several (the paper has 16), or set them to none or their scope to global"
+        )
+    one_kind = c.balance != "none" and c.balance_ratio in (0.0, math.inf)
+    if c.margin == "none" or not (one_kind or (c.keep_per_prompt == 1 and c.margin_scope == "group")):
+        return
+    left = f"balance_ratio={c.balance_ratio}" if one_kind else "keep_per_prompt=1"
+    if one_kind and c.balance == "group" and c.margin_scope == "global":
+        return  # prompts of one kind are kept whole, and may differ in it
+    raise ConfigError(
+        f"uni_opd.margin={c.margin!r} is not possible with uni_opd.{left}, which leaves nothing to compare: it would "
+        "never act. Set uni_opd.margin to none, or another balance"
+    )
 
 
 def uni_opd(config: TrainConfig) -> Recipe:
     """Routed teachers, balanced outcomes, calibrated margins."""
     need_teachers(config, 1)
     base, gradient = resolve(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
+    contexts = contexts_of(config)
+    need_groups(config)
     return Recipe(
         "uni_opd",
-        contexts_of(config),
+        contexts,
         (base, Calibrated(gradient, config.uni_opd)),
         teachers_per_prompt=2 if config.debates else 1,
         measures=gradient.measures,
         needs_reward=True,
         revise=Balance(config.uni_opd, config.seed),
+        checks=(*debate_checks(config), *CHECKS, *outcome_checks(config.uni_opd)),
+        room=room_of(config),
     )
