@@ -20,8 +20,11 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "gpu")]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "gpu"), str(ROOT / "benchmarks")]
 DEMO = ROOT / "benchmarks" / "results" / "demo.json"
+
+from findings import confidences, findings, opad_less, place
+
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -135,11 +138,11 @@ def draw_loss(results: list[tuple[str, dict[str, Any]]], file: Path) -> None:
     for axis, (device, found) in zip(axes[:, 0], results, strict=True):
         cases = {name: case for name, case in found.items() if "ms" in case.get("gemms", {})}
         providers = ["ours", *(n for n in PEERS if n != "gemms" and any("ms" in c.get(n, {}) for c in cases.values()))]
-        for place, provider in enumerate(providers):
+        for offset, provider in enumerate(providers):
             there = [(x, case) for x, case in enumerate(cases.values()) if "ms" in case.get(provider, {})]
             width = 0.8 / len(providers)
             axis.bar(
-                [x + width * place for x, _ in there],
+                [x + width * offset for x, _ in there],
                 [case[provider]["ms"] / case["gemms"]["ms"] for _, case in there],
                 width,
                 label=PEERS.get(provider, provider),
@@ -238,7 +241,17 @@ def trainers() -> str:
     return "\n".join(lines).rstrip()
 
 
-TABLES = {"demo": demo, "loss": loss, "agents": agents, "gpu": gpu, "scaling": scaling, "trainers": trainers}
+TABLES = {
+    "demo": demo,
+    "confidences": confidences,
+    "findings": findings,
+    "loss": loss,
+    "agents": agents,
+    "opad_less": opad_less,
+    "gpu": gpu,
+    "scaling": scaling,
+    "trainers": trainers,
+}
 
 
 STUDIES = ("uni_opd", "camopd")
@@ -269,7 +282,7 @@ def study(name: str) -> str:
         f"Accuracy in percent on held-out prompts after {settings['max_steps']} steps of "
         f"{settings['per_device_train_batch_size']} prompts x {settings.get('num_generations', 1)} rollouts, mean ± "
         f"95 % interval over {len(results['seeds'])} seeds; the last column is the difference of the means, taken "
-        "seed by seed.",
+        f"seed by seed. By the mean: {results['arms'][0]['title']} {place(results)}.",
         "",
         "The method's own runs, means over steps and seeds: "
         + ", ".join(f"`{key}` {value:.3g}" for key, value in measured.items())

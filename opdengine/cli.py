@@ -18,7 +18,7 @@ from opdengine import __version__
 from opdengine.config.loading import load_config
 from opdengine.config.train import TrainConfig
 from opdengine.distributed import PeerError
-from opdengine.errors import ServiceError, VLLMMissingError, WriteError
+from opdengine.errors import NothingTrainedError, ServiceError, VLLMMissingError, WriteError
 from opdengine.models.checkpoint import CheckpointError
 from opdengine.tools.explain import annotated, common
 from opdengine.training.signals import Interrupted
@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         CheckpointError,
         ProbeError,
         FloatingPointError,
+        NothingTrainedError,
         ServiceError,
         TeacherError,
         VLLMMissingError,
@@ -120,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chunk", type=int, default=64, help="prompts between two saves (default 64)")
     command = commands.add_parser("settings", help=DESCRIBE, description=DESCRIBE)
     command.add_argument(
-        "names", nargs="*", metavar="NAME", help="settings or sections, or environment.NAME; default: all"
+        "names", nargs="*", metavar="NAME", help="settings, sections, environment.NAME or method.NAME; default: all"
     )
     commands.add_parser("doctor", help="show what is installed, what is missing and how to get it")
     commands.add_parser("vllm-serve", help=SERVE, add_help=False)

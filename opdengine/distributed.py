@@ -12,7 +12,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -82,7 +82,7 @@ class Ranks:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    timeout: float = 7200.0
+    timeout: float = field(default=7200.0, kw_only=True)
 
     @property
     def is_first(self) -> bool:
@@ -226,7 +226,7 @@ def start(timeout: float = 7200.0) -> Iterator[Ranks]:
         backend = "cpu:gloo,cuda:nccl"
     try:
         torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
-        yield Ranks(rank, world_size, local_rank, local_world_size, timeout)
+        yield Ranks(rank, world_size, local_rank, local_world_size, timeout=timeout)
     except RuntimeError as error:
         if lost := _lost(error, timeout):
             raise lost from error

@@ -15,6 +15,10 @@ class ServiceError(RuntimeError):
     """A process or server that the run depends on failed; what was learned so far is whole."""
 
 
+class NothingTrainedError(RuntimeError):
+    """Steps in which no weight can move: a run that goes on so must not end as if it had trained."""
+
+
 class VLLMMissingError(ImportError):
     """vLLM was asked for and is not installed."""
 

@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from opdengine.methods.debate.prompts import parse_confidence
 from opdengine.metrics import write_jsonl
 from opdengine.training.writer import read_metrics
 from tiny import task
@@ -184,6 +186,18 @@ def grade_teachers(test: Path) -> dict[str, dict[str, float]]:
     return result
 
 
+def stated_confidences(cache: Path) -> list[dict[str, int]]:
+    """What the teachers state in all debates of a cache: for each round how often each pair, as "95, 5"."""
+    rounds: list[Counter[str]] = []
+    for file in sorted(cache.glob("*/*.json")):
+        for number, texts in enumerate(json.loads(file.read_text())["rounds"]):
+            if number == len(rounds):
+                rounds.append(Counter())
+            stated = [parse_confidence(text) for text in texts]
+            rounds[number][", ".join("none" if c is None else f"{c:g}" for c in stated)] += 1
+    return [dict(counts.most_common()) for counts in rounds]
+
+
 def build_table(results: Mapping[str, Any]) -> Table:
     """Accuracy on held-out prompts, mean over seeds (standard deviation where there are several)."""
     seeds = results["seeds"]
@@ -309,6 +323,8 @@ def main(arguments: Sequence[str] = ()) -> int:
         "seeds": seeds,
         "teachers": grade_teachers(folder / "test.jsonl"),
         "runs": runs,
+        "tau": _debate()["tau"],
+        "confidences": stated_confidences(folder / "debate_cache"),
         "wall_seconds": time.perf_counter() - start,
         "cores": os.cpu_count(),
         "versions": {

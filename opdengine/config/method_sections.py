@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from opdengine.config.sections import Section, by_key
+from opdengine.config.sections import (
+    COUNT,
+    COUNT_OR_NONE,
+    FACTOR,
+    PENALTY,
+    POSITIVE,
+    SEED,
+    SHARE,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    Range,
+    Section,
+    at_home,
+    by_key,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,17 @@ class DebateConfig(Section):
     cache_dir: str | None = None
     seed: int = 0
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "rounds": Range(1, 1000),
+        "temperature": TEMPERATURE,
+        "top_p": TOP_P,
+        "top_k": TOP_K,
+        "repetition_penalty": PENALTY,
+        "max_tokens": COUNT,
+        "tau": dataclasses.replace(POSITIVE, also=(math.inf,)),
+        "seed": SEED,
+    }
+
     def prompts_of(self, key: str) -> str | dict[str, Any]:
         """The prompt family for a routing key, by name or by its fields.
 
@@ -56,13 +84,8 @@ class DebateConfig(Section):
         return self.prompts
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "max_tokens"):
-            self.need(getattr(self, name) >= 1, name, "it must be at least 1")
-        self.need(self.temperature >= 0, "temperature", "it must be 0 (greedy) or positive")
-        self.need(0 < self.top_p <= 1, "top_p", "it lies in (0, 1]; 1 keeps every token")
-        self.need(self.top_k >= 0, "top_k", "it must not be negative; 0 keeps every token")
-        self.need(self.repetition_penalty > 0, "repetition_penalty", "it must be positive; 1 is off")
-        self.need(self.tau > 0, "tau", "it must be positive; large values are uniform")
+        object.__setattr__(self, "cache_dir", at_home(self.cache_dir))
+        self.in_range()
 
 
 @dataclass(frozen=True)
@@ -81,10 +104,13 @@ class OpadConfig(Section):
     sampling: str = "all"
     steps_per_trajectory: int | None = None
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "steps_per_trajectory": Range(1, 10**9, remedy="it must be at least 1, or null for all")
+    }
+
     def __post_init__(self) -> None:
+        self.in_range()
         self.one_of("sampling", ("all", "uniform", "surprise"))
-        count = self.steps_per_trajectory
-        self.need(count is None or count >= 1, "steps_per_trajectory", "it must be at least 1, or null for all")
 
 
 JUDGE_FIELDS = (
@@ -145,21 +171,23 @@ class SageConfig(Section):
     kl_mode: str = "full_vocab"
     intervention: str = "judge"
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "alpha": Range(0, 1, remedy="it lies between SKIP's 0 and STRONG's 1"),
+        "eps": Range(1e-30, 1),
+        "z_max": POSITIVE,
+        "judge_temperature": TEMPERATURE,
+        "judge_max_tokens": COUNT,
+        "judge_fallback": SHARE,
+        "admissible_count": Range(0, 10**6, remedy="it must not be negative; 0 lists none"),
+        "confidence_temperature": Range(
+            0.01, 1000, remedy="at 0 every confidence is 1: set sage.use_confidence to false for that"
+        ),
+    }
+
     def __post_init__(self) -> None:
-        self.need(0 <= self.alpha <= 1, "alpha", "it lies between SKIP's 0 and STRONG's 1")
+        self.in_range()
         self.one_of("normalization", ("all_tokens", "active_tokens", "none"))
         self.one_of("normalization_scope", ("batch", "trajectory"))
-        self.need(self.eps > 0, "eps", "it must be positive")
-        self.need(self.z_max is None or self.z_max > 0, "z_max", "it must be positive, or null for no bound")
-        self.need(self.judge_temperature >= 0, "judge_temperature", "it must be 0 (greedy) or positive")
-        self.need(self.judge_max_tokens >= 1, "judge_max_tokens", "it must be at least 1")
-        self.need(0 <= self.judge_fallback <= 1, "judge_fallback", "it lies between 0 and 1")
-        self.need(self.admissible_count >= 0, "admissible_count", "it must not be negative; 0 lists none")
-        self.need(
-            self.confidence_temperature > 0,
-            "confidence_temperature",
-            "at 0 every confidence is 1: set sage.use_confidence to false for that",
-        )
         self.one_of("kl_mode", ("full_vocab", "sampled"))
         self.one_of("intervention", ("judge", "random", "inverted"))
         if self.judge_prompt is not None:
@@ -190,9 +218,13 @@ class TcodConfig(Section):
     k_start: int = 1
     eta: float = 1.0
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "k_start": COUNT,
+        "eta": Range(0, 1e6, remedy="it lies between 0 and 1e6; 0 keeps k_start turns"),
+    }
+
     def __post_init__(self) -> None:
-        self.need(self.k_start >= 1, "k_start", "it must be at least 1")
-        self.need(self.eta >= 0, "eta", "it must not be negative; 0 keeps k_start turns")
+        self.in_range()
 
 
 @dataclass(frozen=True)
@@ -209,9 +241,13 @@ class EntropyConfig(Section):
     alpha: float = 1.0
     tau: float = 0.8
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "alpha": Range(0, 1e6, remedy="it lies between 0 and 1e6; 0 is plain OPD"),
+        "tau": Range(0, 1000, also=(math.inf,), remedy="it is an entropy in nats; .inf makes no token uncertain"),
+    }
+
     def __post_init__(self) -> None:
-        self.need(self.alpha >= 0, "alpha", "it must not be negative; 0 is plain OPD")
-        self.need(self.tau >= 0, "tau", "it is an entropy in nats")
+        self.in_range()
 
 
 @dataclass(frozen=True)
@@ -242,13 +278,16 @@ class AdvantageConfig(Section):
     high: float | None = None
     max_gap: float | None = None
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "low": FACTOR,
+        "high": FACTOR,
+        "max_gap": Range(0, 1e6, open_low=True, also=(math.inf,), remedy="it must be positive; .inf keeps all tokens"),
+    }
+
     def __post_init__(self) -> None:
+        self.in_range()
         self.one_of("kl_mode", ("sampled", "full_vocab"))
         self.one_of("importance", (None, "none", "truncated", "band", "clip"))
-        for name in ("low", "high"):
-            value = getattr(self, name)
-            self.need(value is None or value >= 0, name, "it must not be negative")
-        self.need(self.max_gap is None or self.max_gap > 0, "max_gap", "it must be positive; .inf keeps all tokens")
 
 
 @dataclass(frozen=True)
@@ -284,20 +323,24 @@ class UniOPDConfig(Section):
     margin_delta: float = 0.4
     margin_direction: str = "spread"
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "correct_from": Range(0, 1, open_low=True, remedy="it lies in (0, 1], as rewards lie in [0, 1]"),
+        "balance_ratio": Range(0, 1e6, also=(math.inf,)),
+        "keep_per_prompt": Range(1, 10**9, remedy="it must be at least 1, or null for no limit"),
+        "margin_delta": Range(-1e6, 1e6),
+    }
+
     def __post_init__(self) -> None:
-        self.need(0 < self.correct_from <= 1, "correct_from", "rewards lie in [0, 1]")
+        self.in_range()
         self.one_of("balance", ("group", "global", "none"))
-        self.need(self.balance_ratio >= 0, "balance_ratio", "it must not be negative")
-        keep = self.keep_per_prompt
-        self.need(keep is None or keep >= 1, "keep_per_prompt", "it must be at least 1, or null for no limit")
         self.one_of("margin", ("shift", "mask", "fixed", "none"))
         self.one_of("margin_statistic", ("mean", "minmax"))
         self.one_of("margin_scope", ("group", "global"))
-        self.need(math.isfinite(self.margin_delta), "margin_delta", "it must be finite")
         self.one_of("margin_direction", ("lift", "spread", "push_down"))
 
 
 SCORES = ("abs", "pos", "signed", "sq")
+PART = Range(0, 1, open_low=True, remedy="it is a share in (0, 1]; selection: none keeps all")
 
 
 @dataclass(frozen=True)
@@ -343,18 +386,22 @@ class CaMOPDConfig(Section):
     diagnose_draws: int = 20
     diagnose_dimensions: int = 4096
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "n_general": COUNT,
+        "rho_g": PART,
+        "rho_d": PART,
+        "r_g": POSITIVE,
+        "r_d": POSITIVE,
+        "min_tokens": COUNT_OR_NONE,
+        "diagnose_steps": COUNT_OR_NONE,
+        "diagnose_samples": Range(2, 10**6, remedy="agreement needs at least 2, and at most 1e6"),
+        "diagnose_draws": Range(1, 10**6),
+        "diagnose_dimensions": Range(1, 10**7),
+    }
+
     def __post_init__(self) -> None:
+        self.in_range()
         self.one_of("schedule", ("alternating", "mixed"))
-        self.need(self.n_general >= 1, "n_general", "it must be at least 1")
         self.one_of("selection", ("mass", "topk_frac", "random", "none"))
-        for name in ("rho_g", "rho_d"):
-            self.need(0 < getattr(self, name) <= 1, name, "it is a share in (0, 1]; selection: none keeps all")
         for name in ("score_g", "score_d"):
             self.one_of(name, SCORES)
-        for name in ("r_g", "r_d"):
-            self.need(0 < getattr(self, name) < math.inf, name, "it must be positive")
-        for name in ("min_tokens", "diagnose_steps"):
-            self.need(getattr(self, name) >= 0, name, "it must not be negative")
-        for name in ("diagnose_draws", "diagnose_dimensions"):
-            self.need(getattr(self, name) >= 1, name, "it must be at least 1")
-        self.need(self.diagnose_samples >= 2, "diagnose_samples", "agreement needs at least 2")

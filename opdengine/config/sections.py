@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+from opdengine.config.printing import brief
 from opdengine.errors import ConfigError
-
-SECRETS = ("api_key", "apikey", "password", "secret", "access_token", "auth_token", "hf_token")
-"""Names of options that must not be written down."""
 
 DATA_COLUMNS = ("id", "prompt", "messages", "tools", "answer", "data_source")
 """What a row of data may say to the engine; other columns are handed to environments."""
@@ -28,16 +27,84 @@ def by_key(setting: Any, key: str, name: str) -> Any:
     )
 
 
+def at_home(path: Any) -> Any:
+    """A path with ``~`` and ``~user`` written out; anything else is left as it is.
+
+    Raises:
+        ConfigError: there is no such user.
+    """
+    if not isinstance(path, str) or not path.startswith("~"):
+        return path
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ConfigError(f"the folder {path!r}: there is no user {path.split('/')[0][1:]!r}; write the path out")
+    return found
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where a number may lie.
+
+    Args:
+        low, high: the ends; they belong to it.
+        open_low, open_high: they do not.
+        also: values that are possible besides, such as 0 or ``math.inf``.
+        remedy: what the message says in place of the ends.
+    """
+
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+    also: tuple[float, ...] = ()
+    remedy: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        if value in self.also:
+            return True
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        """What a value must be."""
+        low = f"it must be {'above' if self.open_low else 'at least'} {self.low:.12g}"
+        ends = f"{low} and {'below' if self.open_high else 'at most'} {self.high:.12g}"
+        others = "".join(f", or {value:g}" for value in self.also)
+        return self.remedy or f"{ends}{others}"
+
+
+COUNT = Range(1, 10**9)
+COUNT_OR_NONE = Range(0, 10**9)
+SEED = Range(0, 2**62)
+SECONDS = Range(1e-3, 1e7, remedy="it is a number of seconds, at most 1e7")
+TEMPERATURE = Range(0.01, 100, also=(0,), remedy="it must be 0 (greedy) or lie between 0.01 and 100")
+TOP_P = Range(0, 1, open_low=True, remedy="it lies in (0, 1]; 1 keeps every token")
+TOP_K = Range(0, 10**9, remedy="it must not be negative; 0 keeps every token")
+PENALTY = Range(0.01, 100, remedy="it must lie between 0.01 and 100; 1 is off")
+FACTOR = Range(0, 1e6)
+POSITIVE = Range(1e-6, 1e6)
+SHARE = Range(0, 1)
+
+
 class Section:
     """Checks of one section's values; messages name the key as the user writes it."""
 
-    section = ""
+    section: ClassVar[str] = ""
+    ranges: ClassVar[Mapping[str, Range]] = {}
+    """Where every number may lie; null is checked nowhere."""
 
     def need(self, ok: bool, name: str, remedy: str) -> None:
         """Raise ConfigError unless ``ok``."""
         if not ok:
             key = f"{self.section}.{name}" if self.section else name
-            raise ConfigError(f"{key}={getattr(self, name)!r} is not possible; {remedy}")
+            raise ConfigError(f"{key}={brief(getattr(self, name))} is not possible; {remedy}")
+
+    def in_range(self) -> None:
+        """Raise ConfigError for a number out of its range, which one that is not a number always is."""
+        for name, range_ in self.ranges.items():
+            value = getattr(self, name)
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                self.need(number is None or number in range_, name, str(range_))
 
     def one_of(self, name: str, choices: Sequence[Any]) -> None:
         """Raise ConfigError unless the value is one of ``choices``."""
@@ -114,22 +181,22 @@ class EnvironmentConfig(Section):
     max_observation_chars: int = 100_000
     stop: list[str] = field(default_factory=list)
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "eval_max_tasks": COUNT,
+        "eval_temperatures": TEMPERATURE,
+        "max_turns": Range(1, 10**6),
+        "max_trajectory_tokens": COUNT,
+        "num_environments": Range(1, 4096),
+        "reset_timeout": SECONDS,
+        "step_timeout": SECONDS,
+        "max_observation_chars": COUNT,
+    }
+
     def __post_init__(self) -> None:
-        for name in ("max_turns", "num_environments", "max_observation_chars"):
-            self.need(getattr(self, name) >= 1, name, "it must be at least 1")
-        for name in ("eval_max_tasks", "max_trajectory_tokens"):
-            value = getattr(self, name)
-            self.need(value is None or value >= 1, name, "it must be at least 1, or null for no limit")
-        for name in ("step_timeout", "reset_timeout"):
-            self.need(getattr(self, name) > 0, name, "it is a number of seconds")
-        temperatures = self.eval_temperatures
-        self.need(bool(temperatures) and min(temperatures) >= 0, "eval_temperatures", "give at least one; 0 is greedy")
-        secret = sorted(key for key, value in self.options.items() if key.lower() in SECRETS and value)
-        if secret:
-            raise ConfigError(
-                f"environment.options.{secret[0]} looks like a secret, and settings are written to the run's "
-                "folder; let the environment read it from a variable of the shell"
-            )
+        self.in_range()
+        self.need(bool(self.eval_temperatures), "eval_temperatures", "give at least one; 0 is greedy")
+        self.need(all(self.stop), "stop", "an empty string would end every turn at once")
+        self.need(all(self.eval_splits), "eval_splits", "a split has a name")
 
 
 @dataclass(frozen=True)
@@ -155,15 +222,19 @@ class LoRAConfig(Section):
     use_rslora: bool = False
     merge_final: bool = False
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "r": Range(1, 10**5),
+        "lora_alpha": POSITIVE,
+        "lora_dropout": Range(0, 1, open_high=True, remedy="it lies in [0, 1); 0 is off"),
+    }
+
     def __post_init__(self) -> None:
-        self.need(self.r >= 1, "r", "it must be at least 1")
-        self.need(self.lora_alpha > 0, "lora_alpha", "it must be positive")
-        self.need(0 <= self.lora_dropout < 1, "lora_dropout", "it lies in [0, 1); 0 is off")
+        self.in_range()
         self.need(bool(self.target_modules), "target_modules", "name at least one layer, or 'all-linear'")
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
+class TeacherConfig(Section):
     """One teacher: a model in this process, or one that a server offers (``base_url``).
 
     Args:
@@ -209,3 +280,15 @@ class TeacherConfig:
     timeout: float = 600.0
     max_retries: int = 5
     score_top_k: int = 64
+
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "weight": FACTOR,
+        "max_concurrency": Range(1, 10**5),
+        "timeout": SECONDS,
+        "max_retries": Range(0, 1000, remedy="it must not be negative; 0 is one attempt, 1000 are the most"),
+        "score_top_k": Range(1, 10**6),
+    }
+
+    def __post_init__(self) -> None:
+        for name in ("model", "tokenizer", "chat_template"):
+            object.__setattr__(self, name, at_home(getattr(self, name)))

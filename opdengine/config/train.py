@@ -7,10 +7,12 @@ impossible values are errors that name the remedy, raised before any model is lo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from opdengine.config.method_sections import (
@@ -23,7 +25,28 @@ from opdengine.config.method_sections import (
     TcodConfig,
     UniOPDConfig,
 )
-from opdengine.config.sections import DataConfig, EnvironmentConfig, LoRAConfig, Section, TeacherConfig, by_key
+from opdengine.config.printing import brief
+from opdengine.config.secrecy import refuse_secrets
+from opdengine.config.sections import (
+    COUNT,
+    COUNT_OR_NONE,
+    PENALTY,
+    POSITIVE,
+    SECONDS,
+    SEED,
+    SHARE,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    DataConfig,
+    EnvironmentConfig,
+    LoRAConfig,
+    Range,
+    Section,
+    TeacherConfig,
+    at_home,
+    by_key,
+)
 from opdengine.errors import ConfigError
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
@@ -31,9 +54,20 @@ SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+MIDDLE = Range(0, 1, open_low=True, open_high=True, remedy="it lies between 0 and 1; the ends are KLs by name")
+BETA = Range(0, 1, open_high=True)
+NORM = dataclasses.replace(POSITIVE, also=(math.inf,))
+
+MOST_PER_STEP = 10**7
+"""Rollouts of one step on one device."""
+
+
 @dataclass(frozen=True)
 class TrainConfig(Section):
     """Everything a run depends on.
+
+    Settings that are read (:func:`opdengine.config.loading.from_mapping`) and do not name a value take that of the
+    method's paper first; the defaults here are those of methods without one, and of a class that is built by hand.
 
     Args:
         model: the student: model folder or hub name.
@@ -127,9 +161,9 @@ class TrainConfig(Section):
         run_name: shown by trackers.
         resume_from_checkpoint: "latest" (from the beginning where there is none yet) or a checkpoint folder.
         ddp_timeout: seconds that one process may wait for another (``torchrun``), rollouts and debates included.
-        max_bad_steps: a step whose loss or gradient is not finite moves no weight and is written to
-            ``bad_steps/``; more than so many in a row end the run. So do as many steps of which every
-            episode broke.
+        max_bad_steps: more steps in a row than this that train nothing end the run: of which the loss or gradient is
+            not finite (they move no weight and are written to ``bad_steps/``), every episode broke, no rollout is left
+            or has weight, or the gradient is 0. A run in which not one step trains anything fails in any case.
         max_logprob_difference: stop when sampler and trainer disagree by more (mean absolute
             difference of a step, nats).
     """
@@ -224,6 +258,48 @@ class TrainConfig(Section):
     max_bad_steps: int = 3
     max_logprob_difference: float = 0.5
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "jsd_beta": MIDDLE,
+        "skew_alpha": MIDDLE,
+        "divergence_temperature": Range(0.01, 1000),
+        "eval_temperature": TEMPERATURE,
+        "eval_num_generations": COUNT,
+        "eval_max_prompts": COUNT,
+        "max_prompt_length": COUNT,
+        "verifier_timeout": SECONDS,
+        "verifier_workers": Range(1, 1024),
+        "temperature": TEMPERATURE,
+        "top_p": TOP_P,
+        "top_k": TOP_K,
+        "repetition_penalty": PENALTY,
+        "max_completion_length": COUNT,
+        "num_generations": COUNT,
+        "vllm_response_timeout": SECONDS,
+        "vllm_gpu_memory_utilization": Range(0, 1, open_low=True),
+        "vllm_tensor_parallel_size": Range(1, 1024),
+        "max_staleness": Range(0, 1000, remedy="0 is strictly in turn, 1000 the most"),
+        "per_device_train_batch_size": COUNT,
+        "gradient_accumulation_steps": COUNT,
+        "max_tokens_per_batch": COUNT,
+        "max_steps": COUNT,
+        "learning_rate": Range(0, 10),
+        "warmup_ratio": SHARE,
+        "weight_decay": Range(0, 100),
+        "adam_beta1": BETA,
+        "adam_beta2": BETA,
+        "adam_epsilon": Range(1e-20, 1),
+        "max_grad_norm": NORM,
+        "workspace_bytes": Range(1, 2**50),
+        "seed": SEED,
+        "logging_steps": COUNT,
+        "eval_steps": COUNT_OR_NONE,
+        "save_steps": COUNT_OR_NONE,
+        "save_total_limit": COUNT,
+        "ddp_timeout": SECONDS,
+        "max_bad_steps": COUNT_OR_NONE,
+        "max_logprob_difference": NORM,
+    }
+
     @property
     def prompts_per_step(self) -> int:
         """Prompts of one optimiser step on one device."""
@@ -243,8 +319,12 @@ class TrainConfig(Section):
         return by_key(self.divergence, key, "divergence")
 
     def __post_init__(self) -> None:
+        for name in ("model", "output_dir", "chat_template", "vllm_sync_dir", "resume_from_checkpoint"):
+            object.__setattr__(self, name, at_home(getattr(self, name)))
+        refuse_secrets(dataclasses.asdict(self))
+        self.in_range()
         _check_values(self)
-        _check_numbers(self)
+        _check_together(self)
         object.__setattr__(self, "teachers", _named(self.teachers))
 
 
@@ -265,8 +345,6 @@ def _check_values(config: TrainConfig) -> None:
         "divergence",
         f"use {list(DIVERGENCES)} or a mapping from data_source to one of them",
     )
-    need(0 < config.jsd_beta < 1, "jsd_beta", "it lies between 0 and 1; the ends are KLs by name")
-    need(0 < config.skew_alpha < 1, "skew_alpha", "it lies between 0 and 1; the ends are KLs by name")
     one_of("teacher_reduction", ("sum", "mixture"))
     one_of("contexts", ("plain", "debate"))
     need(
@@ -274,16 +352,12 @@ def _check_values(config: TrainConfig) -> None:
         "contexts",
         "only 'sage_opd' and 'uni_opd' can take over a debate; 'mad_opd' and 'opad' always debate",
     )
-    need(config.divergence_temperature > 0, "divergence_temperature", "it must be positive")
     one_of("loss_normalization", ("token", "sequence"))
     one_of("on_teacher_failure", ("stop", "drop"))
     one_of("lr_scheduler_type", SCHEDULERS)
     one_of("dtype", DTYPES)
     one_of("vllm_mode", ("colocate", "server"))
-    need(config.vllm_response_timeout > 0, "vllm_response_timeout", "it must be positive")
-    need(config.verifier_timeout > 0, "verifier_timeout", "it is a number of seconds")
     need(config.verifier != {}, "verifier", "map data_sources (and 'default') to verifiers, or name one")
-    need(config.max_staleness >= 0, "max_staleness", "0 is strictly in turn")
     need(
         config.max_staleness == 0 or config.use_vllm,
         "max_staleness",
@@ -311,77 +385,65 @@ def _check_values(config: TrainConfig) -> None:
         need(bool(config.train_data), "train_data", "name at least one file, or an environment")
 
 
-def _check_numbers(config: TrainConfig) -> None:
+def _check_together(config: TrainConfig) -> None:
     need = config.need
-    for key in (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "max_tokens_per_batch",
-        "max_steps",
-        "max_completion_length",
-        "num_generations",
-        "eval_num_generations",
-        "max_prompt_length",
-        "verifier_workers",
-        "vllm_tensor_parallel_size",
-        "logging_steps",
-    ):
-        need(getattr(config, key) >= 1, key, "it must be at least 1")
-    need(config.temperature >= 0, "temperature", "it must be 0 (greedy) or positive")
-    need(0 < config.top_p <= 1, "top_p", "it lies in (0, 1]; 1 keeps every token")
-    need(config.top_k >= 0, "top_k", "it must not be negative; 0 keeps every token")
-    need(config.repetition_penalty > 0, "repetition_penalty", "it must be positive; 1 is off")
     need(
         config.num_generations == 1 or config.temperature > 0,
         "num_generations",
         "with temperature 0 all generations are equal: use 1",
     )
-    need(config.eval_temperature >= 0, "eval_temperature", "it must be 0 (greedy) or positive")
     need(
         config.eval_num_generations == 1 or config.eval_temperature > 0,
         "eval_num_generations",
         "with eval_temperature 0 all answers are equal: use 1",
     )
-    need(config.learning_rate >= 0, "learning_rate", "it must not be negative")
-    need(0 <= config.warmup_ratio <= 1, "warmup_ratio", "it is a share between 0 and 1")
-    need(config.max_grad_norm > 0, "max_grad_norm", "it must be positive")
-    need(config.weight_decay >= 0, "weight_decay", "it must not be negative")
-    need(0 <= config.adam_beta1 < 1, "adam_beta1", "it lies in [0, 1)")
-    need(0 <= config.adam_beta2 < 1, "adam_beta2", "it lies in [0, 1)")
-    need(config.adam_epsilon > 0, "adam_epsilon", "it must be positive")
-    need(config.seed >= 0, "seed", "it must not be negative")
-    need(config.ddp_timeout > 0, "ddp_timeout", "it is a number of seconds")
-    need(config.max_bad_steps >= 0, "max_bad_steps", "it must not be negative; 0 ends the run at the first one")
-    need(config.max_logprob_difference > 0, "max_logprob_difference", "it must be positive")
-    for key in ("save_total_limit", "eval_max_prompts", "workspace_bytes"):
-        value = getattr(config, key)
-        need(value is None or value >= 1, key, "it must be at least 1, or null for no limit")
-    for key in ("model", "output_dir"):
-        need(bool(getattr(config, key)), key, "it must not be empty")
-    for key in ("eval_steps", "save_steps"):
-        need(getattr(config, key) >= 0, key, "it must not be negative; 0 is never")
+    need(
+        config.prompts_per_step * config.num_generations <= MOST_PER_STEP,
+        "per_device_train_batch_size",
+        f"with gradient_accumulation_steps={config.gradient_accumulation_steps} and num_generations="
+        f"{config.num_generations} a step has more than {MOST_PER_STEP} rollouts",
+    )
+    for key in ("model", "output_dir", "method"):
+        need(bool(getattr(config, key).strip()), key, "it must not be empty")
+    config.need(
+        _is_address(config.vllm_server_base_url), "vllm_server_base_url", "write http://host:port or unix:/path"
+    )
+
+
+def _is_address(url: str, schemes: Sequence[str] = ("http", "https", "unix")) -> bool:
+    """Whether a URL names a server, without credential and query."""
+    try:
+        parts = urlsplit(url)
+        place = parts.hostname if parts.scheme != "unix" else parts.path
+        return parts.scheme in schemes and bool(place) and parts.port != 0 and not re.search(r"[\s@?#]", url)
+    except ValueError:  # of the port, or of brackets
+        return False
 
 
 def _check_teacher(config: TrainConfig, teacher: TeacherConfig, where: str) -> None:
     def need(ok: bool, key: str, remedy: str) -> None:
         if not ok:
-            raise ConfigError(f"{where}.{key}={getattr(teacher, key)!r} is not possible; {remedy}")
+            raise ConfigError(f"{where}.{key}={brief(getattr(teacher, key))} is not possible; {remedy}")
+
+    for key, range_ in teacher.ranges.items():
+        need(getattr(teacher, key) in range_, key, str(range_))
+    need(bool(teacher.model.strip()), "model", "it must not be empty")
+    need(not teacher.name or bool(teacher.name.strip()), "name", "it must not be blank")
+    need(all(teacher.key), "key", "a routing key must not be empty; [] is every prompt")
 
     need(teacher.dtype in DTYPES, "dtype", f"choose one of {list(DTYPES)}")
-    need(teacher.max_concurrency >= 1, "max_concurrency", "it must be at least 1")
-    need(teacher.timeout > 0, "timeout", "it is a number of seconds")
-    need(teacher.max_retries >= 0, "max_retries", "it must not be negative; 0 is one attempt")
-    need(teacher.score_top_k >= 1, "score_top_k", "it must be at least 1")
     endpoint = "base_url" if teacher.base_url is not None else "writer_base_url"
     url = getattr(teacher, endpoint)
     if url is not None:
-        parts = urlsplit(url)
-        if parts.username or parts.password or parts.query:
+        if "@" in url or "?" in url or "#" in url:
             raise ConfigError(
                 f"{where}.{endpoint} holds a credential or a query; put the key's variable into api_key_env"
             )
-        usable = parts.scheme in ("http", "https") and bool(parts.netloc)
-        need(usable, endpoint, "give a URL such as http://host:8000/v1")
+        need(_is_address(url, ("http", "https")), endpoint, "give a URL such as http://host:8000/v1")
+    if teacher.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", teacher.api_key_env):
+        raise ConfigError(
+            f"{where}.api_key_env is the name of an environment variable such as TEACHER_KEY, not the key"
+        )
     need(url is not None or teacher.api_key_env is None, "api_key_env", "it belongs to an endpoint; set base_url too")
     if teacher.base_url is None:
         need(teacher.tokenizer is None, "tokenizer", "it belongs to a served teacher; set base_url too")

@@ -65,6 +65,14 @@ class Reader:
             self._known[shape] = self._left_out(messages, tools)
         return self._known[shape]
 
+    def lost(self, messages: Sequence[Message], tools: Tools = ()) -> str:
+        """What keeps the model from reading a chat in full: an error of the template, or what it leaves out."""
+        try:
+            render(self.tokenizer, messages, tools, self.template_kwargs)
+            return self.left_out(messages, tools)
+        except ValueError as error:
+            return str(error).removeprefix("the chat template ")
+
     def unread(self, prompts: Iterable[Prompt]) -> dict[str, str]:
         """What cannot be read, by the prompt's id."""
         found = {}
@@ -74,12 +82,7 @@ class Reader:
             messages = list(prompt.messages)
             if self.debates and messages[-1].get("role") != "user":
                 messages.append({"role": "user", "content": MARK})
-            try:
-                render(self.tokenizer, messages, prompt.tools, self.template_kwargs)
-                problem = self.left_out(messages, prompt.tools)
-            except ValueError as error:
-                problem = str(error).removeprefix("the chat template ")
-            if problem:
+            if problem := self.lost(messages, prompt.tools):
                 found[prompt.id] = problem
         return found
 
@@ -156,19 +159,25 @@ def readable(prompts: PromptSet, readers: Sequence[Reader], *, skip_bad_rows: bo
     return PromptSet(kept, {**prompts.dropped, "chat_template": len(unread)})
 
 
-def check_templates(readers: Sequence[Reader], *, converses: bool) -> None:
+def check_templates(readers: Sequence[Reader], *, converses: bool, judges: bool = False) -> None:
     """What is known of templates without data.
 
     Args:
-        readers: the models.
+        readers: the student, then the teachers.
         converses: whether a chat goes on behind an answer.
+        judges: whether teachers are asked with a system message.
 
     Raises:
-        ValueError: a template cannot render a user's message, or what follows an answer.
+        ValueError: a template cannot render a user's message, what follows an answer, or the judge's instructions.
     """
     question = {"role": "user", "content": "?"}
-    for reader in readers:
+    for place, reader in enumerate(readers):
         reader.encode([question])
+        if judges and place and (lost := reader.lost([{"role": "system", "content": "?"}, question])):
+            raise ValueError(
+                f"the chat template of {reader.name} {lost}, with which a judge is instructed; give it another "
+                "chat_template, or a judge_prompt of your own, which needs none"
+            )
         if converses:
             try:
                 encode_answer(reader.tokenizer, [question], (), reader.template_kwargs)

@@ -11,6 +11,7 @@ import numpy as np
 
 from opdengine.config.train import ConfigError, SageConfig, TrainConfig
 from opdengine.environments.episodes import turns_of
+from opdengine.methods.checks import Check
 from opdengine.methods.opd import OPD
 from opdengine.methods.sage_opd import PAPER, normalise
 from opdengine.metrics import Mean
@@ -55,6 +56,19 @@ class EntropyOPD(OPD):
     paper = PAPER
     needs = frozenset({"teacher_entropy"})
 
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """Where all tokens lie on one side of tau the method does nothing."""
+        alike = Check(
+            "entropy_aware/alike",
+            "entropy_aware/tokens",
+            f"tokens lie on one side of entropy_opd.tau={self.config.entropy_opd.tau}, so all weigh alike: this is "
+            "plain OPD",
+            "choose a tau within the teacher's entropies (teacher_entropy/... in metrics.jsonl)",
+            share=1.0,
+        )
+        return (*super().checks, alike)
+
     def weigh(self, batch: Batch) -> None:
         """Raise the weights of uncertain tokens."""
         super().weigh(batch)
@@ -68,3 +82,5 @@ class EntropyOPD(OPD):
             sample.kl_weight = sample.kl_weight * (1 + settings.alpha * uncertain).astype(np.float32)
             weighted, count = weighted + int(uncertain.sum()), count + len(uncertain)
         batch.metrics["entropy_aware/weighted"] = Mean(weighted / max(count, 1), count)
+        batch.metrics["entropy_aware/alike"] = float(max(weighted, count - weighted))
+        batch.metrics["entropy_aware/tokens"] = float(count)

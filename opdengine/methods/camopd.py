@@ -18,11 +18,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from opdengine.config.method_sections import CaMOPDConfig
 from opdengine.config.train import ConfigError, TrainConfig
-from opdengine.methods.method import Method, judged_by, need_teachers, route
+from opdengine.methods.checks import ROLLOUTS, SAMPLED, Check
+from opdengine.methods.method import Method, judged_by, need_teachers, plain_room, route
 from opdengine.methods.paper import Paper
-from opdengine.methods.policy_gradient import gap_of, policy_gradient
+from opdengine.methods.policy_gradient import CHECKS, gap_of, policy_gradient
+from opdengine.methods.room import Need
 from opdengine.metrics import Mean, mean
+from opdengine.teachers import Teacher
 from opdengine.types import Batch, Prompt, Sample
 
 TOLERANCE = 1e-6
@@ -83,11 +87,23 @@ class CaMOPD(Method):
 
     async def annotate(self, batch: Batch) -> None:
         """Every rollout is judged under the plain prompt by its branch's teacher."""
-        special = {t.name for t in self.teachers if set(t.keys) & set(self.settings.domain)}
         for sample in batch:
-            domain = self.stream_of(sample.prompt) == "domain"
-            routed = route(self.teachers, sample.prompt.key)
-            judged_by(sample, [t for t in routed if (t.name in special) == domain])
+            judged_by(sample, self.teachers_of(sample.prompt))
+
+    def teachers_of(self, prompt: Prompt) -> list[Teacher]:
+        """The routed teachers of the prompt's branch."""
+        special = {t.name for t in self.teachers if set(t.keys) & set(self.settings.domain)}
+        domain = self.stream_of(prompt) == "domain"
+        return [t for t in route(self.teachers, prompt.key) if (t.name in special) == domain]
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """What of gaps and selection can come to nothing."""
+        return (*CHECKS, *selection_checks(self.settings))
+
+    def room(self, prompt: Prompt) -> list[Need]:
+        """What the branch's teachers read."""
+        return plain_room(self.config, prompt, self.teachers_of(prompt))
 
     def weigh(self, batch: Batch) -> None:
         """Equation 9 on the rollouts that equations 6 to 8 select."""
@@ -130,6 +146,28 @@ class CaMOPD(Method):
             members = [i for i in able if streams[i] == branch]
             if members:
                 batch.metrics |= branch_metrics(branch, [samples[i] for i in members], [gap[i] for i in members])
+                batch.metrics[f"camopd/{branch}/scored"] = float(len(members))
+
+
+def selection_checks(config: CaMOPDConfig) -> tuple[Check, ...]:
+    """Selection acts only where it leaves rollouts out and where there are scores."""
+    found = [
+        Check(
+            "dropped/min_tokens", SAMPLED, "rollouts are shorter than camopd.min_tokens and were left out",
+            "lower camopd.min_tokens", ROLLOUTS,
+        ),
+        Check(
+            "dropped/gap_not_finite", SAMPLED, "rollouts have a gap that is not finite and were left out",
+            "check the teachers' weights and dtypes", ROLLOUTS,
+        ),
+    ]  # fmt: skip
+    for branch, rho in (("general", config.rho_g), ("domain", config.rho_d)):
+        if config.selection != "none" and rho < 1:
+            says = f"rollouts of the {branch} branch were selected: selection leaves nothing out"
+            remedy = f"take more prompts in a step, or lower camopd.rho_{branch[0]}={rho}"
+            failed, total = f"camopd/{branch}/selected", f"camopd/{branch}/scored"
+            found.append(Check(failed, total, says, remedy, share=1.0))
+    return tuple(found)
 
 
 def check(config: TrainConfig) -> None:

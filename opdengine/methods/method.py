@@ -14,7 +14,9 @@ import numpy as np
 
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.distributed import Ranks
+from opdengine.methods.checks import Check
 from opdengine.methods.paper import Paper
+from opdengine.methods.room import Need, length
 from opdengine.teachers import Teacher
 from opdengine.types import Batch, Message, Prompt, Sample, TeacherContext
 
@@ -29,8 +31,17 @@ MAX_TEACHERS = 8
 class Contexts(Protocol):
     """Chooses under which contexts and with which weights teachers judge; may ask them to write."""
 
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """What of them can come to nothing."""
+        ...
+
     async def __call__(self, batch: Batch, teachers: Sequence[Teacher]) -> None:
         """Set ``contexts`` and ``mix`` of every kept sample, or its ``drop``; no communication between processes."""
+        ...
+
+    def room(self, prompt: Prompt, teachers: Sequence[Teacher]) -> list[Need]:
+        """What they ask of the teachers' windows."""
         ...
 
 
@@ -68,9 +79,20 @@ class Method:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.contexts: Contexts = plain_contexts
+        self.contexts: Contexts = PlainContexts(config)
         self.teachers: Sequence[Teacher] = ()
         self.ranks = Ranks()
+
+    # Before the first step.
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """Shares of a step's counts from which on the method has fallen apart."""
+        return self.contexts.checks
+
+    def room(self, prompt: Prompt) -> list[Need]:
+        """What the method asks of the teachers' windows for one prompt; all of it must fit."""
+        return self.contexts.room(prompt, self.teachers)
 
     # Which data a step draws.
 
@@ -111,10 +133,25 @@ def route(teachers: Sequence[Teacher], key: str) -> list[Teacher]:
     return [t for t in teachers if not t.keys or key in t.keys]
 
 
-async def plain_contexts(batch: Batch, teachers: Sequence[Teacher]) -> None:
-    """Every routed teacher reads the prompt in its own chat template, with its fixed weight."""
-    for sample in batch:
-        judged_by(sample, route(teachers, sample.prompt.key))
+class PlainContexts:
+    """Every routed teacher reads the prompt in its own chat template, with its fixed weight.
+
+    Args:
+        config: of the run.
+    """
+
+    checks: tuple[Check, ...] = ()
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    async def __call__(self, batch: Batch, teachers: Sequence[Teacher]) -> None:
+        for sample in batch:
+            judged_by(sample, route(teachers, sample.prompt.key))
+
+    def room(self, prompt: Prompt, teachers: Sequence[Teacher]) -> list[Need]:
+        """Every routed teacher reads the plain prompt and the longest completion."""
+        return plain_room(self.config, prompt, route(teachers, prompt.key))
 
 
 def judged_by(sample: Sample, teachers: Sequence[Teacher]) -> None:
@@ -137,6 +174,24 @@ def read_by(teacher: Teacher, sample: Sample, messages: Sequence[Message]) -> Te
         if turn.role == "environment" and turn.messages
     }
     return TeacherContext.replace_prompt(sample, teacher.name, teacher.encode(messages, tools), answers)
+
+
+def plain_room(config: TrainConfig, prompt: Prompt, teachers: Sequence[Teacher]) -> list[Need]:
+    """These teachers read the plain prompt and the longest completion."""
+    return [
+        answer_need(config.max_completion_length, teacher, length(teacher, prompt.messages, prompt.tools))
+        for teacher in teachers
+    ]
+
+
+def answer_need(longest: int, teacher: Teacher, before: int, what: str = "a prompt") -> Need:
+    """Room for the longest completion (in an environment: the longest turn) behind ``before`` tokens."""
+    return Need(
+        teacher,
+        before + longest,
+        f"{what} of {before} tokens with max_completion_length={longest}",
+        "lower max_completion_length or shorten the prompts",
+    )
 
 
 def need_teachers(config: TrainConfig, count: int) -> None:

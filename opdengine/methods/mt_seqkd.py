@@ -17,8 +17,9 @@ import numpy as np
 
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.methods.mad_opd import BASELINES
-from opdengine.methods.method import Method, need_teachers, route
+from opdengine.methods.method import Method, answer_need, need_teachers, route
 from opdengine.methods.paper import Paper
+from opdengine.methods.room import Need, length
 from opdengine.teachers import Teacher
 from opdengine.types import Batch, Completion, Failure, Prompt, Request, Sample, SamplingParams, Turn
 
@@ -67,6 +68,11 @@ class MTSeqKD(Method):
             seed=config.seed,
         )
         self._answers: dict[str, Completion] = {}
+
+    def room(self, prompt: Prompt) -> list[Need]:
+        """The author reads the prompt and writes the longest answer."""
+        teacher = author(prompt, route(self.teachers, prompt.key), self.params.seed)
+        return [answer_need(self.params.max_tokens, teacher, length(teacher, prompt.messages, prompt.tools))]
 
     async def write(self, prompts: Sequence[Prompt], encode: Callable[[Prompt], list[int]]) -> Batch:
         """One sample per prompt, written by one of its teachers."""

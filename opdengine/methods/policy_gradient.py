@@ -17,6 +17,7 @@ import numpy as np
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.distributed import Ranks
 from opdengine.loss.importance import banded, clipped, truncated
+from opdengine.methods.checks import ROLLOUTS, SAMPLED, Check
 from opdengine.metrics import Mean
 from opdengine.types import Batch, Sample
 
@@ -98,6 +99,7 @@ class PolicyGradient:
                 masked += int((~open_).sum())
                 weighted += int((open_ & (weight == 0)).sum())
                 shown.append(own)
+        batch.metrics["advantage/tokens"] = float(sum(map(len, shown)))
         batch.metrics["advantage/gap_masked"] = float(masked)
         batch.metrics["advantage/importance_masked"] = float(weighted)
         if unknown:
@@ -113,6 +115,25 @@ class PolicyGradient:
         return (
             banded(difference, self.low, self.high) if self.importance == "band" else truncated(difference, self.high)
         )
+
+
+CHECKS = (
+    Check(
+        "advantage/gap_masked", "advantage/tokens", "tokens have a gap of advantage.max_gap or more and carry no loss",
+        "check that teacher and student share template and skills (a gap of 10 nats is a factor of 22,000), or raise "
+        "advantage.max_gap", ROLLOUTS,
+    ),
+    Check(
+        "advantage/importance_masked", "advantage/tokens", "tokens have an importance ratio out of bounds and carry no "
+        "loss", "lower learning_rate or max_staleness, or widen advantage.low and advantage.high "
+        "(sampling/logprob_difference in metrics.jsonl shows how far trainer and sampler are apart)",
+    ),
+    Check(
+        "advantage/without_sampler_logprobs", SAMPLED, "rollouts have no log-probs of the sampler, so no importance "
+        "ratio is known and their weight is 1", "set advantage.importance to none if that is meant",
+    ),
+)  # fmt: skip
+"""Of methods with a :class:`PolicyGradient`."""
 
 
 def gap_of(sample: Sample) -> np.ndarray:

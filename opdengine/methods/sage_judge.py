@@ -7,16 +7,22 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from opdengine.config.train import SageConfig
+from opdengine.methods.checks import Check
+from opdengine.methods.room import Need, length
 from opdengine.metrics import Mean, mean
 from opdengine.models.chat import written
 from opdengine.teachers import Teacher
-from opdengine.types import Completion, Failure, Message, Request, Sample, SamplingParams, Turn
+from opdengine.types import Completion, Failure, Message, Prompt, Request, Rollout, Sample, SamplingParams, Turn
 
 LABELS = ("skip", "weak", "strong")
+
+VERDICTS = "verdicts/step_{step}.jsonl"
 
 TURN_BIN = 5
 """Turns per bin of the shares by turn."""
@@ -48,10 +54,12 @@ class Verdict:
         label: "skip", "weak", "strong", "det_fail" (without asking), or why no answer could be used:
             "unparsed", "judge_failed", "judge_window".
         weight: i_t.
+        reply: what the judge wrote.
     """
 
     label: str
     weight: float
+    reply: str = field(default="", compare=False)
 
 
 FAILED = Verdict("det_fail", 1.0)
@@ -83,6 +91,15 @@ class Judge:
         await asyncio.gather(*(ask_one(t) for t in {id(j): j for j in judges}.values()))
         return verdicts
 
+    def need(self, prompt: Prompt, judge: Teacher) -> Need:
+        """Room for the shortest question: about an empty turn, before which nothing has happened."""
+        turn = Turn("assistant", np.zeros(0, dtype=np.int64))
+        sample = Sample("", prompt, (Turn("prompt", np.zeros(0, dtype=np.int64)), turn))
+        before = length(judge, self.messages((sample, 1, turn, prompt.messages)))
+        count = self.params.max_tokens
+        what = f"the judge's question of {before} tokens with sage.judge_max_tokens={count}"
+        return Need(judge, before + count, what, "lower sage.judge_max_tokens")
+
     def messages(self, query: Query) -> list[Message]:
         """The question about one turn: the state before it and what the student wrote."""
         sample, index, turn, chat = query
@@ -113,9 +130,40 @@ class Judge:
         text = text.rpartition("</think>")[2]  # a template that begins the reply inside the thought
         found = set(re.findall(r"\b(SKIP|WEAK|STRONG)\b", text.upper()))
         if len(found) != 1:
-            return Verdict("unparsed", self.config.judge_fallback)
+            return Verdict("unparsed", self.config.judge_fallback, reply.text)
         label = found.pop().lower()
-        return Verdict(label, {"skip": 0.0, "weak": self.config.alpha, "strong": 1.0}[label])
+        return Verdict(label, {"skip": 0.0, "weak": self.config.alpha, "strong": 1.0}[label], reply.text)
+
+
+def answer_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Of how many turns the judge was asked, and of how many it gave no verdict, by reason."""
+    lost = Counter(v.label for v in verdicts if v.label not in LABELS)
+    return {"sage/asked": float(len(verdicts)), **{f"sage/unanswered/{label}": float(n) for label, n in lost.items()}}
+
+
+def judge_checks(config: SageConfig) -> tuple[Check, ...]:
+    """Turns of which the judge says nothing weigh ``judge_fallback``: of too many that is another method."""
+    asked, fallback = "sage/asked", f"and weigh sage.judge_fallback={config.judge_fallback}"
+    return (
+        Check(
+            "sage/unanswered/judge_window", asked, f"turns do not fit the judge's window with sage.judge_max_tokens="
+            f"{config.judge_max_tokens} {fallback}", "lower sage.judge_max_tokens (a verdict is one word; a judge "
+            "that thinks writes more), sage.admissible_count, or switch sage.judge_history off", VERDICTS,
+        ),
+        Check(
+            "sage/unanswered/unparsed", asked, f"replies of the judge hold no single verdict {fallback}",
+            "see what it writes, raise sage.judge_max_tokens where it is cut off, or change sage.judge_prompt",
+            VERDICTS,
+        ),
+        Check(
+            "sage/unanswered/judge_failed", asked, f"calls of the judge failed; their turns have no verdict {fallback}",
+            "look at the teacher's server (teacher_failures/... in metrics.jsonl names the reasons)", VERDICTS,
+        ),
+        Check(
+            "sage/turns_without_weight", "sage/turns", "turns were judged SKIP or weigh 0, so nothing is trained on",
+            "see what the judge writes, or change sage.judge_prompt", VERDICTS, share=1.0,
+        ),
+    )  # fmt: skip
 
 
 def turn_metrics(verdicts: Sequence[Verdict], places: Sequence[int]) -> dict[str, float]:
@@ -131,6 +179,8 @@ def turn_metrics(verdicts: Sequence[Verdict], places: Sequence[int]) -> dict[str
     labels = (*LABELS, "det_fail", *sorted(set(shares) - {*LABELS, "det_fail"}))
     count = len(verdicts)
     metrics: dict[str, float] = {f"sage/{label}": Mean(shares[label] / count, count) for label in labels}
+    metrics["sage/turns"] = float(count)
+    metrics["sage/turns_without_weight"] = float(sum(v.weight == 0 for v in verdicts))
     metrics["sage/intervention"] = mean([v.weight for v in verdicts])
     bins = [place // TURN_BIN for place in places]
     for number in sorted(set(bins)):

@@ -18,14 +18,16 @@ import numpy as np
 from opdengine.config.train import ConfigError, SageConfig, TrainConfig
 from opdengine.distributed import Ranks
 from opdengine.environments.episodes import turns_of
+from opdengine.methods.checks import Check
 from opdengine.methods.debate.contexts import contexts_of
 from opdengine.methods.method import Method, need_teachers, route
 from opdengine.methods.paper import Paper
 from opdengine.methods.policy_gradient import MEASURES, gap_of, need_reverse_kl
-from opdengine.methods.sage_judge import FAILED, Judge, Verdict, turn_metrics
+from opdengine.methods.room import Need
+from opdengine.methods.sage_judge import FAILED, Judge, Verdict, answer_metrics, judge_checks, turn_metrics
 from opdengine.metrics import Mean
 from opdengine.models.chat import written
-from opdengine.types import Batch, Sample, Turn
+from opdengine.types import Batch, Prompt, Sample, Turn
 
 PAPER = Paper(
     arxiv="2606.19659",
@@ -42,6 +44,7 @@ PAPER = Paper(
     },
     choices={
         "environment.max_turns": "30, in search 16",
+        "environment.stop": "none, in search </action>",
         "max_completion_length": "4096 of one turn",
         "prompts_per_step": "64",
         "max_steps": "one epoch: ALFWorld 55, ScienceWorld 56, search 156",
@@ -69,6 +72,17 @@ class SAGEOPD(Method):
         if self.settings.kl_mode == "sampled":
             self.needs |= MEASURES
 
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """What of debates and verdicts can come to nothing."""
+        return (*super().checks, *judge_checks(self.settings))
+
+    def room(self, prompt: Prompt) -> list[Need]:
+        """What the teachers read, and the judge's question."""
+        needs = super().room(prompt)
+        judge = route(self.teachers, prompt.key)[0]
+        return [*needs, self.judge.need(prompt, judge)] if self.settings.use_judge else needs
+
     async def annotate(self, batch: Batch) -> None:
         """Set the intervention i_t as the weight of every turn."""
         await super().annotate(batch)
@@ -82,6 +96,7 @@ class SAGEOPD(Method):
             judges = [route(self.teachers, sample.prompt.key)[0] for sample, *_ in queries]
             for place, verdict in zip(asked, await self.judge.ask(queries, judges), strict=True):
                 verdicts[place] = verdict
+            batch.metrics |= answer_metrics([v for place in asked if (v := verdicts[place])])
         final = [v or Verdict("strong", 1.0) for v in verdicts]
         for sample in batch:
             sample.turn_weight = np.zeros(len(sample.turns), dtype=np.float32)
@@ -92,7 +107,7 @@ class SAGEOPD(Method):
         batch.metrics |= turn_metrics(final, places)
         batch.records += [
             {"rollout_id": sample.id, "prompt_id": sample.prompt.id, "turn": place, "verdict": verdict.label,
-             "weight": verdict.weight, "text": "\n".join(map(written, turn.messages))}
+             "weight": verdict.weight, "text": "\n".join(map(written, turn.messages)), "reply": verdict.reply}
             for (sample, _, turn, _), place, verdict in zip(turns, places, final, strict=True)
         ]  # fmt: skip
 

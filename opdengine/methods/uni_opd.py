@@ -24,12 +24,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from opdengine.config.method_sections import UniOPDConfig
-from opdengine.config.train import TrainConfig
+from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.distributed import Ranks
+from opdengine.methods.checks import ROLLOUTS, Check
 from opdengine.methods.debate.contexts import contexts_of
 from opdengine.methods.method import Method, need_teachers
 from opdengine.methods.paper import Paper
-from opdengine.methods.policy_gradient import gap_of, policy_gradient
+from opdengine.methods.policy_gradient import CHECKS, gap_of, policy_gradient
 from opdengine.metrics import Mean, mean
 from opdengine.types import Batch, Sample
 
@@ -59,6 +60,8 @@ PAPER = Paper(
         "adam_beta2": (0.98, "released scripts"),
     },
     choices={
+        "train_data": "evened out by opdengine balance",
+        "verifier": "math, code",
         "max_prompt_length": "4096",
         "max_completion_length": "16384",
         "prompts_per_step": "64",
@@ -78,11 +81,17 @@ class UniOPD(Method):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         need_teachers(config, 1)
+        need_groups(config)
         self.settings = config.uni_opd
         self.gradient = policy_gradient(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
         self.needs = self.gradient.needs
         self.contexts = contexts_of(config)
         self.teachers_per_prompt = 2 if config.debates else 1
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """What of debates, gaps and outcomes can come to nothing."""
+        return (*super().checks, *CHECKS, *outcome_checks(self.settings))
 
     def is_correct(self, sample: Sample) -> bool:
         """Whether the verifier's reward makes it a correct sample; without a reward it is not."""
@@ -121,6 +130,9 @@ class UniOPD(Method):
         kept = [i for i, sample in enumerate(samples) if not sample.drop]
         self.gradient.weigh(batch, self.ranks, [gap[i] for i in kept], shift=shift[kept].tolist())
         found = consistency(returns, correct, list(sets(groups, "group").values()))
+        compared = sets(groups, settings.margin_scope if settings.margin != "none" else settings.balance).values()
+        found["outcomes/sets"] = float(len(compared))
+        found["outcomes/one_sided"] = float(sum(len(set(correct[members].tolist())) == 1 for members in compared))
         if moved and settings.margin in ("shift", "fixed"):
             found["margin/shift"] = float(np.mean(moved))
         batch.metrics |= {name: Mean(value) for name, value in found.items()}  # alike on all processes
@@ -156,6 +168,45 @@ def calibrate(
         if is_mixed:
             moved.append(float(np.ptp(shift[members])))
     return shift, gone, moved
+
+
+def outcome_checks(config: UniOPDConfig) -> tuple[Check, ...]:
+    """Outcomes act only where correct and incorrect rollouts stand side by side."""
+    acts = "margin calibration" if config.margin != "none" else "balancing"
+    if config.margin == "none" and (config.balance == "none" or config.balance_ratio in (0.0, math.inf)):
+        return ()
+    scope = config.margin_scope if config.margin != "none" else config.balance
+    what = "steps" if scope == "global" else "prompts"
+    says = f"{what} have correct rollouts only or incorrect ones only, so {acts} does nothing there: that is plain OPD"
+    remedy = (
+        "see whether the verifier reads the answers (reward/mean, verifier/failed/...), raise num_generations, or "
+        "choose prompts that the student solves now and then (opdengine balance)"
+    )
+    return (Check("outcomes/one_sided", "outcomes/sets", says, remedy, ROLLOUTS, share=1.0),)
+
+
+def need_groups(config: TrainConfig) -> None:
+    """Raise ConfigError where no prompt can have both a correct and an incorrect rollout."""
+    c, acts = config.uni_opd, []
+    if c.margin != "none" and c.margin_scope == "group":
+        acts.append(f"uni_opd.margin={c.margin!r}")
+    if c.balance == "group":
+        acts.append("uni_opd.balance='group'")
+    if config.num_generations == 1 and acts:
+        raise ConfigError(
+            f"num_generations=1 is not possible with {' and '.join(acts)}, which compare the rollouts of one prompt: "
+            "they would never act. Sample several (the paper has 16), or set them to none or their scope to global"
+        )
+    one_kind = c.balance != "none" and c.balance_ratio in (0.0, math.inf)
+    if c.margin == "none" or not (one_kind or (c.keep_per_prompt == 1 and c.margin_scope == "group")):
+        return
+    left = f"balance_ratio={c.balance_ratio}" if one_kind else "keep_per_prompt=1"
+    if one_kind and c.balance == "group" and c.margin_scope == "global":
+        return  # prompts of one kind are kept whole, and may differ in it
+    raise ConfigError(
+        f"uni_opd.margin={c.margin!r} is not possible with uni_opd.{left}, which leaves nothing to compare: it would "
+        "never act. Set uni_opd.margin to none, or another balance"
+    )
 
 
 def balanced_counts(correct: int, incorrect: int, ratio: float) -> tuple[int, int]:

@@ -203,13 +203,13 @@ def stop_token_ids(
     tokenizer: Any, model: Any = None, template_kwargs: Mapping[str, Any] | None = None
 ) -> tuple[int, ...]:
     """Every id that ends a completion: the tokenizer's eos, the generation config's, and the end of a turn in the
-    chat template (:func:`opdengine.models.rendering.turn_end`)."""
-    ids = {tokenizer.eos_token_id}
+    chat template (:func:`opdengine.models.rendering.turn_end`). Without a tokenizer only the second is known."""
+    ids = set() if tokenizer is None else {tokenizer.eos_token_id}
     generation = getattr(model, "generation_config", None)
     more = getattr(generation, "eos_token_id", None)
     if more is not None:
         ids.update([more] if isinstance(more, int) else more)
-    if (end := turn_end(tokenizer, template_kwargs)) is not None:
+    if tokenizer is not None and (end := turn_end(tokenizer, template_kwargs)) is not None:
         ids.add(end)
     return tuple(sorted(ids))
 

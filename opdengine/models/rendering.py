@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opdengine.models.surrogates import without_surrogates
 from opdengine.types import Message
 
 Tools = Sequence[Mapping[str, Any]]
@@ -87,7 +88,9 @@ def _apply(
         return tokenizer.apply_chat_template(chat, tools=[dict(tool) for tool in tools] or None, **arguments)
     except Exception as error:  # a template is a program of somebody else
         roles = [str(message.get("role")) for message in chat]
-        raise ValueError(f"the chat template cannot render {what} of the roles {roles}: {error}") from error
+        cut = without_surrogates(chat) is not chat
+        reason = "a text in it holds half of a character (a lone surrogate)" if cut else error
+        raise ValueError(f"the chat template cannot render {what} of the roles {roles}: {reason}") from error
 
 
 def render(
@@ -200,10 +203,15 @@ def _tokens_behind_reply(
 ) -> list[int]:
     """Ids of the added tokens that follow an assistant's message at once, white space before them aside."""
     try:
-        text = render(tokenizer, chat, (), template_kwargs, **how).rpartition(REPLY)[2].lstrip()
+        _, reply, text = render(tokenizer, chat, (), template_kwargs, **how).rpartition(REPLY)
     except ValueError:  # where it matters, the chat itself is refused
         return []
-    added = sorted(tokenizer.get_added_vocab().items(), key=lambda item: -len(item[0]))
+    if not reply:
+        return []
+    text = text.lstrip()
+    special = tokenizer.all_special_tokens  # not all of them were added
+    known = {**dict(zip(special, tokenizer.convert_tokens_to_ids(special), strict=True)), **tokenizer.get_added_vocab()}
+    added = sorted(((token, i) for token, i in known.items() if i is not None), key=lambda item: -len(item[0]))
     ids = []
     while found := next(((token, i) for token, i in added if token and text.startswith(token)), None):
         ids.append(found[1])

@@ -11,9 +11,8 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import yaml
-
 from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.config.yaml_text import dump_yaml
 from opdengine.environments.registry import load_environment
 from opdengine.methods import PAPERS
 
@@ -171,7 +170,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _value(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    return dump_yaml(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 
 def _wrapped(text: str, first: str, rest: str) -> list[str]:

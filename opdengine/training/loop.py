@@ -15,7 +15,8 @@ from typing import Any
 
 from opdengine.data.prompts import PromptStream, ScheduledStream
 from opdengine.distributed import PeerError
-from opdengine.errors import ProbeError, ServiceError, WriteError
+from opdengine.errors import NothingTrainedError, ProbeError, ServiceError, WriteError
+from opdengine.methods.checks import Watch
 from opdengine.metrics import write_jsonl
 from opdengine.models.checkpoint import list_checkpoints, save_checkpoint
 from opdengine.teachers import TeacherError
@@ -29,7 +30,7 @@ from opdengine.types import Batch
 
 logger = logging.getLogger(__name__)
 
-RESUMABLE = (ServiceError, TeacherError, ProbeError, FloatingPointError)
+RESUMABLE = (ServiceError, TeacherError, ProbeError, FloatingPointError, NothingTrainedError)
 """What ends a step before anything wrong has reached the weights."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -89,16 +90,26 @@ class Loop:
     first: Mapping[str, float]
     interrupts: Interrupts
     inputs: InputFiles = field(default_factory=InputFiles)
-    bad_steps: int = 0
-    broken_steps: int = 0
 
     def __post_init__(self) -> None:
         self.position = self.stream.state_dict()
+        config, engine = self.engine.config, self.engine
+        self.watch = Watch(
+            engine.method.checks,
+            self.folder,
+            config.max_bad_steps,
+            speaks=engine.ranks.is_first,
+            logs=config.log_completions,
+            trained=engine.version > 0,
+        )
 
     async def run(self, bar: Progress) -> None:
         """All steps up to ``max_steps``; when a service fails, the last finished one is saved.
 
         Closes the sampler at the end.
+
+        Raises:
+            NothingTrainedError: no weight could move in too many steps in a row, or in any at all.
         """
         config = self.engine.config
         try:
@@ -126,6 +137,7 @@ class Loop:
                         last = now
                         line = await self._report(result)
                         bar.advance(number, line, self.metrics)
+            self.watch.finish(self.step)
         except OSError as error:
             if error.errno in FULL:
                 raise WriteError(
@@ -134,7 +146,9 @@ class Loop:
                 ) from error
             raise
         except Exception as error:
-            if issubclass(error.kind if isinstance(error, PeerError) else type(error), RESUMABLE):
+            kind = error.kind if isinstance(error, PeerError) else type(error)
+            worthless = issubclass(kind, NothingTrainedError) and not self.engine.version
+            if issubclass(kind, RESUMABLE) and not worthless:
                 self.rescue(type(error).__name__)
             raise
         finally:
@@ -149,8 +163,8 @@ class Loop:
         self._log(line, result)
         if _due(step, config.save_steps):
             self._save()
-        self._count_bad(result)
-        self._count_broken(result)
+        self._write_bad(result)
+        self.watch.look(step, line)
         return line
 
     def _log(self, line: dict[str, float], result: StepResult) -> None:
@@ -162,35 +176,11 @@ class Loop:
             if config.log_completions and self.engine.ranks.is_first:
                 _log_completions(self.folder, step, result)
 
-    def _count_broken(self, result: StepResult) -> None:
-        """Stop when no episode of several steps in a row came to its end."""
-        if result.metrics.get("completions/mean_length") is not None or self.engine.episodes is None:
-            self.broken_steps = 0
-            return
-        self.broken_steps += 1
-        if self.broken_steps > self.engine.config.max_bad_steps:
-            reasons = sorted(name for name in result.metrics if name.startswith("dropped/environment/"))
-            raise ServiceError(
-                f"every episode of {self.broken_steps} steps in a row broke, up to step {self.step} "
-                f"({', '.join(reasons)}; max_bad_steps={self.engine.config.max_bad_steps}); nothing was trained on "
-                "them. Try the environment alone: opdengine eval with the same settings"
-            )
-
-    def _count_bad(self, result: StepResult) -> None:
-        """Keep what made a step's numbers go wrong; stop when it does not pass."""
-        if not result.bad:
-            self.bad_steps = 0
-            return
-        self.bad_steps += 1
+    def _write_bad(self, result: StepResult) -> None:
+        """Keep what made a step's numbers go wrong."""
         with self.engine.ranks.agree():
-            if self.engine.ranks.is_first:
+            if result.bad and self.engine.ranks.is_first:
                 write_jsonl(self.folder / "bad_steps" / f"step_{self.step}.jsonl", result.bad)
-        if self.bad_steps > self.engine.config.max_bad_steps:
-            raise FloatingPointError(
-                f"loss or gradient was not finite in {self.bad_steps} steps in a row, up to step {self.step} "
-                f"(max_bad_steps={self.engine.config.max_bad_steps}); the weights are those before the first of them. "
-                f"Look at {self.folder / 'bad_steps'} and at the rollouts; a lower learning_rate may help in a new run"
-            )
 
     async def _measure(self, step: int) -> dict[str, float]:
         return await self.engine.in_background(self.measure, step)

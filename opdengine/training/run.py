@@ -20,12 +20,13 @@ from opdengine.distributed import Ranks, start
 from opdengine.environments.setup import held_out_tasks, load_tasks
 from opdengine.methods import build_method
 from opdengine.methods.method import Method
+from opdengine.methods.room import check_room
 from opdengine.metrics import write_jsonl
 from opdengine.models.backbone import check_model_path, load_model, read_window
 from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.models.checkpoint import restore_optimizer, write_model
 from opdengine.rollout.vllm import require_vllm
-from opdengine.training.build import build_engine, check_ranks, student_dtype, teacher_tokenizer
+from opdengine.training.build import build_engine, check_ranks, require_updates, student_dtype, teacher_tokenizer
 from opdengine.training.diagnostics import gradient_diagnostics
 from opdengine.training.evaluate import (
     answer_params,
@@ -75,6 +76,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     method = build_method(config)
     _check_needs(config)
+    require_updates(config)
     grader = Grader.from_config(config)
     folder = RunFolder(config, ranks)
     held_out, episodes = _held_out(config), held_out_tasks(config.environment)
@@ -137,6 +139,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     try:
         with interrupts, Progress(config, begin, enabled=progress) as bar:
             try:
+                check_room(method.room, prompts.prompts)
                 asyncio.run(loop.run(bar))
             except Interrupted as signal:
                 loop.rescue(str(signal))
@@ -266,7 +269,8 @@ def _read_in_full(
     if not config.environment.name:
         prompts = readable(prompts, readers, skip_bad_rows=config.skip_bad_rows)
         readable(PromptSet(tuple(held_out), {}), readers[:1])
-    check_templates(readers, converses=bool(config.environment.name))
+    judges = config.method == "sage_opd" and config.sage.use_judge and config.sage.judge_prompt is None
+    check_templates(readers, converses=bool(config.environment.name), judges=judges)
     return prompts
 
 

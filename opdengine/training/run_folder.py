@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
-from opdengine.config.loading import from_mapping, to_mapping
+from opdengine.config.loading import from_mapping, read_settings, to_mapping
 from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.config.yaml_text import dump_yaml
 from opdengine.distributed import Ranks
 from opdengine.errors import WriteError
 from opdengine.models.checkpoint import find_checkpoint, list_checkpoints, read_state, step_of
@@ -99,7 +98,7 @@ class RunFolder:
                 f"{str(self.checkpoint)!r}; choose a new folder, or resume from a checkpoint of this one"
             )
         if (origin / "config.yaml").is_file():
-            stored = yaml.safe_load((origin / "config.yaml").read_text("utf-8"))
+            stored = read_settings(origin / "config.yaml")
             # Read like any configuration, so that a setting newer than the run has its default.
             _require_same(to_mapping(from_mapping(TrainConfig, stored)), to_mapping(config))
         _require_batch(self.state.get("prompts_per_step"), config, ranks.world_size)
@@ -113,7 +112,7 @@ class RunFolder:
                 "an interrupted run; choose another folder (save_steps writes checkpoints)"
             )
         if stored.is_file():
-            before = from_mapping(TrainConfig, yaml.safe_load(stored.read_text("utf-8")))
+            before = from_mapping(TrainConfig, read_settings(stored))
             _require_same(to_mapping(before), to_mapping(self.config))
         logger.info("no checkpoint in %s yet: starting from the beginning", self.path / "checkpoints")
 
@@ -142,7 +141,7 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
         self._leave_later()
         if not (self.path / "config.yaml").exists():
-            text = yaml.safe_dump(to_mapping(self.config), sort_keys=False, allow_unicode=True)
+            text = dump_yaml(to_mapping(self.config))
             partial = self.path / "config.yaml.tmp"
             partial.write_text(text, "utf-8")
             partial.replace(self.path / "config.yaml")

@@ -67,6 +67,8 @@ async def score(batch: Batch, teachers: Sequence[Teacher], vocab_size: int) -> N
         if not good:
             sample.drop = "teacher_failure"
             continue
+        failed = {name for name, t in said.items() if isinstance(t, Failure) and t.reason != "not_finite"}
+        batch.lost.update(f"teacher_without_answer/{name}" for name in failed)
         sample.keep_teachers(good)
         sample.teacher_targets = tuple(good.values())
 

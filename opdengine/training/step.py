@@ -196,6 +196,7 @@ class Engine:
         batch.samples, broken = self.episodes.play(self.sampler, jobs, self.sampling_params())
         self._let_sleep()
         batch.lost.update(broken)
+        batch.metrics["episodes/begun"] = float(len(jobs))
         batch.metrics |= episode_metrics(batch.samples) | self.episodes.counts()
 
     async def reward(self, batch: Batch) -> None:
@@ -206,7 +207,7 @@ class Engine:
         with batch.timed("reward"):
             prompts = [sample.prompt for sample in open_]
             scores = await asyncio.to_thread(self.grader.grade, [sample.text for sample in open_], prompts)
-        batch.metrics |= self.grader.counts()
+        batch.metrics |= {**self.grader.counts(), "verifier/graded": float(len(open_))}
         for sample, given in zip(open_, scores, strict=True):
             sample.reward = given.value
 

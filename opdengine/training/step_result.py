@@ -52,7 +52,8 @@ def step_result(
         log_completions: whether what was sampled is logged.
     """
     counted = {**batch.metrics, **{f"dropped/{reason}": float(count) for reason, count in batch.dropped.items()}}
-    counted |= {"completions/kept": float(len(batch)), **lengths_and_rewards(batch.samples)}
+    counted |= {"completions/kept": float(len(batch)), "completions/sampled": float(len(batch.samples))}
+    counted |= lengths_and_rewards(batch.samples)
     rows = [completion_row(sample) for sample in batch.samples] if log_completions else []
     tokens = sum(len(sample.target_ids) for sample in batch.samples)
     parts = ranks.gather((counted, dict(batch.timing), batch.records, rows, tokens))

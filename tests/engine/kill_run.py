@@ -1,6 +1,6 @@
-"""Train, kill, start again, until the run is done. By hand, with any configuration:
+"""Train, kill, start again, until the run is done. By hand, with any configuration, or several:
 
-python tests/engine/kill_run.py run.yaml killed.json --kills 20 --seed 1 [--processes 2]
+python tests/engine/kill_run.py killed.json run.yaml --kills 20 --seed 1 [--processes 2]
 
 Every life of the run has processes of its own, forked from this one before anything was trained (which saves the
 imports), and ended by SIGKILL at a moment that a seed chooses: soon after some phase has begun for the n-th time.
@@ -10,6 +10,7 @@ Of several processes one dies first, as on a machine that fails; then the others
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -30,10 +31,16 @@ from opdengine.models import checkpoint, manifest
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.training import step as engine
 
+for slow in ("torch._dynamo", "torch.distributed.fsdp", "transformers.models.qwen3.modeling_qwen3", "peft"):
+    importlib.import_module(slow)  # what a run imports when it needs it: once for all lives
+
 PHASES = {
     "rollout": (engine.Engine, "sample"),
+    "episodes": (engine.Engine, "play"),
+    "grades": (engine.Engine, "reward"),
     "debate": (debate.Debater, "debate"),
     "store of a debate": (debate.Debater, "_store"),
+    "scores": (engine.Engine, "judge"),
     "update": (engine.Engine, "update"),
     "weight sync": (TransformersSampler, "load_policy"),
     "start of saving": (checkpoint, "write_model"),
@@ -110,29 +117,34 @@ def live(config: str, log: Path, moment: tuple[str, int, float] | None, processe
     return next((code for code in codes if code), 0), line.strip()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="YAML file of a run")
-    parser.add_argument("report", help="JSON file to write")
-    parser.add_argument("--kills", type=int, required=True, help="0 leaves the run alone")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1)
-    options = parser.parse_args()
-    lots, killed = random.Random(options.seed), []
-    log = Path(options.report).with_suffix(".log")
+def run(config: str, log: Path, kills: int, seed: int, processes: int) -> dict[str, Any]:
+    """All lives of one run: its last exit code, and what it was killed in."""
+    lots, killed = random.Random(seed), list[dict[str, Any]]()
     order: list[str] = []
     while True:
         moment = None
-        if len(killed) < options.kills:
+        if len(killed) < kills:
             order = order or lots.sample(list(PHASES), len(PHASES))  # every phase before any comes again
             moment = (order.pop(), lots.randint(1, 2), lots.uniform(0, MOST_SECONDS))
-        code, phase = live(options.config, log, moment, options.processes, lots.randrange(options.processes))
-        if code == -signal.SIGKILL and moment is not None:
-            killed.append({"phase": phase, "seconds": moment[2]})
-        else:
-            break
-    Path(options.report).write_text(json.dumps({"code": code, "killed": killed}, indent=1))
-    return code
+        code, phase = live(config, log, moment, processes, lots.randrange(processes))
+        if code != -signal.SIGKILL or moment is None:
+            return {"code": code, "killed": killed}
+        killed.append({"phase": phase, "seconds": moment[2]})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("report", help="JSON file to write: for every run its exit code and kills")
+    parser.add_argument("configs", nargs="+", help="YAML files of runs")
+    parser.add_argument("--kills", type=int, nargs="+", required=True, help="of every run; 0 leaves it alone")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
+    options = parser.parse_args()
+    log = Path(options.report).with_suffix(".log")
+    runs = zip(options.configs, options.kills, strict=True)
+    done = {config: run(config, log, kills, options.seed, options.processes) for config, kills in runs}
+    Path(options.report).write_text(json.dumps(done, indent=1))
+    return max(abs(found["code"]) for found in done.values())
 
 
 if __name__ == "__main__":

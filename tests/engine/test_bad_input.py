@@ -38,7 +38,7 @@ def rows(path: Path, *data: Any) -> str:
 
 # ----------------------------------------------------------------------------------- settings
 
-BASE = ["--model", "m", "--train_data", "d.jsonl", "--output_dir", "o"]
+BASE = {"--model": "m", "--train_data": "d.jsonl", "--output_dir": "o"}
 
 
 @pytest.mark.parametrize(
@@ -77,14 +77,15 @@ BASE = ["--model", "m", "--train_data", "d.jsonl", "--output_dir", "o"]
         (["--teachers", "null"], "teachers.0=None has the wrong type"),
         (["--model.name.x", "y"], "'model'|'name'"),
         (["--model", "''"], "model='' is not possible; it must not be empty"),
-        (["--output_dir="], "output_dir=None has the wrong type"),
+        (["--output_dir="], "--output_dir= needs a value|output_dir='' is not possible; it must not be empty"),
         (["run.yaml"], "unexpected argument 'run.yaml'; settings are given as --config run.yaml"),
         (["model=x"], "unexpected argument 'model=x'; settings are given as --key value"),
     ],
 )
 def test_settings(arguments: list[str], message: str) -> None:
+    base = {key: value for key, value in BASE.items() if not any(a.split("=")[0] == key for a in arguments)}
     with pytest.raises(ConfigError, match=message):
-        load_config(None, [*BASE, *arguments])
+        load_config(None, [*(word for pair in base.items() for word in pair), *arguments])
 
 
 def test_missing_settings_and_files(tmp_path: Path) -> None:
@@ -93,9 +94,9 @@ def test_missing_settings_and_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train_data=\[\] is not possible; name at least one file"):
         load_config(None, ["--model", "m", "--output_dir", "o"])
     with pytest.raises(ConfigError, match=r"train_data=.*the tasks come from the environment"):
-        load_config(None, [*BASE, "--environment.name", "house"])
+        load_config(None, ["--model", "m", "--output_dir", "o", "--train_data", "d", "--environment.name", "house"])
     with pytest.raises(ConfigError, match=r"missing setting 'teachers.0.model'"):
-        load_config(None, [*BASE, "--teachers.0.name", "t"])
+        load_config(None, ["--model", "m", "--output_dir", "o", "--teachers.0.name", "t"])
     with pytest.raises(ConfigError, match=r"'nowhere.yaml' does not exist"):
         load_config("nowhere.yaml")
     (tmp_path / "bad.yaml").write_text("model: [1")
@@ -105,7 +106,7 @@ def test_missing_settings_and_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"binary\.yaml: not a text file in UTF-8"):
         load_config(str(tmp_path / "binary.yaml"))
     (tmp_path / "twice.yaml").write_text("model: m\ndebate:\n  rounds: 2\n  tau: 1\n  rounds: 3\n")
-    with pytest.raises(ConfigError, match="the setting 'rounds' is given twice, near line 3"):
+    with pytest.raises(ConfigError, match="the setting 'rounds' is given twice, near line 5"):
         load_config(str(tmp_path / "twice.yaml"))
     (tmp_path / "list.yaml").write_text("- model")
     with pytest.raises(ConfigError, match="must be a mapping"):

@@ -12,16 +12,19 @@ from engine_helpers import make_config
 
 import opdengine
 from opdengine.cli import main
-from opdengine.config import method_sections, sections
 from opdengine.config.loading import ELSEWHERE, from_mapping
-from opdengine.config.train import TeacherConfig, TrainConfig
+from opdengine.config.train import TeacherConfig, TrainConfig, method_sections, sections
 from opdengine.environments import ENVIRONMENTS, load_environment
 from opdengine.methods import PAPERS
 from opdengine.tools.explain import annotated, common, meanings
 from opdengine.training.progress import Progress
 from opdengine.training.run import train
 
-SECTIONS = [c for c in {**vars(sections), **vars(method_sections)}.values() if dataclasses.is_dataclass(c)]
+SECTIONS = [
+    c
+    for c in {**vars(sections), **vars(method_sections)}.values()
+    if isinstance(c, type) and issubclass(c, sections.Section) and dataclasses.is_dataclass(c)
+]
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, TeacherConfig, *SECTIONS])

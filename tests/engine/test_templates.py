@@ -108,6 +108,7 @@ TURNS = {
     "glm": (END + "{% endfor %}{% if add_generation_prompt %}<|h|>assistant{% endif %}", "<|h|>"),
     "alpaca": ("{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}### assistant:\n", None),
     "no token": (END.replace("<|h|>", "<") + "<end_of_turn>{% endfor %}", None),
+    "keeps no answer": ("{% for m in messages if m.role == 'user' %}{{ m.content }}<|e|>{% endfor %}", None),
     "refuses": ("{{ messages[0].content }}{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}", None),
 }
 
@@ -236,6 +237,7 @@ def test_a_conversation_in_pieces_has_the_ids_of_the_whole(kind: str, end: str) 
     assert whole[-len(following) :] == following
     reply = whole[len(start) : -len(following)]
     assert tokenizer.decode(reply).strip() == "hi"
+    assert turn_end(tokenizer) == (tokenizer.eos_token_id if end else None)
     if end:  # what was sampled ended with the token itself, whatever the template prints before it
         stopped = [*reply, tokenizer.eos_token_id]
         rest = encode_answer(tokenizer, answer, sampled=stopped)
@@ -314,6 +316,18 @@ def test_text_beside_calls_that_a_template_leaves_out_is_pointed_out(
     chat = [QUESTION, {"role": "assistant", "content": "I look it up.", "tool_calls": [CALL]}, CALLING[2]]
     Reader("the student", with_template(tiny, template)).encode(chat)
     assert "the student leaves out the text of messages that call tools" in caplog.text
+
+
+def test_a_judge_is_instructed_by_a_system_message(tiny: Any) -> None:
+    readers = [Reader("the student", tiny.make_tokenizer())]
+    check_templates([*readers, Reader("teacher 'a'", tiny.make_tokenizer())], converses=False, judges=True)
+    for name in ("system", "raises"):
+        silent = with_template(tiny, LOSSES[name][0])
+        check_templates([*readers, Reader("teacher 'a'", silent)], converses=False)
+        with pytest.raises(
+            ValueError, match=r"of teacher 'a' .*with which a judge is instructed; .* or a judge_prompt"
+        ):
+            check_templates([*readers, Reader("teacher 'a'", silent)], converses=False, judges=True)
 
 
 def test_a_debate_goes_on_behind_a_tool_result(tiny: Any) -> None:
@@ -398,5 +412,5 @@ def test_lone_surrogates_are_replaced_at_every_level_and_pairs_joined(tmp_path: 
 
 
 def test_a_chat_with_a_lone_surrogate_is_one_clear_error(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match=r"the chat template cannot render a chat of the roles \['user'\]"):
+    with pytest.raises(ValueError, match=r"of the roles \['user'\]: a text in it holds half of a character"):
         encode_chat(tokenizer, [{"role": "user", "content": "cut \ud83d"}])

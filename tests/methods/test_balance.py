@@ -152,6 +152,15 @@ def test_counting_goes_on_where_it_stopped(tmp_path: Path) -> None:
         pass_counts(data, third.sample, third.grade, file, {"seed": 2}, chunk=3)
 
 
+def test_only_whole_rewards_count_as_right(tmp_path: Path) -> None:
+    rewards = iter([1.0, 0.99, 0.5, 0.0])
+    counts = pass_counts(
+        prompts([1]), lambda asked: [["a"] * 4 for _ in asked], lambda texts, _: [next(rewards) for _ in texts],
+        tmp_path / "counts.jsonl", {}, chunk=1,
+    )  # fmt: skip
+    assert list(counts.values()) == [1]
+
+
 def command(models: dict[str, str], data: str, folder: Path, *more: str) -> subprocess.Popen[str]:
     settings = {"model": models["student"], "train_data": data, "output_dir": str(folder / "run"),
                 "verifier": "numeric", "max_completion_length": "12", "method": "uni_opd"}  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from engine_helpers import assert_same_gradients, loss_and_gradient, make_config, make_engine
 from method_helpers import make_batch, make_rollout
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from opd_kernels import linear_logprob
 from opdengine.config.loading import from_mapping
@@ -21,7 +22,7 @@ from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.data.prompts import DataError, PromptSet, ScheduledStream, load_prompts
 from opdengine.loss import objective
 from opdengine.loss.objective import kl_weight
-from opdengine.methods import build_method
+from opdengine.methods import PAPERS, build_method
 from opdengine.methods.camopd import CaMOPD, gap_score, mass_prefix, select
 from opdengine.methods.policy_gradient import PolicyGradient
 from opdengine.training import scoring
@@ -446,3 +447,18 @@ def test_a_general_teacher_without_key_judges_general_prompts_only(
     engine = make_engine(camopd_config(models, prompt_file, tmp_path, teachers=teachers))
     judged, _ = gather(engine, list(load_prompts([prompt_file]).prompts))
     assert {(j.prompt.key, j.teachers) for j in judged} == {("code", ("small",)), ("agentic", ("big",))}
+
+
+def test_r_g_acts_at_the_clipping_of_the_method_and_is_lost_at_1(
+    models: Models, prompt_file: str, tmp_path: Path
+) -> None:
+    """Four general and domain steps: where each is clipped, AdamW sees the same gradients whatever r_g is."""
+    weights = {}
+    for clip in (PAPERS["camopd"]["max_grad_norm"], 1e-3):
+        for r_g in (1.0, 2.0):
+            changes = {"max_grad_norm": clip, "max_steps": 4, "advantage": {"importance": "none"}}
+            config = camopd_config(models, prompt_file, tmp_path / f"{clip}-{r_g}", camopd={"r_g": r_g}, **changes)
+            model = AutoModelForCausalLM.from_pretrained(train(config, progress=False).final_model)
+            weights[clip, r_g] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert not torch.equal(weights[1000.0, 1.0], weights[1000.0, 2.0])
+    assert torch.allclose(weights[1e-3, 1.0], weights[1e-3, 2.0], atol=1e-6)

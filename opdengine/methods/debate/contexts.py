@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from opdengine.config.train import DebateConfig, TrainConfig
+from opdengine.methods.checks import Check
 from opdengine.methods.debate.debate import Debate, Debater
 from opdengine.methods.debate.prompts import DebatePrompts, debate_prompts
-from opdengine.methods.method import Contexts, need_teachers, plain_contexts, read_by, route
+from opdengine.methods.method import Contexts, PlainContexts, answer_need, need_teachers, read_by, route
+from opdengine.methods.room import Need, length
 from opdengine.metrics import mean
 from opdengine.teachers import Teacher
-from opdengine.types import Batch, Sample, SamplingParams
+from opdengine.types import Batch, Prompt, Sample, SamplingParams
 
 
 class DebateContexts:
@@ -23,10 +26,12 @@ class DebateContexts:
     Args:
         config: of the debate.
         cache_dir: folder of finished debates, or None for no cache.
+        longest: most tokens of a completion (``max_completion_length``).
     """
 
-    def __init__(self, config: DebateConfig, cache_dir: Path | None) -> None:
+    def __init__(self, config: DebateConfig, cache_dir: Path | None, longest: int = 0) -> None:
         self.config = config
+        self.longest = longest
         self._families: dict[str, DebatePrompts] = {}
         self.debater = Debater(
             rounds=config.rounds,
@@ -68,6 +73,35 @@ class DebateContexts:
             for prompt_id, d in by_prompt.items()
         ]  # fmt: skip
 
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """What of a debate can come to nothing."""
+        return debate_checks(self.config)
+
+    def room(self, prompt: Prompt, teachers: Sequence[Teacher]) -> list[Need]:
+        """Every turn of a debate in which nobody has said anything yet, and the completion under its transcript."""
+        debate = self.config
+        experts, needs = route(teachers, prompt.key), []
+        if not prompt.messages:  # an environment has yet to write them
+            turn = "a turn with debate.max_tokens"
+            needs = [
+                Need(t, debate.max_tokens, f"{turn}={debate.max_tokens}", "lower debate.max_tokens") for t in experts
+            ]
+            return [*needs, *(answer_need(self.longest, teacher, 0) for teacher in experts)]
+        family = self.prompts_for(prompt.key)
+        silent = [[""] * len(experts)] * debate.rounds
+        for k, teacher in enumerate(experts):
+            asked = [family.first_messages(prompt.messages, k, debate.use_confidence)]
+            if debate.rounds > 1:
+                asked.append(family.later_messages(prompt.messages, k, silent[1:], debate.use_confidence))
+            before = max(length(teacher, messages, prompt.tools) for messages in asked)
+            what = f"a debate's question of {before} tokens with debate.max_tokens={debate.max_tokens}"
+            needs.append(Need(teacher, before + debate.max_tokens, what, "lower debate.max_tokens or debate.rounds"))
+            read = family.score_messages(prompt.messages, k, silent) if debate.use_transcript else prompt.messages
+            before = length(teacher, read, prompt.tools)
+            needs.append(answer_need(self.longest, teacher, before, "a prompt with its transcript"))
+        return needs
+
     def judged_after(self, sample: Sample, debate: Debate, teachers: Sequence[Teacher]) -> None:
         """Contexts and weights of one sample."""
         if debate.failed:
@@ -99,7 +133,14 @@ def debate_metrics(debates: Sequence[Debate], tau: float) -> dict[str, float]:
             weights.setdefault(name, []).append(float(weight))
             if stated is not None:
                 confidences.setdefault(name, []).append(stated)
+    held = [d for d in debates if not d.failed]
     metrics = {f"debate/{reason}": float(count) for reason, count in problems.items()}
+    metrics["debate/states"] = float(len(debates))
+    metrics["debate/turns"] = float(sum(len(texts) for d in held for texts in d.rounds))
+    metrics["debate/final_turns"] = float(sum(len(d.teachers) for d in held))
+    known = [d.confidences for d in held if None not in d.confidences]
+    metrics["debate/rated"] = float(len(known))
+    metrics["debate/equal_confidences"] = float(sum(len(set(stated)) == 1 for stated in known))
     metrics["debate/parse_failures"] = float(problems["missing_confidence"])
     metrics["debate/failed"] = float(sum(bool(d.failed) for d in debates))
     if entropies:
@@ -111,10 +152,50 @@ def debate_metrics(debates: Sequence[Debate], tau: float) -> dict[str, float]:
     return metrics
 
 
+DEBATES = "debates/step_{step}.jsonl"
+
+
+def debate_checks(debate: DebateConfig) -> tuple[Check, ...]:
+    """What of a debate can come to nothing."""
+    states = (
+        "debates did not take place (debate_too_long: the next turn might not fit a teacher's window; teacher_failure: "
+        "every teacher's call failed), and their rollouts were dropped"
+    )
+    cut = f"turns of debates were cut off at debate.max_tokens={debate.max_tokens}"
+    found = [
+        Check("debate/failed", "debate/states", states, "lower debate.max_tokens or debate.rounds", DEBATES),
+        Check(
+            "debate/empty_turn",
+            "debate/turns",
+            "turns of debates are empty",
+            "look at what the teachers write",
+            DEBATES,
+        ),
+        Check("debate/truncated_turn", "debate/turns", cut, "raise debate.max_tokens", DEBATES),
+    ]
+    if debate.use_confidence:
+        found += [
+            Check(
+                "debate/missing_confidence", "debate/final_turns", "confidences could not be read, and a debate that "
+                "lacks one weighs its teachers alike (equation 7 does nothing)", "raise debate.max_tokens where turns "
+                "are cut off, and see that debate.prompts asks for <<CONFIDENCE=N>>", DEBATES,
+            ),
+        ]  # fmt: skip
+        if math.isfinite(debate.tau):
+            found.append(
+                Check(
+                    "debate/equal_confidences", "debate/rated", "debates end with equal confidences, so their teachers "
+                    "weigh alike (equation 7 does nothing)", "ask for confidences otherwise in debate.prompts", DEBATES,
+                    share=1.0,
+                )
+            )  # fmt: skip
+    return tuple(found)
+
+
 def contexts_of(config: TrainConfig) -> Contexts:
     """Under what a method lets its teachers judge: the plain prompt, or a debate (``contexts: debate``)."""
     if config.contexts == "plain":
-        return plain_contexts
+        return PlainContexts(config)
     need_teachers(config, 2)
     return debate_contexts(config)
 
@@ -122,7 +203,9 @@ def contexts_of(config: TrainConfig) -> Contexts:
 def debate_contexts(config: TrainConfig) -> DebateContexts:
     """The debate of the configuration; a bad prompt family is an error now, not at the first debate."""
     debate = config.debate
-    contexts = DebateContexts(debate, Path(debate.cache_dir or Path(config.output_dir) / "debate_cache"))
+    contexts = DebateContexts(
+        debate, Path(debate.cache_dir or Path(config.output_dir) / "debate_cache"), config.max_completion_length
+    )
     if not isinstance(debate.prompts, Mapping) or "first" in debate.prompts:
         contexts.prompts_for("")
     else:

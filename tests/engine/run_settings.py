@@ -1,0 +1,64 @@
+"""Settings of small runs of every method, for tests that end and continue them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engine_helpers import PROMPTS
+
+ENVIRONMENT = {
+    "name": "house",
+    "num_environments": 2,
+    "max_turns": 2,
+    "max_trajectory_tokens": 400,
+    "eval_splits": ["valid_unseen"],
+    "eval_temperatures": [0.0],
+    "eval_max_tasks": 1,
+    "options": {"count": 6, "instructions": False},
+}
+JUDGE = {"judge_max_tokens": 3, "judge_prompt": "{llm_text}", "use_failures": False}
+
+OF_METHODS: dict[str, dict[str, Any]] = {
+    "opd": {"freeze_head": True},
+    "mt_opd": {"lora": {"r": 2, "lora_dropout": 0.1}},
+    "mt_seqkd": {},
+    "mad_opd": {"divergence": "jsd"},
+    "opad": {"environment": ENVIRONMENT, "opad": {"sampling": "surprise", "steps_per_trajectory": 1}},
+    "sage_opd": {"environment": ENVIRONMENT, "sage": JUDGE},
+    "tcod": {"environment": ENVIRONMENT},
+    "entropy_opd": {"environment": ENVIRONMENT, "entropy_opd": {"tau": 0.5}},
+    "uni_opd": {"num_generations": 4, "verifier": f"{Path(__file__).with_name('even_verifier.py')}:even"},
+    "camopd": {"num_generations": 2, "camopd": {"domain": ["code"], "n_general": 1}},
+}
+"""What every method needs beside :func:`settings_of`."""
+
+
+def settings_of(method: str, models: dict[str, str], prompt_file: str, steps: int) -> dict[str, Any]:
+    """A run of a method that takes seconds: every step is saved, and every second one is evaluated."""
+    own = OF_METHODS[method]
+    teachers = [{"model": models["big"]}, {"model": models["small"]}]
+    if method == "camopd":
+        teachers = [{"model": models["big"], "key": ["code"]}, {"model": models["small"], "key": ["agentic"]}]
+    elif method in ("opd", "sage_opd", "tcod", "entropy_opd"):
+        teachers = teachers[:1]
+    answers = {} if "environment" in own else {
+        "train_data": [prompt_file], "eval_data": [prompt_file], "eval_max_prompts": 2,
+    }  # fmt: skip
+    return {
+        "model": models["student"],
+        "teachers": teachers,
+        "method": method,
+        "debate": {"max_tokens": 4, "prompts": PROMPTS},
+        "per_device_train_batch_size": 3,
+        "num_generations": 2 if method == "mad_opd" else 1,
+        "max_completion_length": 6,
+        "eval_steps": 2,
+        "max_steps": steps,
+        "warmup_ratio": 0.3,
+        "learning_rate": 3e-3,
+        "save_steps": 1,
+        "verifier_workers": 1,
+        **answers,
+        **own,
+    }
