@@ -18,7 +18,7 @@ from opdengine.methods.room import Need, length
 from opdengine.metrics import Mean, mean
 from opdengine.models.chat import written
 from opdengine.teachers import Teacher
-from opdengine.types import Completion, Failure, Message, Prompt, Request, Rollout, Sample, SamplingParams, Turn
+from opdengine.types import Completion, Failure, Message, Prompt, Request, Sample, SamplingParams, Turn
 
 LABELS = ("skip", "weak", "strong")
 
