@@ -107,6 +107,7 @@ class PolicyGradient:
                 shown.append(gap[i])
         metrics = {
             "advantage/tokens": float(sum(map(len, shown))),
+            "advantage/no_gap": float(sum(int((g == 0).sum()) for g in shown)),
             "advantage/gap_masked": float(masked),
             "advantage/importance_masked": float(weighted),
         }
@@ -125,6 +126,10 @@ class PolicyGradient:
 
 
 CHECKS = (
+    Check(
+        "advantage/no_gap", "advantage/tokens", "tokens have a gap of exactly 0: teacher and student say the same",
+        "see that no teacher is the student itself", share=1.0,
+    ),
     Check(
         "advantage/gap_masked", "advantage/tokens", "tokens have a gap of advantage.max_gap or more and carry no loss",
         "check that teacher and student share template and skills (a gap of 10 nats is a factor of 22,000), or raise "
