@@ -218,6 +218,7 @@ def balance(config: TrainConfig, settings: BalanceSettings, progress: Callable[[
     """
     from opdengine.backbone import check_model_path
     from opdengine.chat import load_tokenizer
+    from opdengine.rendering import thought_opening
     from opdengine.templates import Reader
     from opdengine.verifiers.grader import Grader
 
@@ -247,6 +248,7 @@ def balance(config: TrainConfig, settings: BalanceSettings, progress: Callable[[
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     with Grader.from_config(config) as grader:
         grader.check(data.prompts)
+        grader.opening = thought_opening(tokenizer, config.chat_template_kwargs)
         sampler = None
 
         def sample(prompts: Sequence[Prompt]) -> list[list[str]]:

@@ -21,6 +21,7 @@ from opdengine.describe import annotated, common
 from opdengine.distributed import PeerError
 from opdengine.errors import NothingTrainedError, ServiceError, VLLMMissingError, WriteError
 from opdengine.interrupts import Interrupted
+from opdengine.rendering import thought_opening
 from opdengine.settings import load_config
 from opdengine.types import Prompt
 
@@ -194,6 +195,7 @@ def _eval(config: TrainConfig) -> int:
         def encode(prompt: Prompt) -> list[int]:
             return reader.encode(prompt.messages, prompt.tools)
 
+        grader.opening = thought_opening(tokenizer, config.chat_template_kwargs)
         with grader:
             metrics = evaluate(sampler, prompts, encode, grader, answer_params(config)).metrics()
     sys.stdout.write(json.dumps(metrics, indent=1) + "\n")

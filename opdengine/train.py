@@ -36,6 +36,7 @@ from opdengine.methods import PAPERS, build_recipe
 from opdengine.metrics import MetricsWriter, NoWriter, require_trackers, write_jsonl
 from opdengine.progress import Progress
 from opdengine.recipe import Recipe
+from opdengine.rendering import thought_opening
 from opdengine.rollout.vllm import require_vllm
 from opdengine.room import check_room
 from opdengine.run_folder import InputFiles, RunFolder, require_writable
@@ -91,6 +92,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
         trust_remote_code=config.trust_remote_code,
         chat_template=config.chat_template,
     )
+    grader.opening = thought_opening(tokenizer, config.chat_template_kwargs)
     student_dtype(config)  # refuses what cannot be trained
     tokenizers = [teacher_tokenizer(config, teacher) for teacher in config.teachers]
     prompts = _read_in_full(readers_of(config, tokenizer, tokenizers), config, prompts, held_out)

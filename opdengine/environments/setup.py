@@ -59,6 +59,7 @@ def open_episodes(config: TrainConfig, tokenizer: Any, window: int | None) -> Ep
     """
     from opdengine.environments.actions import with_tool_calls
     from opdengine.environments.pool import EnvironmentPool
+    from opdengine.rendering import thought_opening
     from opdengine.rollout.episodes import Episodes
 
     c = config.environment
@@ -78,4 +79,5 @@ def open_episodes(config: TrainConfig, tokenizer: Any, window: int | None) -> Ep
         max_turns=c.max_turns,
         max_trajectory_tokens=min(limits, default=1 << 30),
         parse=with_tool_calls,
+        opening=thought_opening(tokenizer, config.chat_template_kwargs),
     )
