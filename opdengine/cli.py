@@ -20,6 +20,7 @@ from opdengine.config.train import TrainConfig
 from opdengine.distributed import PeerError
 from opdengine.errors import NothingTrainedError, ServiceError, VLLMMissingError, WriteError
 from opdengine.models.checkpoint import CheckpointError
+from opdengine.models.rendering import thought_opening
 from opdengine.tools.explain import annotated, common
 from opdengine.training.signals import Interrupted
 from opdengine.types import Prompt
@@ -194,6 +195,7 @@ def _eval(config: TrainConfig) -> int:
         def encode(prompt: Prompt) -> list[int]:
             return reader.encode(prompt.messages, prompt.tools)
 
+        grader.opening = thought_opening(tokenizer, config.chat_template_kwargs)
         with grader:
             metrics = evaluate(sampler, prompts, encode, grader, answer_params(config)).metrics()
     sys.stdout.write(json.dumps(metrics, indent=1) + "\n")

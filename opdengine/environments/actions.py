@@ -13,12 +13,13 @@ from typing import Any
 
 from opdengine.data.files import parse_json
 from opdengine.models.chat import text_of
+from opdengine.models.thoughts import without_thoughts
 from opdengine.types import Message
 
-THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
 REACT = re.compile(r"^[ \t]*action[ \t]*:[ \t]*(.*)$", re.IGNORECASE | re.MULTILINE)
-SEARCH = re.compile(r"<action>\s*(search|answer)\s*\[(.*?)\]\s*(?:</action>|$)", re.IGNORECASE | re.DOTALL)
-CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+SEARCH = re.compile(r"<action>\s*(search|answer)\s*\[", re.IGNORECASE)
+SEARCH_END = re.compile(r"\]\s*(?:</action>|$)", re.IGNORECASE)
+CALL, CALL_END = "<tool_call>", "</tool_call>"
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,10 @@ class Action:
 def visible_text(message: Message) -> str | None:
     """The message's text without its thoughts; None if it holds no text or the thought has no end."""
     try:
-        text = text_of(message.get("content")) if isinstance(message, Mapping) else None
+        text = without_thoughts(text_of(message.get("content"))) if isinstance(message, Mapping) else None
     except ValueError:
         return None
-    if text is None:
-        return None
-    text = THINK.sub("", text)
-    if "</think>" in text:  # a template that begins the answer inside the thought
-        text = text.rpartition("</think>")[2]
-    return None if "<think>" in text else text.strip()
+    return None if text is None else text.strip()
 
 
 def plain_action(message: Message) -> Action:
@@ -74,9 +70,10 @@ def search_action(message: Message) -> Action:
     if text == "":
         return Action(failure="empty")
     found = SEARCH.search(text or "")
-    if found is None:
+    end = SEARCH_END.search(text or "", found.end()) if found else None
+    if found is None or end is None:  # where one has no end, what follows it has none either
         return Action(failure="unparseable")
-    return Action(found.group(1).lower(), {"text": found.group(2).strip()})
+    return Action(found.group(1).lower(), {"text": (text or "")[found.end() : end.start()].strip()})
 
 
 def with_tool_calls(message: Message) -> Message:
@@ -86,12 +83,17 @@ def with_tool_calls(message: Message) -> Message:
     is, so that the environment sees what was written.
     """
     text = visible_text(message)
-    if not text or message.get("tool_calls") or "<tool_call>" not in text:
+    if not text or message.get("tool_calls") or CALL not in text:
         return message
-    calls = [_call(part) for part in CALL.findall(text)]
-    rest = CALL.sub("", text)
-    if not calls or None in calls or "<tool_call>" in rest:
-        return message
+    rest, calls, place = "", [], 0
+    while (start := text.find(CALL, place)) >= 0:
+        end = text.find(CALL_END, start)
+        call = _call(text[start + len(CALL) : end]) if end >= 0 else None
+        if call is None:
+            return message
+        calls.append(call)
+        rest, place = rest + text[place:start], end + len(CALL_END)
+    rest += text[place:]
     return {**message, "content": rest.strip(), "tool_calls": [{"type": "function", "function": c} for c in calls]}
 
 

@@ -20,6 +20,7 @@ from opdengine.environments.protocol import Broken, Observation, Step, Task
 from opdengine.metrics import Mean, mean
 from opdengine.models.chat import encode_answer, written
 from opdengine.models.surrogates import without_surrogates
+from opdengine.models.thoughts import answer_part
 from opdengine.types import Completion, Message, Prompt, Request, Sample, SamplingParams, Turn
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ class Episodes:
         max_trajectory_tokens: an episode ends, counted, when its next turn might not fit (the
             model's window).
         parse: text of a turn -> the message that the environment is given (tool calls, say).
+        opening: the thought that the chat template leaves open before a turn. A turn that does not end it is
+            given to the environment with it, so that nothing within the thought is taken for an action.
     """
 
     pool: Pool
@@ -99,6 +102,7 @@ class Episodes:
     max_turns: int
     max_trajectory_tokens: int
     parse: Callable[[Message], Message] | None = None
+    opening: str = ""
     _turn: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -176,7 +180,8 @@ class Episodes:
         return len(episode.token_ids) + params.max_tokens <= self.max_trajectory_tokens
 
     def _message(self, episode: Running, completion: Completion) -> Message:
-        message: Message = {"role": "assistant", "content": completion.text}
+        unfinished = self.opening if answer_part(self.opening + completion.text) is None else ""
+        message: Message = {"role": "assistant", "content": unfinished + completion.text}
         if self.parse is None or not episode.prompt.tools:
             return message
         parsed: Message = without_surrogates(self.parse(message))  # JSON in the student's text may escape them

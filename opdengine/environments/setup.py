@@ -60,6 +60,7 @@ def open_episodes(config: TrainConfig, tokenizer: Any, window: int | None) -> Ep
     from opdengine.environments.actions import with_tool_calls
     from opdengine.environments.episodes import Episodes
     from opdengine.environments.pool import EnvironmentPool
+    from opdengine.models.rendering import thought_opening
 
     c = config.environment
     limits = [limit for limit in (c.max_trajectory_tokens, window) if limit is not None]
@@ -78,4 +79,5 @@ def open_episodes(config: TrainConfig, tokenizer: Any, window: int | None) -> Ep
         max_turns=c.max_turns,
         max_trajectory_tokens=min(limits, default=1 << 30),
         parse=with_tool_calls,
+        opening=thought_opening(tokenizer, config.chat_template_kwargs),
     )

@@ -100,6 +100,7 @@ class PolicyGradient:
                 weighted += int((open_ & (weight == 0)).sum())
                 shown.append(own)
         batch.metrics["advantage/tokens"] = float(sum(map(len, shown)))
+        batch.metrics["advantage/no_gap"] = float(sum(int((g == 0).sum()) for g in shown))
         batch.metrics["advantage/gap_masked"] = float(masked)
         batch.metrics["advantage/importance_masked"] = float(weighted)
         if unknown:
@@ -118,6 +119,10 @@ class PolicyGradient:
 
 
 CHECKS = (
+    Check(
+        "advantage/no_gap", "advantage/tokens", "tokens have a gap of exactly 0: teacher and student say the same",
+        "see that no teacher is the student itself", share=1.0,
+    ),
     Check(
         "advantage/gap_masked", "advantage/tokens", "tokens have a gap of advantage.max_gap or more and carry no loss",
         "check that teacher and student share template and skills (a gap of 10 nats is a factor of 22,000), or raise "

@@ -17,6 +17,7 @@ from opdengine.methods.checks import Check
 from opdengine.methods.room import Need, length
 from opdengine.metrics import Mean, mean
 from opdengine.models.chat import written
+from opdengine.models.thoughts import without_thoughts
 from opdengine.teachers import Teacher
 from opdengine.types import Completion, Failure, Message, Prompt, Request, Sample, SamplingParams, Turn
 
@@ -126,8 +127,7 @@ class Judge:
         """The verdict of a reply; anything but exactly one of the words falls back to full supervision."""
         if isinstance(reply, Failure):
             return Verdict("judge_failed", self.config.judge_fallback)
-        text = re.sub(r"<think>.*?(</think>|$)", "", reply.text, flags=re.DOTALL)
-        text = text.rpartition("</think>")[2]  # a template that begins the reply inside the thought
+        text = without_thoughts(reply.text) or ""  # what a judge weighs in a thought without an end is no verdict
         found = set(re.findall(r"\b(SKIP|WEAK|STRONG)\b", text.upper()))
         if len(found) != 1:
             return Verdict("unparsed", self.config.judge_fallback, reply.text)

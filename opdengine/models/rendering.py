@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opdengine.models.surrogates import without_surrogates
+from opdengine.models.thoughts import open_thought
 from opdengine.types import Message
 
 Tools = Sequence[Mapping[str, Any]]
@@ -164,6 +165,11 @@ def opening(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) ->
     """What stands between the words of a user and the answer."""
     text = render(tokenizer, [{"role": "user", "content": MARK}], (), template_kwargs)
     return text.rpartition(MARK)[2]
+
+
+def thought_opening(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> str:
+    """The thought that the chat template leaves open before an answer, as ``<think>``; "" where it opens none."""
+    return open_thought(opening(tokenizer, template_kwargs))
 
 
 def opens_thought(text: str) -> bool:

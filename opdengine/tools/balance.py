@@ -219,6 +219,7 @@ def balance(config: TrainConfig, settings: BalanceSettings, progress: Callable[[
     from opdengine.data.templates import Reader
     from opdengine.models.backbone import check_model_path
     from opdengine.models.chat import load_tokenizer
+    from opdengine.models.rendering import thought_opening
     from opdengine.verifiers.grader import Grader
 
     require_matplotlib()
@@ -247,6 +248,7 @@ def balance(config: TrainConfig, settings: BalanceSettings, progress: Callable[[
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     with Grader.from_config(config) as grader:
         grader.check(data.prompts)
+        grader.opening = thought_opening(tokenizer, config.chat_template_kwargs)
         sampler = None
 
         def sample(prompts: Sequence[Prompt]) -> list[list[str]]:

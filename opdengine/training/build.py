@@ -26,6 +26,7 @@ from opdengine.models.chat import (
     vocabulary_size,
 )
 from opdengine.models.lora import add_adapter, architecture, base_of, freeze_head, load_adapter, require_peft
+from opdengine.models.rendering import thought_opening
 from opdengine.models.sharding import Sharded
 from opdengine.rollout import Sampler
 from opdengine.teachers.local import LocalTeacher
@@ -123,7 +124,7 @@ def build_engine(
         scheduler=build_scheduler(config, optimizer),
         vocab_size=vocab_size,
         episodes=open_episodes(config, tokenizer, student.window) if config.environment.name else None,
-        grader=build_grader(config) if method.needs_reward and not config.environment.name else None,
+        grader=build_grader(config, tokenizer) if method.needs_reward and not config.environment.name else None,
         session=session,
         vocabulary=VocabParallel(ranks) if split_head else None,
     )
@@ -204,11 +205,13 @@ def load_student(
     return add_adapter(model, config.lora) if saved is None else load_adapter(model, saved)
 
 
-def build_grader(config: TrainConfig) -> Grader:
+def build_grader(config: TrainConfig, tokenizer: Any) -> Grader:
     """The verifiers of the run, for methods that grade rollouts."""
     from opdengine.verifiers.grader import Grader
 
-    return Grader.from_config(config)
+    grader = Grader.from_config(config)
+    grader.opening = thought_opening(tokenizer, config.chat_template_kwargs)
+    return grader
 
 
 def build_optimizer(config: TrainConfig, model: Any) -> torch.optim.AdamW:

@@ -25,6 +25,7 @@ from opdengine.metrics import write_jsonl
 from opdengine.models.backbone import check_model_path, load_model, read_window
 from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.models.checkpoint import restore_optimizer, write_model
+from opdengine.models.rendering import thought_opening
 from opdengine.rollout.vllm import require_vllm
 from opdengine.training.build import build_engine, check_ranks, require_updates, student_dtype, teacher_tokenizer
 from opdengine.training.diagnostics import gradient_diagnostics
@@ -93,6 +94,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
         trust_remote_code=config.trust_remote_code,
         chat_template=config.chat_template,
     )
+    grader.opening = thought_opening(tokenizer, config.chat_template_kwargs)
     student_dtype(config)  # refuses what cannot be trained
     tokenizers = [teacher_tokenizer(config, teacher) for teacher in config.teachers]
     prompts = _read_in_full(readers_of(config, tokenizer, tokenizers), config, prompts, held_out)

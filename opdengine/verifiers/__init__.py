@@ -3,48 +3,27 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from opdengine.models.thoughts import answer_part
 from opdengine.plugins import load_object
 from opdengine.types import Message
-from opdengine.verifiers.score import Score, VerifierSettings
+from opdengine.verifiers.multiple_choice import choice
+from opdengine.verifiers.number import numeric
+from opdengine.verifiers.score import NO_ANSWER, Score, VerifierSettings
 
 Verifier = Callable[[str, Any, Sequence[Message]], float | Score]
 """``verify(text, answer, messages) -> score in [0, 1]``; called with the prompt's messages."""
 
 
 def exact_match(text: str, answer: Any, messages: Sequence[Message]) -> float:
-    """1 when the stripped text equals the answer (or one of a list of answers)."""
+    """1 when the stripped text behind the thoughts equals the answer (or one of a list of answers)."""
+    part = answer_part(text)
+    if part is None:
+        return NO_ANSWER
     answers = answer if isinstance(answer, (list, tuple)) else [answer]
-    return float(text.strip() in {str(a).strip() for a in answers})
-
-
-def numeric(text: str, answer: Any, messages: Sequence[Message]) -> float:
-    """1 when the last number in the text equals the answer to a relative 1e-6."""
-    numbers = re.findall(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", text)
-    if not numbers:
-        return 0.0
-    target = float(str(answer).replace(",", ""))
-    return float(abs(float(numbers[-1].replace(",", "")) - target) <= 1e-6 * max(1.0, abs(target)))
-
-
-def choice(text: str, answer: Any, messages: Sequence[Message]) -> float:
-    r"""1 when the letter that the text chooses is the answer ("C").
-
-    Looked for after the last ``</think>``: the last ``\boxed{C}``, else the last "answer is C" or "answer: (C)",
-    else a text that is or begins with "C", "(C)", "C." and the like.
-    """
-    text = text.rpartition("</think>")[2].strip()
-    for pattern in (
-        r"\\boxed\{(?:\\text\w*\{)?\s*\(?([A-Z])\b",
-        r"(?i:answer|choice|option)\W{0,5}(?:(?i:is|would be)\W{0,5})?([A-Z])(?![\w'])",
-        r"^\W{0,3}([A-Z])(?:[.:)*]|$)",
-    ):
-        if found := re.findall(pattern, text):
-            return float(found[-1] == str(answer).strip())
-    return 0.0
+    return float(part.strip() in {str(a).strip() for a in answers})
 
 
 VERIFIERS: dict[str, Verifier] = {"exact_match": exact_match, "numeric": numeric, "choice": choice}

@@ -8,12 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 
 from opdengine.config.train import TrainConfig, by_key
+from opdengine.models.thoughts import answer_part
 from opdengine.types import Prompt
-from opdengine.verifiers import VERIFIERS, Verifier, load_verifier
+from opdengine.verifiers import FACTORIES, VERIFIERS, Verifier, load_verifier
 from opdengine.verifiers.pool import Task, WorkerPool
-from opdengine.verifiers.score import FAILURES, Score, VerifierSettings, as_score
+from opdengine.verifiers.score import FAILURES, NO_ANSWER, Score, VerifierSettings, as_score
 
 logger = logging.getLogger(__name__)
+
+BUILT_IN = {*VERIFIERS, *FACTORIES}
+"""Verifiers that look behind the thoughts of a completion themselves."""
 
 
 class Grader:
@@ -46,6 +50,9 @@ class Grader:
             if each in VERIFIERS or not isinstance(each, str):
                 self._here[each] = loaded
         self._pool = WorkerPool(settings)
+        self.opening = ""
+        """The thought that the chat template leaves open before a completion, as ``<think>``; see
+        :func:`opdengine.models.chat.thought_opening`."""
         self._failed: Counter[str] = Counter()
         self._logged: set[str] = set()
 
@@ -69,18 +76,25 @@ class Grader:
     def grade(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> list[Score]:
         """One score per completion; may be called from any thread.
 
+        A completion whose last thought has no end holds no answer: it scores 0 and no verifier is asked.
+
         Args:
-            texts: completions.
+            texts: completions, without the :attr:`opening`.
             prompts: the prompt of each, with its answer.
         """
         scores: dict[int, Score] = {}
         tasks: dict[int, Task] = {}
         for i, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
             verifier = by_key(self._verifier, prompt.key, "verifier")
+            whole = self.opening + text
+            if answer_part(whole) is None:
+                scores[i] = as_score(NO_ANSWER)
+                continue
+            given = whole if verifier in BUILT_IN else text
             if verifier in self._here:
-                scores[i] = _call(self._here[verifier], text, prompt)
+                scores[i] = _call(self._here[verifier], given, prompt, _name(verifier))
             else:
-                tasks[i] = Task(verifier, text, prompt.answer, prompt.messages)
+                tasks[i] = Task(verifier, given, prompt.answer, prompt.messages)
         scores.update(zip(tasks, self._pool.grade(list(tasks.values())), strict=True))
         for i, score in scores.items():
             if score.failure:
@@ -117,8 +131,12 @@ class Grader:
         self.close()
 
 
-def _call(verifier: Verifier, text: str, prompt: Prompt) -> Score:
+def _name(verifier: str | Verifier) -> str:
+    return f"the verifier {verifier if isinstance(verifier, str) else getattr(verifier, '__name__', verifier)!r}"
+
+
+def _call(verifier: Verifier, text: str, prompt: Prompt, name: str) -> Score:
     try:
-        return as_score(verifier(text, prompt.answer, prompt.messages))
-    except Exception as error:
+        return as_score(verifier(text, prompt.answer, prompt.messages), name)
+    except (Exception, SystemExit) as error:
         return Score(0.0, "error", f"{type(error).__name__}: {error}")

@@ -13,14 +13,18 @@ import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from opdengine.models.thoughts import answer_part
 from opdengine.types import Message
-from opdengine.verifiers.score import Score, VerifierSettings
+from opdengine.verifiers.boxes import last_box
+from opdengine.verifiers.number import plain_digits
+from opdengine.verifiers.score import NO_ANSWER, Score, VerifierSettings, as_score
 
 SECONDS = 5.0
 MEMORY_BYTES = 2 << 30
-BOX_CHARACTERS = 2000
 TAIL_CHARACTERS = 4000
-LEAD_IN = re.compile(r"^.*(?:answer(?: is)?\s*:?\s|\n)(?=\s*\S)", re.DOTALL | re.IGNORECASE)
+LEAD_IN = re.compile(r"answer(?: is)?[ \t*_]*:?[ \t*_]+", re.IGNORECASE)
+SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})(?![\w.])")
+TEXT_MARK = re.compile(r"\\(?:boxed|text|textbf|textit|mathrm|mathbf)\s*\{")
 WORDS = re.compile(r"[^\W\d_]+(?:[ -][^\W\d_]+)*")
 
 
@@ -31,7 +35,7 @@ class _OutOfTime(BaseException):
 class MathVerifier:
     r"""1 when the completion's final answer equals the reference (or one of a list), else 0.
 
-    What follows the last ``</think>`` counts; in it the last ``\boxed{...}``, else the last formula or number.
+    What stands behind the thoughts counts; in it the last ``\boxed{...}``, else the last formula or number.
     References are LaTeX or plain text, with or without ``$`` or ``\boxed``. Where the reference is a word,
     words are compared, not the products of their letters.
 
@@ -56,6 +60,8 @@ class MathVerifier:
 
     def __call__(self, text: str, answer: Any, messages: Sequence[Message]) -> Score:
         """Grade one completion."""
+        if answer_part(text) is None:
+            return as_score(NO_ANSWER)
         found = final_answer(text)
         references = answer if isinstance(answer, (list, tuple)) else [answer]
         try:
@@ -66,35 +72,43 @@ class MathVerifier:
 
     def _equal(self, reference: str, found: str) -> bool:
         if WORDS.fullmatch(word := _plain(reference)):
-            return word.casefold() == _plain(LEAD_IN.sub("", found)).casefold()
-        reference = reference.replace(r"\$", "")
+            return word.casefold() == _plain(_last_words(found)).casefold()
+        reference = _readable(reference.replace(r"\$", ""))
         marked = reference if re.search(r"\$|\\\(|\\\[|\\boxed", reference) else rf"\boxed{{{reference}}}"
         gold = self._library.parse(marked, parsing_timeout=None)
         if not gold:
             raise ValueError(f"the reference answer {reference!r} cannot be parsed")
-        target = self._library.parse(found, parsing_timeout=None)
+        target = self._library.parse(_readable(found), parsing_timeout=None)
         return bool(self._library.verify(gold, target, timeout_seconds=None))
 
 
 def final_answer(text: str) -> str:
     r"""The part of a completion that is its answer: the last ``\boxed{...}``, else its end."""
-    text = text.rpartition("</think>")[2]
-    start = text.rfind(r"\boxed{")
-    if start < 0:
+    text = answer_part(text) or ""
+    box = last_box(text)
+    if box is None:
         return text[-TAIL_CHARACTERS:]
-    depth = 0
-    for end in range(start + len(r"\boxed"), min(len(text), start + BOX_CHARACTERS)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[start : end + 1]
-    return ""
+    return rf"\boxed{{{box}}}" if box else ""
+
+
+def _readable(text: str) -> str:
+    """Numbers in the one form that the parser knows; ``1e3`` as a power of ten."""
+    return SCIENTIFIC.sub(r"\1 \\times 10^{\2}", plain_digits(text))
+
+
+def _last_words(text: str) -> str:
+    """What stands behind the last "answer is" or the last line break."""
+    text = text.rstrip()
+    line = text[text.rfind("\n") + 1 :]
+    begins = [found.end() for found in LEAD_IN.finditer(line) if found.end() < len(line)]
+    return line[begins[-1] :] if begins else line
 
 
 def _plain(answer: str) -> str:
     """An answer without LaTeX's marks of text."""
     answer = answer.strip().strip("$").strip()
-    while match := re.fullmatch(r"\\(?:boxed|text|textbf|mathrm|mathbf)\s*\{([^{}]*|.*\})\}", answer, re.DOTALL):
-        answer = match[1].strip()
+    while (mark := TEXT_MARK.match(answer)) and answer.endswith("}"):
+        answer = answer[mark.end() : -1].strip()
     return answer.strip(" .()*")
 
 

@@ -17,18 +17,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from opdengine.models.thoughts import answer_part
 from opdengine.types import Message
+from opdengine.verifiers.fences import fenced_blocks
 from opdengine.verifiers.sandbox.session import SandboxError, Session, find_tier
 from opdengine.verifiers.sandbox.tiers import Limits
-from opdengine.verifiers.score import Score, VerifierSettings
+from opdengine.verifiers.score import NO_ANSWER, Score, VerifierSettings, as_score
 from opdengine.workers.plain import decode, encode
 
 logger = logging.getLogger(__name__)
 
 CASE_SECONDS = 10.0
 MARGIN_SECONDS = 2.0
-FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
-NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+PYTHON = re.compile(r"(?:i?python|py|pypy)[\d.]*")
+STATEMENT = re.compile(r"\b(?:print|input|def|class|import|for|while|stdout)\b|=")
+NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,10 @@ class CodeVerifier:
     def __call__(self, text: str, answer: Any, messages: Sequence[Message]) -> Score:
         """Grade one completion."""
         tests = CodeTests.read(answer)
+        if answer_part(text) is None:
+            return as_score(NO_ANSWER)
         code = extract_program(text, tests)
-        if not code.strip():
+        if not code:
             return Score(0.0, detail="no program in the completion")
         clock = _Clock(tests.time_limit, self._seconds)
         try:
@@ -116,17 +121,28 @@ class CodeVerifier:
 
 
 def extract_program(text: str, tests: CodeTests) -> str:
-    """The program in a completion, with the prefix of its tests.
+    """The program in a completion, with the prefix of its tests; empty where there is none.
 
-    What follows the last ``</think>`` counts: the last fenced block that defines the entry point, else the last
-    one; without any fence, all of it.
+    Looked for behind the thoughts: the last fenced block that defines the entry point, else the last one that is
+    marked as Python, else the last one without a mark that looks like a program. Blocks of other languages are none.
+    Without any fence it is all of the text.
     """
-    text = text.rpartition("</think>")[2]
-    blocks = FENCE.findall(text)
+    text = answer_part(text) or ""
+    blocks = fenced_blocks(text)
     if not blocks:
-        return tests.prefix + text
-    defining = [b for b in blocks if tests.entry and re.search(rf"\bdef\s+{re.escape(tests.entry)}\b", b)]
-    return f"{tests.prefix}\n{(defining or blocks)[-1]}"
+        return tests.prefix + text if text.strip() else ""
+    marked = [block.code for block in blocks if PYTHON.fullmatch(block.language)]
+    plain = [block.code for block in blocks if not block.language]
+    definition = re.compile(rf"\bdef[ \t]+{re.escape(tests.entry)}\b")
+    for choice in (
+        [code for code in (*plain, *marked) if tests.entry and definition.search(code)],
+        marked,
+        [code for code in plain if STATEMENT.search(code)],
+        plain,
+    ):
+        if choice:
+            return f"{tests.prefix}\n{choice[-1]}" if choice[-1].strip() else ""
+    return ""
 
 
 class _Clock:
@@ -236,7 +252,15 @@ def same_text(found: str, expected: str) -> bool:
 def _close(found: str, expected: str) -> bool:
     if "." not in expected or not (NUMBER.fullmatch(found) and NUMBER.fullmatch(expected)):
         return False
-    return math.isclose(float(found), float(expected), rel_tol=1e-6, abs_tol=1e-6)
+    return _is_close(float(found), float(expected))
+
+
+def _is_close(found: float, expected: float) -> bool:
+    """Whether they agree to a relative or absolute 1e-6; an integer beyond the range of floats is close to none."""
+    try:
+        return math.isclose(found, expected, rel_tol=1e-6, abs_tol=1e-6)
+    except OverflowError:
+        return False
 
 
 def same_value(found: Any, expected: Any) -> bool:
@@ -256,7 +280,7 @@ def same_value(found: Any, expected: Any) -> bool:
     if isinstance(expected, bool) or isinstance(found, bool):
         return found is expected
     if isinstance(expected, float) and isinstance(found, (int, float)):
-        return found == expected or math.isclose(found, expected, rel_tol=1e-6, abs_tol=1e-6)
+        return found == expected or _is_close(found, expected)
     return bool(type(found) is type(expected) and found == expected) or (
         isinstance(found, float) and isinstance(expected, int) and found == expected
     )

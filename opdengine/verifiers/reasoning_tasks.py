@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from opdengine.data.reasoning_tasks import check_name, reasoning_gym_library
+from opdengine.models.thoughts import answer_part
 from opdengine.types import Message
-from opdengine.verifiers.score import Score, VerifierSettings
+from opdengine.verifiers.score import NO_ANSWER, Score, VerifierSettings, as_score
 from opdengine.workers.plain import decode
 
 THRESHOLD = 0.99
@@ -16,7 +17,7 @@ THRESHOLD = 0.99
 right one or comes near it; such credit can be collected without solving anything."""
 _NAME = r"(?:[a-zA-Z]|sin|cos|tan|asin|acos|atan|sinh|cosh|tanh|exp|log|ln|sqrt|pi)"
 _EXPRESSION = re.compile(rf"(?:\b{_NAME}\b|[\d+\-*/^().\s])+")
-_ARITHMETIC = re.compile(r"(?:\d+|[+\-/().\s]|\*(?!\*))+")
+_ARITHMETIC = re.compile(r"(?:[\d+\-/().\s]|\*(?!\*))+")
 _LISTS = re.compile(r"[\w\s,\-\[\]'\"]*")
 EVALUATED = {
     "countdown": _ARITHMETIC,
@@ -33,10 +34,11 @@ EVALUATED = {
 
 
 def extract_answer(text: str) -> str:
-    """The answer in a completion: after the last ``</think>``, the last ``<answer>...</answer>``, else all of it."""
-    text = text.rpartition("</think>")[2]
-    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    return (tagged[-1] if tagged else text).strip()
+    """The answer in a completion: behind its thoughts, the last ``<answer>...</answer>``, else all of it."""
+    text = answer_part(text) or ""
+    before, end, _ = text.rpartition("</answer>")
+    _, start, tagged = before.rpartition("<answer>")
+    return (tagged if start and end else text).strip()
 
 
 class ReasoningGymVerifier:
@@ -55,6 +57,8 @@ class ReasoningGymVerifier:
 
     def __call__(self, text: str, answer: Any, messages: Sequence[Message]) -> Score:
         """Grade one completion; a scorer that an answer makes fail has not been convinced by it."""
+        if answer_part(text) is None:
+            return as_score(NO_ANSWER)
         name = answer["dataset"]
         if name not in self._scorers:
             check_name(self._library, name)
@@ -66,4 +70,4 @@ class ReasoningGymVerifier:
             value = float(self._scorers[name](found, decode(answer["entry"])))
         except Exception as error:
             return Score(0.0, detail=f"the scorer raised {type(error).__name__}: {error}")
-        return Score(float(value >= THRESHOLD), detail=f"scored {value:.3f}")
+        return Score(float(THRESHOLD <= value <= 1), detail=f"scored {value:.3f}")

@@ -41,14 +41,45 @@ class VerifierSettings:
     allow_unsandboxed: bool = False
 
 
-def as_score(result: Any) -> Score:
-    """What a verifier returned, checked: a number in [0, 1] or a :class:`Score`."""
-    if isinstance(result, Score):
-        return result
+class Reasoned(float):
+    """A score as a plain number that also says why.
+
+    Args:
+        value: in [0, 1].
+        detail: for people.
+    """
+
+    detail: str
+
+    def __new__(cls, value: float, detail: str = "") -> Reasoned:
+        """The number with its reason."""
+        made = super().__new__(cls, value)
+        made.detail = detail
+        return made
+
+
+NO_ANSWER = Reasoned(0.0, "the thought has no end, so there is no answer")
+"""The grade of a completion that was cut off, or ended, while it was thinking."""
+
+
+def as_score(result: Any, source: str = "the verifier") -> Score:
+    """What a verifier returned, checked: a number in [0, 1] or a :class:`Score` of one.
+
+    True and False, and numbers and arrays of one element of numpy and torch, are numbers; text is not.
+
+    Args:
+        result: what was returned.
+        source: who returned it, for the message of a refusal.
+    """
+    score = result if isinstance(result, Score) else Score(result, detail=getattr(result, "detail", ""))
     try:
-        value = float(result)
-    except (TypeError, ValueError):
-        return Score(0.0, "error", f"the verifier returned {result!r:.200}, not a number")
+        if isinstance(score.value, (str, bytes, bytearray)):
+            raise TypeError("text is no number")
+        value = float(score.value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return Score(0.0, "error", f"{source} returned {score.value!r:.200}, not a number")
     if not (math.isfinite(value) and 0 <= value <= 1):
-        return Score(0.0, "error", f"the verifier returned {value}, which is not in [0, 1]")
-    return Score(value)
+        return Score(0.0, "error", f"{source} returned {value}, which is not in [0, 1]")
+    if score.failure not in ("", *FAILURES):
+        return Score(0.0, "error", f"{source} failed with {score.failure!r:.200}, which is none of {FAILURES}")
+    return Score(0.0 if score.failure else value, score.failure, str(score.detail))

@@ -17,6 +17,7 @@ from opdengine.environments.episodes import Episodes, Job, episode_metrics, turn
 from opdengine.environments.protocol import Broken, Observation, Step
 from opdengine.methods.opad import steps_of
 from opdengine.models.chat import append_answer, encode_answer, encode_chat
+from opdengine.models.rendering import thought_opening
 from opdengine.training.evaluate import evaluate_episodes, wilson
 from opdengine.types import Batch, Prompt, Sample, SamplingParams
 
@@ -116,6 +117,20 @@ def test_a_start_that_the_template_leaves_out_is_refused(tiny: Any) -> None:
     tokenizer = tiny.make_tokenizer()  # its template prints no tools
     with pytest.raises(ValueError, match="the chat template of the student leaves out the tools"):
         make_episodes(tokenizer, LocalPool(Cut, 1)).play(Scripted(tokenizer, lambda r: "go"), make_jobs(1), PARAMS)
+
+
+def test_an_environment_reads_no_action_in_a_thought_that_the_template_opened(tiny: Any) -> None:
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = THINKING.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    opening = thought_opening(tokenizer, {})
+    assert opening == "<think>\n"
+    for text, given in (("go", "<think>\ngo"), ("why</think>go", "why</think>go")):
+        sampler = Scripted(tokenizer, lambda request, text=text: text)  # type: ignore[misc]
+        episodes = make_episodes(tokenizer, LocalPool(Countdown, 1), opening=opening)
+        (rollout,), _ = episodes.play(sampler, make_jobs(1), PARAMS)
+        assert {m["content"] for t in rollout.turns for m in t.messages if m["role"] == "assistant"} == {given}
+    tokenizer.chat_template = THINKING.replace("assistant\n{% endif", "assistant\n<think>\n\n</think>\n\n{% endif")
+    assert thought_opening(tokenizer, {}) == ""
 
 
 def test_an_unfinished_message_is_closed_before_the_answer(tokenizer: Any) -> None:

@@ -90,7 +90,7 @@ def test_every_arm_trains(of: Any, tmp_path: Path) -> None:
     for name in ("raw", "balanced"):
         write_jsonl(tmp_path / f"{name}_0.jsonl", every)
     for name in ("specialised", "student_start", "teacher_convert", "teacher_compile"):
-        (tmp_path / name).symlink_to(study.MODELS / "teacher_compile")
+        (tmp_path / name).symlink_to(study.MODELS / ("teacher_compile" if "teacher" in name else "student"))
     write_jsonl(tmp_path / "held_out.jsonl", every if of is uni_study else camopd_study.rows("test", "dialect", 4))
     for number, arm in enumerate(of.STUDY.arms):
         base = {**of.STUDY.settings(tmp_path, 0), "seed": 0, "output_dir": str(tmp_path / arm.name)}

@@ -283,7 +283,7 @@ def test_the_program_is_found_in_the_completion() -> None:
     tests = CodeTests(inputs=("",), outputs=("",), entry="f", prefix="import math\n")
     text = "```python\ndef f(): pass\n```\nFor example:\n```\nf()\n```"
     assert extract_program(text, tests) == "import math\n\ndef f(): pass\n"
-    assert extract_program(text, CodeTests(inputs=("",), outputs=("",))) == "\nf()\n"
+    assert extract_program(text, CodeTests(inputs=("",), outputs=("",))) == "\ndef f(): pass\n"
     assert extract_program("    return 1", tests) == "import math\n    return 1"
 
 

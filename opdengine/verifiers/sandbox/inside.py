@@ -19,15 +19,15 @@ import json
 import os
 import resource
 import select
-import shutil
 import signal
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 TICK_SECONDS = 0.05
+SCRATCH = ("/tmp", "/dev/shm")
 CHUNK = 1 << 16
 ERROR_BYTES = 4000
 STACK_BYTES = 64 << 20
@@ -52,7 +52,7 @@ class Program:
     """
 
     def __init__(self, config: dict[str, Any], modules: dict[str, types.ModuleType], request: dict[str, Any]) -> None:
-        self._config = config
+        self._config, self._modules = config, modules
         self.output, self.errors = bytearray(), bytearray()
         theirs_in, self._input = os.pipe()
         self._output, theirs_out = os.pipe()
@@ -110,7 +110,7 @@ class Program:
                 return
             if time.monotonic() > deadline:
                 raise Limit("time", f"more than {seconds:g} s")
-            self._watch()
+            self.watch()
 
     def line(self) -> str:
         """The first line of the output; what follows it is dropped."""
@@ -119,16 +119,17 @@ class Program:
         return line
 
     def close(self) -> None:
-        """Kill everything that runs in the sandbox and remove what it wrote."""
+        """Kill everything that runs in the sandbox and remove what it wrote.
+
+        Raises:
+            OSError: something of it is left, so that no other program may follow.
+        """
         _kill_all(self._config)
-        for folder in (".", "/dev/shm") if os.getpid() == 1 else (".",):
-            for entry in os.scandir(folder):
-                shutil.rmtree(entry.path, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    os.unlink(entry.path)
         self._close_input()
         for descriptor in (self._output, self._errors, self._ended):
             os.close(descriptor)
+        for folder in SCRATCH if os.getpid() == 1 else (".",):
+            self._modules["tidy"].empty_folder(folder)
 
     def _close_input(self) -> None:
         if self._input >= 0:
@@ -146,16 +147,18 @@ class Program:
         if len(self.output) > self._config["output"]:
             raise Limit("output", f"more than {self._config['output']} bytes")
 
-    def _watch(self) -> None:
-        """Enforce, in a sandbox that is its own world, what the kernel does not for a group of processes."""
-        if os.getpid() != 1:
-            return
-        others = [name for name in os.listdir("/proc") if name.isdigit() and name != "1"]
-        if sum(map(_resident, others)) > self._config["memory"]:
+    def watch(self) -> None:
+        """Enforce what the kernel does not for a group of processes: memory in use and, isolated, files.
+
+        Raises:
+            Limit: there is too much of it.
+        """
+        if sum(map(_resident, _others())) > self._config["memory"]:
             raise Limit("memory", f"more than {self._config['memory']} bytes in all processes")
-        scratch = os.statvfs("/tmp")
-        if scratch.f_files - scratch.f_ffree > self._config["files"]:
-            raise Limit("files", f"more than {self._config['files']} files")
+        for folder in SCRATCH if os.getpid() == 1 else ():
+            scratch = os.statvfs(folder)
+            if scratch.f_files - scratch.f_ffree > self._config["files"]:
+                raise Limit("files", f"more than {self._config['files']} files")
 
 
 def _become(
@@ -164,6 +167,7 @@ def _become(
     """In the new process: put everything that is not the program's out of its reach, and run it."""
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 100) for descriptor in pipes]
         if request["mode"] == "program":
             wanted = high
@@ -215,15 +219,30 @@ def _kill_all(config: dict[str, Any]) -> None:
 
 def _children() -> list[int]:
     """Processes whose parent is this one; orphans of a program are, too."""
-    found = []
+    return [pid for pid, parent in _parents().items() if parent == os.getpid()]
+
+
+def _others() -> list[int]:
+    """All processes that programs have started here."""
+    if os.getpid() == 1:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
+    parents = _parents()
+    found = [os.getpid()]
+    for each in found:
+        found += [pid for pid, parent in parents.items() if parent == each]
+    return found[1:]
+
+
+def _parents() -> dict[int, int]:
+    """The parent of every process that can be seen."""
+    found = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as stat:
-            if int(stat.read().rpartition(b")")[2].split()[1]) == os.getpid():
-                found.append(int(name))
+            found[int(name)] = int(stat.read().rpartition(b")")[2].split()[1])
     return found
 
 
-def _resident(process: str) -> int:
+def _resident(process: int) -> int:
     """Bytes of memory in use; 0 if it has just ended."""
     with contextlib.suppress(OSError), open(f"/proc/{process}/statm", "rb") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize()
@@ -260,9 +279,17 @@ def _say(answer: dict[str, Any]) -> None:
         os._exit(0)
 
 
-def _lines() -> Iterator[bytes]:
+def _lines(idle: Callable[[], None]) -> Iterator[bytes]:
+    """What is asked; while nothing is, ``idle`` is called every tick."""
     waiting = bytearray()
-    while chunk := os.read(0, CHUNK):
+    poller = select.poll()
+    poller.register(0, select.POLLIN)
+    while True:
+        while not poller.poll(TICK_SECONDS * 1000):
+            idle()
+        chunk = os.read(0, CHUNK)
+        if not chunk:
+            return
         waiting += chunk
         if chunk.endswith(b"\n"):
             yield bytes(waiting)
@@ -279,7 +306,8 @@ def main(config: dict[str, Any]) -> None:
     """Serve until the other side hangs up.
 
     Args:
-        config: ``uid`` to change to (or None), ``modules`` (texts of :mod:`.plain` and :mod:`.runner`), ``filter``
+        config: ``uid`` to change to (or None), ``modules`` (texts of :mod:`.plain`, :mod:`.runner`
+            and :mod:`.tidy`), ``filter``
             (base64 of the system-call filter), and limits: ``memory, cpu, processes, output, file_size,
             open_files, files``.
     """
@@ -292,35 +320,73 @@ def main(config: dict[str, Any]) -> None:
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     os.environ.clear()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one signal that Python handles and a program could send here
     modules = {name: _load(name, text) for name, text in config["modules"].items()}
+    server = _Server(config, modules)
     _say({"ready": os.getpid()})
-    program: Program | None = None
-    for line in _lines():
-        request = json.loads(line)
+    for line in _lines(server.watch):
+        _say(server.answer(json.loads(line)))
+        if server.unclean:
+            break
+    server.end()
+    _kill_all(config)
+
+
+class _Server:
+    """Answers requests about one program at a time."""
+
+    def __init__(self, config: dict[str, Any], modules: dict[str, types.ModuleType]) -> None:
+        self._config, self._modules = config, modules
+        self._program: Program | None = None
+        self._stopped = Limit("ended", "no program was started")
+        self.unclean = ""
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What a request has as its answer."""
         try:
-            if "run" in request:
-                program = Program(config, modules, {"mode": "program", **request["run"]})
-                program.communicate(request["run"]["input"].encode(), request["seconds"], line=False)
-                answer = {
-                    "output": program.output.decode(errors="replace"),
-                    "errors": program.errors.decode(errors="replace"),
-                    "status": program.status,
-                }
-            elif "start" in request:
-                program = Program(config, modules, request["start"])
-                program.communicate(b"", request["seconds"], line=True)
-                answer = {"line": program.line()}
-            else:
-                assert program is not None
-                program.communicate(request["tell"].encode() + b"\n", request["seconds"], line=True)
-                answer = {"line": program.line()}
+            answer = self._answer(request)
         except Limit as limit:
             answer = {"failed": limit.args[0], "detail": limit.args[1]}
-        if program is not None and "line" not in answer:
-            program.close()
-            program = None
-        _say(answer)
-    _kill_all(config)
+        if "line" not in answer:
+            self.end()
+        return answer
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        if "run" in request:
+            program = self._start({"mode": "program", **request["run"]})
+            program.communicate(request["run"]["input"].encode(), request["seconds"], line=False)
+            output, errors = (kept.decode(errors="replace") for kept in (program.output, program.errors))
+            return {"output": output, "errors": errors, "status": program.status}
+        if "start" in request:
+            program = self._start(request["start"])
+            program.communicate(b"", request["seconds"], line=True)
+            return {"line": program.line()}
+        if self._program is None:
+            raise self._stopped
+        self._program.communicate(request["tell"].encode() + b"\n", request["seconds"], line=True)
+        return {"line": self._program.line()}
+
+    def _start(self, request: dict[str, Any]) -> Program:
+        self._program = Program(self._config, self._modules, request)
+        return self._program
+
+    def watch(self) -> None:
+        """Between two questions, too, a program keeps to its limits; else it is ended and the next answer says why."""
+        try:
+            if self._program is not None:
+                self._program.watch()
+        except Limit as limit:
+            self._stopped = limit
+            self.end()
+
+    def end(self) -> None:
+        """End the program, if there is one; ``unclean`` says what of it could not be removed."""
+        program, self._program = self._program, None
+        try:
+            if program is not None:
+                program.close()
+        except OSError as error:
+            self.unclean = str(error)
 
 
 main(json.loads(sys.argv[1]))

@@ -6,9 +6,9 @@ import base64
 import contextlib
 import functools
 import json
+import logging
 import os
 import select
-import shutil
 import signal
 import stat
 import subprocess
@@ -21,7 +21,10 @@ from typing import Any
 
 from opdengine.verifiers.sandbox.filter import build_filter
 from opdengine.verifiers.sandbox.runtime import Runtime, find_runtime
+from opdengine.verifiers.sandbox.tidy import remove_folder
 from opdengine.verifiers.sandbox.tiers import Limits, Tier, candidates, spare_uid
+
+logger = logging.getLogger(__name__)
 
 START_SECONDS = 60.0
 GRACE_SECONDS = 5.0
@@ -50,13 +53,16 @@ class Session:
     def __init__(self, tier: Tier, limits: Limits | None = None, runtime: Runtime | None = None) -> None:
         self._limits = limits = limits or Limits()
         runtime = runtime or find_runtime()
-        self.uid = spare_uid()
+        try:
+            self.uid = spare_uid()
+        except ValueError as error:
+            raise SandboxError(f"sandbox {tier}: {error}") from error
         switch: dict[str, Any] = {}
         if tier.userns and self.uid is not None:
             switch = {"user": self.uid, "group": self.uid, "extra_groups": []}
         config = {
             "uid": None if switch else self.uid,
-            "modules": {name: (HERE / f"{name}.py").read_text() for name in ("plain", "runner")},
+            "modules": {name: (HERE / f"{name}.py").read_text() for name in ("plain", "runner", "tidy")},
             "filter": base64.b64encode(build_filter()).decode(),
             **{name: getattr(limits, name) for name in ("memory", "cpu", "processes", "output", "file_size")},
             **{name: getattr(limits, name) for name in ("open_files", "files")},
@@ -64,17 +70,21 @@ class Session:
         arguments = ["-c", (HERE / "inside.py").read_text(), json.dumps(config)]
         self._scratch = None if tier.isolated else _scratch_folder(self.uid, runtime)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the session
-        self._process = subprocess.Popen(
-            tier.command(runtime, limits, arguments),
-            env={},
-            cwd=self._scratch or "/",
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            bufsize=0,
-            start_new_session=True,
-            **switch,
-        )
+        try:
+            self._process = subprocess.Popen(
+                tier.command(runtime, limits, arguments),
+                env={},
+                cwd=self._scratch or "/",
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                bufsize=0,
+                start_new_session=True,
+                **switch,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            self._leave_nothing()
+            raise SandboxError(f"sandbox {tier} does not start: {error}") from error
         self._received = bytearray()
         try:
             ready = self._receive(time.monotonic() + START_SECONDS)
@@ -129,9 +139,15 @@ class Session:
                     os.kill(pid, signal.SIGKILL)
             self._process.wait()
         self._process.stdout.close()
+        self._leave_nothing()
+
+    def _leave_nothing(self) -> None:
         self._errors.close()
         if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            try:
+                remove_folder(self._scratch)
+            except OSError as error:
+                logger.warning("the folder of an unsandboxed program could not be removed: %s", error)
 
     def __enter__(self) -> Session:
         return self
@@ -161,7 +177,7 @@ class Session:
             return self._receive(time.monotonic() + request["seconds"] + GRACE_SECONDS)
         except TimeoutError:
             return {"failed": "time", "detail": "the sandbox does not answer"}
-        except (EOFError, OSError, ValueError, RecursionError) as error:
+        except (EOFError, OSError, ValueError, TypeError, RecursionError) as error:
             return {"failed": "ended", "detail": f"the sandbox ended: {error}"}
 
     def _receive(self, deadline: float) -> dict[str, Any]:
@@ -219,8 +235,12 @@ def _scratch_folder(uid: int | None, runtime: Runtime) -> str:
                     f"(the interpreter is {runtime.executable}); run as an ordinary user or use another interpreter"
                 )
     folder = tempfile.mkdtemp(prefix="opdengine-unsandboxed-")
-    if uid is not None:
-        os.chown(folder, uid, uid)
+    try:
+        if uid is not None:
+            os.chown(folder, uid, uid)
+    except OSError as error:
+        os.rmdir(folder)
+        raise SandboxError(f"a folder cannot be given to the user {uid}: {error}") from error
     return folder
 
 

@@ -125,10 +125,18 @@ def spare_uid() -> int | None:
     """As root: a user id that belongs to nobody, for one sandbox; None as an ordinary user.
 
     Limits on the number of processes hold per user id and not for root at all.
+
+    Raises:
+        ValueError: this user namespace knows no user but root.
     """
     if os.geteuid() != 0:
         return None
     mapped = _mapped_ids()
+    if len(mapped) < 2:
+        raise ValueError(
+            "root in a user namespace with one user id cannot run programs as another user; map more ids "
+            "(/etc/subuid and newuidmap, or podman and docker with --userns and a range), or run as an ordinary user"
+        )
     choices = UIDS if UIDS[-1] in mapped else range(mapped.stop - min(10_000, len(mapped) // 2), mapped.stop)
     return secrets.choice(choices)
 
