@@ -81,11 +81,11 @@ class UniOPD(Method):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         need_teachers(config, 1)
-        need_groups(config)
         self.settings = config.uni_opd
         self.gradient = policy_gradient(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
         self.needs = self.gradient.needs
         self.contexts = contexts_of(config)
+        need_groups(config)
         self.teachers_per_prompt = 2 if config.debates else 1
 
     @property
