@@ -159,7 +159,8 @@ class TrainConfig(Section):
         log_completions: write rollouts and debates of each step as JSONL.
         report_to: besides metrics.jsonl: "tensorboard".
         run_name: shown by trackers.
-        resume_from_checkpoint: "latest" (from the beginning where there is none yet) or a checkpoint folder.
+        resume_from_checkpoint: "latest" (the newest that is whole; from the beginning where there is none yet) or a
+            checkpoint folder.
         ddp_timeout: seconds that one process may wait for another (``torchrun``), rollouts and debates included.
         max_bad_steps: more steps in a row than this that train nothing end the run: of which the loss or gradient is
             not finite (they move no weight and are written to ``bad_steps/``), every episode broke, no rollout is left
