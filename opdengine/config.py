@@ -406,6 +406,7 @@ def _check_together(config: TrainConfig) -> None:
     )
     for key in ("model", "output_dir", "method"):
         need(bool(getattr(config, key).strip()), key, "it must not be empty")
+    config.not_blank("attn_implementation", "chat_template", "verifier", "vllm_sync_dir", "resume_from_checkpoint")
     config.need(
         _is_address(config.vllm_server_base_url), "vllm_server_base_url", "write http://host:port or unix:/path"
     )
@@ -429,6 +430,9 @@ def _check_teacher(config: TrainConfig, teacher: TeacherConfig, where: str) -> N
     for key, range_ in teacher.ranges.items():
         need(getattr(teacher, key) in range_, key, str(range_))
     need(bool(teacher.model.strip()), "model", "it must not be empty")
+    for key in ("tokenizer", "chat_template", "writer_model"):
+        value = getattr(teacher, key)
+        need(value is None or bool(value.strip()), key, "it must not be empty; leave it out")
     need(not teacher.name or bool(teacher.name.strip()), "name", "it must not be blank")
     need(all(teacher.key), "key", "a routing key must not be empty; [] is every prompt")
 

@@ -99,6 +99,12 @@ class Section:
             key = f"{self.section}.{name}" if self.section else name
             raise ConfigError(f"{key}={brief(getattr(self, name))} is not possible; {remedy}")
 
+    def not_blank(self, *names: str) -> None:
+        """Raise ConfigError for text that says nothing."""
+        for name in names:
+            value = getattr(self, name)
+            self.need(not isinstance(value, str) or bool(value.strip()), name, "it must not be empty; leave it out")
+
     def in_range(self) -> None:
         """Raise ConfigError for a number out of its range, which one that is not a number always is."""
         for name, range_ in self.ranges.items():

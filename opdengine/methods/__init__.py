@@ -22,7 +22,7 @@ from opdengine.methods.sage_opd import PAPER as SAGE_OPD
 from opdengine.methods.sage_opd import sage_opd
 from opdengine.methods.uni_opd import PAPER as UNI_OPD
 from opdengine.methods.uni_opd import uni_opd
-from opdengine.plugins import load_object
+from opdengine.plugins import PluginError, explain, load_object
 from opdengine.recipe import Recipe
 
 METHODS: dict[str, Callable[[TrainConfig], Recipe]] = {
@@ -70,13 +70,18 @@ def build_recipe(config: TrainConfig) -> Recipe:
         )
     try:
         method = load_object(name)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
+    except PluginError as error:
         raise ConfigError(f"method {name!r} cannot be loaded: {error}") from error
     try:
         inspect.signature(method).bind(config, **options)
     except TypeError as error:
         raise ConfigError(f"method {name!r} cannot be called with (config, **method_options): {error}") from error
-    recipe = method(config, **options)
+    try:
+        recipe = method(config, **options)
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"method {name!r} failed: {explain(error)}") from error
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"method {name!r} returned a {type(recipe).__name__}, not an opdengine.recipe.Recipe")
     return recipe
