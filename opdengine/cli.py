@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
+import io
 import json
 import logging
 import os
@@ -15,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opdengine import __version__
+from opdengine.config.arguments import Parser
 from opdengine.config.loading import load_config
+from opdengine.config.sections import COUNT, Range
 from opdengine.config.train import TrainConfig
 from opdengine.distributed import PeerError
 from opdengine.errors import NothingTrainedError, ServiceError, VLLMMissingError, WriteError
@@ -24,6 +28,7 @@ from opdengine.models.rendering import thought_opening
 from opdengine.tools.explain import annotated, common
 from opdengine.training.signals import Interrupted
 from opdengine.types import Prompt
+from opdengine.workers.printing import HarmlessFormatter, brief, harmless
 
 if TYPE_CHECKING:
     from opdengine.rollout.transformers import TransformersSampler
@@ -35,18 +40,30 @@ SETTINGS = (
     "'opdengine settings' prints all with their meanings, as a YAML file"
 )
 DESCRIBE = "print all settings, or some, with meanings and defaults, as a YAML file: opdengine settings [NAME ...]"
+PLANNED = {
+    "gpus": Range(1, 10**6),
+    "network": Range(1e-3, 1e6),
+    "mean_prompt": COUNT,
+    "mean_completion": COUNT,
+    "mean_turn": COUNT,
+}
+"""What ``opdengine plan`` can count with."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""Failures of a disk, which say nothing of a file."""
+
 SERVE = "run a vLLM server for vllm_mode: server; more arguments go to `vllm serve`"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; user errors end with one message and status 2, signals with 128 and their number."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _prepare_output()
     for noisy in ("httpx", "transformers", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if options.command in ("doctor", "settings") and rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}; 'opdengine {options.command} --help' lists all")
     if options.command == "doctor":
         return doctor()
     from opdengine.errors import ProbeError
@@ -67,12 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         PeerError,
     ) as error:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        sys.stderr.write(f"opdengine{rank}: {error}\n")
+        sys.stderr.write(harmless(f"opdengine{rank}: {error}\n"))
         return 2
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.filename is None:  # not about a file that the user has named
+        if error.filename is None and error.errno not in FULL:  # not about a file that the user has named
             raise
-        sys.stderr.write(f"opdengine: {str(error.filename)!r}: {error.strerror}\n")
+        where = f"{str(error.filename)!r}: " if error.filename is not None else ""
+        sys.stderr.write(harmless(f"opdengine: {where}{error.strerror}\n"))
         return 2
     except Interrupted as interruption:
         return 128 + interruption.number
@@ -81,8 +102,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
+def _prepare_output() -> None:
+    """Log lines go to standard error; what is quoted in any output cannot do anything to a terminal or end us."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(HarmlessFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _say(text: str) -> None:
+    """A line on standard output."""
+    sys.stdout.write(harmless(text) + "\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("opdengine", description="On-policy distillation of language models.")
+    about = "On-policy distillation of language models."
+    parser = Parser("opdengine", description=about, example="opdengine train --config run.yaml")
     parser.add_argument("--version", action="version", version=f"opdengine {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help_text in (
@@ -96,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=help_text,
             description=help_text,
+            example=help_text.partition(": ")[2],
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -110,7 +148,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--mean_prompt", type=float, help="mean tokens of a prompt; default: the limit")
             command.add_argument("--mean_completion", type=float, help="mean tokens of a completion")
             command.add_argument("--mean_turn", type=float, help="mean tokens of a teacher's debate turn")
-    command = commands.add_parser("balance", allow_abbrev=False, help=BALANCE, description=BALANCE, epilog=SETTINGS)
+    example = BALANCE.partition(": ")[2]
+    command = commands.add_parser("balance", help=BALANCE, description=BALANCE, epilog=SETTINGS, example=example)
     command.add_argument("--config", help="YAML file of settings")
     command.add_argument("--output", type=Path, required=True, help="the balanced data file (.jsonl)")
     command.add_argument("--rollouts", type=int, default=8, help="of every prompt (default 8)")
@@ -164,7 +203,7 @@ def _train(config: TrainConfig) -> int:
 
     result = train(config)
     if os.environ.get("RANK", "0") == "0":
-        sys.stdout.write(f"finished: {result.final_model}\n")
+        _say(f"finished: {result.final_model}")
     return 0
 
 
@@ -198,7 +237,7 @@ def _eval(config: TrainConfig) -> int:
         grader.opening = thought_opening(tokenizer, config.chat_template_kwargs)
         with grader:
             metrics = evaluate(sampler, prompts, encode, grader, answer_params(config)).metrics()
-    sys.stdout.write(json.dumps(metrics, indent=1) + "\n")
+    _say(json.dumps(metrics, indent=1))
     return 0
 
 
@@ -240,9 +279,9 @@ def _balance(config: TrainConfig, options: argparse.Namespace) -> int:
     settings = BalanceSettings(**{name: getattr(options, name) for name in names})
     report = balance(config, settings, lambda done: logging.info("%d prompts counted", done))
     for key, found in report["keys"].items():
-        sys.stdout.write(f"{key or 'all prompts'}: shape {found['shape']}, {found['before']} -> {found['after']}\n")
+        _say(f"{key or 'all prompts'}: shape {found['shape']}, {found['before']} -> {found['after']}")
     counts = f"{report['prompts_before']} -> {report['prompts_after']} prompts"
-    sys.stdout.write(f"{counts}: {settings.output}, {settings.beside('.png')}\n")
+    _say(f"{counts}: {settings.output}, {settings.beside('.png')}")
     return 0
 
 
@@ -268,12 +307,12 @@ def _debate(config: TrainConfig, text: str, key: str) -> int:
     (debate,) = asyncio.run(debater.debate([prompt], [teachers]))
     for number, texts in enumerate(debate.rounds, start=1):
         for name, said in zip(debate.teachers, texts, strict=True):
-            sys.stdout.write(f"--- round {number}, {name}\n{said}\n")
+            _say(f"--- round {number}, {name}\n{said}")
     if debate.failed:
         raise ValueError(f"there was no debate: {debate.failed}; shorten the prompt or debate.max_tokens")
     weights = debate.weights(config.debate.tau)
     for name, weight in zip(debate.teachers, weights, strict=True):
-        sys.stdout.write(f"weight of {name}: {weight:.3f}\n")
+        _say(f"weight of {name}: {weight:.3f}")
     return 0
 
 
@@ -282,13 +321,17 @@ def _plan(config: TrainConfig, options: argparse.Namespace) -> int:
 
     if options.gpu not in GPUS:
         raise ValueError(f"--gpu {options.gpu} is unknown; choose one of {sorted(GPUS)}")
+    for name, range_ in PLANNED.items():
+        value = getattr(options, name)
+        if value is not None and value not in range_:
+            raise ValueError(f"--{name} {brief(value)} is not possible; {range_}")
     machine = replace(GPUS[options.gpu], gpus=options.gpus, network=options.network * 1e9)
     lengths = Lengths(
         options.mean_prompt or config.max_prompt_length,
         options.mean_completion or config.max_completion_length,
         options.mean_turn or config.debate.max_tokens,
     )
-    sys.stdout.write(f"{plan(config, machine, lengths)}\n")
+    _say(f"{plan(config, machine, lengths)}")
     return 0
 
 
@@ -296,14 +339,15 @@ def doctor() -> int:
     """Print what is here and what is missing; always succeeds."""
     from opdengine.tools.doctor import examine
 
-    sys.stdout.write("\n".join(map(str, examine())) + "\n")
+    _say("\n".join(map(str, examine())))
     return 0
 
 
 def _serve(arguments: Sequence[str]) -> int:
     from opdengine.rollout.vllm_server import serve
 
-    parser = argparse.ArgumentParser("opdengine vllm-serve", allow_abbrev=False, description=SERVE)
+    example = "opdengine vllm-serve --model MODEL --port 8000"
+    parser = Parser("opdengine vllm-serve", description=SERVE, example=example)
     parser.add_argument("--model", required=True, help="model folder or hub name; the run sends its own weights")
     parser.add_argument("--host", default="127.0.0.1", help="a loopback address")
     parser.add_argument("--port", type=int, default=8000)

@@ -2,32 +2,88 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import sys
+import sysconfig
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from opdengine.workers.printing import one_line
+
+LIBRARIES = tuple({sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")} - {None})
+
+
+class PluginError(ValueError):
+    """A user's own code cannot be loaded, or fails when it is called; the message names file, line and cause."""
 
 
 def load_object(spec: str) -> Any:
     """What stands under ``package.module:name`` or ``path/to/file.py:name``.
 
     Raises:
-        ImportError, AttributeError, OSError, SyntaxError: there is nothing, or it cannot be loaded.
+        PluginError: there is nothing, or it cannot be loaded.
     """
     place, _, name = spec.rpartition(":")
-    if not place:
-        raise ImportError(f"{spec!r} is neither 'module:name' nor 'path/to/file.py:name'")
-    return getattr(_load_file(place) if place.endswith(".py") else importlib.import_module(place), name)
+    if not place or not name:
+        raise PluginError(f"{spec!r} is neither 'module:name' nor 'path/to/file.py:name'")
+    if place.endswith(".py") and not Path(place).expanduser().is_file():
+        raise PluginError(f"there is no Python file {place!r}")
+    try:
+        module = _load_file(place) if place.endswith(".py") else importlib.import_module(place)
+    except (Exception, SystemExit) as error:
+        told = explain(error)
+        if place.endswith(".py") and place not in told:
+            told = f"{place}: {told}"
+        raise PluginError(f"{told}{_hint(error, place)}") from error
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        close = difflib.get_close_matches(name, [n for n in vars(module) if not n.startswith("_")], n=1)
+        did_you_mean = f"; did you mean {close[0]!r}?" if close else ""
+        raise PluginError(f"{place!r} has no {name!r}{did_you_mean}") from None
+
+
+def import_object(spec: str) -> Any:
+    """What stands under ``package.module:name`` in this package, whose errors say themselves what is missing."""
+    place, _, name = spec.rpartition(":")
+    return getattr(importlib.import_module(place), name)
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong in a user's code: file and line, kind and message."""
+    kind, text = type(error).__name__, one_line(str(error), 500)
+    said = "it calls exit()" if isinstance(error, SystemExit) else f"{kind}: {text}" if text else kind
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:
+        return f"{error.filename}, line {error.lineno}: {kind}: {one_line(error.msg)}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+    frames = [f for f in frames if f.filename != __file__]
+    theirs = [f for f in frames if not f.filename.startswith(LIBRARIES)]
+    return f"{theirs[-1].filename}, line {theirs[-1].lineno}: {said}" if theirs else said
 
 
 def _load_file(path: str) -> ModuleType:
-    name = f"opdengine_user_{Path(path).stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not Path(path).is_file():
-        raise OSError(f"there is no Python file {path!r}")
+    file = Path(path).expanduser()
+    name = f"opdengine_user_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def _hint(error: BaseException, place: str) -> str:
+    """What to do about a module that is not found."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return ""
+    beside = Path(place).expanduser().resolve().parent
+    top = error.name.split(".")[0]
+    if place.endswith(".py") and any((beside / name).exists() for name in (f"{top}.py", top)):
+        return f"; it lies beside that file: set PYTHONPATH={beside}"
+    if not place.endswith(".py") and place.split(".")[0] == top:
+        return "; install it, set PYTHONPATH to the folder that holds it, or write path/to/file.py:name"
+    return ""

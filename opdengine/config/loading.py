@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opdengine.config.printing import brief, one_line
 from opdengine.config.secrecy import names_secret
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.config.yaml_text import MAX_BYTES, Written, YAMLError, plain, read_yaml
 from opdengine.plugins import load_object
+from opdengine.workers.printing import brief, one_line
 
 ELSEWHERE = {
     "beta": "divergence (0 is forward_kl, 1 reverse_kl, between them jsd with jsd_beta)",

@@ -85,6 +85,7 @@ class DebateConfig(Section):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cache_dir", at_home(self.cache_dir))
+        self.not_blank("cache_dir", "prompts")
         self.in_range()
 
 

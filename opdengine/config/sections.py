@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from opdengine.config.printing import brief
 from opdengine.errors import ConfigError
+from opdengine.workers.printing import brief
 
 DATA_COLUMNS = ("id", "prompt", "messages", "tools", "answer", "data_source")
 """What a row of data may say to the engine; other columns are handed to environments."""
@@ -98,6 +98,12 @@ class Section:
         if not ok:
             key = f"{self.section}.{name}" if self.section else name
             raise ConfigError(f"{key}={brief(getattr(self, name))} is not possible; {remedy}")
+
+    def not_blank(self, *names: str) -> None:
+        """Raise ConfigError for text that says nothing."""
+        for name in names:
+            value = getattr(self, name)
+            self.need(not isinstance(value, str) or bool(value.strip()), name, "it must not be empty; leave it out")
 
     def in_range(self) -> None:
         """Raise ConfigError for a number out of its range, which one that is not a number always is."""

@@ -25,7 +25,6 @@ from opdengine.config.method_sections import (
     TcodConfig,
     UniOPDConfig,
 )
-from opdengine.config.printing import brief
 from opdengine.config.secrecy import refuse_secrets
 from opdengine.config.sections import (
     COUNT,
@@ -48,6 +47,7 @@ from opdengine.config.sections import (
     by_key,
 )
 from opdengine.errors import ConfigError
+from opdengine.workers.printing import brief
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -159,7 +159,8 @@ class TrainConfig(Section):
         log_completions: write rollouts and debates of each step as JSONL.
         report_to: besides metrics.jsonl: "tensorboard".
         run_name: shown by trackers.
-        resume_from_checkpoint: "latest" (from the beginning where there is none yet) or a checkpoint folder.
+        resume_from_checkpoint: "latest" (the newest that is whole; from the beginning where there is none yet) or a
+            checkpoint folder.
         ddp_timeout: seconds that one process may wait for another (``torchrun``), rollouts and debates included.
         max_bad_steps: more steps in a row than this that train nothing end the run: of which the loss or gradient is
             not finite (they move no weight and are written to ``bad_steps/``), every episode broke, no rollout is left
@@ -405,6 +406,7 @@ def _check_together(config: TrainConfig) -> None:
     )
     for key in ("model", "output_dir", "method"):
         need(bool(getattr(config, key).strip()), key, "it must not be empty")
+    config.not_blank("attn_implementation", "chat_template", "verifier", "vllm_sync_dir", "resume_from_checkpoint")
     config.need(
         _is_address(config.vllm_server_base_url), "vllm_server_base_url", "write http://host:port or unix:/path"
     )
@@ -428,6 +430,9 @@ def _check_teacher(config: TrainConfig, teacher: TeacherConfig, where: str) -> N
     for key, range_ in teacher.ranges.items():
         need(getattr(teacher, key) in range_, key, str(range_))
     need(bool(teacher.model.strip()), "model", "it must not be empty")
+    for key in ("tokenizer", "chat_template", "writer_model"):
+        value = getattr(teacher, key)
+        need(value is None or bool(value.strip()), key, "it must not be empty; leave it out")
     need(not teacher.name or bool(teacher.name.strip()), "name", "it must not be blank")
     need(all(teacher.key), "key", "a routing key must not be empty; [] is every prompt")
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from opdengine.config.printing import one_line
 from opdengine.errors import ConfigError
+from opdengine.workers.printing import one_line
 
 MAX_BYTES = 1 << 18
 MAX_VALUES = 20_000
@@ -120,6 +120,12 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: Any, text: str) -> Any:
+    escaped = re.search("[\x85\u2028\u2029\ufeff]", text)  # line ends of YAML, which plain text would not keep
+    return dumper.represent_scalar(TAG + "str", text, style='"' if escaped else None)
+
+
+_Dumper.add_representer(str, _represent_text)
 _Loader.yaml_implicit_resolvers = _resolvers(yaml.SafeLoader, (TAG + "timestamp", TAG + "int", TAG + "float"))
 _Loader.add_implicit_resolver(TAG + "int", INT, list("-+0123456789"))
 _Loader.add_implicit_resolver(TAG + "float", FLOAT, list("-+.0123456789"))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from opdengine.environments.protocol import Environment
-from opdengine.plugins import load_object
+from opdengine.plugins import PluginError, import_object, load_object
 
 ENVIRONMENTS = {
     "house": "opdengine.environments.house:House",
@@ -41,10 +41,8 @@ def load_environment(name: str) -> type[Environment]:
             "'path/to/file.py:Class'"
         )
     try:
-        found = load_object(ENVIRONMENTS.get(name, name))
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
-        if name in ENVIRONMENTS:
-            raise
+        found = import_object(ENVIRONMENTS[name]) if name in ENVIRONMENTS else load_object(name)
+    except PluginError as error:
         raise ValueError(f"environment {name!r} cannot be loaded: {error}") from error
     missing = [method for method in METHODS if not callable(getattr(found, method, None))]
     if not isinstance(found, type) or missing:

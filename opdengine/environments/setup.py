@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from opdengine.data.prompts import DataError, PromptSet
-from opdengine.environments.registry import POOL_OPTIONS, check_options, load_environment
+from opdengine.environments.registry import ENVIRONMENTS, POOL_OPTIONS, check_options, load_environment
+from opdengine.plugins import explain
 from opdengine.types import Prompt
+from opdengine.workers.printing import brief
 
 if TYPE_CHECKING:
     from opdengine.config.train import EnvironmentConfig, TrainConfig
@@ -29,8 +31,16 @@ def load_tasks(config: EnvironmentConfig, split: str) -> PromptSet:
         raise DataError(str(error)) from error
     try:
         tasks = environment.tasks(split, **options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise DataError(f"environment {config.name!r}: no tasks of split {split!r}: {error}") from error
+    except (Exception, SystemExit) as error:
+        ours = config.name in ENVIRONMENTS
+        if ours and not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
+            raise
+        told = str(error) if ours else explain(error)
+        raise DataError(f"environment {config.name!r}: no tasks of split {split!r}: {told}") from error
+    if not isinstance(tasks, Sequence) or not all(isinstance(task, Mapping) for task in tasks):
+        raise DataError(
+            f"environment {config.name!r}: tasks({split!r}) gave {brief(tasks)}, which is no list of mappings with 'id'"
+        )
     if not tasks:
         raise DataError(f"environment {config.name!r} has no tasks in split {split!r}; check its options")
     prompts, seen = [], set[str]()

@@ -14,7 +14,7 @@ from opdengine.methods.opad import OPAD
 from opdengine.methods.opd import MTOPD, OPD
 from opdengine.methods.sage_opd import SAGEOPD
 from opdengine.methods.uni_opd import UniOPD
-from opdengine.plugins import load_object
+from opdengine.plugins import PluginError, explain, load_object
 
 METHODS: dict[str, type[Method]] = {
     "opd": OPD,
@@ -49,13 +49,18 @@ def build_method(config: TrainConfig) -> Method:
         )
     try:
         kind = METHODS[name] if name in METHODS else load_object(name)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
+    except PluginError as error:
         raise ConfigError(f"method {name!r} cannot be loaded: {error}") from error
     if not (inspect.isclass(kind) and issubclass(kind, Method)):
         raise ConfigError(f"method {name!r} is no class that inherits opdengine.methods.method.Method")
     try:
         inspect.signature(kind).bind(config, **options)
     except TypeError as error:
-        raise ConfigError(f"method {name!r} cannot be made with (config, **method_options): {error}") from error
-    method: Method = kind(config, **options)
+        raise ConfigError(f"method {name!r} cannot be called with (config, **method_options): {error}") from error
+    try:
+        method: Method = kind(config, **options)
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"method {name!r} failed: {explain(error)}") from error
     return method

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from opdengine.errors import ModelFileError
-from opdengine.models.files import own_memory, read_model, require_whole_files
+from opdengine.models.files import own_memory, read_config, read_model, require_whole_files
 from opdengine.models.lora import architecture, base_of, merge_adapter, read_adapted
 from opdengine.models.packing import Packed, pack
 from opdengine.models.sharding import Sharded
@@ -137,17 +137,13 @@ def default_device() -> torch.device:
 
 def read_window(path: str, *, trust_remote_code: bool = False) -> int | None:
     """Longest sequence of a model, in tokens, from its configuration alone; None if unbounded."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(architecture(path), trust_remote_code=trust_remote_code)
+    config = read_config(architecture(path), trust_remote_code)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def read_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype | None:
     """What a model's weights are stored in, from its configuration alone; None if it does not say."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(architecture(path), trust_remote_code=trust_remote_code)
+    config = read_config(architecture(path), trust_remote_code)
     return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
 
 
@@ -162,6 +158,8 @@ def check_model_path(path: str) -> None:
                 "model.save_pretrained(...) or name another folder"
             )
         require_whole_files(folder)
+        if (base := architecture(path)) != path:
+            check_model_path(base)
     elif looks_local or folder.exists():
         raise ValueError(
             f"model folder {path!r} does not exist; give a folder written by save_pretrained or "

@@ -35,7 +35,7 @@ def require_whole_files(folder: Path) -> None:
     require_no_pointers(folder)
     for name in ("config.json", "adapter_config.json", "tokenizer_config.json", "generation_config.json"):
         if (folder / name).is_file():
-            _read_object(folder / name)
+            read_object(folder / name)
     for file, names in _weight_files(folder).items():
         if not file.is_file():
             raise ModelFileError(
@@ -56,7 +56,7 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
         return {folder / name: []}
     if name == ADAPTER_FILE or not (folder / INDEX).is_file():
         raise ModelFileError(f"{str(folder)!r} has no {name}; only safetensors are read: save it with save_pretrained")
-    places = _read_object(folder / INDEX).get("weight_map")
+    places = read_object(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
         raise ModelFileError(f"{str(folder / INDEX)!r} has no 'weight_map' of names to files; save the model again")
     files: dict[Path, list[str]] = {}
@@ -79,6 +79,21 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         raise ModelFileError(
             f"the weights file {str(file)!r} is damaged or cut off ({error}); fetch it again, or save the model again"
         ) from error
+
+
+def read_config(path: str, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model folder or hub name.
+
+    Raises:
+        ModelFileError: it cannot be read, or says what cannot be.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # huggingface_hub has classes of its own, and so has the code of a model
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ModelFileError(f"the configuration of the model {path!r} cannot be read: {said}") from error
 
 
 def read_model(read: Callable[..., Any], path: str, **options: Any) -> Any:
@@ -175,7 +190,8 @@ def some(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises ModelFileError where there is none."""
     try:
         value = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:

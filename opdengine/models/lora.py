@@ -20,7 +20,7 @@ import torch
 from opdengine.config.train import ConfigError, LoRAConfig
 from opdengine.distributed import Ranks
 from opdengine.errors import ModelFileError
-from opdengine.models.files import ADAPTER_FILE, some, tensor_shapes
+from opdengine.models.files import ADAPTER_FILE, read_object, some, tensor_shapes
 from opdengine.models.sharding import whole, whole_weights
 
 logger = logging.getLogger(__name__)
@@ -164,15 +164,28 @@ def _save_adapter(model: Any, folder: Path, identity: str, split: Mapping[str, A
 
 
 def read_adapted(folder: str) -> str | None:
-    """The base model of a folder that holds an adapter; None for any other path."""
+    """The base model of a folder that holds an adapter; None for any other path.
+
+    Raises:
+        ModelFileError: the adapter does not name it.
+    """
     file = Path(folder).expanduser() / "adapter_config.json"
-    return str(json.loads(file.read_text("utf-8"))["base_model_name_or_path"]) if file.is_file() else None
+    if not file.is_file():
+        return None
+    base = read_object(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelFileError(f"{str(file)!r} does not name the model that the adapter belongs to; save it again")
+    return base
 
 
 def architecture(path: str) -> str:
     """The folder or hub name with the configuration of a model: of an adapter, that of its base."""
+    seen = [path]
     while base := read_adapted(path):
         path = base
+        if path in seen:
+            raise ModelFileError(f"the adapter in {seen[0]!r} is said to be its own base; save it again")
+        seen.append(path)
     return path
 
 

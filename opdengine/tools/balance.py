@@ -27,11 +27,13 @@ from typing import Any
 
 import numpy as np
 
+from opdengine.config.sections import COUNT, TOP_K, TOP_P, Range
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import DataError, drop_long, load_prompts
 from opdengine.errors import ConfigError
 from opdengine.training.run_folder import require_writable
 from opdengine.types import Prompt, Request, SamplingParams
+from opdengine.workers.printing import brief
 
 logger = logging.getLogger(__name__)
 
@@ -68,17 +70,21 @@ class BalanceSettings:
     def __post_init__(self) -> None:
         checks = (
             ("output", self.output.suffix == ".jsonl", "it must end in .jsonl"),
-            ("rollouts", self.rollouts >= 2, "a histogram needs at least 2"),
-            ("temperature", 0 < self.temperature < math.inf, "with 0 all rollouts of a prompt are equal"),
-            ("top_p", 0 < self.top_p <= 1, "it lies in (0, 1]; 1 keeps every token"),
-            ("top_k", self.top_k >= 0, "it must not be negative; 0 keeps every token"),
+            ("rollouts", self.rollouts in Range(2, 10**6), "a histogram needs at least 2, and at most 1e6"),
+            (
+                "temperature",
+                self.temperature in Range(0.01, 100),
+                "with 0 all rollouts of a prompt are equal; 100 is the most",
+            ),
+            ("top_p", self.top_p in TOP_P, TOP_P),
+            ("top_k", self.top_k in TOP_K, TOP_K),
             ("cap", self.cap >= 1, "it must be at least 1; nothing is removed"),
             ("target", self.target in ("largest", "median"), "choose largest or median"),
-            ("chunk", self.chunk >= 1, "it must be at least 1"),
+            ("chunk", self.chunk in COUNT, COUNT),
         )
         for name, ok, remedy in checks:
             if not ok:
-                raise ConfigError(f"--{name} {getattr(self, name)} is not possible; {remedy}")
+                raise ConfigError(f"--{name} {brief(getattr(self, name))} is not possible; {remedy}")
         require_writable("--output", str(self.output.parent))
 
     def beside(self, ending: str) -> Path:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opdengine.errors import ModelFileError
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -100,14 +102,12 @@ def shape_of(model: str, *, trust_remote_code: bool = False) -> Shape:
         for known in (name, name.removesuffix("-Instruct-2507"), name.removesuffix("-Base")):
             if known in QWEN3:
                 return QWEN3[known]
-    from transformers import AutoConfig
+    from opdengine.models.files import read_config
 
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
-    except OSError as error:
-        raise ValueError(
-            f"the configuration of {model!r} cannot be read; give a folder that has one, or one of {sorted(QWEN3)}"
-        ) from error
+        config = read_config(model, trust_remote_code).get_text_config()
+    except ModelFileError as error:
+        raise ValueError(f"{error}; give a folder that has one, or one of {sorted(QWEN3)}") from error
     return _from_config(model, config.to_dict())
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from opdengine.config.train import TrainConfig
+from opdengine.workers.printing import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class Progress:
         self.total = config.max_steps
         self.every = max(config.logging_steps, config.max_steps // 20, 1)
         self.start = start
-        self.title = config.run_name or config.method
+        self.title = one_line(config.run_name or config.method)
         self.enabled = enabled
         self._bar: Any = None
         self._task: Any = None
@@ -39,11 +40,11 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[metrics]}"),
+                TextColumn("{task.fields[metrics]}", markup=False),
                 console=Console(stderr=True),
             )
             self._bar.start()
@@ -73,4 +74,4 @@ class Progress:
 def _shown(metrics: Mapping[str, float]) -> str:
     named = {key.split("/")[-1]: key for key in SHOWN if key in metrics}
     named |= {key.removeprefix("eval/"): key for key in metrics if key.startswith("eval/") and key.endswith("/success")}
-    return "  ".join(f"{name} {metrics[key]:.4g}" for name, key in named.items())
+    return "  ".join(f"{one_line(name)} {metrics[key]:.4g}" for name, key in named.items())

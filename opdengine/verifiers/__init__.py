@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from opdengine.models.thoughts import answer_part
-from opdengine.plugins import load_object
+from opdengine.plugins import PluginError, import_object, load_object
 from opdengine.types import Message
 from opdengine.verifiers.multiple_choice import choice
 from opdengine.verifiers.number import numeric
@@ -50,7 +50,7 @@ def load_verifier(spec: str, settings: VerifierSettings | None = None) -> Verifi
     if spec in VERIFIERS:
         return VERIFIERS[spec]
     if spec in FACTORIES:
-        return load_object(FACTORIES[spec])(settings or VerifierSettings())  # type: ignore[no-any-return]
+        return import_object(FACTORIES[spec])(settings or VerifierSettings())  # type: ignore[no-any-return]
     if ":" not in spec:
         raise ValueError(
             f"unknown verifier {spec!r}; use one of {sorted([*VERIFIERS, *FACTORIES])}, 'module:function' or "
@@ -58,7 +58,7 @@ def load_verifier(spec: str, settings: VerifierSettings | None = None) -> Verifi
         )
     try:
         verifier = load_object(spec)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
+    except PluginError as error:
         raise ValueError(f"verifier {spec!r} cannot be loaded: {error}") from error
     if not callable(verifier):
         raise ValueError(f"verifier {spec!r} is not callable")

@@ -94,8 +94,10 @@ def ranks(processes: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def live(config: str, log: Path, moment: tuple[str, int, float] | None, processes: int, first: int) -> tuple[int, str]:
-    """One life: returns how it ended (0: the run is done, -9: killed) and the last phase that was noticed.
+def live(
+    config: str, log: Path, moment: tuple[str, int, float] | None, processes: int, first: int
+) -> tuple[int, str, set[str]]:
+    """One life: how it ended (0: the run is done, -9: killed), the last phase that was noticed, and all of them.
 
     Args:
         moment: phase, which of its beginnings, and seconds after it; None lets the run live.
@@ -114,22 +116,25 @@ def live(config: str, log: Path, moment: tuple[str, int, float] | None, processe
                     os.kill(child, signal.SIGKILL)
                 break
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return next((code for code in codes if code), 0), line.strip()
+    return next((code for code in codes if code), 0), line.strip(), set(seen)
 
 
 def run(config: str, log: Path, kills: int, seed: int, processes: int) -> dict[str, Any]:
     """All lives of one run: its last exit code, and what it was killed in."""
     lots, killed = random.Random(seed), list[dict[str, Any]]()
     order: list[str] = []
+    absent: set[str] = set()  # a method without debates has no phases of them
     while True:
         moment = None
         if len(killed) < kills:
-            order = order or lots.sample(list(PHASES), len(PHASES))  # every phase before any comes again
+            known = [phase for phase in PHASES if phase not in absent]
+            order = order or lots.sample(known, len(known))  # every phase before any comes again
             moment = (order.pop(), lots.randint(1, 2), lots.uniform(0, MOST_SECONDS))
-        code, phase = live(config, log, moment, processes, lots.randrange(processes))
+        code, phase, seen = live(config, log, moment, processes, lots.randrange(processes))
         if code != -signal.SIGKILL or moment is None:
             return {"code": code, "killed": killed}
         killed.append({"phase": phase, "seconds": moment[2]})
+        absent |= {moment[0]} - seen
 
 
 def main() -> int:

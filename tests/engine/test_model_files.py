@@ -19,10 +19,11 @@ from opdengine.config.loading import from_mapping
 from opdengine.config.train import LoRAConfig
 from opdengine.errors import ModelFileError
 from opdengine.methods import build_method
-from opdengine.models.backbone import check_model_path, load_model
+from opdengine.models.backbone import check_model_path, load_model, read_dtype, read_window
 from opdengine.models.chat import load_tokenizer
 from opdengine.models.checkpoint import restore_optimizer
 from opdengine.models.lora import add_adapter, load_adapter, save_model
+from opdengine.tools.shapes import shape_of
 from opdengine.training.build import build_engine, load_student
 from opdengine.training.run import train
 
@@ -263,6 +264,41 @@ def test_damaged_files_are_refused_before_anything_is_loaded(
     damage(path)
     with pytest.raises(ModelFileError, match=message):
         check_model_path(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model_type": "qwen3", "hidden_size": "wide"}', "expected int, got str"),
+        ('{"model_type": "no such model"}', "no such model"),
+        ("{}", "model_type"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    for read in (read_window, read_dtype, shape_of):
+        with pytest.raises(ValueError, match=rf"the configuration of the model .* cannot be read: .*{message}"):
+            read(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (None, "does not name the model that the adapter belongs to"),
+        ("./adapter_of_itself", "is said to be its own base"),
+        ("/no/such/folder", "'/no/such/folder' does not exist"),
+    ],
+)
+def test_an_adapter_without_its_base_is_refused(
+    tmp_path: Path, base: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("adapter_of_itself")
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")
+    with pytest.raises(ModelFileError if base != "/no/such/folder" else ValueError, match=message):
+        check_model_path("./adapter_of_itself")
 
 
 def test_a_tokenizer_that_is_cut_off_is_one_sentence(folder: Callable[[str], Path]) -> None:

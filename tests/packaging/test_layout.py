@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 ORDER = [
-    {"errors", "plugins", "types", "metrics", "workers"},
+    {"errors"},
+    {"types", "metrics", "workers"},
+    {"plugins"},
     {"config", "distributed"},
     {"models"},
     {"data", "rollout"},
