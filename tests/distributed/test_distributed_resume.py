@@ -172,3 +172,16 @@ def test_when_one_process_is_told_to_end_all_end_with_a_checkpoint_of_that_step(
     assert train(world, 2, "told", "--resume_from_checkpoint", "latest").returncode == 0
     one, other = final(world / "whole"), final(world / "told")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_falls_apart_is_counted_over_all_processes_and_said_by_one(world: Path) -> None:
+    """Every grade fails and every gap is masked: the first process speaks, and both end."""
+    verifier = world / "broken.py"
+    verifier.write_text("def grade(text, answer, messages):\n    raise KeyError('solution')\n")
+    settings = ["--method", "uni_opd", "--num_generations", "2", "--verifier", f"{verifier}:grade", "--max_steps", "1"]
+    ended = train(world, 2, "apart", *settings, "--advantage.max_gap", "1e-6")
+    assert ended.returncode != 0 and "finished" not in ended.stdout
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("WARNING, step 1")]
+    assert "8 of 8 completions could not be graded" in line
+    assert "none of the 1 steps of this run has trained anything" in ended.stderr
+    assert not (world / "apart" / "final").exists()
