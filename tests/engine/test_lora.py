@@ -260,7 +260,8 @@ def test_a_finished_adapter_is_a_model_like_any_other(
     settings = {"method": "opd", "teachers": [{"model": models["big"]}], "max_steps": 1, "learning_rate": 0.01}
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     train(make_config(models, prompt_file, first, lora=LORA, **settings), progress=False)
-    again = {**settings, "model": str(first / "final"), "teachers": [{"model": str(first / "final")}]}
+    teachers = [{"model": str(first / "final")}, {"model": models["big"]}]
+    again = {**settings, "model": str(first / "final"), "method": "mt_opd", "teachers": teachers}
     train(make_config(models, prompt_file, second, lora=LORA, save_steps=1, **again), progress=False)
     train(make_config(models, prompt_file, third, **again), progress=False)
 
@@ -278,7 +279,8 @@ def test_a_finished_adapter_is_a_model_like_any_other(
     config = make_config(models, prompt_file, second, lora=LORA, save_steps=1, **again)
     resumed = build_engine(config, build_method(config), load_tokenizer(config.model), last).student
     torch.testing.assert_close(logits(resumed.model), logits(load_model(str(second / "final"))), rtol=1e-4, atol=1e-4)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": "m", "train_data": [prompt_file], "output_dir": "o"}))
+    data = {"train_data": [prompt_file], "eval_data": [prompt_file]}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": "m", "output_dir": "o", **data}))
     capsys.readouterr()
     assert main(["eval", "--config", str(tmp_path / "run.yaml"), "--model", str(second / "final")]) == 0
     assert "eval/accuracy" in json.loads(capsys.readouterr().out)
