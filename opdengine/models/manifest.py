@@ -73,8 +73,10 @@ def _difference(checkpoint: Path, files: Files, part_bytes: int) -> str | None:
     """The first file that is not what the manifest says."""
     if missing := [name for name in files if not (checkpoint / name).is_file()]:
         return f"{some(missing)} is missing"
-    found = {str(path.relative_to(checkpoint)) for path in (checkpoint / "model").rglob("*") if path.is_file()}
-    if added := sorted(found - files.keys()):  # whatever lies beside a model may be read with it
+    beside = [path for path in (checkpoint / "model").rglob("*") if path.is_file() and not path.name.startswith(".")]
+    if added := sorted(
+        {str(p.relative_to(checkpoint)) for p in beside} - files.keys()
+    ):  # it may be read with the model
         return f"{some(added)} was added to it"
     with ThreadPoolExecutor(_threads()) as pool:
         hashes = {name: _hashes(pool, checkpoint / name, part_bytes) for name in files}

@@ -1,6 +1,6 @@
 """Train, kill, start again, until the run is done. By hand, with any configuration, or several:
 
-python tests/engine/kill_run.py killed.json run.yaml --kills 20 --seed 1 [--processes 2]
+python tests/engine/kill_run.py killed.json whole.yaml killed.yaml --kills 0 20 --seed 1 [--processes 2]
 
 Every life of the run has processes of its own, forked from this one before anything was trained (which saves the
 imports), and ended by SIGKILL at a moment that a seed chooses: soon after some phase has begun for the n-th time.
@@ -50,6 +50,9 @@ PHASES = {
     "removal of a checkpoint": (checkpoint, "_remove"),
 }
 MOST_SECONDS = 0.03
+ONCE = ("start of saving", "rename of a checkpoint", "removal of a checkpoint")
+"""Phases whose second beginning lies behind :data:`LAST`."""
+
 LAST = ("update", 2)
 """No life gets further: the phase that was chosen may not come (debates that are all in the cache, say)."""
 
@@ -119,22 +122,22 @@ def live(
     return next((code for code in codes if code), 0), line.strip(), set(seen)
 
 
-def run(config: str, log: Path, kills: int, seed: int, processes: int) -> dict[str, Any]:
-    """All lives of one run: its last exit code, and what it was killed in."""
-    lots, killed = random.Random(seed), list[dict[str, Any]]()
+def run(config: str, log: Path, kills: int, lots: random.Random, processes: int, phases: list[str]) -> dict[str, Any]:
+    """All lives of one run: its last exit code, what it was killed in, and the phases that it had."""
+    killed: list[dict[str, Any]] = []
     order: list[str] = []
-    absent = Counter[str]()  # a method without debates has no phases of them
+    had: set[str] = set()
     while True:
         moment = None
         if len(killed) < kills:
-            known = [phase for phase in PHASES if absent[phase] < 2]
-            order = order or lots.sample(known, len(known))  # every phase before any comes again
-            moment = (order.pop(), lots.randint(1, 2), lots.uniform(0, MOST_SECONDS))
+            order = order or lots.sample(phases, len(phases))  # every phase before any comes again
+            phase = order.pop()
+            moment = (phase, 1 if phase in ONCE else lots.randint(1, 2), lots.uniform(0, MOST_SECONDS))
         code, phase, seen = live(config, log, moment, processes, lots.randrange(processes))
+        had |= seen
         if code != -signal.SIGKILL or moment is None:
-            return {"code": code, "killed": killed}
+            return {"code": code, "killed": killed, "phases": [name for name in phases if name in had]}
         killed.append({"phase": phase, "seconds": moment[2]})
-        absent.update({moment[0]} - seen)
 
 
 def main() -> int:
@@ -146,8 +149,14 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
     log = Path(options.report).with_suffix(".log")
-    runs = zip(options.configs, options.kills, strict=True)
-    done = {config: run(config, log, kills, options.seed, options.processes) for config, kills in runs}
+    done, phases = {}, list(PHASES)
+    for config, kills in zip(options.configs, options.kills, strict=True):
+        if not kills:
+            phases = list(PHASES)
+        found = run(config, log, kills, random.Random(options.seed), options.processes, phases)
+        done[config] = found
+        if not kills:  # the runs after it are taken for the same one
+            phases = found["phases"]
     Path(options.report).write_text(json.dumps(done, indent=1))
     return max(abs(found["code"]) for found in done.values())
 

@@ -171,6 +171,7 @@ def test_where_nothing_is_whole_the_run_is_refused(run: SimpleNamespace) -> None
 
 def test_what_looks_like_a_checkpoint_is_none(run: SimpleNamespace) -> None:
     checkpoints = run.folder / "checkpoints"
+    (checkpoints / "step_6" / "model" / ".DS_Store").write_text("what a file manager leaves")
     for name in ("step_8.bak", "step_", "step_08", "step_-8", "step_8 ", "step_\u0668", "xstep_8", "copy of step_8"):
         shutil.copytree(checkpoints / "step_6", checkpoints / name)
     (checkpoints / "step_9").write_text("a file")
