@@ -213,12 +213,12 @@ def test_sage_opd(models: dict[str, str], tokenizer: Any, tmp_path: Path, kl_mod
     engine.sampler.stop_ids = tuple(range(0, len(tokenizer), 4))
 
     async def judge(requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
-        said = [WORDS[len(r.token_ids) % len(WORDS)] for r in requests]
+        said = [WORDS[sum(r.token_ids) % len(WORDS)] for r in requests]
         return [Completion(np.array([5]), np.zeros(1), "stop", text) for text in said]
 
     engine.teachers[0].generate = judge
-    result, gradient = whole_step(engine, load_tasks(config.environment, "train").prompts[:4])
-    assert len(result.samples) == 8
+    result, gradient = whole_step(engine, load_tasks(config.environment, "train").prompts[:8])
+    assert len(result.samples) == 16
 
     student, teacher = plain_models(models, "student", "big")
     weighted, mass, seen = torch.zeros((), dtype=torch.float64), 0.0, set()
@@ -229,8 +229,9 @@ def test_sage_opd(models: dict[str, str], tokenizer: Any, tmp_path: Path, kl_mod
         for number, (turn, end, its_end) in enumerate(zip(turns, ours[1], theirs[1], strict=True)):
             count, text = len(turn.token_ids), turn.messages[0]["content"]
             question = encode(tokenizer, brackets([{"role": "user", "content": text}]) + "[answer]")
-            i = (0.0, 0.5, 1.0, 1.0)[len(question) % len(WORDS)]
+            i = (0.0, 0.5, 1.0, 1.0)[sum(question) % len(WORDS)]
             failed = "failed" if number == 1 else "cut" if turn.token_ids[-1] not in engine.sampler.stop_ids else ""
+            failed = failed or ("" if text.strip() else "empty")
             seen.add(failed or i)
             with torch.no_grad():
                 q = logprobs(teacher, theirs[0][:its_end], count, len(tokenizer))
@@ -244,7 +245,7 @@ def test_sage_opd(models: dict[str, str], tokenizer: Any, tmp_path: Path, kl_mod
             mass += s * count
     loss = weighted / mass
     loss.backward()
-    assert seen == {0.0, 0.5, 1.0, "failed", "cut"}
+    assert seen >= {0.0, 0.5, 1.0, "failed", "cut"}
     assert result.metrics["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert_same_gradients(gradient, {n: p.grad.float() for n, p in student.named_parameters()}, rtol=1e-5)
 
