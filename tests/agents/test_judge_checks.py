@@ -10,12 +10,13 @@ import pytest
 from agent_helpers import make_rollout
 from engine_helpers import ScriptedTeacher, make_config
 
-from opdengine.config.train import ConfigError, SageConfig
+from opdengine.config.loading import from_mapping
+from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.methods.checks import Watch
-from opdengine.methods.opd import PlainContexts
 from opdengine.methods.sage_judge import judge_checks
-from opdengine.methods.sage_opd import Intervention
+from opdengine.methods.sage_opd import SAGEOPD
 from opdengine.training.run import train
+from opdengine.types import Batch
 
 
 def test_a_judge_whose_answer_leaves_no_room_for_the_question_is_refused(
@@ -53,13 +54,16 @@ def test_a_judge_whose_answer_leaves_no_room_for_the_question_is_refused(
 def test_turns_without_a_verdict_are_counted_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, reply: str, window: int | None, message: str
 ) -> None:
-    config = SageConfig(judge_max_tokens=8)
     rollouts = [make_rollout((2, 3), name="a"), make_rollout((2, 2, 2), name="b")]
     teacher = ScriptedTeacher("t", lambda call, request: reply, window=window)
-    found = asyncio.run(Intervention(config, PlainContexts()).annotate(rollouts, [teacher]))
+    data = {"model": "m", "teachers": [{"model": "t"}], "output_dir": "o", "method": "sage_opd"}
+    run = {**data, "environment": {"name": "house"}, "sage": {"judge_max_tokens": 8}}
+    method, found = SAGEOPD(from_mapping(TrainConfig, run)), Batch(samples=rollouts)
+    method.teachers = [teacher]
+    asyncio.run(method.annotate(found))
     assert found.metrics["sage/asked"] == 5
     assert [record["reply"] for record in found.records] == ["" if window else reply] * 5
-    Watch(judge_checks(config), tmp_path, 3).look(2, {**found.metrics, "grad_norm": 1.0})
+    Watch(judge_checks(method.settings), tmp_path, 3).look(2, {**found.metrics, "grad_norm": 1.0})
     if not message:
         assert not caplog.messages
         return

@@ -12,8 +12,9 @@ from engine_helpers import make_config
 
 import opdengine
 from opdengine.cli import main
+from opdengine.config import method_sections, sections
 from opdengine.config.loading import ELSEWHERE, from_mapping
-from opdengine.config.train import TeacherConfig, TrainConfig, method_sections, sections
+from opdengine.config.train import TeacherConfig, TrainConfig
 from opdengine.environments import ENVIRONMENTS, load_environment
 from opdengine.methods import PAPERS
 from opdengine.tools.explain import annotated, common, meanings
