@@ -201,7 +201,7 @@ WORDS = ("SKIP", "WEAK", "STRONG", "SKIP or WEAK")
 def test_sage_opd(models: dict[str, str], tokenizer: Any, tmp_path: Path, kl_mode: str) -> None:
     """Sampled episodes; student and teacher in templates of their own; turns judged, failed and cut off."""
     config = make_config(
-        models, "", tmp_path, method="sage_opd", num_generations=2, environment={"name": "house"},
+        models, "", tmp_path, method="sage_opd", num_generations=2, environment={"name": "house"}, seed=1,
         chat_template=THINKING, chat_template_kwargs={"enable_thinking": False},
         sage={"judge_prompt": "{llm_text}", "judge_max_tokens": 8, "kl_mode": kl_mode},
         teachers=[{"model": models["big"], "chat_template": BRACKETS}],
