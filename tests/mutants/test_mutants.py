@@ -1,0 +1,74 @@
+"""Edits of the papers' rules and constants, each of which a named test must notice: ``pytest -m slow tests/mutants``.
+
+An edit is made in a copy of the packages; the test then runs against the copy and has to fail. So a test that
+would still pass without its feature shows here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RULES = "tests/methods/test_rules.py"
+DEFAULTS = "tests/methods/test_paper_defaults.py"
+
+MUTANTS = [
+    # (file, what stands there, what is put in its place, the test that must fail)
+    ("methods/agent_baselines.py", "> settings.tau", "< settings.tau", f"{RULES}::test_entropy_aware_opd_doubles_the_weight_of_uncertain_tokens"),
+    ("methods/agent_baselines.py", "1 + settings.alpha * uncertain", "settings.alpha * uncertain", f"{RULES}::test_entropy_aware_opd_doubles_the_weight_of_uncertain_tokens"),
+    ("config/method_sections.py", "tau: float = 0.8", "tau: float = 0.5", f"{RULES}::test_entropy_aware_opd_doubles_the_weight_of_uncertain_tokens"),
+    ("methods/policy_gradient.py", "np.abs(own) < self.max_gap", "np.abs(own) < np.inf", f"{RULES}::test_the_mask_of_gaps_looks_at_the_gap_and_not_at_what_is_shifted"),
+    ("methods/policy_gradient.py", "np.abs(own) < self.max_gap", "np.abs(own + extra) < self.max_gap", f"{RULES}::test_the_mask_of_gaps_looks_at_the_gap_and_not_at_what_is_shifted"),
+    ("loss/importance.py", "weight > 1 + high, weight", "weight > 1e9, weight", f"{RULES}::test_ppo_clips_at_0_8_and_1_28"),
+    ("loss/importance.py", "weight < 1 - low)", "weight < 0)", f"{RULES}::test_ppo_clips_at_0_8_and_1_28"),
+    ("loss/importance.py", "high: float = 0.28", "high: float = 0.2", f"{RULES}::test_ppo_clips_at_0_8_and_1_28"),
+    ("loss/importance.py", "(weight <= high), weight", "(weight <= 99), weight", f"{RULES}::test_the_band_is_half_to_twice"),
+    ("methods/uni_opd.py", "sample.reward >= self.settings.correct_from", "sample.reward > 0", f"{RULES}::test_only_whole_rewards_are_correct_rollouts"),
+    ("tools/balance.py", "rollouts: int = 8", "rollouts: int = 4", f"{RULES}::test_offline_balancing_asks_each_prompt_eight_times"),
+    ("methods/uni_opd.py", "for side in (up, down)]", "for side in (down, up)]", "tests/methods/test_uni_opd.py::test_narrowing_removes_the_rollouts_in_the_way"),
+    ("methods/uni_opd.py", "LEAST_KEPT = 0.25", "LEAST_KEPT = 0.5", "tests/methods/test_uni_opd.py::test_narrowing_removes_the_rollouts_in_the_way"),
+    ("methods/uni_opd.py", '"spread": (0.5, -0.5)', '"spread": (1.0, -1.0)', "tests/methods/test_uni_opd.py::test_a_shift_makes_the_margin_exactly_delta"),
+    ("methods/uni_opd.py", "settings.margin_delta * sides", "0.0 * sides", "tests/methods/test_uni_opd.py::test_masked_tokens_get_no_shift_and_the_fixed_control_ignores_the_margin"),
+    ("methods/camopd.py", '"general": (c.score_g, c.rho_g)', '"general": (c.score_g, c.rho_d)', f"{RULES}::test_each_branch_of_camopd_has_its_own_share"),
+    ("methods/camopd.py", '{"general": self.settings.r_g', '{"general": self.settings.r_d', "tests/methods/test_camopd.py::test_each_branch_has_its_own_score_share_and_weight"),
+    ("methods/camopd.py", "step % (n + 1) < n", "step % (n + 1) <= n", "tests/methods/test_camopd.py::test_alternating_schedule"),
+    ("methods/camopd.py", '"pos": np.maximum(gap, 0)', '"pos": np.abs(gap)', "tests/methods/test_camopd.py::test_scores"),
+    ("methods/sage_opd.py", "sample.teacher_top1 * mix / mix.sum(axis=1, keepdims=True)", "sample.teacher_top1 / len(mix[0])", f"{RULES}::test_the_confidence_of_a_turn_is_weighted_as_its_teachers_are"),
+    ("methods/sage_opd.py", 'every = settings.normalization == "all_tokens"', "every = False", "tests/agents/test_sage.py::test_the_worked_example"),
+    ("methods/sage_opd.py", "settings.z_max or np.inf", "np.inf", "tests/agents/test_sage.py::test_z_can_be_bounded"),
+    ("methods/sage_opd.py", 'turn.info.get("stop_reason") == "length"', "False", "tests/agents/test_sage.py::test_a_turn_that_is_empty_or_cut_off_is_a_failure_whatever_the_environment_made_of_it"),
+    ("methods/sage_judge.py", '"weak": self.config.alpha', '"weak": 1.0', "tests/agents/test_sage.py::test_what_the_judge_says"),
+    ("methods/debate/debate.py", "np.array(known) / 100 / tau", "np.array(known) / 100", "tests/engine/test_debate.py::test_weights_are_equation_7"),
+    ("methods/debate/debate.py", "len(known) < len(self.teachers)", "not known", "tests/engine/test_debate.py::test_only_the_last_round_counts_and_a_missing_one_makes_all_weights_equal"),
+    ("methods/mad_opd.py", '"temperature": (0.7', '"temperature": (1.0', DEFAULTS),
+    ("methods/mad_opd.py", '"repetition_penalty": (1.2', '"repetition_penalty": (1.0', DEFAULTS),
+    ("methods/mad_opd.py", '"loss_normalization": ("sequence"', '"loss_normalization": ("token"', DEFAULTS),
+    ("methods/opad.py", '"divergence": ("jsd"', '"divergence": ("reverse_kl"', DEFAULTS),
+    ("methods/uni_opd.py", '"advantage.max_gap": (10.0', '"advantage.max_gap": (20.0', DEFAULTS),
+    ("methods/uni_opd.py", '"num_generations": (16', '"num_generations": (8', DEFAULTS),
+    ("methods/camopd.py", '"learning_rate": (2e-6', '"learning_rate": (1e-6', DEFAULTS),
+    ("methods/sage_opd.py", '"temperature": (0.4', '"temperature": (1.0', DEFAULTS),
+    ("methods/opad.py", "-logprob.mean()", "logprob.mean()", "tests/agents/test_opad.py::test_sampled_steps"),
+    ("loss/objective.py", "len(lengths) * max(len(sample.target_ids), 1)", "sum(lengths)", "tests/engine/test_step.py::test_token_and_sequence_means_differ_as_their_closed_forms_do"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "old", "new", "test"), MUTANTS)
+def test_the_named_test_notices_the_edit(tmp_path: Path, file: str, old: str, new: str, test: str) -> None:
+    for package in ("opdengine", "kernels/opd_kernels"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    place = tmp_path / "opdengine" / file
+    text = place.read_text()
+    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file}; bring the list up to date"
+    place.write_text(text.replace(old, new))
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{tmp_path / 'kernels'}"}
+    command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 1, f"{test} passes although {file} says {new!r}:\n{run.stdout[-2000:]}"
