@@ -208,8 +208,8 @@ def test_what_is_odd_but_right_is_read(tmp_path: Path, tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", gzip.compress(b'{"prompt": "x"}'), "is compressed with gzip; unpack it"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}'), "is compressed with gzip; unpack it"),
+        ("a.jsonl", gzip.compress(b'{"prompt": "x"}', mtime=0), "is compressed with gzip; unpack it"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}', mtime=0), "is compressed with gzip; unpack it"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x00", "is compressed with zstd"),
         ("a.parquet", b"PK\x03\x04rest", "is a zip archive"),
         ("a.jsonl", '{"prompt": "x"}'.encode("utf-16"), "is UTF-16 or UTF-32 text; save it as UTF-8"),
