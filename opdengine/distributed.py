@@ -48,6 +48,8 @@ def _lost(error: Exception, timeout: float) -> LostPeerError | None:
         error: of this rank.
         timeout: seconds that it has waited for another one at most.
     """
+    import torch
+
     if isinstance(error, LostPeerError):
         return error
     if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
