@@ -164,7 +164,7 @@ class TrainConfig(Section):
         ddp_timeout: seconds that one process may wait for another (``torchrun``), rollouts and debates included.
         max_bad_steps: more steps in a row than this that train nothing end the run: of which the loss or gradient is
             not finite (they move no weight and are written to ``bad_steps/``), every episode broke, no rollout is left
-            or has weight, or the gradient is 0. A run in which not one step trains anything fails in any case.
+            or has weight, or the gradient or the update is 0. A run of which no step trains anything fails always.
         max_logprob_difference: stop when sampler and trainer disagree by more (mean absolute
             difference of a step, nats).
     """

@@ -25,6 +25,7 @@ STALLS = {
     "broken": "no episode that came to its end",
     "nothing": "no rollout with any weight",
     "no_gradient": "a gradient of exactly 0",
+    "lost": "an update that rounding loses",
 }
 """Why a step trains nothing."""
 
@@ -169,8 +170,8 @@ class Watch:
             raise NothingTrainedError(f"none of the {step} steps of this run has trained anything.{why}")
         if self.stalled:
             self._warn(
-                f"{self.stalled} of the {self.steps} steps trained nothing (skipped_steps, bad_steps or a grad_norm of "
-                "0 in metrics.jsonl)"
+                f"{self.stalled} of the {self.steps} steps trained nothing (skipped_steps, bad_steps, lost_updates or "
+                "a grad_norm of 0 in metrics.jsonl)"
             )
 
     def _end(self, step: int) -> None:
@@ -197,6 +198,11 @@ class Watch:
             return (
                 f"its loss is {metrics.get('loss', 0.0):g} and its gradient exactly 0: student and teachers agree on "
                 "every token that counts. Is a teacher the student itself?"
+            )
+        if stall == "lost":
+            return (
+                f"its update, of learning_rate={metrics.get('learning_rate', 0.0):g}, changes no weight: it is lost in "
+                "the rounding of the parameters. Raise learning_rate, or set dtype: float32 (with bf16: true on a GPU)"
             )
         dropped = {
             name: count
@@ -237,7 +243,9 @@ def stall_of(metrics: Mapping[str, float]) -> str:
         return "not_finite"
     if metrics.get("skipped_steps"):
         return "broken" if not metrics.get(SAMPLED) and _count(metrics, "dropped/environment/") else "nothing"
-    return "no_gradient" if metrics.get("grad_norm") == 0 else ""
+    if metrics.get("grad_norm") == 0:
+        return "no_gradient"
+    return "lost" if metrics.get("lost_updates") else ""
 
 
 def _count(metrics: Mapping[str, float], name: str) -> float:

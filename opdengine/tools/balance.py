@@ -274,6 +274,12 @@ def balance(config: TrainConfig, settings: BalanceSettings, progress: Callable[[
             if sampler is not None:
                 sampler.close()
         failures = grader.counts()
+    if failed := sum(failures.values()):
+        logger.warning(
+            "WARNING: %d completions could not be graded and count as wrong (%s): the histogram holds them as well",
+            failed,
+            ", ".join(f"{name} {count:g}" for name, count in failures.items() if count),
+        )
     report = {**write(data.prompts, counts, settings, config.seed), "dropped": dict(data.dropped), "verifier": failures}
     settings.beside(".report.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(report, settings.beside(".png"))

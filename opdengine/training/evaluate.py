@@ -233,7 +233,13 @@ def evaluate(
     failed = Counter(score.failure for score in scores if score.failure)
     if failed:
         example = next(score for score in scores if score.failure)
-        logger.warning("%d verifiers failed: %s, e.g. %s", failed.total(), dict(failed), example.detail)
+        logger.warning(
+            "WARNING: %d of %d answers could not be graded and count as wrong: %s, e.g. %s",
+            failed.total(),
+            len(scores),
+            dict(failed),
+            example.detail,
+        )
     return Evaluation(
         scores=np.array([score.value for score in scores], dtype=np.float64).reshape(-1, params.n),
         keys=tuple(p.key for p in prompts),

@@ -105,6 +105,17 @@ def clip_gradients(model: Any, max_norm: float, norm: float) -> None:
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm, device=parameters[0].device))
 
 
+def some_values(model: Any, count: int = 256) -> torch.Tensor:
+    """Up to ``count`` values of every trained parameter (of this rank's part), to see whether an update moves any."""
+    found = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            own = parameter.detach()
+            flat = (own.to_local() if hasattr(own, "to_local") else own).reshape(-1)
+            found.append(flat[:: max(1, flat.numel() // count)][:count].float())
+    return torch.cat(found)
+
+
 def describe(batches: Sequence[MicroBatch], losses: Sequence[float]) -> list[dict[str, object]]:
     """Everything that entered a step whose loss or gradient was not finite, one record per sample."""
     return [

@@ -28,7 +28,14 @@ from opdengine.teachers import Teacher
 from opdengine.teachers.shard import Session
 from opdengine.training import sanity
 from opdengine.training.agreement import processed_differences
-from opdengine.training.optimizer_step import backward, clip_gradients, describe, gradient_norm, micro_batches
+from opdengine.training.optimizer_step import (
+    backward,
+    clip_gradients,
+    describe,
+    gradient_norm,
+    micro_batches,
+    some_values,
+)
 from opdengine.training.scoring import Measurer, score
 from opdengine.training.step_result import StepResult, step_result
 from opdengine.types import Batch, Prompt, Request, Sample, SamplingParams, Turn
@@ -406,7 +413,9 @@ class Engine:
     def _optimizer_step(self, loss: float, norm: float) -> dict[str, float]:
         clip_gradients(self.student.model, self.config.max_grad_norm, norm)
         learning_rate = float(self.scheduler.get_last_lr()[0])
+        before = some_values(self.student.model)
         self.optimizer.step()
+        moved = self.ranks.sum(not torch.equal(before, some_values(self.student.model)))
         self.optimizer.zero_grad(set_to_none=True)  # nothing of them is held while the next batch is sampled and scored
         self.scheduler.step()
         self.version += 1
@@ -415,6 +424,7 @@ class Engine:
             "grad_norm": norm,
             "learning_rate": learning_rate,
             "policy_version": float(self.version),
+            **({} if moved or not learning_rate else {"lost_updates": 1.0}),
         }
 
 

@@ -99,5 +99,6 @@ def completion_row(sample: Sample) -> dict[str, Any]:
         "text": sample.text,
         "tokens": len(sample.target_ids),
         "stop_reason": sample.stop_reason,
+        "reward": sample.reward,
         "policy_version": sample.policy_version,
     }

@@ -41,7 +41,14 @@ def watch(folder: Path, *checks: Check, **changes: Any) -> Watch:
 
 @pytest.mark.parametrize(
     ("metrics", "stall"),
-    [(MOVED, ""), (SKIPPED, "nothing"), (BAD, "not_finite"), (FLAT, "no_gradient"), (BROKEN, "broken")],
+    [
+        (MOVED, ""),
+        ({**MOVED, "lost_updates": 1.0}, "lost"),
+        (SKIPPED, "nothing"),
+        (BAD, "not_finite"),
+        (FLAT, "no_gradient"),
+        (BROKEN, "broken"),
+    ],
 )
 def test_what_a_step_has_trained(metrics: dict[str, float], stall: str) -> None:
     assert stall_of(metrics) == stall
@@ -254,3 +261,20 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(
     )  # fmt: skip
     with pytest.raises(NothingTrainedError, match=r"tokens have a gap of exactly 0"):
         train(config, progress=False)
+
+
+@pytest.mark.parametrize(("dtype", "rate"), [("bfloat16", 1e-9), ("float32", 1e-18)])
+def test_updates_that_rounding_loses_train_nothing(
+    models: Models, prompt_file: str, tmp_path: Path, dtype: str, rate: float
+) -> None:
+    changes: dict[str, Any] = {"dtype": dtype, "learning_rate": rate, "lr_scheduler_type": "constant", "max_steps": 2}
+    with pytest.raises(NothingTrainedError, match=rf"learning_rate={rate:g}, changes no weight: .* dtype: float32"):
+        train(make_config(models, prompt_file, tmp_path, **changes), progress=False)
+
+
+def test_the_first_step_of_a_warm_up_counts_as_trained(models: Models, prompt_file: str, tmp_path: Path) -> None:
+    """Its learning rate is 0, as in transformers, and that of the next one is not."""
+    config = make_config(models, prompt_file, tmp_path, max_steps=2, warmup_ratio=0.5, max_bad_steps=0)
+    train(config, progress=False)
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert first["learning_rate"] == 0 and second["learning_rate"] > 0 and "lost_updates" not in first
