@@ -23,7 +23,7 @@ from opdengine.config.train import SageConfig  # noqa: E402
 from opdengine.environments.episodes import Episodes, Job, turns_of  # noqa: E402
 from opdengine.environments.house import House  # noqa: E402
 from opdengine.environments.recorded import Recorded  # noqa: E402
-from opdengine.methods import build_method  # noqa: E402
+from opdengine.methods import METHODS, build_method  # noqa: E402
 from opdengine.methods.sage_judge import Judge  # noqa: E402
 from opdengine.rollout.transformers import TransformersSampler  # noqa: E402
 from opdengine.types import Prompt, SamplingParams  # noqa: E402
@@ -295,7 +295,7 @@ def test_a_small_run_writes_numbers_table_and_figure(demo, arm, tmp_path, capsys
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda f: f.stem)
 def test_configurations_of_real_models_load(file):
     config = load_config(str(file))
-    assert build_method(config).name == config.method
+    assert type(build_method(config)) is METHODS[config.method]
     if config.method == "sage_opd":  # appendix A of the paper
         assert (config.learning_rate, config.weight_decay, config.temperature) == (1e-6, 0.1, 0.4)
         assert (config.prompts_per_step, config.num_generations, config.sage.alpha) == (64, 1, 0.5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -12,13 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opdengine.config.loading import from_mapping, load_config
+from opdengine.config.loading import from_mapping
 from opdengine.config.train import TrainConfig
-from opdengine.methods import build_method
+from opdengine.methods import METHODS, build_method
 from opdengine.metrics import write_jsonl
 from tiny import camopd_study, study, task, uni_study
-
-CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 
 
 @pytest.mark.parametrize(("prompt", "answer", "said"), [("C(7+1)*0", "71+0*", "*+710"), ("C7-(1*0)", "710*-", "-7*10")])
@@ -96,26 +93,7 @@ def test_every_arm_trains(of: Any, tmp_path: Path) -> None:
         base = {**of.STUDY.settings(tmp_path, 0), "seed": 0, "output_dir": str(tmp_path / arm.name)}
         settings = study.merged(base, study.filled(arm.settings, folder=str(tmp_path), seed=0))
         settings = study.merged(settings, {"max_steps": 1, "eval_steps": 0, "per_device_train_batch_size": 2})
-        assert build_method(from_mapping(TrainConfig, settings)).name == of.STUDY.name
+        assert type(build_method(from_mapping(TrainConfig, settings))) is METHODS[of.STUDY.name]
         if number < 2:
             found = study.run(arm.name, 0, json.loads(json.dumps(settings)), ["reward/mean", "camopd/general/selected"])
             assert found["metrics"] and [point["step"] for point in found["curve"]] == [0, 1]
-
-
-def test_configurations_hold_the_papers_settings() -> None:
-    uni = [load_config(str(file)) for file in sorted(CONFIGS.glob("uni_opd_*.yaml"))]
-    assert len(uni) == 3
-    for config in uni:
-        recipe, section = build_method(config), config.uni_opd
-        assert (recipe.name, config.num_generations, config.prompts_per_step) == ("uni_opd", 16, 64)
-        assert (section.margin_statistic, section.margin_scope, section.margin_delta) == ("mean", "group", 0.4)
-        assert (section.margin_direction, section.balance_ratio, config.learning_rate) == ("spread", 1.0, 1e-6)
-    recovery = [load_config(str(file)) for file in sorted(CONFIGS.glob("camopd_*.yaml"))]
-    assert len(recovery) == 2
-    for config in recovery:
-        recipe, section = build_method(config), config.camopd
-        assert recipe.schedule is not None
-        assert (config.prompts_per_step, config.max_steps, config.learning_rate) == (512, 120, 2e-6)
-        assert (section.n_general, section.rho_g, section.rho_d, section.r_g, section.r_d) == (3, 0.8, 0.8, 2.0, 1.0)
-        assert config.model == next(t.model for t in config.teachers if t.key)  # the domain teacher is its start
-        assert dataclasses.astuple(config.advantage)[1:4] == ("band", 0.5, 2.0)
