@@ -272,6 +272,53 @@ CORPUS: dict[str, Hostile] = {
         "try: os.chmod('/dev/null', 0); print('GOT /dev/null')\n"
         "except OSError: pass"
     ),
+    # What the next program would find.
+    "closed_folders": Hostile(
+        "import os\n"
+        "for place in ('/tmp', '/dev/shm'):\n"
+        "    folder = f'{{place}}/{token}/inner'\n"
+        "    os.makedirs(folder)\n"
+        "    open(folder + '/file', 'w').close()\n"
+        "    os.chmod(folder, 0); os.chmod(f'{{place}}/{token}', 0)\n"
+        "    try: os.chmod(place, 0)\n"
+        "    except OSError: pass"
+    ),
+    "nested_folders": Hostile(
+        "import os\n"
+        "for place, depth in (('/dev/shm', 450), ('/tmp', 450)):\n"
+        "    os.chdir(place)\n"
+        "    for _ in range(depth): os.mkdir('{token}'); os.chdir('{token}')\n"
+        "    os.chmod('.', 0)"
+    ),
+    "odd_names": Hostile(
+        "import os\n"
+        "os.symlink('/tmp', b'/tmp/\\xff\\n'); os.symlink('nowhere', '/tmp/-rf'); os.mkfifo('/dev/shm/{token}', 0)\n"
+        "os.mkdir(b'/tmp/\\xfe'); os.symlink('..', b'/tmp/\\xfe/up')"
+    ),
+    "interrupts_the_first_process": Hostile(
+        "import os, signal, time\n"
+        "for s in range(1, 65):\n"
+        "    for pid in (1, os.getppid()):\n"
+        "        try: os.kill(pid, s)\n"
+        "        except OSError: pass\n"
+        "time.sleep(0.2)\n"
+        "print('went on')"
+    ),
+    "changes_its_state": Hostile(
+        "import os, resource, sys\n"
+        "os.umask(0o777); os.chdir('/')\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (5, 5)); resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "os.environ['LEFT'] = '{token}'; sys.modules['json'] = None; __builtins__.print = None"
+    ),
+    "leaves_processes": Hostile(
+        "import os, time\n"
+        "for _ in range(5):\n"
+        "    if os.fork() == 0:\n"
+        "        os.setsid()\n"
+        "        if os.fork(): os._exit(0)\n"
+        "        while True: time.sleep(0.01); open('/tmp/{token}', 'a').close()\n"
+        "time.sleep(0.1)"
+    ),
     # The network.
     "connects_to_the_loopback": Hostile(
         "import socket\ntry: socket.create_connection(('127.0.0.1', {port}), 2); print('GOT it')\nexcept OSError: pass"

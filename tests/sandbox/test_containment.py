@@ -19,6 +19,15 @@ from opdengine.verifiers.sandbox.session import Session
 from opdengine.verifiers.sandbox.tiers import Limits, Tier
 
 LIMITS = Limits(memory=400 << 20, cpu=10, processes=16, output=100_000, scratch=20 << 20, files=500)
+NEXT = """
+import json, os, resource
+others = [p for p in os.listdir("/proc") if p.isdigit() and int(p) not in (1, os.getpid())]
+umask = os.umask(0)
+print(os.listdir("/tmp"), os.listdir("/dev/shm"), oct(umask), os.getcwd(), end=" ")
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], "LEFT" in os.environ, others, "still here")
+open("/tmp/file", "w").write("x"), open("/dev/shm/file", "w").write("x")
+"""
+"""Tells what a program before it has left, and that there is room to work."""
 PLACES = (
     "/",
     "/tmp",
@@ -95,12 +104,14 @@ def test_hostile_program(name: str, isolated: tuple[Tier, Runtime], world: dict[
     before = children()
     with Session(tier, LIMITS, runtime) as session:
         answer = session.run(hostile.code.format(**world), "", hostile.seconds)
-        after = session.run("print('still here')", "", 10)
+        after = session.run(NEXT, "", 10)
     assert answer.get("failed", "alone") in hostile.ends, answer
     output = answer.get("output", "")
     assert "GOT" not in output, output
     assert world["token"] not in output, "a secret came out"
-    assert after.get("output") == "still here\n", "the sandbox goes on working after it"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert after.get("output") == f"[] [] {oct(umask)} /tmp 64 False [] still here\n", after
     assert children() == before
     assert session.uid is None or not owned(session.uid)
     left = [place for place in PLACES for entry in os.listdir(place) if entry.startswith(world["token"])]

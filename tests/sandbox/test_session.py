@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from opdengine.verifiers.sandbox.runtime import Runtime, find_runtime
 from opdengine.verifiers.sandbox.session import SandboxError, Session, find_tier
 from opdengine.verifiers.sandbox.tiers import NONE, Limits, Tier, spare_uid
 from opdengine.workers.plain import decode, encode
+from opdengine.workers.tidy import empty_folder, remove_folder
 
 OWNER = """
 import sys
@@ -136,6 +139,134 @@ def test_large_input_and_output_pass(isolated: tuple[Tier, Runtime]) -> None:
         answer = session.run("import sys\nsys.stdout.write(sys.stdin.read())", text, 30)
         assert answer["output"] == text
         assert session.run("print(len('x'))", text, 30)["output"] == "1\n", "input that nobody reads is no trouble"
+
+
+HOARDS = """
+import os, threading, time
+def later():
+    time.sleep(0.2)
+    for _ in range(5):
+        if os.fork() == 0:
+            block = bytearray(100 << 20)
+            time.sleep(1000)
+threading.Thread(target=later, daemon=True).start()
+def f(): return 1
+"""
+
+
+@pytest.mark.parametrize("name", available())
+def test_limits_hold_between_two_questions(name: str) -> None:
+    """Processes that wait until nothing is asked are watched as well."""
+    tier, runtime = available()[name]
+    with Session(tier, Limits(memory=300 << 20), runtime) as session:
+        first = len(family(os.getpid()))
+        assert session.start("functions", HOARDS, 30) == {"ready": True}
+        assert wait_until(lambda: len(family(os.getpid())) > first + 1)
+        assert wait_until(lambda: len(family(os.getpid())) == first), "they have been ended without any question"
+        answer = session.tell({"call": ["f", [], []]}, 10)
+        assert answer["failed"] == "memory" and "in all processes" in answer["detail"]
+        assert session.start("functions", "def f(): return 2", 30) == {"ready": True}
+        assert session.tell({"call": ["f", [], []]}, 10) == {"value": 2}
+
+
+def test_a_question_without_a_program_has_an_answer() -> None:
+    tier, runtime = next(iter(available().values()))
+    with Session(tier, runtime=runtime) as session:
+        assert session.tell({"call": ["f", [], []]}, 10) == {"failed": "ended", "detail": "no program was started"}
+        assert session.run("print(1)", "", 10)["output"] == "1\n"
+
+
+def test_a_sandbox_that_cannot_be_cleaned_serves_no_other_program(
+    isolated: tuple[Tier, Runtime], tmp_path: Path
+) -> None:
+    """As where a program's files belong to somebody else; the removal is made to fail."""
+    tier, runtime = isolated
+    inside = (module.HERE / "tidy.py").read_text()
+    broken = inside.replace("    _open_up(folder)\n    unused", '    raise OSError("stuck")\n    unused')
+    for name in ("inside.py", "plain.py", "runner.py"):
+        (tmp_path / name).write_text((module.HERE / name).read_text())
+    (tmp_path / "tidy.py").write_text(broken)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "HERE", tmp_path)
+        session = Session(tier, runtime=runtime)
+    with session:
+        assert session.run("print(1)", "", 10)["output"] == "1\n"
+        assert session.run("print(2)", "", 10)["failed"] == "ended"
+
+
+def test_folders_nested_deeper_than_python_recurses_do_not_pass_to_the_next_program(
+    isolated: tuple[Tier, Runtime],
+) -> None:
+    nest = "import os\nfor _ in range(1500): os.mkdir('d'); os.chdir('d')\nos.chmod('.', 0); print('deep')"
+    tier, runtime = isolated
+    with Session(tier, runtime=runtime) as session:
+        for _ in range(2):
+            assert session.run(nest, "", 30)["output"] == "deep\n"
+            assert session.run("import os; print(os.listdir('.'))", "", 30)["output"] == "[]\n"
+
+
+def test_everything_in_a_folder_is_removed(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").touch()
+    deep = os.open(tmp_path, os.O_RDONLY)
+    for name in ["folder"] + ["d"] * 1500:
+        os.mkdir(name, dir_fd=deep)
+        below = os.open(name, os.O_RDONLY, dir_fd=deep)
+        os.close(deep)
+        deep = below
+    os.symlink(outside, "link", dir_fd=deep)
+    os.fchmod(deep, 0)
+    os.close(deep)
+    (folder / "link").symlink_to(outside)
+    (folder / "closed").mkdir()
+    (folder / "closed" / "file").touch()
+    (folder / "closed").chmod(0)
+    folder.chmod(0)
+    empty_folder(str(folder))
+    assert os.listdir(folder) == [] and (outside / "kept").exists()
+    for _ in range(2):
+        remove_folder(str(folder))
+        assert not folder.exists()
+
+
+ONE_USER = """
+import sys
+from opdengine.sandbox.session import SandboxError, Session, find_tier
+from opdengine.sandbox.tiers import candidates
+for tier in candidates():
+    try:
+        Session(tier).close()
+        print("started", tier)
+    except SandboxError as error:
+        assert "a user namespace with one user id" in str(error), error
+try:
+    find_tier(True)
+except SandboxError as error:
+    print("refused")
+"""
+
+
+def test_a_user_namespace_with_one_user_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    unshare = shutil.which("unshare")
+    command = [str(unshare), "--user", "--map-root-user"]
+    if unshare is None or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("this system allows no user namespaces")
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    answer = subprocess.run(
+        [*command, sys.executable, "-c", ONE_USER], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert answer.stdout == "refused\n", answer.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_sandbox_that_does_not_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(module, "spare_uid", lambda: None)
+    monkeypatch.setattr(Tier, "command", lambda *_: [str(tmp_path / "nothing")])
+    with pytest.raises(SandboxError, match=r"does not start: .*nothing"):
+        Session(NONE)
+    assert os.listdir(tmp_path) == []
 
 
 def test_unsandboxed_programs_have_limits_and_leave_nothing() -> None:

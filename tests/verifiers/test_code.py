@@ -196,6 +196,59 @@ def test_no_cheat_passes(verify: Any, name: str) -> None:
         assert score.value == 0 and score.detail, (tests, score)
 
 
+ENDING_TEST = """
+cases = [1, -4, 3]
+for found, case in zip(map(double, cases), cases):
+    assert found == 2 * case
+assert [double(case) for case in cases] == [2, -8, 6]
+for value in iter(lambda: double(1), 2):
+    raise AssertionError(value)
+"""
+MAPPED_TEST = ENDING_TEST.partition("assert [")[0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    ["StopIteration", "StopAsyncIteration", "GeneratorExit", "KeyboardInterrupt", "SystemExit(0)", "IndexError",
+     "type('Mine', (StopIteration,), {})", "BaseException", "ExceptionGroup", "AssertionError"],
+)  # fmt: skip
+def test_no_exception_ends_a_test_early(verify: Any, error: str) -> None:
+    """A test that goes over ``map(function, cases)`` would end without a single comparison."""
+    for test in (ENDING_TEST, MAPPED_TEST):
+        assert verify(HONEST, {"test": test}).value == 1
+        assert verify(f"def double(x): raise {error}", {"test": test}).value == 0
+        assert verify(f"def double(x):\n    double.__class__\n    yield\n    raise {error}", {"test": test}).value == 0
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\ndef double(x): os.close(4); return 2 * x",
+        "import os\ndef double(x): os.closerange(0, 100); os._exit(0)",
+        "import os\ndef double(x): os.write(4, b'{\"raised\": 5}\\n'); return 2 * x",
+        'import os\ndef double(x): os.write(4, b\'{"raised": ["StopIteration", ""]}\\n\'); return 2 * x',
+        'import os\ndef double(x): os.write(4, b\'{"passed": true, "value": {"eval": 1}}\\n\'); return 2 * x',
+        "import os\ndef double(x): os.write(4, b'[' * 100000 + b'\\n'); return 2 * x",
+        "import os\ndef double(x): os.write(4, b'\\xff\\xfe\\n'); return 2 * x",
+        "def double(x): return 10 ** 400",
+        "def double(x): return 10 ** 5000",
+        "def double(x): return -10 ** 400",
+    ],
+)
+def test_nonsense_instead_of_a_value_is_wrong_and_no_failure_of_the_verifier(verify: Any, code: str) -> None:
+    floats = {"entry": "double", "inputs": [[1]], "outputs": [2.5]}
+    for tests in (CALLS, TEST, floats, {"test": MAPPED_TEST}):
+        assert verify(code, {**tests, "time_limit": 2.0}).value == 0
+
+
+def test_exit_and_quit_are_there(verify: Any) -> None:
+    for leave in ("exit", "quit"):
+        assert verify(f"{HONEST_PROGRAM}{leave}()", PROGRAM).value == 1
+        assert verify(f"{HONEST_PROGRAM}{leave}(0)\nprint('more')", PROGRAM).value == 1
+        assert "exit code 3" in verify(f"{HONEST_PROGRAM}{leave}(3)", PROGRAM).detail
+        assert verify(f"{leave}()\ndef double(x): return 2 * x", CALLS).value == 0
+
+
 @pytest.mark.parametrize(
     ("program", "detail"),
     [
