@@ -25,6 +25,7 @@ from opdengine.distributed import PeerError
 from opdengine.errors import NothingTrainedError, ServiceError, VLLMMissingError, WriteError
 from opdengine.models.checkpoint import CheckpointError
 from opdengine.models.rendering import thought_opening
+from opdengine.plugins import explain
 from opdengine.tools.explain import annotated, common
 from opdengine.training.signals import Interrupted
 from opdengine.types import Prompt
@@ -86,6 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         sys.stderr.write(harmless(f"opdengine{rank}: {error}\n"))
         return 2
+    except SystemExit as leaving:  # in a user's verifier, environment or method: nothing of ours leaves like that
+        if options.command == "vllm-serve":
+            raise
+        sys.stderr.write(harmless(f"opdengine: {explain(leaving)}; nothing was finished\n"))
+        return leaving.code if isinstance(leaving.code, int) and leaving.code else 1
     except BrokenPipeError:  # whoever read our output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from opdengine.environments.answers import REASONS, read_answer
 from opdengine.environments.protocol import Broken, InfrastructureError, Observation, Step, Task
 from opdengine.metrics import Mean
 from opdengine.types import Message
@@ -20,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 5.0
 BYTES_PER_CHARACTER = 16
-REASONS = ("start", "timeout", "crash", "error", "observation_too_long")
-"""Why an answer is :class:`Broken`: no start, no answer in time, process ended, exception, huge observation."""
+MAX_FAILED_STARTS = 5
+"""Workers that may fail to start in a row, in all slots together; then the environment is given up."""
 
 
 class EnvironmentPool:
@@ -73,9 +74,14 @@ class EnvironmentPool:
         self._workers: dict[int, WorkerProcess] = {}
         self._playing: set[int] = set()
         self._counts: Counter[str] = Counter()
+        self._failed_starts = 0
         self.isolated = True
         """Whether every worker so far has been cut off from the network."""
-        failed = self._start(range(size))
+        try:
+            failed = self._start(range(size))
+        except BaseException:
+            self.close()
+            raise
         if failed:
             self.close()
             raise InfrastructureError(f"environment {name!r} does not start: {next(iter(failed.values())).detail}")
@@ -87,6 +93,9 @@ class EnvironmentPool:
 
         Args:
             jobs: slot -> (seed, task).
+
+        Raises:
+            InfrastructureError: the environment has not started for :data:`MAX_FAILED_STARTS` times in a row.
         """
         self._check(jobs)
         self._playing -= set(jobs)
@@ -95,12 +104,9 @@ class EnvironmentPool:
         answers: dict[int, Observation | Broken] = dict(self._start(lost))
         questions = {s: {"reset": [seed, task]} for s, (seed, task) in jobs.items() if s not in answers}
         for slot, answer in self._ask(questions, "reset").items():
-            if isinstance(answer, Broken):
-                answers[slot] = answer
-                continue
-            start = answer["observation"]
-            answers[slot] = Observation(tuple(start["messages"]), tuple(start["tools"]), start["info"])
-            self._playing.add(slot)
+            answers[slot] = answer
+            if not isinstance(answer, Broken):
+                self._playing.add(slot)
         return answers
 
     def step(self, messages: Mapping[int, Message]) -> dict[int, Step | Broken]:
@@ -118,9 +124,6 @@ class EnvironmentPool:
             raise ValueError(f"slots {idle} of environment {self.name!r} have no episode; reset them first")
         answers: dict[int, Step | Broken] = {}
         for slot, answer in self._ask({s: {"step": m} for s, m in messages.items()}, "step").items():
-            if not isinstance(answer, Broken):
-                fields = answer["step"]
-                answer = Step(**{**fields, "messages": tuple(fields["messages"])})
             answers[slot] = answer
             if isinstance(answer, Broken) or answer.done:
                 self._playing.discard(slot)
@@ -162,12 +165,25 @@ class EnvironmentPool:
         for first in range(0, len(slots), wave):
             now = slots[first : first + wave]
             for slot in now:
-                self._workers[slot] = WorkerProcess(BYTES_PER_CHARACTER * self._characters)
-            for slot, answer in self._ask(dict.fromkeys(now, self._config), "start").items():
+                try:
+                    self._workers[slot] = WorkerProcess(BYTES_PER_CHARACTER * self._characters)
+                except OSError as error:
+                    failed[slot] = Broken("start", f"no process could be started: {error}")
+                    self._counts["start"] += 1
+                    self._failed_starts += 1
+            started = [slot for slot in now if slot not in failed]
+            for slot, answer in self._ask(dict.fromkeys(started, self._config), "start").items():
                 if isinstance(answer, Broken):
                     failed[slot] = answer
+                    self._failed_starts += 1
                 else:
-                    self.isolated &= answer["ready"]["isolated"]
+                    self.isolated &= answer
+                    self._failed_starts = 0
+        if failed and self._failed_starts >= MAX_FAILED_STARTS:
+            raise InfrastructureError(
+                f"environment {self.name!r} has not started {self._failed_starts} times in a row; correct what fails, "
+                f"the last time {next(reversed(failed.values())).detail}"
+            )
         return failed
 
     def _ask(self, questions: Mapping[int, Mapping[str, Any]], kind: str) -> dict[int, Any]:
@@ -182,7 +198,7 @@ class EnvironmentPool:
                 while len(answers) < len(questions):
                     ready = selector.select(max(deadline - time.monotonic(), 0.0))
                     for key, events in ready:
-                        answer = self._advance(self._workers[key.data], events)
+                        answer = self._advance(self._workers[key.data], events, kind)
                         if answer is not None:
                             answers[key.data] = answer
                             selector.unregister(key.fileobj)
@@ -200,16 +216,14 @@ class EnvironmentPool:
         return {slot: answers[slot] for slot in questions}
 
     @staticmethod
-    def _advance(worker: WorkerProcess, events: int) -> Any:
+    def _advance(worker: WorkerProcess, events: int, kind: str) -> Any:
         try:
             if events & selectors.EVENT_WRITE:
                 worker.send()
             answer = worker.receive() if events & selectors.EVENT_READ else None
         except WorkerEnded:
             return Broken("crash", "the environment's process ended")
-        if answer is not None and "broken" in answer:
-            return Broken(*map(str, answer["broken"]))
-        return answer
+        return None if answer is None else read_answer(answer, kind)
 
     def _lose(self, broken: Mapping[int, Broken]) -> dict[int, Broken]:
         """End the workers of these slots, count why and add what they printed last."""

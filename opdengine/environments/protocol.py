@@ -7,10 +7,12 @@ One object plays one episode at a time and lives in a worker process of its own
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from opdengine.errors import ServiceError
 from opdengine.types import Message
 
 Task = Mapping[str, Any]
@@ -37,6 +39,27 @@ class Observation:
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
+def check_number(name: str, value: Any, most: float = math.inf) -> None:
+    """True and False, and numbers of numpy and torch, are numbers; text is not.
+
+    Args:
+        name: of the value, for the message.
+        value: what an environment told.
+        most: the largest that is possible; the least is 0 where there is one.
+
+    Raises:
+        ValueError: it is no finite number, or not in that range.
+    """
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(getattr(value, "item", lambda: value)())
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={value!r:.200} is not a finite number")
+    if most < math.inf and not 0 <= number <= most:
+        raise ValueError(f"{name}={value!r:.200} is not in [0, {most:g}]")
+
+
 @dataclass(frozen=True)
 class Step:
     """What came of one message of the student.
@@ -49,6 +72,10 @@ class Step:
         info: ``action`` (what was executed, "" if nothing), ``failure`` ("" or one of :data:`FAILURES`),
             ``admissible``, ``observation``; with the end also ``success`` (bool) and ``score`` in [0, 1]. A score
             that is told with every step counts where the caller ends the episode. ``raw_score``: the world's own.
+
+    Raises:
+        ValueError: the reward or a score is not a finite number, the score is not in [0, 1], ``success`` is not true
+            or false, or ``failure`` is none of the words.
     """
 
     messages: tuple[Message, ...]
@@ -57,13 +84,26 @@ class Step:
     truncated: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_number("reward", self.reward)
+        if not isinstance(self.info, Mapping):
+            raise ValueError(f"info is {type(self.info).__name__}, not a mapping")
+        if "score" in self.info:
+            check_number("info['score']", self.info["score"], most=1.0)
+        if "raw_score" in self.info:
+            check_number("info['raw_score']", self.info["raw_score"])
+        if self.info.get("success", False) not in (False, True):
+            raise ValueError(f"info['success']={self.info['success']!r:.200} is not true or false")
+        if self.info.get("failure", "") not in ("", *FAILURES):
+            raise ValueError(f"info['failure']={self.info['failure']!r:.200} is none of {FAILURES}")
+
     @property
     def done(self) -> bool:
         """Whether the episode is over."""
         return self.terminated or self.truncated
 
 
-class InfrastructureError(RuntimeError):
+class InfrastructureError(ServiceError):
     """The environment itself broke: neither success nor failure of the student; never trained on."""
 
 

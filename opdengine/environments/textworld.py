@@ -128,9 +128,10 @@ class TextWorld(CommandEnvironment):
     def _show(self, state: Any, text: str, *, refused: bool = False) -> View:
         self._way = state["policy_commands"]
         won, lost = bool(state["won"]), bool(state["lost"])
+        score = min(max((state.get("score") or 0) / self._best, 0.0), 1.0)
         # What changes the world is told before what only looks at it.
         commands = sorted(state["admissible_commands"], key=lambda c: (c.startswith("examine "), " " not in c, c))
-        return View(text, commands, (state.get("score") or 0) / self._best, won or lost, won, refused)
+        return View(text, commands, score, won or lost, won, refused)
 
     def _gold(self) -> str:
         if not self._way:

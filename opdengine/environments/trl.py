@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import math
 import random
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 
 from opdengine.environments.actions import visible_text, with_tool_calls
 from opdengine.environments.pool import EnvironmentPool
-from opdengine.environments.protocol import Broken, InfrastructureError, Observation, Step, Task
+from opdengine.environments.protocol import Broken, InfrastructureError, Observation, Step, Task, check_number
 from opdengine.environments.registry import POOL_OPTIONS, load_environment
 from opdengine.environments.rows import checked_rows, file_of
 from opdengine.models.chat import text_of
@@ -302,9 +301,11 @@ class TRLEnvironment:
 
     def _end(self, step: Step) -> Step:
         reward = self._await(self._environment.get_reward())
-        reward = float("nan") if reward is None else float(reward)
-        if math.isnan(reward):
-            raise InfrastructureError("get_reward gave no number: this episode cannot be scored")
+        try:
+            check_number("get_reward()", reward)
+        except ValueError as error:
+            raise InfrastructureError(f"get_reward gave no number, {error}: this episode cannot be scored") from error
+        reward = float(reward)
         more = {"success": reward >= self.options.success_reward, "score": min(max(reward, 0.0), 1.0)}
         return Step(step.messages, reward, step.terminated, step.truncated, {**step.info, **more})
 

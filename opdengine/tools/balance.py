@@ -204,13 +204,34 @@ def _read_counts(file: Path, header: Mapping[str, Any]) -> dict[str, int]:
     """What an earlier call has counted; a line that was cut short is dropped."""
     lines = file.read_text().split("\n") if file.is_file() else []
     whole = lines[:-1]  # what follows the last line break was cut
-    if whole and json.loads(whole[0]) != json.loads(json.dumps(header)):
+    try:
+        same = not whole or json.loads(whole[0]) == json.loads(json.dumps(header))
+    except (ValueError, RecursionError):
+        same = False
+    if not same:
         raise DataError(
             f"{file} counts for other settings: {whole[0]} there, {json.dumps(header)} now; choose another --output or "
             "remove the file"
         )
+    most = header.get("n", math.inf)
+    counts = dict(_read_count(file, number, line, most) for number, line in enumerate(whole[1:], start=2))
     file.write_text("".join(line + "\n" for line in whole or [json.dumps(header)]))
-    return {row["id"]: row["correct"] for row in map(json.loads, whole[1:])}
+    return counts
+
+
+def _read_count(file: Path, number: int, line: str, most: float) -> tuple[str, int]:
+    """
+    Raises:
+        DataError: the line is not one that was written here.
+    """
+    try:
+        row = json.loads(line)
+        name, correct = row["id"], row["correct"]
+        if not isinstance(name, str) or type(correct) is not int or not 0 <= correct <= most:
+            raise ValueError(f"correct={correct!r:.100} of {name!r:.100} is no number of right answers of {most}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"{file}, line {number}: {error}; remove the line, or the file to count anew") from error
+    return name, correct
 
 
 # ------------------------------------------------------------------------------- the command

@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from opdengine.errors import ServiceError
 from opdengine.types import Message
-from opdengine.verifiers.score import Score, VerifierSettings
+from opdengine.verifiers.score import Score, VerifierSettings, as_score
 from opdengine.workers.process import WorkerEnded, WorkerProcess
 
+MAX_FAILED_STARTS = 5
+"""Workers in a row that may end before they grade; then something is wrong with all of them."""
 START_SECONDS = 120.0
 MAX_REPLY_BYTES = 1 << 16
 
@@ -41,7 +44,7 @@ class WorkerPool:
 
     A verifier runs in the main thread of a process of its own, so that it may use signals, hang or crash:
     that costs its own completion the grade and nothing else. Workers and all that they start end with
-    :meth:`close`, and with this process however it ends.
+    :meth:`close`, and with this process however it ends. A line of a worker that is no grade costs one, too.
 
     Args:
         settings: time limit, number of processes.
@@ -50,10 +53,15 @@ class WorkerPool:
     def __init__(self, settings: VerifierSettings) -> None:
         self._settings = settings
         self._workers: list[_Worker] = []
+        self._failed_starts = 0
         self._lock = threading.Lock()
 
     def grade(self, tasks: Sequence[Task]) -> list[Score]:
-        """One score per task, in order; may be called from any thread, one call runs at a time."""
+        """One score per task, in order; may be called from any thread, one call runs at a time.
+
+        Raises:
+            ServiceError: :data:`MAX_FAILED_STARTS` workers in a row did not come to their first task.
+        """
         with self._lock:
             try:
                 return self._grade(tasks)
@@ -84,9 +92,18 @@ class WorkerPool:
                     if (score := worker.advance(ready.get(worker, 0))) is not None:
                         scores[running.pop(worker)] = score
                         selector.unregister(worker.process.socket)
-                        if score.failure in ("timeout", "crash"):
+                        if worker.lost:
                             self._end([worker])
+                        self._count_start(worker, score)
         return [scores[i] for i in range(len(tasks))]
+
+    def _count_start(self, worker: _Worker, score: Score) -> None:
+        self._failed_starts = 0 if worker.started else self._failed_starts + 1
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            raise ServiceError(
+                f"{self._failed_starts} processes of verifiers in a row did not come to grade anything; correct what "
+                f"ends them, the last time ({score.failure}) {score.detail}"
+            )
 
     def _free(self, running: Mapping[_Worker, int]) -> _Worker | None:
         """A worker without a task, if need be a new one; None when all that there may be are busy."""
@@ -112,6 +129,10 @@ class _Worker:
     def __init__(self, settings: VerifierSettings) -> None:
         self.process = WorkerProcess(MAX_REPLY_BYTES, "opdengine.verifiers.worker")
         self.deadline = 0.0
+        self.started = False
+        """Whether it has been asked for a grade, so that it and its verifiers could be loaded."""
+        self.lost = False
+        """Whether it must be ended: nothing that it says can be trusted."""
         self._settings = settings
         self._loaded: set[str] = set()
         self._questions: deque[tuple[dict[str, Any], float]] = deque()
@@ -138,16 +159,31 @@ class _Worker:
                 self.process.send()
             answer = self.process.receive() if events & selectors.EVENT_READ else None
         except WorkerEnded:
-            return Score(0.0, "crash", f"the verifier's process ended{self.process.tail()}")
-        if answer is not None and "score" in answer:
-            return Score(*answer["score"])
-        if answer is not None:
+            return self._lose("crash", f"the verifier's process ended{self.process.tail()}")
+        if answer is None:
+            late = time.monotonic() > self.deadline
+            return self._lose("timeout", f"no grade within {self._limit:g} s") if late else None
+        if "broken" in answer:
+            return self._lose("error", f"the verifier's process gave {answer['broken'][1]}{self.process.tail()}")
+        if self._questions and not answer:
             self._ask()
-        elif time.monotonic() > self.deadline:
-            return Score(0.0, "timeout", f"no grade within {self._limit:g} s")
-        return None
+            return None
+        return self._read(answer)
+
+    def _read(self, answer: Mapping[str, Any]) -> Score:
+        """The score in an answer."""
+        match answer.get("score"):
+            case [int() | float() as value, str() as failure, str() as detail] if not self._questions:
+                score = as_score(Score(value, failure, detail), "the verifier's process")
+                return score if score.failure == failure else self._lose("error", score.detail)
+        return self._lose("error", f"the verifier's process gave an answer without a grade: {answer!r:.200}")
+
+    def _lose(self, failure: str, detail: str) -> Score:
+        self.lost = True
+        return Score(0.0, failure, detail)
 
     def _ask(self) -> None:
         question, self._limit = self._questions.popleft()
         self.deadline = time.monotonic() + self._limit
+        self.started |= "grade" in question
         self.process.ask(question)

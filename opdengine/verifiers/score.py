@@ -75,7 +75,7 @@ def as_score(result: Any, source: str = "the verifier") -> Score:
     try:
         if isinstance(score.value, (str, bytes, bytearray)):
             raise TypeError("text is no number")
-        value = float(score.value)
+        value = float(score.value.item() if hasattr(score.value, "item") else score.value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return Score(0.0, "error", f"{source} returned {score.value!r:.200}, not a number")
     if not (math.isfinite(value) and 0 <= value <= 1):

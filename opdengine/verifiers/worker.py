@@ -18,8 +18,8 @@ def serve(channel: int) -> None:
     """Answer until the owner hangs up.
 
     Questions are ``{"settings": {...}}``, ``{"load": spec}`` and ``{"grade": [spec, text, answer, messages]}``;
-    answers are ``{}`` or ``{"score": [value, failure, detail]}``. A verifier that cannot be loaded says so
-    with every grade.
+    answers are ``{}`` or ``{"score": [value, failure, detail]}``, with the ``number`` of the question. A verifier
+    that cannot be loaded says so with every grade.
 
     Args:
         channel: file descriptor of the socket to the owner.
@@ -39,14 +39,14 @@ def serve(channel: int) -> None:
                 _start_log_anew()
                 score = _grade(verifiers, settings, *request["grade"])
                 answer = {"score": [score.value, score.failure, score.detail[:DETAIL_CHARACTERS]]}
-            owner.sendall(json.dumps(answer).encode() + b"\n")
+            owner.sendall(json.dumps({**answer, "number": request["number"]}).encode() + b"\n")
 
 
 def _grade(
     verifiers: dict[str, Verifier], settings: VerifierSettings, spec: str, text: str, answer: Any, messages: Any
 ) -> Score:
     try:
-        return as_score(_load(spec, verifiers, settings)(text, answer, messages))
+        return as_score(_load(spec, verifiers, settings)(text, answer, messages), f"the verifier {spec!r}")
     except (Exception, SystemExit) as error:
         return Score(0.0, "error", f"{type(error).__name__}: {error}")
 

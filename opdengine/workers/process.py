@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from opdengine.workers import guard
+from opdengine.workers.tidy import remove_folder
+
+logger = logging.getLogger(__name__)
 
 END_SECONDS = 30.0
 CHUNK = 1 << 16
@@ -32,13 +35,24 @@ class WorkerProcess:
     Args:
         line_limit: most bytes of one answer.
         module: its ``serve(channel)`` is what the worker runs.
+
+    Raises:
+        OSError: the system has no room for another process; nothing is left of it.
     """
 
     def __init__(self, line_limit: int, module: str = "opdengine.environments.worker") -> None:
         self._limit = line_limit
+        self._number = 0
         self._outgoing = bytearray()
         self._incoming = bytearray()
         self.folder = tempfile.mkdtemp(prefix="opdengine-env-")
+        try:
+            self._start(module)
+        except BaseException:
+            remove_folder(self.folder)
+            raise
+
+    def _start(self, module: str) -> None:
         self.socket, theirs = socket.socketpair()
         config = {
             "channel": theirs.fileno(),
@@ -72,8 +86,9 @@ class WorkerProcess:
         return bool(self._outgoing)
 
     def ask(self, request: Mapping[str, Any]) -> None:
-        """Take a question; :meth:`send` and :meth:`receive` carry it and its answer."""
-        self._outgoing += json.dumps(request, default=str).encode() + b"\n"
+        """Take a question; :meth:`send` and :meth:`receive` carry it and its answer, which has the same number."""
+        self._number += 1
+        self._outgoing += json.dumps({**request, "number": self._number}, default=str).encode() + b"\n"
         self._incoming.clear()
 
     def send(self) -> None:
@@ -92,6 +107,9 @@ class WorkerProcess:
     def receive(self) -> dict[str, Any] | None:
         """The answer, or None while it is not whole.
 
+        A line that is no answer to the question is ``{"broken": [reason, detail]}``; what follows it cannot be
+        trusted, so the worker must be ended then.
+
         Raises:
             WorkerEnded: there will be none.
         """
@@ -109,9 +127,12 @@ class WorkerProcess:
         if not chunk.endswith(b"\n"):
             return None
         try:
-            return dict(json.loads(self._incoming))
-        except (ValueError, TypeError) as error:
-            return {"broken": ["error", f"an answer that is no JSON object: {error}"]}
+            answer = json.loads(self._incoming)
+        except (ValueError, RecursionError) as error:
+            return {"broken": ["error", f"an answer that is no JSON: {error}"]}
+        if not isinstance(answer, dict) or answer.pop("number", None) != self._number:
+            return {"broken": ["error", f"a line that is no answer to the question: {self._incoming[:200]!r}"]}
+        return answer
 
     def say_goodbye(self) -> None:
         """Ask the environment to close itself; :meth:`wait` gives it the time."""
@@ -140,7 +161,10 @@ class WorkerProcess:
             self._guard.kill()
             self._guard.wait()
             code = None
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            remove_folder(self.folder)
+        except OSError as error:
+            logger.warning("the folder of a worker could not be removed: %s", error)
         return code
 
     def wait(self, seconds: float) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from troubled import LINES
 
 from opdengine.environments import Broken, InfrastructureError, Observation, Step
-from opdengine.environments.pool import EnvironmentPool
+from opdengine.environments.pool import MAX_FAILED_STARTS, EnvironmentPool
 
 TROUBLED = f"{Path(__file__).with_name('troubled.py')}:Troubled"
 
@@ -143,6 +146,81 @@ def test_a_worker_that_cannot_start_again_is_broken(tmp_path):
         assert answer.reason == "start" and "second start fails" in answer.detail
 
 
+def test_an_environment_that_never_starts_again_ends_the_run(tmp_path):
+    marker = tmp_path / "marker"
+    with EnvironmentPool(TROUBLED, {"marker": str(marker)}) as pool:
+        pool.reset(jobs([0]))
+        marker.touch()
+        pool.step({0: say("killed")})
+        for _ in range(MAX_FAILED_STARTS - 1):
+            assert pool.reset(jobs([0]))[0].reason == "start"
+        with pytest.raises(InfrastructureError, match=r"has not started 5 times in a row; .*second start fails"):
+            pool.reset(jobs([0]))
+        marker.unlink()
+        assert isinstance(pool.reset(jobs([0]))[0], Observation)
+        assert pool.counts()["start"] == MAX_FAILED_STARTS
+
+
+def test_a_process_that_the_system_does_not_allow_is_a_failed_start(pool, monkeypatch, tmp_path):
+    pool.reset(jobs([0, 1]))
+    assert pool.step({0: say("killed")})[0].reason == "crash"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(subprocess, "Popen", _no_room)
+    answer = pool.reset(jobs([0, 1]))
+    assert answer[0].reason == "start" and "Resource temporarily unavailable" in answer[0].detail
+    assert isinstance(answer[1], Observation) and os.listdir(tmp_path) == []
+    monkeypatch.undo()
+    assert isinstance(pool.reset(jobs([0]))[0], Observation)
+
+
+def _no_room(*_, **__):
+    raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+
+def test_a_malformed_line_breaks_its_own_episode():
+    with EnvironmentPool(TROUBLED, size=2, step_timeout=20, max_observation_chars=100_000) as pool:
+        for name in LINES:
+            pool.reset(jobs([0, 1]))
+            answers = pool.step({0: say(name), 1: say("fine")})
+            expected = "observation_too_long" if name == "huge line" else "error"
+            assert isinstance(answers[0], Broken) and answers[0].reason == expected, (name, answers[0])
+            assert answers[1].messages[0]["content"] == "fine"
+            assert pool.counts()[expected] == 1
+
+
+def test_a_late_line_is_not_the_next_answer(pool):
+    pool.reset(jobs([0]))
+    assert pool.step({0: say("late line")})[0].messages[0]["content"] == "late line"
+    answer = pool.step({0: say("wait")})[0]
+    assert answer.reason == "error" and "no answer to the question" in answer.detail
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "reward=float('nan')", "reward=float('inf')", "reward='1'", "reward=None", "reward=[1.0]", "reward=10**400",
+        "score=float('nan')", "score=float('inf')", "score=-0.1", "score=1.5", "score='1'", "score=None",
+        "score=__import__('numpy').float32('nan')", "raw_score=float('nan')", "success='no'", "success=2",
+        "success=float('nan')", "failure='whatever'",
+    ],
+)  # fmt: skip
+def test_rewards_and_scores_that_are_none_break_the_episode_and_name_their_source(told):
+    with EnvironmentPool(TROUBLED) as pool:
+        pool.reset(jobs([0]))
+        answer = pool.step({0: say(f"told {told}")})[0]
+        assert isinstance(answer, Broken) and answer.reason == "error"
+        assert told.partition("=")[0] in answer.detail and "troubled.py" in answer.detail
+        assert pool.counts()["error"] == 1
+
+
+def test_every_kind_of_number_is_a_reward(pool):
+    for value in ("True", "1", "__import__('numpy').float32(1)", "__import__('numpy').bool_(True)", "1.0"):
+        pool.reset(jobs([0]))
+        assert pool.step({0: say(f"told reward={value}")})[0].reward == 1
+        step = pool.step({0: say(f"told score={value}")})[0]
+        assert step.done and step.info["score"] == 1
+
+
 def test_an_environment_that_cannot_start_is_refused_at_once(tmp_path):
     with pytest.raises(InfrastructureError, match="the package is missing; pip install it"):
         EnvironmentPool(TROUBLED, {"broken": True}, 2)
@@ -187,7 +265,7 @@ def test_what_a_worker_started_ends_with_it(pool):
 
 OWNER = """
 import json, sys, time
-from opdengine.environments.pool import EnvironmentPool
+from opdengine.environments.pool import MAX_FAILED_STARTS, EnvironmentPool
 pool = EnvironmentPool(sys.argv[1], size=2)
 starts = pool.reset({slot: (0, {"id": "a", "spawn": sys.argv[2]}) for slot in range(2)})
 print(json.dumps([dict(start.info) for start in starts.values()]), flush=True)

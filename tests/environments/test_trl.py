@@ -252,6 +252,15 @@ def test_rewards_become_scores(game_files, amount, reward, score, success):
     world.close()
 
 
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf"), None, "1", [1.0]])
+def test_a_reward_that_is_no_number_scores_nothing(game_files, monkeypatch, reward):
+    world = TRLEnvironment(**game_files, max_turns=1)
+    world.reset(seed=0, task=TRLEnvironment.tasks("train", **game_files)[0])
+    monkeypatch.setattr(world._environment, "get_reward", lambda: reward)
+    with pytest.raises(InfrastructureError, match=r"get_reward gave no number, .* is not a finite number"):
+        world.step(say("", ("add", {"amount": 1})))
+
+
 def test_odd_messages_end_the_episode_or_are_answered(game_files):
     world = TRLEnvironment(**game_files)
     task = TRLEnvironment.tasks("train", **game_files)[0]
@@ -281,7 +290,7 @@ def test_what_cannot_be_played_is_refused(game_files, tmp_path):
         TRLEnvironment(environment=f"{HERE / 'counter_game.py'}:NoReward")
     with pytest.raises(ValueError, match="environment=''"):
         TRLEnvironment()
-    with pytest.raises(ImportError, match="neither 'module:name'"):
+    with pytest.raises(ValueError, match="neither 'module:name'"):
         TRLEnvironment(environment="nothing")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": 5}\n{"prompt": [{"role": "assistant", "content": "x"}]}\n')

@@ -6,12 +6,47 @@ import ctypes
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 from opdengine.environments import Observation, Step
+
+STEP = (
+    b'{"number": NUMBER, "step": {"messages": [], "reward": 0.0, "terminated": false, "truncated": false, "info": {}}}'
+)
+LINES = {
+    "garbage": b"garbage\n",
+    "empty": b"\n",
+    "no utf-8": b"\xff\xfe\n",
+    "list": b"[1, 2]\n",
+    "null": b"null\n",
+    "deep": b"[" * 50_000 + b"\n",
+    "huge line": b"x" * 3_000_000,
+    "large": b"9" * 5000 + b"\n",
+    "two lines": STEP + b"\n" + STEP + b"\n",
+    "other number": STEP.replace(b"NUMBER", b"1") + b"\n",
+    "no number": STEP.replace(b'"number": NUMBER, ', b"") + b"\n",
+    "nothing": b'{"number": NUMBER}\n',
+    "observation": b'{"number": NUMBER, "observation": {"messages": [], "tools": [], "info": {}}}\n',
+    "null step": b'{"number": NUMBER, "step": null}\n',
+    "no messages": STEP.replace(b'"messages": [], ', b"") + b"\n",
+    "text as messages": STEP.replace(b"[]", b'"text"') + b"\n",
+    "numbers as messages": STEP.replace(b"[]", b"[1]") + b"\n",
+    "one more field": STEP.replace(b'"info"', b'"more": 1, "info"') + b"\n",
+    "text as an end": STEP.replace(b"false", b'"no"') + b"\n",
+    "list as info": STEP.replace(b"{}", b"[]") + b"\n",
+    "text as a reward": STEP.replace(b"0.0", b'"1"') + b"\n",
+    "nan as a reward": STEP.replace(b"0.0", b"NaN") + b"\n",
+    "broken as text": b'{"number": NUMBER, "broken": "error"}\n',
+    "broken as a list": b'{"number": NUMBER, "broken": ["error"]}\n',
+    "unknown reason": b'{"number": NUMBER, "broken": ["odd", "reason"]}\n',
+    "reason of no text": b'{"number": NUMBER, "broken": [["error"], ""]}\n',
+}
+"""What a worker may say that is no answer, by its name; NUMBER is that of the question."""
 
 
 class Troubled:
@@ -60,6 +95,17 @@ class Troubled:
             return Step((), info={"failure": "whatever"})
         elif text == "end":
             return Step((), 1.0, terminated=True, info={"success": True, "score": 1.0})
+        elif text in LINES:
+            return self._write(LINES[text])
+        elif text == "late line":
+            line = LINES["other number"]
+            threading.Timer(0.3, os.write, (self._channel(), line)).start()
+        elif text == "wait":
+            time.sleep(1)
+        elif text.startswith("told "):
+            name, value = text[5:].split("=", 1)
+            value = eval(value)  # as an environment would tell it
+            return Step((), value) if name == "reward" else Step((), terminated=True, info={name: value})
         elif text.startswith("connect "):
             with socket.socket() as probe:
                 probe.settimeout(5)
@@ -71,6 +117,24 @@ class Troubled:
 
     def close(self) -> None:
         pass
+
+    def _write(self, line):
+        """A line of its own to the owner; the number is that of the question after a start and a reset."""
+        data = line.replace(b"NUMBER", b"3")
+        while data:
+            data = data[os.write(self._channel(), data) :]
+        time.sleep(3600)
+
+    @staticmethod
+    def _channel():
+        """File descriptor of the socket to the owner."""
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            try:
+                if descriptor > 2 and stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                    return descriptor
+            except OSError:
+                pass
+        raise AssertionError("there is no channel")
 
     @staticmethod
     def _say(text):

@@ -152,6 +152,25 @@ def test_counting_goes_on_where_it_stopped(tmp_path: Path) -> None:
         pass_counts(data, third.sample, third.grade, file, {"seed": 2}, chunk=3)
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["garbage", "[]", "{}", '{"id": "p0.0"}', '{"id": 5, "correct": 1}', '{"id": "p0.0", "correct": NaN}',
+     '{"id": "p0.0", "correct": 1.5}', '{"id": "p0.0", "correct": -1}', '{"id": "p0.0", "correct": "1"}',
+     '{"id": "p0.0", "correct": 5}', '{"id": "p0.0", "correct": true}', '{"id": "p0.0", "correct": 1e999}'],
+)  # fmt: skip
+def test_counts_that_are_none_are_refused_with_their_line(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "counts.jsonl"
+    file.write_text(f'{{"n": 4}}\n{{"id": "p3.0", "correct": 4}}\n{line}\n')
+    before = file.read_text()
+    student = Student()
+    with pytest.raises(DataError, match=r"counts.jsonl, line 3: .*; remove the line"):
+        pass_counts(prompts([3]), student.sample, student.grade, file, {"n": 4}, chunk=1)
+    assert file.read_text() == before
+    file.write_text("no header\n")
+    with pytest.raises(DataError, match="counts for other settings"):
+        pass_counts(prompts([3]), student.sample, student.grade, file, {"n": 4}, chunk=1)
+
+
 def test_only_whole_rewards_count_as_right(tmp_path: Path) -> None:
     rewards = iter([1.0, 0.99, 0.5, 0.0])
     counts = pass_counts(

@@ -181,13 +181,13 @@ def test_a_sandbox_that_cannot_be_cleaned_serves_no_other_program(
 ) -> None:
     """As where a program's files belong to somebody else; the removal is made to fail."""
     tier, runtime = isolated
-    inside = (module.HERE / "tidy.py").read_text()
-    broken = inside.replace("    _open_up(folder)\n    unused", '    raise OSError("stuck")\n    unused')
-    for name in ("inside.py", "plain.py", "runner.py"):
-        (tmp_path / name).write_text((module.HERE / name).read_text())
-    (tmp_path / "tidy.py").write_text(broken)
+    *others, tidy = module.MODULES
+    broken = tmp_path / "tidy.py"
+    broken.write_text(
+        tidy.read_text().replace("    _open_up(folder)\n    unused", "    raise OSError('stuck')\n    unused")
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "HERE", tmp_path)
+        patch.setattr(module, "MODULES", (*others, broken))
         session = Session(tier, runtime=runtime)
     with session:
         assert session.run("print(1)", "", 10)["output"] == "1\n"
@@ -232,8 +232,8 @@ def test_everything_in_a_folder_is_removed(tmp_path: Path) -> None:
 
 ONE_USER = """
 import sys
-from opdengine.sandbox.session import SandboxError, Session, find_tier
-from opdengine.sandbox.tiers import candidates
+from opdengine.verifiers.sandbox.session import SandboxError, Session, find_tier
+from opdengine.verifiers.sandbox.tiers import candidates
 for tier in candidates():
     try:
         Session(tier).close()

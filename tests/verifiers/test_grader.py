@@ -13,14 +13,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from forger import LINES
 
+from opdengine.cli import main
 from opdengine.config.loading import from_mapping
+from opdengine.config.sections import EnvironmentConfig
 from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.data.files import DataError
+from opdengine.environments.setup import load_tasks
+from opdengine.errors import ServiceError
+from opdengine.methods import build_method
 from opdengine.training.run import train
 from opdengine.types import Prompt
 from opdengine.verifiers.grader import Grader
-from opdengine.verifiers.score import Score, VerifierSettings
+from opdengine.verifiers.score import Score, VerifierSettings, as_score
 
 VERIFIER = """
 import ctypes, os, pathlib, signal, sys, threading, time
@@ -116,10 +124,122 @@ def test_every_kind_of_trouble_is_named_counted_and_contained(grader: Grader) ->
     assert set(grader.counts().values()) == {0.0}, "counts start anew when they were read"
 
 
-@pytest.mark.parametrize("value", ["2.0", "-0.5", "float('nan')", "None", "'good'", "[1]"])
-def test_nonsense_is_no_grade(grader: Grader, value: str) -> None:
-    (score,) = grade(grader, [f"return {value}"])
-    assert score.value == 0 and score.failure == "error" and "the verifier returned" in score.detail
+NONSENSE = [
+    "2.0",
+    "-0.5",
+    "1.0000001",
+    "float('nan')",
+    "float('inf')",
+    "-float('inf')",
+    "None",
+    "'good'",
+    "'1'",
+    "b'1'",
+]
+NONSENSE += [
+    "[1]",
+    "{}",
+    "1j",
+    "10**400",
+    "__import__('numpy').array([0.5, 0.5])",
+    "__import__('numpy').float32('nan')",
+]
+SCORES = [f"__import__('opdengine.verifiers.score').verifiers.score.Score({v})" for v in ("2.0", "'1'", "float('nan')")]
+SCORES += ["__import__('opdengine.verifiers.score').verifiers.score.Score(1.0, 'whatever')"]
+
+
+def test_nonsense_is_no_grade_and_its_source_is_named(grader: Grader) -> None:
+    for value, score in zip(NONSENSE + SCORES, grade(grader, [f"return {v}" for v in NONSENSE + SCORES]), strict=True):
+        assert score.value == 0 and score.failure == "error", value
+        assert "mine.py:verify" in score.detail, (value, score)
+
+
+def test_every_kind_of_number_is_a_grade(grader: Grader) -> None:
+    values = ["True", "1", "__import__('numpy').float32(1)", "__import__('numpy').bool_(True)", "1.0"]
+    values += ["__import__('fractions').Fraction(1)", "__import__('decimal').Decimal(1)"]
+    scores = grade(grader, [f"return {value}" for value in values])
+    assert [(s.value, s.failure) for s in scores] == [(1.0, "")] * len(values)
+    assert as_score(np.array([0.5])) == Score(0.5) and as_score(False) == Score(0.0)
+
+
+RUN = {"model": "m", "teachers": [{"model": "t"}], "train_data": ["data.jsonl"], "output_dir": "run"}
+FORGER = f"{Path(__file__).with_name('forger.py')}:verify"
+
+
+def test_malformed_lines_of_a_worker_cost_their_own_grade() -> None:
+    with Grader(FORGER, VerifierSettings(timeout=20, workers=1)) as grader:
+        for kind in LINES:
+            good, bad, after = grade(grader, ["good", f"{kind}|4", "good"])
+            # A new worker is told its settings, then to load, then the first text: the second is question 4.
+            assert (good.value, good.failure) == (1, "")
+            assert bad.value == 0 and bad.failure in ("error", "crash"), (kind, bad)
+            assert (after.value, after.failure) == (1, ""), kind
+            counted = grader.counts()
+            assert counted["verifier/failed/error"] + counted["verifier/failed/crash"] == 1, kind
+            grader.close()
+
+
+def test_a_late_line_is_not_the_next_grade() -> None:
+    with Grader(FORGER, VerifierSettings(timeout=20, workers=1)) as grader:
+        first, second, third = grade(grader, ["late|3", "wait", "good"])
+        assert (first.value, first.failure) == (0, "")
+        assert (second.value, second.failure) == (0, "error") and "no answer to the question" in second.detail
+        assert (third.value, third.failure) == (1, "")
+
+
+def test_workers_that_never_come_to_work_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "deadly.py"
+    file.write_text(
+        "import os, sys\nif 'opdengine.verifiers.worker' in sys.modules: os._exit(0)\n"
+        "def verify(text, answer, messages): return 1.0\n"
+    )
+    monkeypatch.delitem(sys.modules, "opdengine.verifiers.worker", raising=False)
+    with Grader(f"{file}:verify", VerifierSettings(workers=2)) as grader:
+        scores = grade(grader, ["a"] * 3)
+        assert {(s.value, s.failure) for s in scores} == {(0, "crash")}
+        with pytest.raises(ServiceError, match=r"5 processes of verifiers in a row did not come to grade anything"):
+            grade(grader, ["a"] * 100)
+
+
+@pytest.mark.parametrize("ending", ["sys.exit(0)", "sys.exit()", "exit(0)", "raise SystemExit", "sys.exit('done')"])
+def test_a_file_that_leaves_while_it_is_loaded_is_a_failure(tmp_path: Path, ending: str) -> None:
+    file = tmp_path / "leaves.py"
+    file.write_text(f"import sys\n\n{ending}\n\ndef verify(text, answer, messages): return 1.0\n")
+    with pytest.raises(ValueError, match=r"leaves.py:verify' cannot be loaded: .*leaves.py, line 3: it calls exit"):
+        Grader(f"{file}:verify")
+    with pytest.raises(ConfigError, match=r"method .* cannot be loaded: .*it calls exit"):
+        build_method(from_mapping(TrainConfig, {**RUN, "method": f"{file}:verify"}))
+    with pytest.raises(DataError, match=r"environment .* cannot be loaded: .*it calls exit"):
+        load_tasks(EnvironmentConfig(name=f"{file}:verify"), "train")
+
+
+def test_code_that_leaves_when_it_is_called_is_a_failure(tmp_path: Path) -> None:
+    file = tmp_path / "leaves.py"
+    file.write_text(
+        "import sys\nfrom opdengine.methods.method import Method\n"
+        "class Mine(Method):\n    def __init__(self, config): sys.exit(0)\n"
+        "class Game:\n    reset = step = close = print\n    @classmethod\n    def tasks(cls, split): sys.exit(0)\n"
+    )
+    config = from_mapping(TrainConfig, {**RUN, "method": f"{file}:Mine"})
+    with pytest.raises(ConfigError, match=r"method .* failed: .*leaves.py, line 4: it calls exit"):
+        build_method(config)
+    with pytest.raises(DataError, match=r"no tasks of split 'train': .*leaves.py, line 8: it calls exit"):
+        load_tasks(EnvironmentConfig(name=f"{file}:Game"), "train")
+
+    def leave(text: str, answer: Any, messages: Any) -> float:
+        sys.exit(0)
+
+    (score,) = Grader(leave).grade(["a"], [prompt()])
+    assert (score.value, score.failure) == (0, "error")
+
+
+def test_a_command_that_users_code_leaves_is_not_finished(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for code, status in ((0, 1), (None, 1), ("words", 1), (5, 5)):
+        monkeypatch.setattr("opdengine.cli._run", lambda options, rest, code=code: sys.exit(code))
+        assert main(["train"]) == status
+        assert "it calls exit(); nothing was finished" in capsys.readouterr().err
 
 
 def test_scores_keep_the_order_over_many_workers(spec: str) -> None:
@@ -244,7 +364,7 @@ def test_what_cannot_be_loaded_is_refused_at_once(tmp_path: Path) -> None:
     for spec, message in (
         ("grade", "unknown verifier 'grade'"),
         ("nowhere.py:f", "no Python file"),
-        (f"{broken}:f", "cannot be loaded: invalid syntax"),
+        (f"{broken}:f", "cannot be loaded: .*invalid syntax"),
         (f"{short}:f", "must take three arguments: text, answer, messages"),
     ):
         with pytest.raises(ValueError, match=message):

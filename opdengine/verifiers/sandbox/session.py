@@ -21,8 +21,8 @@ from typing import Any
 
 from opdengine.verifiers.sandbox.filter import build_filter
 from opdengine.verifiers.sandbox.runtime import Runtime, find_runtime
-from opdengine.verifiers.sandbox.tidy import remove_folder
 from opdengine.verifiers.sandbox.tiers import Limits, Tier, candidates, spare_uid
+from opdengine.workers import plain, tidy
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ END_SECONDS = 10.0
 CHUNK = 1 << 16
 LINE_BYTES = 1 << 16
 HERE = Path(__file__).parent
+MODULES = (Path(plain.__file__), HERE / "runner.py", Path(tidy.__file__))
+"""What the first process in a sandbox is sent as text."""
 
 
 class SandboxError(RuntimeError):
@@ -62,7 +64,7 @@ class Session:
             switch = {"user": self.uid, "group": self.uid, "extra_groups": []}
         config = {
             "uid": None if switch else self.uid,
-            "modules": {name: (HERE / f"{name}.py").read_text() for name in ("plain", "runner", "tidy")},
+            "modules": {path.stem: path.read_text() for path in MODULES},
             "filter": base64.b64encode(build_filter()).decode(),
             **{name: getattr(limits, name) for name in ("memory", "cpu", "processes", "output", "file_size")},
             **{name: getattr(limits, name) for name in ("open_files", "files")},
@@ -145,7 +147,7 @@ class Session:
         self._errors.close()
         if self._scratch is not None:
             try:
-                remove_folder(self._scratch)
+                tidy.remove_folder(self._scratch)
             except OSError as error:
                 logger.warning("the folder of an unsandboxed program could not be removed: %s", error)
 
