@@ -127,7 +127,10 @@ class Engine:
         await self.in_background(self.measure, batch)
         self.weigh(batch)
         found = await self.diagnose(batch)
-        return await self.in_background(self.update, batch, found)
+        result = await self.in_background(self.update, batch, found)
+        for sample in batch.samples:  # hidden states would stay in memory until the samples are gone
+            sample.teacher_targets = ()
+        return result
 
     async def sync(self) -> dict[str, float]:
         """Give the sampler the student's weights, unless it has them."""

@@ -40,7 +40,7 @@ PHASES = {
     "grades": (engine.Engine, "reward"),
     "debate": (debate.Debater, "debate"),
     "store of a debate": (debate.Debater, "_store"),
-    "scores": (engine.Engine, "judge"),
+    "scores": (engine.Engine, "score"),
     "update": (engine.Engine, "update"),
     "weight sync": (TransformersSampler, "load_policy"),
     "start of saving": (checkpoint, "write_model"),

@@ -91,7 +91,7 @@ def test_loss_of_mt_opd_equals_plain_torch(
     engine = make_engine(config)
     samples = make_samples(engine, prompts[:4])
     # Rollouts of equal length could not tell the two means apart.
-    rollout = samples[0].rollout
+    rollout = samples[0]
     assert len({len(i.target_ids) for i in samples}) >= 1 and rollout.target_ids.size
     loss, _ = loss_and_gradient(engine, samples)
     expected = expected_loss(
