@@ -117,7 +117,7 @@ def test_a_whole_list_equals_hidden_states_and_a_short_one_is_a_lower_bound(
     for k in (4, 32, vocab + 13):  # the head of the served model has 13 columns of padding
         local, away = engines(models, real_server, prompt_file, tmp_path, k, divergence=kind)
         samples = make_samples(away, prompts)
-        targets = samples[0].targets[0]
+        targets = samples[0].teacher_targets[0]
         assert isinstance(targets, TopK) and len(targets) == len(samples[0].rollout.target_ids)
         # Columns of padding among the k likeliest are taken out.
         assert min(k, vocab) - 4 < targets.ids.shape[1] <= min(k, vocab)
