@@ -24,7 +24,7 @@ def is_due(name: str, number: int) -> bool:
     return os.environ.get("RANK") == "1" and number == int(os.environ.get(name, "-1")) - 1
 
 
-async def failing(self: Engine, prompts: Any, number: int, dropped: Any) -> Any:
+async def failing(self: Engine, prompts: Any, number: int) -> Any:
     if is_due("FAIL_AT", number):
         raise ServiceError("the service of one rank is gone")
     if is_due("KILL_AT", number):
@@ -33,7 +33,7 @@ async def failing(self: Engine, prompts: Any, number: int, dropped: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
     if is_due("STOP_AT", number):
         os.kill(os.getpid(), signal.SIGSTOP)
-    return await rollout(self, prompts, number, dropped)
+    return await rollout(self, prompts, number)
 
 
 Engine.rollout = failing  # type: ignore[method-assign]
