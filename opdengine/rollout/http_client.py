@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
+
+from opdengine.workers.printing import brief, one_line
+
+MOST_BYTES = 16 << 20
+"""Of one answer, where nothing else is said."""
+
+TICK_SECONDS = 0.2
 
 
 class HTTPError(RuntimeError):
@@ -27,7 +36,7 @@ class UnreachableError(RuntimeError):
 
 
 class SilentError(RuntimeError):
-    """The server did not answer in time."""
+    """The server did not answer in time, or did not come to the end of its answer."""
 
 
 class GarbledError(RuntimeError):
@@ -55,7 +64,8 @@ class JSONClient:
         self.base_url = base_url.rstrip("/")
         self.host = parts.hostname or "localhost"
         self.concurrency = concurrency
-        self._open: set[HTTPConnection] = set()
+        self._open: dict[HTTPConnection, float] = {}  # to the time at which its answer must be whole
+        self._sockets: dict[HTTPConnection, socket.socket] = {}
         self._guard = threading.Lock()
 
     def call(self, path: str, body: Any = None, timeout: float = 60.0) -> Any:
@@ -63,13 +73,14 @@ class JSONClient:
         (answer,) = self.call_all(path, [body], timeout)
         return answer
 
-    def call_all(self, path: str, bodies: Sequence[Any], timeout: float) -> list[Any]:
+    def call_all(self, path: str, bodies: Sequence[Any], timeout: float, limit: int = MOST_BYTES) -> list[Any]:
         """One request for each body; the first failure ends the others.
 
         Args:
             path: endpoint.
             bodies: JSON values; None for a GET.
-            timeout: seconds that the server may be silent.
+            timeout: seconds from the start of one request to the end of its answer.
+            limit: most bytes of one answer.
 
         Raises:
             HTTPError, UnreachableError, SilentError, GarbledError: see there.
@@ -83,10 +94,12 @@ class JSONClient:
                 return None
             if not hasattr(local, "connection"):
                 local.connection = self._connect(timeout=timeout)
-            with self._guard:
-                self._open.add(local.connection)
+            deadline = time.monotonic() + timeout
+            self._due(local.connection, deadline)
             try:
-                return self._exchange(local.connection, path, body, timeout)
+                answer = self._exchange(local.connection, path, body, timeout, limit)
+                self._due(local.connection, math.inf)
+                return answer
             except Exception as error:
                 errors.append(error)  # the first one is the cause of the others
                 over.set()
@@ -95,7 +108,8 @@ class JSONClient:
         pool = ThreadPoolExecutor(max(1, min(self.concurrency, len(bodies))), thread_name_prefix="http")
         futures = [pool.submit(one, body) for body in bodies]
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
+            while wait(futures, TICK_SECONDS, return_when=FIRST_EXCEPTION).not_done and not errors:
+                self._hang_up_late()
             if errors:
                 raise errors[0]
             return [future.result() for future in futures]
@@ -110,28 +124,58 @@ class JSONClient:
         """End every request in flight, from any thread; the server drops what it was asked."""
         with self._guard:
             for connection in self._open:
-                _hang_up(connection)
+                self._end(connection)
             self._open.clear()
+            self._sockets.clear()
 
-    def _exchange(self, connection: HTTPConnection, path: str, body: Any, timeout: float) -> Any:
+    def _due(self, connection: HTTPConnection, deadline: float) -> None:
+        with self._guard:
+            self._open[connection] = deadline
+
+    def _hang_up_late(self) -> None:
+        """End requests whose time is over; a server that sends a byte now and then never lets a socket time out."""
+        now = time.monotonic()
+        with self._guard:
+            for connection, deadline in self._open.items():
+                if now > deadline:
+                    self._end(connection)
+
+    def _end(self, connection: HTTPConnection) -> None:
+        """Close from any thread; a thread that reads from it gets an error at once."""
+        for sock in (connection.sock, self._sockets.get(connection)):
+            if sock is not None:
+                with contextlib.suppress(OSError):  # already closed
+                    sock.shutdown(socket.SHUT_RDWR)
+        connection.close()
+
+    def _exchange(self, connection: HTTPConnection, path: str, body: Any, timeout: float, limit: int) -> Any:
         where = f"{self.base_url}{path}"
+        late = time.monotonic() + timeout
         data = None if body is None else json.dumps(body).encode()
         headers = {} if body is None else {"Content-Type": "application/json"}
         try:
             connection.request("GET" if body is None else "POST", self._path + path, data, headers)
+            with self._guard:
+                self._sockets[connection] = connection.sock  # which it forgets where the server wants to close it
             response = connection.getresponse()
-            content = response.read()
+            content = _read(response, limit)
         except TimeoutError:
             raise SilentError(f"{where} gave no answer in {timeout:.0f} s") from None
-        except (OSError, HTTPException, AttributeError) as error:  # the last where another thread has hung up
-            raise UnreachableError(f"{where}: {type(error).__name__}: {error}") from error
+        except (OSError, HTTPException, AttributeError, ValueError) as error:  # the last two after a hang up
+            if time.monotonic() > late:
+                raise SilentError(f"{where} gave no answer in {timeout:.0f} s") from None
+            raise UnreachableError(f"{where}: {type(error).__name__}: {one_line(str(error))}") from error
+        if content is None:
+            raise GarbledError(f"{where} answered with more than {limit} bytes")
+        if time.monotonic() > late:  # hung up in the middle, and what came before looks like a whole answer
+            raise SilentError(f"{where} gave no answer in {timeout:.0f} s")
         if response.status != 200:
             raise HTTPError(response.status, f"{where}: {_message(content)}")
         if not content:
             return None
         try:
             return json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise GarbledError(f"{where} answered with something that is not JSON: {content[:200]!r}") from None
 
 
@@ -148,22 +192,21 @@ class _UnixConnection(HTTPConnection):
         self.sock.connect(self._file)
 
 
+def _read(response: HTTPResponse, limit: int) -> bytes | None:
+    """The body; None if it is larger than it may be."""
+    if response.length is not None:
+        return response.read() if response.length <= limit else None
+    content = response.read(limit + 1)
+    return content if len(content) <= limit else None
+
+
 def _message(content: bytes) -> str:
     """What an error page says, briefly."""
     try:
         answer = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return repr(content[:300])
     if isinstance(answer, Mapping):
-        error = answer.get("error", answer.get("detail", answer))
-        return str(error.get("message", error) if isinstance(error, Mapping) else error)[:600]
-    return str(answer)[:600]
-
-
-def _hang_up(connection: HTTPConnection) -> None:
-    """Close from any thread; a thread that reads from it gets an error at once."""
-    sock = connection.sock
-    if sock is not None:
-        with contextlib.suppress(OSError):  # already closed
-            sock.shutdown(socket.SHUT_RDWR)
-    connection.close()
+        answer = answer.get("error", answer.get("detail", answer))
+        answer = answer.get("message", answer) if isinstance(answer, Mapping) else answer
+    return one_line(answer, 600) if isinstance(answer, str) else brief(answer, 300)

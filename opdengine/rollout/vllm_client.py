@@ -9,6 +9,7 @@ Several ranks may sample from one server at a time. One of them owns it: it alon
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import time
@@ -26,6 +27,7 @@ from opdengine.rollout.policy_file import StoredPolicy
 from opdengine.rollout.vllm_base import Sample, VLLMBase, private_folders, remove_folders
 from opdengine.rollout.vllm_extension import EngineInfo
 from opdengine.rollout.vllm_server import is_loopback
+from opdengine.workers.printing import brief, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +42,14 @@ GENERATE = "/inference/v1/generate"
 RESET = "/reset_prefix_cache?reset_running_requests=true"
 NO_STAMP = "none"
 NOT_A_LOGPROB = -9999.0
+MOST_ABOVE = 1e-3
+"""What rounding may add to a log-prob of 0."""
+BASE_BYTES, TOKEN_BYTES, DESCRIPTION_BYTES = 1 << 20, 1 << 10, 256 << 20
+"""What an answer may have, what it may have besides for each token, and what the shapes of all weights may have."""
+NUMBERS, TEXTS = ("window", "vocabulary"), ("model", "dtype", "logprobs_mode")
+"""What an engine says of itself in numbers and in words."""
+SHORTEST = 8
+"""The shortest window that can be probed."""
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
 PROBE_BOUND = {"float32": 1e-3}
@@ -159,14 +169,16 @@ class VLLMServerSampler(VLLMBase):
         ]
         for attempt in (1, 2):
             self._restore()
-            read = [self._read(answer) for answer in self._ask(GENERATE, bodies)]
+            most = int(sampling["max_tokens"])
+            answers = self._ask(GENERATE, bodies, BASE_BYTES + TOKEN_BYTES * most)
+            read = [self._read(answer, most) for answer in answers]
             stamps = {stamp for found, *_ in read for stamp in found}
             if stamps == {self._stamp}:
                 break
             if attempt == 2:
                 raise EngineError(
-                    f"the server {self._client.base_url} answered with weights {sorted(stamps)} instead of version "
-                    f"{self.policy_version}; does another run update the same server?"
+                    f"the server {self._client.base_url} answered with weights {brief(sorted(stamps))} instead of "
+                    f"version {self.policy_version}; does another run update the same server?"
                 )
         samples = [
             (ids, logprobs, reason, text_of_completion(self.tokenizer, ids.tolist(), self.stop_ids))
@@ -174,17 +186,23 @@ class VLLMServerSampler(VLLMBase):
         ]
         return self.policy_version, samples
 
-    def _read(self, answer: Any) -> tuple[set[str], np.ndarray, np.ndarray, str]:
-        """Names of the weights that one answer was sampled with, token ids, log-probs, reason of the end."""
+    def _read(self, answer: Any, most: int) -> tuple[set[str], np.ndarray, np.ndarray, str]:
+        """Names of the weights that one answer was sampled with, token ids (at most ``most``), log-probs, its end."""
         try:
             (choice,) = answer["choices"]
             stamps = {str(span["version"]) for span in choice["weight_versions"]}
-            ids = np.array(choice["token_ids"], dtype=np.int64)
-            logprobs = np.array([entry["logprob"] for entry in choice["logprobs"]["content"]], dtype=np.float32)
-            reason = str(choice["finish_reason"])
+            ids, reason = choice["token_ids"], choice["finish_reason"]
+            logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+            _require(isinstance(reason, str), "finish_reason is no text")
+            _require(isinstance(ids, list) and all(type(i) is int for i in ids), "token_ids are no list of numbers")
+            _require(all(0 <= i < self.info.vocabulary for i in ids), "token_ids are beyond the vocabulary")
+            _require(len(ids) <= most, f"{len(ids)} tokens where {most} were asked for")
+            _require(len(logprobs) == len(ids), f"{len(logprobs)} log-probs of {len(ids)} tokens")
+            _require(all(type(v) in (int, float) and v <= MOST_ABOVE for v in logprobs), "what is no log-prob")
         except (KeyError, TypeError, ValueError) as error:
-            raise self._not_ours(f"{GENERATE} answered {str(answer)[:200]!r} ({error!r})") from None
-        return stamps, ids, np.where(logprobs <= NOT_A_LOGPROB, np.nan, logprobs), reason
+            raise self._not_ours(f"{GENERATE} answered {brief(answer)} ({one_line(repr(error))})") from None
+        known = [v if v > NOT_A_LOGPROB else math.nan for v in logprobs]
+        return stamps, np.array(ids, dtype=np.int64), np.array(known, dtype=np.float32), reason
 
     @property
     def _owns(self) -> bool:
@@ -231,18 +249,24 @@ class VLLMServerSampler(VLLMBase):
         self.restarts += 1
         logger.warning(
             "the server %s holds the weights %s instead of version %d: giving them back; was it started again?",
-            *(self._client.base_url, held, self.policy_version),
+            *(self._client.base_url, brief(held), self.policy_version),
         )
         self._push(self.policy_version, self._policy)
 
     def _describe(self) -> EngineInfo:
-        (answer,) = self._ask("/collective_rpc", [{"method": "describe_engine"}])
+        (answer,) = self._ask("/collective_rpc", [{"method": "describe_engine"}], DESCRIPTION_BYTES)
         try:
             fields = answer["results"][0]
             shapes = {name: tuple(shape) for name, shape in fields["shapes"].items()}
-            return EngineInfo(**{**fields, "shapes": shapes})
-        except (KeyError, IndexError, TypeError) as error:
-            raise self._not_ours(f"it does not describe itself ({error!r})") from None
+            info = EngineInfo(**{**fields, "shapes": shapes})
+            _require(all(type(n) is int for shape in shapes.values() for n in shape), "shapes are no numbers")
+            _require(isinstance(info.tied, Mapping), "tied is no mapping")
+            for name, kind in {**dict.fromkeys(NUMBERS, int), **dict.fromkeys(TEXTS, str)}.items():
+                _require(type(getattr(info, name)) is kind, f"{name} is {brief(getattr(info, name), 40)}")
+            _require(info.window >= SHORTEST and info.vocabulary > 0, f"a window of {brief(info.window)} tokens")
+            return info
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise self._not_ours(f"it does not describe itself ({one_line(repr(error))})") from None
 
     def _check(self, dtype: str) -> None:
         if self.info.logprobs_mode.rpartition(".")[2].lower() != "processed_logprobs":
@@ -273,7 +297,7 @@ class VLLMServerSampler(VLLMBase):
                 f"{bound}); this architecture or quantisation cannot be updated in place"
             )
 
-    def _ask(self, path: str, bodies: Sequence[Any]) -> list[Any]:
+    def _ask(self, path: str, bodies: Sequence[Any], limit: int = BASE_BYTES) -> list[Any]:
         """Answers in order; a server that is gone for a moment is asked again.
 
         A small question waits as long as any other: weights that another rank sends may be before it.
@@ -282,7 +306,7 @@ class VLLMServerSampler(VLLMBase):
             if self._closed:
                 raise EngineError("this sampler is closed; create a new one")
             try:
-                return self._client.call_all(path, bodies, self.response_timeout)
+                return self._client.call_all(path, bodies, self.response_timeout, limit)
             except HTTPError as error:
                 if error.status == 400:
                     raise InvalidRequestError(f"vLLM refuses: {error}") from None
@@ -319,6 +343,12 @@ class VLLMServerSampler(VLLMBase):
             f"{self._client.base_url} is not a vLLM server that can be trained with: {what}. Start one with "
             "`opdengine vllm-serve --model MODEL --port PORT`."
         )
+
+
+def _require(ok: bool, problem: str) -> None:
+    """Raise ValueError unless ``ok``."""
+    if not ok:
+        raise ValueError(problem)
 
 
 def _clean(owner: int, folders: Sequence[str]) -> None:

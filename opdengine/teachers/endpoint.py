@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import random
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from opdengine.teachers import TeacherError
 from opdengine.types import Failure
+from opdengine.workers.printing import brief, one_line
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -22,6 +22,12 @@ logger = logging.getLogger(__name__)
 
 Answer = Mapping[str, Any]
 Read = TypeVar("Read")
+
+BASE_BYTES = 8 << 20
+"""What any answer may have."""
+
+ENTRY_BYTES = 300
+"""What an answer may have for each log-prob that was asked for, and for each token."""
 
 RETRIED_STATUS = (408, 409, 425, 429)
 """Refusals that may pass; every 5xx may pass as well."""
@@ -102,7 +108,8 @@ class Endpoint:
             return result
 
         try:
-            async with self._client() as client, asyncio.TaskGroup() as group:
+            limit = max(map(most_bytes, bodies), default=0)
+            async with self._client(limit) as client, asyncio.TaskGroup() as group:
                 tasks = [group.create_task(one(client, index)) for index in range(len(bodies))]
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
@@ -110,7 +117,7 @@ class Endpoint:
 
     async def request(self, method: str, url: str, body: Answer | None = None) -> Answer | Failure:
         """One call outside training (probes): its answer, or the failure, which is not counted."""
-        async with self._client() as client:
+        async with self._client(most_bytes(body or {})) as client:
             return await self._call(client, url, body, lambda answer: answer, method)
 
     def _failed(self, failure: Failure) -> Failure:
@@ -146,10 +153,14 @@ class Endpoint:
         detail = f"{last} (attempt {attempt + 1} of {self.max_retries + 1})"
         if not first.startswith(last.reason):  # a crash shows itself once, then nobody is there
             detail += f"; at first {first}"
+        if self.api_key:  # some servers repeat it
+            detail = detail.replace(self.api_key, "***")
         return Failure(self.name, last.reason, detail)
 
     async def _attempt(self, client: AsyncOpenAI, url: str, body: Answer | None, method: str) -> Answer:
         import openai
+
+        from opdengine.teachers.bounded import RefusedAnswerError
 
         try:
             async with asyncio.timeout(self.timeout):
@@ -159,26 +170,31 @@ class Endpoint:
                     answer = await client.post(url, cast_to=object, body=body)
         except (TimeoutError, openai.APITimeoutError) as error:
             raise _AttemptFailed("timeout", f"no answer within {self.timeout:g} s") from error
-        except openai.APIConnectionError as error:
-            raise _AttemptFailed("connection", f"{self.base_url}: {error.__cause__ or error}") from error
+        except (RefusedAnswerError, openai.APIConnectionError) as error:
+            cause = error if isinstance(error, RefusedAnswerError) else error.__cause__
+            if isinstance(cause, RefusedAnswerError):
+                raise _AttemptFailed(cause.reason, f"{self.base_url}: {cause}", may_pass=False) from error
+            raise _AttemptFailed("connection", f"{self.base_url}: {one_line(str(cause or error))}") from error
         except openai.APIStatusError as error:
             status = error.status_code
             raise _AttemptFailed(
                 f"http_{status}",
-                f"{self.base_url} refused with status {status}: {error.message[:500]}",
+                f"{self.base_url} refused with status {status}: {one_line(error.message, 500)}",
                 may_pass=status >= 500 or status in RETRIED_STATUS,
                 wait=_seconds(error.response.headers.get("retry-after")),
             ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise _AttemptFailed("bad_json", f"the answer is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a ValueError, too
+            raise _AttemptFailed("bad_json", f"the answer is not JSON: {one_line(str(error))}") from error
         if not isinstance(answer, Mapping):
-            raise _AttemptFailed("bad_json", f"the answer is no JSON object: {str(answer)[:80]!r}")
+            raise _AttemptFailed("bad_json", f"the answer is no JSON object: {brief(answer, 80)}")
         return answer
 
     @asynccontextmanager
-    async def _client(self) -> AsyncIterator[AsyncOpenAI]:
+    async def _client(self, limit: int) -> AsyncIterator[AsyncOpenAI]:
         """A client for one batch of calls: its connections belong to the running event loop."""
         from openai import AsyncOpenAI
+
+        from opdengine.teachers.bounded import BoundedClient
 
         async with AsyncOpenAI(
             base_url=self.base_url,
@@ -186,6 +202,7 @@ class Endpoint:
             api_key=self.api_key or "none",
             timeout=self.timeout,
             max_retries=0,
+            http_client=BoundedClient(limit, self.timeout),
         ) as client:
             yield client
 
@@ -196,9 +213,17 @@ class _AttemptFailed(Exception):
         self.reason, self.may_pass, self.wait = reason, may_pass, wait
 
 
+def most_bytes(body: Answer) -> int:
+    """How large the answer to a body may be."""
+    prompt, written = body.get("prompt") or (), body.get("max_tokens") or 0
+    listed = body.get("prompt_logprobs") or body.get("logprobs") or 0
+    return int(BASE_BYTES + ENTRY_BYTES * (len(prompt) * (listed + 2) + written))
+
+
 def _seconds(retry_after: str | None) -> float:
-    """``Retry-After`` in seconds; 0 for the rare form with a date."""
+    """``Retry-After`` in seconds; 0 for the rare form with a date, and for what is no number of seconds."""
     try:
-        return max(float(retry_after or 0), 0.0)
+        seconds = float(retry_after or 0)
     except ValueError:
         return 0.0
+    return seconds if seconds > 0 else 0.0

@@ -25,8 +25,12 @@ from opdengine.teachers.echo import Echo
 from opdengine.teachers.endpoint import Answer, BadAnswer, Endpoint
 from opdengine.teachers.top_k import read_top_k
 from opdengine.types import Completion, Failure, Message, Request, SamplingParams, TeacherContext, TopK
+from opdengine.workers.printing import brief
 
 logger = logging.getLogger(__name__)
+
+MOST_CHARACTERS = 500
+"""Of one token, on average, in a text whose ids a server does not tell."""
 
 
 class ServedTeacher:
@@ -144,15 +148,26 @@ class ServedTeacher:
             ProbeError: it is not; says what to change.
         """
         listing = await self._ask("get", "/models")
-        served = {m.get("id"): m for m in listing.get("data") or () if isinstance(m, Mapping)}
+        listed = listing.get("data")
+        if not isinstance(listed, list):
+            raise ProbeError(
+                f"teacher {self.name!r}: {self.endpoint.base_url} lists no models but {brief(listing, 80)}; is it the "
+                "address of an OpenAI-compatible server, up to and including /v1?"
+            )
+        served = {str(m.get("id")): m for m in listed if isinstance(m, Mapping)}
         if self.config.model not in served:
             raise ProbeError(
                 f"teacher {self.name!r}: {self.endpoint.base_url} does not serve {self.config.model!r} but "
-                f"{sorted(map(str, served))}; set the teacher's 'model' to one of them"
+                f"{brief(sorted(served))}; set the teacher's 'model' to one of them"
             )
         window = served[self.config.model].get("max_model_len")
+        if window is not None and not (type(window) is int and 2 <= window < 1 << 40):
+            raise ProbeError(
+                f"teacher {self.name!r}: {self.endpoint.base_url} tells a max_model_len of {brief(window, 40)}, which "
+                "is no number of tokens; correct the server"
+            )
         # One token of room stays free: a scoring call must ask for at least one new token.
-        self.window = None if window is None else int(window) - 1
+        self.window = None if window is None else window - 1
         if window is None:
             logger.info("teacher %s: the server does not tell its context length", self.name)
         await self._probe_tokenizer()
@@ -209,8 +224,8 @@ class ServedTeacher:
         if theirs != ours:
             raise ProbeError(
                 f"teacher {self.name!r}: the server at {self.endpoint.base_url} encodes text differently than "
-                f"the tokenizer {self.config.tokenizer or self.config.model!r}: {str(theirs)[:80]} instead of "
-                f"{str(ours)[:80]}; set the teacher's 'tokenizer' to the folder of the served model"
+                f"the tokenizer {self.config.tokenizer or self.config.model!r}: {brief(theirs)[:80]} instead of "
+                f"{brief(ours)[:80]}; set the teacher's 'tokenizer' to the folder of the served model"
             )
 
     async def _ask(self, method: str, path: str, body: Answer | None = None) -> Answer:
@@ -245,14 +260,18 @@ class ServedTeacher:
         choice = _choice(answer)
         text, stop = without_surrogates(choice.get("text")), choice.get("finish_reason")
         if not isinstance(text, str) or stop not in ("stop", "length"):
-            raise BadAnswer("bad_answer", f"no text or no end: finish_reason {stop!r}, text {text!r}"[:200])
+            raise BadAnswer("bad_answer", f"no text or no end: finish_reason {brief(stop, 40)}, text {brief(text, 80)}")
+        if len(text) > MOST_CHARACTERS * (params.max_tokens + 10):
+            raise BadAnswer("bad_answer", f"a text of {len(text)} characters for max_tokens={params.max_tokens}")
         echoed, ids = choice.get("prompt_token_ids"), choice.get("token_ids")
-        if echoed is not None and list(echoed) != list(request.token_ids):
+        if echoed is not None and echoed != list(request.token_ids):
             raise BadAnswer("wrong_ids", "the server read other token ids than were sent")
         if ids is None:  # a server that tells no ids: its text is all there is
             ids = self._ids_of(text)
             ids += [self._end()] if stop == "stop" else []
-        elif not all(isinstance(i, int) and i >= 0 for i in ids) or len(ids) > params.max_tokens:
+        elif not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 1 << 31 for i in ids):
+            raise BadAnswer("wrong_ids", f"no token ids: {brief(ids, 80)}")
+        elif len(ids) > params.max_tokens:
             raise BadAnswer("wrong_ids", f"{len(ids)} token ids for max_tokens={params.max_tokens}: {ids[:8]}")
         unknown = np.full(len(ids), np.nan, dtype=np.float32)
         return Completion(np.array(ids, dtype=np.int64), unknown, stop, text)
@@ -269,15 +288,16 @@ class ServedTeacher:
 def _choice(answer: Answer) -> Mapping[str, Any]:
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], Mapping):
-        raise BadAnswer("bad_answer", f"not exactly one choice: {str(answer)[:120]}")
+        raise BadAnswer("bad_answer", f"not exactly one choice: {brief(answer, 80)}")
     return choices[0]
 
 
 def _api_key(config: TeacherConfig) -> str | None:
     if config.api_key_env is None:
         return None
+    where = f"teacher {config.name!r}: the environment variable {config.api_key_env!r} named by api_key_env"
     if not (key := os.environ.get(config.api_key_env)):
-        raise ConfigError(
-            f"teacher {config.name!r}: the environment variable {config.api_key_env!r} named by api_key_env is not set"
-        )
+        raise ConfigError(f"{where} is not set; give it again when a run is resumed: keys are stored nowhere")
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(f"{where} holds a blank or another character that no key has")
     return key

@@ -9,6 +9,7 @@ import numpy as np
 
 from opdengine.teachers.endpoint import BadAnswer
 from opdengine.types import TopK
+from opdengine.workers.printing import brief, one_line
 
 MOST_ABOVE = 1e-3
 """What rounding may add to a log-prob of 0 and to a probability of 1."""
@@ -67,11 +68,11 @@ def _row(row: Mapping[str, Any], actual: int, k: int, vocab_size: int) -> TopK:
         ids = np.array([int(token) for token in row], dtype=np.int64)
         values = [entry["logprob"] for entry in row.values()]
     except (TypeError, ValueError, KeyError, OverflowError) as error:
-        raise BadAnswer("bad_logprobs", f"cannot be read: {error!r}"[:200]) from error
+        raise BadAnswer("bad_logprobs", f"cannot be read: {one_line(repr(error), 120)}") from error
     if [str(token) for token in ids] != list(row):
-        raise BadAnswer("bad_logprobs", f"have keys that are not plain token ids: {list(row)!r}"[:200])
+        raise BadAnswer("bad_logprobs", f"have keys that are not plain token ids: {brief(list(row), 60)}")
     if not all(isinstance(value, float) or (type(value) is int and abs(value) < 1e6) for value in values):
-        raise BadAnswer("bad_logprobs", f"are not numbers: {values!r}"[:200])
+        raise BadAnswer("bad_logprobs", f"are not numbers: {brief(values, 60)}")
     logprobs = np.array(values, dtype=np.float64)
     if not (np.isfinite(logprobs).all() and logprobs.max() <= MOST_ABOVE):
         worst = logprobs[~(np.isfinite(logprobs) & (logprobs <= MOST_ABOVE))][0]
