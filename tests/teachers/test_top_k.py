@@ -118,10 +118,10 @@ def test_a_whole_list_equals_hidden_states_and_a_short_one_is_a_lower_bound(
         local, away = engines(models, real_server, prompt_file, tmp_path, k, divergence=kind)
         samples = make_samples(away, prompts)
         targets = samples[0].teacher_targets[0]
-        assert isinstance(targets, TopK) and len(targets) == len(samples[0].rollout.target_ids)
+        assert isinstance(targets, TopK) and len(targets) == len(samples[0].target_ids)
         # Columns of padding among the k likeliest are taken out.
         assert min(k, vocab) - 4 < targets.ids.shape[1] <= min(k, vocab)
-        assert targets.ids[:, 0].tolist() == samples[0].rollout.target_ids.tolist()
+        assert targets.ids[:, 0].tolist() == samples[0].target_ids.tolist()
         found[k] = loss_and_gradient(away, samples)
     exact = loss_and_gradient(local, make_samples(local, prompts))
     assert found[vocab + 13][0] == pytest.approx(exact[0], rel=1e-5)
