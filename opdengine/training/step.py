@@ -301,8 +301,7 @@ class Engine:
         loss_of = self._loss(statistics)
         self.student.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        student = self.student
-        batches = micro_batches(samples, self.config.max_tokens_per_batch, student.layout, student.regimes)
+        batches = micro_batches(samples, self.config.max_tokens_per_batch, self.student.layout)
         losses = backward(self.student, batches, loss_of)
         loss = self.ranks.sum(sum(losses))
         statistics.join(self.ranks)
