@@ -80,7 +80,7 @@ def test_a_writer_that_is_not_there_is_found_out_first(
     [
         ({"writer_model": "x"}, r"writer_model='x' is not possible; set writer_base_url too"),
         ({"writer_base_url": "host:80"}, r"writer_base_url='host:80' is not possible; give a URL"),
-        ({"writer_base_url": "http://u:p@h/v1"}, r"writer_base_url holds a credential"),
+        ({"writer_base_url": "http://u:p@h/v1"}, r"writer_base_url looks like a secret or holds a credential"),
         ({"writer_base_url": "http://h/v1", "base_url": "http://h/v1"}, r"writer_base_url=.* writes there anyway"),
     ],
 )
