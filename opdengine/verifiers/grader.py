@@ -52,7 +52,7 @@ class Grader:
         self._pool = WorkerPool(settings)
         self.opening = ""
         """The thought that the chat template leaves open before a completion, as ``<think>``; see
-        :func:`opdengine.models.chat.thought_opening`."""
+        :func:`opdengine.models.rendering.thought_opening`."""
         self._failed: Counter[str] = Counter()
         self._logged: set[str] = set()
 

@@ -28,18 +28,23 @@ NEAR = 20
 
 _DECORATION = re.compile(r"\\(?:text\w*|math\w+|mbox|bm|boldsymbol|fbox)\b ?\{?|[*_`$\"“”{}]|\\[()\[\]]")
 _HEADING = re.compile(r"(answer|choice|option|solution|is|[:=])[ \t#]*\n[ \t\n#]*", re.IGNORECASE)
-_SENTENCE = re.compile(r"[.!?](?=\s|$)|\n|;")
-_LETTER = re.compile(r"(?<![\w'’-])(?:\((?P<in>[A-Za-z])\)|\[(?P<at>[A-Za-z])\]|(?P<bare>[A-Za-z])(?![\w'’+#]|-\w))")
+_SENTENCE = re.compile(r"(?<!\b[Aa]ns)[.!?](?=\s|$)|[。\n;]")
+_LETTER = re.compile(
+    r"(?<![^\W\u3040-\u9fff])(?<!['’-])(?:\((?P<in>[A-Za-z])\)|\[(?P<at>[A-Za-z])\]|(?P<bare>[A-Za-z])(?![^\W\u3040-\u9fff]|['’+#]|-\w))"
+)
 _AFTER_ARTICLE = re.compile(
     r" (?!(?:because|since|as|and|or|is|was|but|not|which|where|for|due|by|given|so|from|with|in|at|on|if|that|rather|"
     r"instead|over|would|will|seems|looks|best|it|its|the|this|has|can)\b)[a-z]"
 )
 _DENIED_BEFORE = re.compile(
-    r"\b(?:not|never|cannot|neither|nor|none|except|exclude[sd]?|eliminat\w+|reject\w*|rul\w+ out|than|instead of|"
-    r"unlike|incorrect|wrong|false|no)\b|n['’]t\b",
+    r"\b(?:not|never|cannot|neither|nor|none|except|exclude[sd]?|eliminat(?:e[sd]?|ing)|reject\w*|rul\w+ out|than|"
+    r"instead of|unlike|incorrect|wrong|false|no)\b|n['’]t\b",
     re.IGNORECASE,
 )
-_DENIED_CUE = re.compile(r"(?:\b(?:not|never|cannot|neither)\b|n['’]t\b)[ \w]{0,10}$", re.IGNORECASE)
+_DENIED_CUE = re.compile(
+    r"(?:\b(?:not|never|cannot|neither)\b|n['’]t\b)[ \w]{0,10}$|\b(?:wrong|incorrect|false|worst|unlikely|least \w+) $",
+    re.IGNORECASE,
+)
 _CONTRAST = re.compile(r"\b(?:but|rather(?! than)|instead(?! of)|it is|it['’]s|so|therefore)\b", re.IGNORECASE)
 _VERB = r"(?:is|was|are|were|would be|seems|looks|can be|could be|might be|may be|appears|sounds)"
 _FAULT = r"(?:incorrect|wrong|false|tempting|eliminated|rejected|excluded|ruled out|plausible|a distractor|too\b)"
@@ -49,30 +54,39 @@ _DENIED_AFTER = re.compile(
     re.IGNORECASE,
 )
 _LEADS = re.compile(
-    r"(?:^|[:=(\[,>–—-]|['’]s|n['’]t|\b(?:is|was|be|are|option|choice|letter|answer|that|think|believe|say|guess|with|for|"
-    r"either|neither|nor|or|and|but|both|between|not|than|of|to|so|thus|hence|therefore|then|indeed|\w+ly))[ ]*$",
+    r"(?:^|[:：=(\[\],>–—是为為-]|['’]s|n['’]t|\b(?:is|was|be|are|option|choice|letter|answer|that|think|believe|say|guess|"
+    r"with|for|es|ist|est|either|neither|nor|or|and|but|both|between|not|than|of|to|so|thus|hence|therefore|"
+    r"then|indeed|\w+ly))[ ]*$",
     re.IGNORECASE,
 )
 _JOINED = re.compile(r"[ ,]{0,2}(?:or|and|/|,|&|\+|and/or|or maybe|or perhaps)[ ]?(?:option |choice )?", re.IGNORECASE)
 _CUE = re.compile(
-    r"\banswer(?:s|ed)?\b(?!ing)"
+    r"\banswer(?:s|ed)?\b|\bans(?=[.:])\.?|答案|\b(?:antwort|respuesta|réponse|resposta|risposta|ответ)\b"
     r"|\b(?:option|choice|solution|result|response|letter|one|guess)\b"
-    r"(?= ?(?:is\b|was\b|would be|must be|should be|:|=))"
+    r"(?=(?: \w{2,}){0,3} ?(?:is\b|was\b|would be|must be|should be|:|=))"
     r"|\b(?:choose|chose|choosing|pick|picked|select|selected|selecting|opt(?:ed)? for|go(?:ing)? with|went with|"
-    r"say|guess)\b"
+    r"say|guess|leaves(?: us with| only)?|left with)\b"
     r"|\b(?:correct|right|best|final)\b(?= ?[:=])",
     re.IGNORECASE,
 )
 _IS_RIGHT = re.compile(
     r"[ )\]:,]{0,3}(?:is|are|was|must be|should be|would be|seems|appears|looks)\b[^.;\n]{0,30}?"
-    r"\b(?:correct|right|the answer|the best|the only|best answer|true|my answer)\b",
+    r"\b(?:correct|right|the answer|the best|the only|best answer|my answer)\b(?! ?(?:if|only|when|of|about)\b)",
     re.IGNORECASE,
 )
 _CONCLUSION = re.compile(
     r"\b(?:it|that|this)(?:['’]s| is| must be| would be| should be)\b|\b(?:therefore|thus|hence|so|must be)\b|=>|→|⇒",
     re.IGNORECASE,
 )
-_SUPPOSED = re.compile(r"\b(?:if|suppose|supposing|assume|assuming|unless|whether|why|were)\b", re.IGNORECASE)
+_RETRACTS = re.compile(r"\b(?:wait|actually|correction|mistake|second thought|instead)\b", re.IGNORECASE)
+_SUPPOSED = re.compile(
+    r"\b(?:if|suppose|supposing|assume|assuming|unless|whether|why|were|might|may|could)\b"
+    r"|\b(?:some|many|others|people|students)(?: \w+)? (?:$|(?:think|say|believe|choose|answer|claim|argue|pick|"
+    r"select)\b)",
+    re.IGNORECASE,
+)
+_BUT = re.compile(r"\b(?:but|however|yet)\b", re.IGNORECASE)
+_CONDITION = re.compile(r"[ ,)\]]{0,3}(?:if|unless|only if)\b", re.IGNORECASE)
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _ORDINAL = re.compile(rf"\b({'|'.join(_ORDINALS)})\b(?: \w+)? ?(?:option|choice|answer|one)\b", re.IGNORECASE)
 _LINE = re.compile(
@@ -136,16 +150,19 @@ def stated_letters(text: str, letters: str, options: Mapping[str, str]) -> set[s
     """
     box, boxed = last_box(text), -1
     text = _HEADING.sub(r"\1 ", _DECORATION.sub("", _mark_box(text)))
-    statement: set[str] = set()
+    stated: set[str] = set()
+    called: set[str] = set()
     for sentence in _sentences(text):
         if BOX in sentence:
             boxed = 1
-            statement = _boxed(box or "", letters, options)
-        elif found := _stated_in(sentence, letters):
-            statement = found
-    if statement or boxed > 0:
-        return statement
-    return _conclusion(text, letters) or _lines(text, letters) or _in_words(text, letters, options)
+            stated = _boxed(box or "", letters, options)
+        elif not sentence.rstrip().endswith("?"):
+            right = _called_right(sentence, letters)
+            called = right or called
+            stated = _announced(sentence, letters) or (right if _RETRACTS.search(sentence) else set()) or stated
+    if stated or boxed > 0:
+        return stated
+    return called or _conclusion(text, letters) or _lines(text, letters) or _in_words(text, letters, options)
 
 
 BOX = "\x00"
@@ -206,24 +223,19 @@ def _joined(rest: str, letters: str) -> set[str]:
     return found
 
 
-def _stated_in(sentence: str, letters: str) -> set[str]:
-    """The letters that a sentence states; the last statement of several."""
-    if sentence.rstrip().endswith("?"):
-        return set()
-    return max([*_announced(sentence, letters), *_called_right(sentence, letters)], default=(0, set[str]()))[1]
-
-
-def _announced(sentence: str, letters: str) -> Iterator[tuple[int, set[str]]]:
-    """ "The answer is C", "I choose C": where it stands and what it states."""
+def _announced(sentence: str, letters: str) -> set[str]:
+    """ "The answer is C", "I choose C": the last one of a sentence."""
+    stated: set[str] = set()
     for cue in _CUE.finditer(sentence):
-        before = sentence[max(cue.start() - WINDOW, 0) : cue.start()]
-        supposed = _SUPPOSED.search(before) or _DENIED_CUE.search(before)
-        if not supposed and (stated := _affirmed(sentence, cue.end(), letters)):
-            yield cue.end(), stated
+        before = _BUT.split(sentence[max(cue.start() - WINDOW, 0) : cue.start()])[-1]
+        if not _SUPPOSED.search(before) and not _DENIED_CUE.search(before):
+            stated = _affirmed(sentence, cue.end(), letters) or stated
+    return stated
 
 
-def _called_right(sentence: str, letters: str) -> Iterator[tuple[int, set[str]]]:
-    """ "C is correct": where it stands and what it states."""
+def _called_right(sentence: str, letters: str) -> set[str]:
+    """ "C is correct": the last one of a sentence. It may also explain why "all of the above" is the answer."""
+    stated: set[str] = set()
     last: tuple[str, int, int] | None = None
     for each in _letters(sentence, letters):
         letter, start, end = each
@@ -231,21 +243,23 @@ def _called_right(sentence: str, letters: str) -> Iterator[tuple[int, set[str]]]
         right = _IS_RIGHT.match(sentence, end) and not _DENIED_AFTER.match(sentence, end)
         if right and not (_SUPPOSED.search(before) or _DENIED_BEFORE.search(before)):
             joined = last is not None and _JOINED.fullmatch(sentence, last[2], start)
-            yield end, {letter, last[0]} if last and joined else {letter}
+            stated = {letter, last[0]} if last and joined else {letter}
         last = each
+    return stated
 
 
 def _affirmed(sentence: str, start: int, letters: str, window: int = WINDOW) -> set[str]:
     """The first letter behind a place that is not denied, with those that are joined to it."""
-    last = start
+    last, was_denied = start, False
     for letter, begin, end in _letters(sentence, letters, start, start + window):
         between = sentence[last:begin]
-        if not _LEADS.search(between) and sentence[begin] not in "([":
+        joined = was_denied and _JOINED.fullmatch(between)  # "not A or B"
+        if not joined and not _LEADS.search(between) and sentence[begin] not in "([":
             continue
         contrasts = [found.end() for found in _CONTRAST.finditer(between)] if last > start else []
-        denied = _DENIED_BEFORE.search(between, contrasts[-1] if contrasts else 0)
-        last = end
-        if not denied and not _DENIED_AFTER.match(sentence, end):
+        denied = joined or _DENIED_BEFORE.search(between, contrasts[-1] if contrasts else 0)
+        last, was_denied = end, bool(denied or _DENIED_AFTER.match(sentence, end))
+        if not was_denied and not _CONDITION.match(sentence, end):
             return {letter} | _joined(sentence[end : end + WINDOW], letters)
     return set()
 

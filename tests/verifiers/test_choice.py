@@ -37,7 +37,17 @@ The answer is the third option.|Let me see: A is hot, B is cold. So C.|A is wron
 The answer is C.\n\nExplanation:\nA. Rome is in Italy\nB. Berlin is in Germany|C\n\nA is wrong because it is hot
 A: no\nB: no\nC: yes\n\nThe answer: C|<think>Answer: A</think>C|After eliminating A and B, the answer is C
 I believe the correct answer is C, as A and B are wrong.|None of A, B or D is right, so the answer is C
-Both A and B are wrong; the answer is C|Although A is tempting, the correct answer is C"""
+Both A and B are wrong; the answer is C|Although A is tempting, the correct answer is C
+The correct answer is:\n\n**C) Paris**|Answer is option (C).|\boxed{\text{Option C}}|Final Answer: Option C - Paris
+The answer is C. A is correct only when it rains. B would be correct if it were cold.|(C) is my answer
+Answer: C. B is true
+I think the answer is either C or D, but I'd go with C.|The answer is A. Wait, actually C is correct.
+A. Rome - incorrect, because it is in Italy\nB. Berlin - no\nC. Paris - yes\n\nTherefore, the correct answer is C.
+**A** is incorrect.\n**B** is incorrect.\n**C** is correct.|A is in Italy, B in Germany, so by elimination, C.
+The best choice here is option C, Paris.|The only option that fits is C.|That leaves C.|We are left with C.|Ans: C
+Ans. C
+{"answer": "C"}|答案：C|答案是C|La respuesta es C.|The answer is not A, B, or D, so it's C.|The answer has to be C.
+It cannot be A, B, or D; thus C.|The answer is neither A nor B but C.|Answer: C\nConfidence: 95%"""
 
 NO_C = r"""A|B|The answer is A. Option C is tempting but wrong.|The answer is not C|The answer isn't C
 The answer is A, not C
@@ -53,7 +63,13 @@ I can't choose C
 The answer is B. C is hot.|Answer: D. A, B and C are all wrong.|Why is C correct?|The answer could not be C
 neither A nor C
 I rule out C. The answer is A.|The answer is all except C|None of the above|Option C is not the answer|It can't be C.
-The correct answer is A. C is plausible but wrong.|The answer is B, since C is false|Answer: B (C is wrong)"""
+The correct answer is A. C is plausible but wrong.|The answer is B, since C is false|Answer: B (C is wrong)
+Answer: D, all of the above. A is correct since it rains, and C is correct since it is hot.|Answer: A. C is true, too
+The answer is A. C would be correct if it were cold.|Answer: B. Wrong answers: C|The wrong answer is C
+The least likely answer is C|A common wrong answer is C. The right answer is B.|The answer depends on C
+Many would answer C, but the correct answer is A.|You might think the answer is C, but it is A.
+Some say the answer is C. It is A.|One might choose C, but A is correct.|The answer is C if it rains, otherwise A.
+The patient has vitamin C deficiency. The answer is A.|Hepatitis C is the diagnosis; answer: B"""
 
 
 def cases(text: str) -> list[str]:
