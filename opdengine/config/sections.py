@@ -28,8 +28,10 @@ def by_key(setting: Any, key: str, name: str) -> Any:
     )
 
 
-VARIABLE = re.compile(r"[^\n{}%]*\$(\w+|\{\w+\})(/|$)")
-"""A path with a variable of the shell; a template has other braces and lines."""
+VARIABLE = re.compile(r"\$(\w+|\{\w+\})(/|$)")
+"""A variable of the shell in a path."""
+TEMPLATE = re.compile(r"\{\{|\{%|\n")
+"""What no path has, but a Jinja template."""
 
 
 def at_home(path: Any) -> Any:
@@ -40,7 +42,7 @@ def at_home(path: Any) -> Any:
     """
     if not isinstance(path, str):
         return path
-    if VARIABLE.match(path) and not os.path.exists(path):
+    if VARIABLE.search(path) and not TEMPLATE.search(path) and not os.path.exists(path):
         raise ConfigError(f"the path {path!r}: variables of the shell are not filled in here; write the path out")
     if not path.startswith("~"):
         return path
