@@ -329,7 +329,7 @@ def _normal(key: str) -> str:
         section = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
         if section is not None:
             parts[i] = part.replace("-", "_")
-            hint = _hints(section).get(parts[i])
+            hint = _hints(typing.cast(type, section)).get(parts[i])
         elif typing.get_origin(hint) is list:
             (hint,) = typing.get_args(hint)
         else:
