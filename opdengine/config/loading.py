@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
+import functools
 import re
 import types
 import typing
@@ -114,7 +115,7 @@ def from_mapping(cls: type, data: Mapping[str, Any], where: str = "") -> Any:
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or 'the settings'}={brief(data)} is no mapping")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if cls is TrainConfig:
         data = with_paper(data)
@@ -138,6 +139,12 @@ def with_paper(data: Mapping[str, Any]) -> Mapping[str, Any]:
     # A method's settings stand beside the method, which stands above this room: it is asked for by name.
     papers = load_object("opdengine.methods:PAPERS")
     return papers[method].fill(data) if isinstance(method, str) and method in papers else data
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """The types of a section's settings."""
+    return typing.get_type_hints(cls)
 
 
 def _hint(key: str, fields: Iterable[str], where: str) -> str:
@@ -322,7 +329,7 @@ def _normal(key: str) -> str:
         section = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
         if section is not None:
             parts[i] = part.replace("-", "_")
-            hint = typing.get_type_hints(section).get(parts[i])
+            hint = _hints(typing.cast(type, section)).get(parts[i])
         elif typing.get_origin(hint) is list:
             (hint,) = typing.get_args(hint)
         else:

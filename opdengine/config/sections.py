@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -27,13 +28,23 @@ def by_key(setting: Any, key: str, name: str) -> Any:
     )
 
 
+VARIABLE = re.compile(r"\$(\w+|\{\w+\})(/|$)")
+"""A variable of the shell in a path."""
+TEMPLATE = re.compile(r"\{\{|\{%|\n")
+"""What no path has, but a Jinja template."""
+
+
 def at_home(path: Any) -> Any:
     """A path with ``~`` and ``~user`` written out; anything else is left as it is.
 
     Raises:
-        ConfigError: there is no such user.
+        ConfigError: there is no such user, or the path has a variable of the shell in it.
     """
-    if not isinstance(path, str) or not path.startswith("~"):
+    if not isinstance(path, str):
+        return path
+    if VARIABLE.search(path) and not TEMPLATE.search(path) and not os.path.exists(path):
+        raise ConfigError(f"the path {path!r}: variables of the shell are not filled in here; write the path out")
+    if not path.startswith("~"):
         return path
     found = os.path.expanduser(path)
     if found.startswith("~"):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from opdengine.config.sections import at_home
 from opdengine.data.reasoning_tasks import GENERATED, generate
 from opdengine.models.surrogates import levels, surrogate_in
 
@@ -93,7 +94,7 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
     if path.startswith(GENERATED):
         yield from enumerate(_read(path, lambda: list(generate(path))), start=1)
         return
-    file = Path(path).expanduser()
+    file = Path(at_home(path))
     if file.is_file():
         _require_plain(path, file)
     if file.suffix in (".jsonl", ".ndjson") and file.is_file():

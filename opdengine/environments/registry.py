@@ -10,6 +10,7 @@ from typing import Any
 
 from opdengine.environments.protocol import Environment
 from opdengine.plugins import PluginError, import_object, load_object
+from opdengine.workers.printing import brief
 
 ENVIRONMENTS = {
     "house": "opdengine.environments.house:House",
@@ -24,6 +25,9 @@ ENVIRONMENTS = {
 
 POOL_OPTIONS = ("network",)
 """Options that are for :class:`opdengine.environments.pool.EnvironmentPool` and not for an environment's class."""
+
+MOST = 1e12
+"""Of any number in the options of a built-in environment."""
 
 METHODS = ("tasks", "reset", "step", "close")
 
@@ -78,9 +82,13 @@ def check_options(name: str, environment: type[Environment], options: Mapping[st
             close = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(f"environment.options.{option} is unknown; {hint}{name!r} has {sorted(known)}")
+        if described is not None and type(value) in (int, float) and not abs(value) <= MOST:
+            raise ValueError(f"environment.options.{option}={brief(value)} is not possible; give a smaller number")
         wanted = type(known.get(option))
         if described is not None and wanted in (bool, int, float, str) and not _is_a(value, wanted):
-            raise ValueError(f"environment.options.{option}={value!r} has the wrong type; expected {wanted.__name__}")
+            raise ValueError(
+                f"environment.options.{option}={brief(value)} has the wrong type; expected {wanted.__name__}"
+            )
 
 
 def _is_a(value: Any, wanted: type) -> bool:

@@ -23,6 +23,7 @@ from opdengine.models.rendering import (
     turn_end,
 )
 from opdengine.types import Message
+from opdengine.workers.printing import brief
 
 __all__ = [
     "PROBES",
@@ -88,10 +89,17 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
 
 
 def _read_template(text: str) -> str:
-    if len(text) < 4096 and Path(text).is_file():
-        return Path(text).read_text("utf-8")
+    try:
+        is_file = "\n" not in text and Path(text).is_file()
+    except OSError:  # longer than a path can be
+        is_file = False
+    if is_file:
+        try:
+            return Path(text).read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"chat_template={text!r} is no text file in UTF-8 ({error}); name a template") from None
     if "{" not in text:
-        raise ValueError(f"chat_template={text!r} is neither a file nor a Jinja template; correct the path")
+        raise ValueError(f"chat_template={brief(text)} is neither a file nor a Jinja template; correct the path")
     return text
 
 

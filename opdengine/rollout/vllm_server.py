@@ -19,9 +19,14 @@ from collections.abc import Sequence
 
 from opdengine.rollout.engine_process import CLOSE_SECONDS
 from opdengine.rollout.vllm import engine_environment, require_vllm
+from opdengine.workers.printing import brief
 
 LAUNCH = "from opdengine.rollout.vllm_server import main; "
 OURS = ("--logprobs-mode", "--worker-extension-cls", "--tokens-only", "--skip-tokenizer-init")
+NAMED = ("--host", "--port", "--model", "--dtype", "--max-model-len", "--cpu-threads")
+"""Arguments of ``opdengine vllm-serve`` itself, which checks them; vLLM would take abbreviations of them, too."""
+ELSEWHERE = ("--config",)
+"""Further places where vLLM would find any of these."""
 
 
 def serve(
@@ -47,8 +52,10 @@ def serve(
 
     Raises:
         VLLMMissingError: vLLM is not installed.
-        ValueError: the host is not loopback, or an extra argument is one of ours.
+        ValueError: the host is not loopback, or an extra argument is, stands for or may hold one of ours.
     """
+    if not 0 < port < 1 << 16:
+        raise ValueError(f"--port {brief(port)} is no port; it lies between 1 and 65535")
     require_vllm("there is nothing to serve with")
     command, environment = server_command(model, host, port, dtype, max_model_len, cpu_threads, extra)
     with subprocess.Popen(command, env=environment) as server:
@@ -83,15 +90,32 @@ def server_command(
             "password; use 127.0.0.1 and, from another machine, a tunnel (ssh -L)"
         )
     for argument in extra:
-        if argument.split("=")[0].replace("_", "-") in OURS:
-            raise ValueError(f"{argument} is set by opdengine vllm-serve; leave it out")
-    arguments = [model, "--host", host, "--port", str(port), "--dtype", dtype]
+        _check_extra(argument)
+    # The last one counts, so that nothing before can be one of these under another name.
+    arguments = [*extra, "--host", host, "--port", str(port), "--dtype", dtype]
     if max_model_len is not None:
         arguments += ["--max-model-len", str(max_model_len)]
     environment = engine_environment(model, devices, cpu_threads)
     environment["VLLM_SERVER_DEV_MODE"] = "1"  # the endpoints for weights
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
-    return [sys.executable, "-c", f"{LAUNCH}main({parent})", *arguments, *extra], environment
+    return [sys.executable, "-c", f"{LAUNCH}main({parent})", model, *arguments], environment
+
+
+def _check_extra(argument: str) -> None:
+    """Refuse a further argument for vLLM that is one of ours, stands for one, or may hold one."""
+    name = argument.split("=")[0].split(".")[0].replace("_", "-").lower()
+    if name == "--" or not name.startswith("--"):
+        if name == "--":
+            raise ValueError("-- is not possible here; leave it out")
+        return
+    for ours in (*OURS, *NAMED, *ELSEWHERE):
+        if not ours.startswith(name):
+            continue
+        if ours in OURS:
+            raise ValueError(f"{argument} is set by opdengine vllm-serve; leave it out")
+        if ours in ELSEWHERE:
+            raise ValueError(f"{argument}: a file of settings may hold --host; give its settings as arguments")
+        raise ValueError(f"{argument} stands for {ours}; write it out")
 
 
 def is_loopback(host: str) -> bool:

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from opdengine.config.loading import from_mapping, read_settings, to_mapping
+from opdengine.config.sections import at_home
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.config.yaml_text import dump_yaml
 from opdengine.distributed import Ranks
 from opdengine.errors import WriteError
 from opdengine.models.checkpoint import find_checkpoint, list_checkpoints, read_state, step_of
 from opdengine.training.writer import read_metrics
+from opdengine.workers.printing import brief
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class RunFolder:
         self.checkpoint: Path | None = None
         self._held: IO[str] | None = None
         require_writable("output_dir", config.output_dir)
+        _require_kinds(self.path)
         if (self.path / LOCK).exists():
             self._lock(fcntl.LOCK_SH).close()  # refuse what another process is writing before anything is loaded
         occupied = any((self.path / name).exists() for name in OWN)
@@ -228,12 +231,30 @@ def _step_of_log(file: Path) -> int:
 
 def require_writable(name: str, folder: str) -> None:
     """Raise ConfigError unless a folder can be made, or written to, where a setting wants it."""
-    path = Path(folder)
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    path = Path(folder).absolute()
+    try:
+        there = next(place for place in (path, *path.parents) if place.exists() or place.is_symlink())
+        longest = os.pathconf(there if there.is_dir() else "/", "PC_NAME_MAX")
+    except OSError as error:
+        raise ConfigError(f"{name}={brief(folder)} is not possible: {error.strerror}") from None
+    if there.is_symlink() and not there.exists():
+        raise ConfigError(f"{name}={folder!r} is not possible: {str(there)!r} is a link to nothing")
     if not there.is_dir():
         raise ConfigError(f"{name}={folder!r} is not possible: {str(there)!r} is a file; name a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{name}={folder!r} is not possible: {str(there)!r} cannot be written to")
+    if any(len(os.fsencode(part)) > longest for part in path.parts):
+        raise ConfigError(f"{name}={brief(folder)} is not possible: a name in it is longer than {longest} bytes")
+
+
+def _require_kinds(folder: Path) -> None:
+    """Raise ConfigError where a file stands in the way of a folder that the run will write, or a folder of a file."""
+    for name in (*LOGS, "checkpoints", "final", "merged", "bad_steps", "tensorboard", ABANDONED):
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise ConfigError(f"output_dir={str(folder)!r} is not possible: {name!r} in it is no folder; remove it")
+    for name in (LOCK, "config.yaml", "metrics.jsonl"):
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise ConfigError(f"output_dir={str(folder)!r} is not possible: {name!r} in it is no file; remove it")
 
 
 class InputFiles:
@@ -263,7 +284,7 @@ class InputFiles:
 
 
 def _stamp(path: str) -> tuple[int, int] | None:
-    file = Path(path).expanduser()
+    file = Path(at_home(path))
     if not file.is_file():
         return None
     status = file.stat()

@@ -7,6 +7,7 @@ import errno
 import importlib.util
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from opdengine.config.train import ConfigError
 from opdengine.data.prompts import DataError, PromptSet, PromptStream, load_prompts
 from opdengine.errors import VLLMMissingError
 from opdengine.models.backbone import load_model
+from opdengine.models.chat import load_tokenizer
 from opdengine.training.run import train
 
 
@@ -482,3 +484,98 @@ def test_a_misspelt_attention_is_not_replaced(models: dict[str, str], monkeypatc
     monkeypatch.undo()
     with pytest.raises(ValueError, match="spda"):
         load_model(models["student"], attn_implementation="spda")
+
+
+# ------------------------------------------------------------------------------------- folders
+
+
+def test_an_output_folder_that_cannot_be_one(models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for folder, message in (
+        (tmp_path / "file", "is a file; name a folder"),
+        (tmp_path / "file" / "deeper" / "still", "is a file; name a folder"),
+        (tmp_path / "nowhere", "is a link to nothing"),
+        (tmp_path / "nowhere" / "x", "is a link to nothing"),
+        (tmp_path / "loop" / "x", "is a link to nothing|symbolic links"),
+        (tmp_path / ("x" * 300), "longer than 255 bytes|name too long"),
+        (tmp_path / ("é" * 200), "longer than 255 bytes|name too long"),
+        (tmp_path / "/".join(["x" * 200] * 30), "name too long"),
+    ):
+        config = make_config(models, prompt_file, folder)
+        with pytest.raises(ConfigError, match=f"(?i)output_dir=.*({message})"):
+            train(config, progress=False)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "rollouts", "final", "bad_steps", "evaluations", "tensorboard"])
+def test_a_file_where_the_run_wants_a_folder(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("")
+    with pytest.raises(ConfigError, match=f"output_dir=.* is not possible: '{name}' in it is no folder; remove it"):
+        train(make_config(models, prompt_file, tmp_path), progress=False)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", ".lock"])
+def test_a_folder_where_the_run_wants_a_file(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=f"output_dir=.* is not possible: '{name}' in it is no file; remove it"):
+        train(make_config(models, prompt_file, tmp_path), progress=False)
+
+
+@pytest.mark.parametrize("content", ["", "- a", "model: [", "model: !!python/name:os.x", "{}", "\x00"])
+def test_the_configuration_of_a_run_to_resume_is_read_with_the_same_care(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml|missing setting"):
+        train(make_config(models, prompt_file, tmp_path, resume_from_checkpoint="latest"), progress=False)
+
+
+def test_a_home_folder_is_written_out(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = make_config(models, prompt_file, tmp_path)
+    config = dataclasses.replace(config, output_dir="~/runs/1", model="~/m", chat_template="~/t.jinja")
+    config = dataclasses.replace(config, debate=dataclasses.replace(config.debate, cache_dir="~/c"))
+    assert (config.output_dir, config.model) == (f"{tmp_path}/runs/1", f"{tmp_path}/m")
+    assert (config.chat_template, config.debate.cache_dir) == (f"{tmp_path}/t.jinja", f"{tmp_path}/c")
+    with pytest.raises(ConfigError, match="there is no user 'no_such_user'"):
+        load_prompts(["~no_such_user/d.jsonl"])
+
+
+def test_templates_that_are_none(models: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    for template, message in (
+        (str(tmp_path), "is neither a file nor a Jinja template"),
+        (str(tmp_path / "binary"), "is no text file in UTF-8"),
+        ("x" * 5000, "is neither a file nor a Jinja template"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(models["student"], chat_template=template)
+    long = "{# " + "x" * 400 + " #}{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert load_tokenizer(models["student"], chat_template=long).chat_template == long
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "config.json"), ("[]", "config.json"), ("{", "config.json"), ("{}", "bad"), ('{"model_type": 5}', "bad"),
+     ('{"model_type": "no_such"}', "no_such"), ("[" * 100_000, "config.json"),
+     ('{"model_type": "\\u001b[31m"}', "bad")],
+)  # fmt: skip
+def test_a_model_whose_configuration_is_none(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, content: str, message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    shutil.copytree(models["big"], tmp_path / "bad")
+    (tmp_path / "bad" / "config.json").write_text(content)
+    arguments = ["--model", str(tmp_path / "bad"), "--train_data", prompt_file, "--output_dir", str(tmp_path / "out")]
+    arguments += ["--method", "opd", "--teachers.0.model", models["big"]]
+    assert main(["train", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("opdengine: ") or "\nopdengine: " in said
+    assert message in said and "Traceback" not in said and "\x1b" not in said

@@ -102,8 +102,11 @@ def test_what_is_accepted_is_written_and_read_back_as_it_is(place: Place) -> Non
         except ConfigError as error:
             refusal = str(error)
         else:
-            refusal = ""
-            assert from_mapping(TrainConfig, read_yaml(dump_yaml(to_mapping(config)))) == config, value
+            refusal, stored = "", to_mapping(config)
+            for part in place:
+                stored = stored[0][part] if isinstance(stored, list) else stored[part]
+            again = plain(read_yaml(dump_yaml({"value": stored})))["value"]
+            assert from_mapping(TrainConfig, with_setting(place, again)) == config, value
         assert harmless(refusal) == refusal and len(refusal) < 800
 
 
@@ -366,3 +369,15 @@ def test_messages_are_short_and_harmless() -> None:
     for value in (deep, 10**100_000, "x" * 10**6, {"a": deep}, "\x1b]0;title\x07\u202e", [[10**5000] * 100] * 100):
         assert len(brief(value)) < 1000 and harmless(brief(value)) == brief(value)
     assert harmless("a\x1b[2J\x9b1m\r\x08b\u202ec\ud800\td\n") == "a\\x1b[2J\\x9b1m\\r\\x08b\\u202ec\\ud800\td\n"
+
+
+@pytest.mark.parametrize("place", [("output_dir",), ("model",), ("debate", "cache_dir"), ("teachers", "model")])
+@pytest.mark.parametrize("path", ["$HOME/runs", "${HOME}/runs", "/data/$USER", "runs/${RUN}"])
+def test_variables_of_the_shell_are_not_taken_for_names(place: Place, path: str) -> None:
+    with pytest.raises(ConfigError, match="variables of the shell are not filled in here; write the path out"):
+        from_mapping(TrainConfig, with_setting(place, path))
+
+
+def test_a_template_may_hold_what_looks_like_a_variable() -> None:
+    for template in ("{{ x }} costs $HOME", "$HOME/x\n{% if y %}"):
+        assert from_mapping(TrainConfig, {**NEEDED, "chat_template": template}).chat_template == template

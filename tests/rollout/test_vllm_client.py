@@ -390,3 +390,46 @@ def test_folders_of_a_killed_process_are_removed_by_the_next(tmp_path: Path) -> 
     assert not left.exists()
     private_folders(str(tmp_path))
     assert Path(mine).exists(), "a folder in use stays"
+
+
+@pytest.mark.parametrize("extra", [
+    ["--hos", "0.0.0.0"], ["--ho=0.0.0.0"], ["--h", "0.0.0.0"], ["--HOST", "0.0.0.0"], ["--host=0.0.0.0"],
+    ["--por", "1"], ["--dty=float16"], ["--max_model", "7"], ["--mod", "x"], ["--logprobs-m", "raw_logprobs"],
+    ["--worker_extension", "x.Y"], ["--skip-tok"], ["--config", "vllm.yaml"], ["--conf=vllm.yaml"], ["--"],
+    ["--host.x", "0.0.0.0"],
+])  # fmt: skip
+def test_no_other_name_of_an_argument_passes_its_check(extra: list[str]) -> None:
+    """vLLM would take the beginning of a name for the name, and settings from a file."""
+    with pytest.raises(ValueError, match=r"write it out|is set by opdengine|may hold --host|is not possible here"):
+        server_command("m", "127.0.0.1", 8000, extra=extra)
+
+
+def test_what_was_checked_comes_last() -> None:
+    """So that it counts, whatever was said before in a way that we do not know."""
+    command, _ = server_command("m", "127.0.0.1", 8000, extra=["-tp", "2", "--max-logprobs", "5", "--model-impl=x"])
+    given = command[3:]
+    assert given[:6] == ["m", "-tp", "2", "--max-logprobs", "5", "--model-impl=x"]
+    assert given[6:10] == ["--host", "127.0.0.1", "--port", "8000"]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "0", "127.1", "", "localhost.evil", "127.0.0.1@x", "*"])
+def test_hosts_that_others_reach(host: str) -> None:
+    with pytest.raises(ValueError, match="can be reached from other machines"):
+        server_command("m", host, 8000)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--hos", "0.0.0.0"], ["--host", "127.0.0.1", "--host", "0.0.0.0"], ["--host=0.0.0.0"], ["--port", "0"],
+    ["--", "--host", "0.0.0.0"], ["--port", "99999999"],
+])  # fmt: skip
+def test_the_command_starts_nothing_that_others_reach(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("opdengine.rollout.vllm_server.require_vllm", lambda *_: None)
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a server was started"))
+    try:
+        status: object = main(["vllm-serve", "--model", "m", *arguments])
+    except SystemExit as ended:
+        status = ended.code
+    said = capsys.readouterr().err
+    assert status == 2 and said.count("\n") == 1, said
