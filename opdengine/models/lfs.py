@@ -1,4 +1,4 @@
-"""Files that git-LFS keeps elsewhere, of which a clone without it has pointers alone."""
+"""Files that look like a model and are none that can be trained: pointers of git-LFS, and GGUF files."""
 
 from __future__ import annotations
 
@@ -28,3 +28,16 @@ def require_no_pointers(folder: Path) -> None:
     """The same for every file of a folder."""
     for file in sorted(folder.iterdir()):
         require_no_pointer(file)
+
+
+def require_no_gguf(path: str) -> None:
+    """Raise ModelFileError for a model that is a GGUF file, or a folder that holds nothing else."""
+    place = Path(path)
+    files = sorted(place.glob("*.gguf")) if place.is_dir() and not (place / "config.json").exists() else []
+    if path.endswith(".gguf"):
+        files = [place]
+    if files:
+        raise ModelFileError(
+            f"{str(files[0])!r} is a GGUF file, whose quantised weights cannot be trained; convert it once with "
+            f"'opdengine fetch {files[0]} --out FOLDER' and name FOLDER instead"
+        )

@@ -27,6 +27,7 @@ OPTIONAL = {
     "flash-attn": ("faster attention on packed batches, GPU only", "pip install 'opdengine[flash-attn]'"),
     "tensorboard": ("report_to: [tensorboard]", "pip install 'opdengine[train]'"),
     "matplotlib": ("the demo's figure", "pip install 'opdengine[demo]'"),
+    "gguf": ("opdengine fetch: a small real model", "pip install 'opdengine[gguf]'"),
     "math-verify": ('the verifier "math"', "pip install 'opdengine[math]'"),
     "reasoning-gym": ("generated tasks and their verifier", "pip install 'opdengine[reasoning-gym]'"),
     "alfworld": ('the environment "alfworld"', "pip install 'opdengine[alfworld]'"),
