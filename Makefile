@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 help:
 	@echo "make demo     distil the bundled tiny models: MAD-OPD beside its baselines (minutes, 2 cores)"
-	@echo "make demo-agents  agents in the built-in house: SAGE-OPD, then OPAD (minutes, 2 cores)"
+	@echo "make demo-agents  agents in a little house: SAGE-OPD, then OPAD (minutes, 2 cores)"
 	@echo "make test     linters, type checker and the whole test suite"
 	@echo "make test-vllm  the tests that sample with real vLLM (CPU build, own environment)"
 	@echo "make test-envs  the tests that play ALFWorld, TextWorld and ScienceWorld (own environment)"
@@ -43,7 +43,7 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/.torch
 demo: $(VENV)/.demo
 	$(PY) examples/train_mad_opd.py $(ARGS)
 
-# Agents: SAGE-OPD and OPAD on tiny models in the built-in house.
+# Agents: SAGE-OPD and OPAD on tiny models in a little house.
 demo-agents: $(VENV)/.demo
 	$(PY) examples/train_sage_opd.py $(ARGS)
 	$(PY) examples/train_opad.py $(ARGS)

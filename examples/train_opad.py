@@ -1,6 +1,6 @@
 """Step-level debate distillation for agents (OPAD; MAD-OPD, arXiv 2605.01347, section 4.4).
 
-python examples/train_opad.py                          the demo on bundled tiny models in the built-in house
+python examples/train_opad.py                          the demo on bundled tiny models in a little house
 python examples/train_opad.py --ablate                 every baseline and control, five seeds
 python examples/train_opad.py --config my.yaml         your own models and environment
 """

@@ -1,6 +1,6 @@
 """Selective turn intervention for agents (SAGE-OPD, arXiv 2606.19659).
 
-python examples/train_sage_opd.py                          the demo on bundled tiny models in the built-in house
+python examples/train_sage_opd.py                          the demo on bundled tiny models in a little house
 python examples/train_sage_opd.py --ablate                 every baseline and control, five seeds
 python examples/train_sage_opd.py --config my.yaml         your own models and environment
 """

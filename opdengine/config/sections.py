@@ -165,8 +165,8 @@ class EnvironmentConfig(Section):
     ``max_completion_length`` is then the limit of one turn.
 
     Args:
-        name: "house" (the built-in world), "search", "recorded", "alfworld", "textworld", "scienceworld",
-            "module:Class" or "file.py:Class"; empty: no environment.
+        name: "search", "recorded", "trl", "alfworld", "textworld", "scienceworld", "module:Class" or "file.py:Class";
+            empty: no environment.
         options: keywords of the environment's class; ``opdengine settings environment.NAME`` explains those of ours.
         train_split: tasks to train on.
         eval_splits: tasks to evaluate on, such as ["valid_seen", "valid_unseen"].

@@ -13,7 +13,6 @@ from opdengine.plugins import PluginError, import_object, load_object
 from opdengine.workers.printing import brief
 
 ENVIRONMENTS = {
-    "house": "opdengine.environments.house:House",
     "search": "opdengine.environments.search:Search",
     "recorded": "opdengine.environments.recorded:Recorded",
     "trl": "opdengine.environments.trl:TRLEnvironment",
@@ -22,6 +21,9 @@ ENVIRONMENTS = {
     "scienceworld": "opdengine.environments.scienceworld:ScienceWorld",
 }
 """The built-in environments; each module is imported when it is asked for."""
+
+MOVED = {"house": "examples/tiny/agents/house.py:House"}
+"""Worlds that were built in once, with their names of today; they are files of the repository, beside the examples."""
 
 POOL_OPTIONS = ("network",)
 """Options that are for :class:`opdengine.environments.pool.EnvironmentPool` and not for an environment's class."""
@@ -39,6 +41,11 @@ def load_environment(name: str) -> type[Environment]:
         ValueError: there is no such environment, or it lacks a method of the protocol.
         ImportError: a built-in one needs a package that is missing; names the pip command.
     """
+    if name in MOVED:
+        raise ValueError(
+            f"environment {name!r} is not built in any more; write {MOVED[name]!r}, with the path to your copy of "
+            "the repository"
+        )
     if ":" not in ENVIRONMENTS.get(name, name):
         raise ValueError(
             f"unknown environment {name!r}; use one of {sorted(ENVIRONMENTS)}, 'module:Class' or "

@@ -16,12 +16,13 @@ from opdengine.config.train import ConfigError
 from opdengine.methods import build_method
 from opdengine.training.run import train
 from opdengine.types import Batch
+from tiny.agents.house import HOUSE
 
 
 def test_a_gatekept_agent_under_a_debate(models: dict[str, str], tmp_path: Path) -> None:
     """SAGE's turn weights, MAD's transcript and confidences."""
     config = make_config(
-        models, "", tmp_path, method="sage_opd", contexts="debate", environment={"name": "house"},
+        models, "", tmp_path, method="sage_opd", contexts="debate", environment={"name": HOUSE},
         sage={"use_failures": False}, debate={"rounds": 1},
     )  # fmt: skip
     teachers = [
@@ -56,7 +57,7 @@ def test_every_task_needs_two_that_can_debate(models: dict[str, str], tmp_path: 
     teachers = [{"model": models["big"]}, {"model": models["small"], "key": ["bring"]}]
     config = make_config(
         models, "", tmp_path / "run", method="sage_opd", contexts="debate", teachers=teachers,
-        environment={"name": "house", "options": {"count": 6}},
+        environment={"name": HOUSE, "options": {"count": 6}},
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"needs 2 teacher.*'(find|open)' is answered by \['big'\]"):
         train(config, progress=False)

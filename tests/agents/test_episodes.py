@@ -20,6 +20,7 @@ from opdengine.models.chat import append_answer, encode_answer, encode_chat
 from opdengine.models.rendering import thought_opening
 from opdengine.training.evaluate import evaluate_episodes, wilson
 from opdengine.types import Batch, Prompt, Sample, SamplingParams
+from tiny.agents.house import HOUSE
 
 PARAMS = SamplingParams(max_tokens=8)
 
@@ -268,7 +269,7 @@ def test_steps_have_their_true_prefix_and_share_one_forward_pass(
 ) -> None:
     """The loss over steps is that over whole trajectories, and the student reads each trajectory once."""
     config = make_config(
-        models, "", tmp_path, environment={"name": "house", "num_environments": 2}, max_completion_length=6
+        models, "", tmp_path, environment={"name": HOUSE, "num_environments": 2}, max_completion_length=6
     )
     engine = make_engine(config)
     assert engine.episodes is not None
@@ -339,7 +340,7 @@ def test_steps_have_their_true_prefix_and_share_one_forward_pass(
 def house_tasks() -> Sequence[Any]:
     from opdengine.environments import load_environment
 
-    return load_environment("house").tasks("train", count=4)
+    return load_environment(HOUSE).tasks("train", count=4)
 
 
 def test_an_answer_that_fills_the_window_ends_the_episode(tokenizer: Any) -> None:

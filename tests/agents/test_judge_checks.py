@@ -17,6 +17,7 @@ from opdengine.methods.sage_judge import judge_checks
 from opdengine.methods.sage_opd import SAGEOPD
 from opdengine.training.run import train
 from opdengine.types import Batch
+from tiny.agents.house import HOUSE
 
 
 def test_a_judge_whose_answer_leaves_no_room_for_the_question_is_refused(
@@ -24,7 +25,7 @@ def test_a_judge_whose_answer_leaves_no_room_for_the_question_is_refused(
 ) -> None:
     """By default a verdict may have 1028 tokens, which is more than this window."""
     settings: dict[str, Any] = {
-        "method": "sage_opd", "environment": {"name": "house", "max_turns": 2, "num_environments": 1},
+        "method": "sage_opd", "environment": {"name": HOUSE, "max_turns": 2, "num_environments": 1},
         "teachers": [{"model": models["big"]}],
     }  # fmt: skip
     message = (
@@ -57,7 +58,7 @@ def test_turns_without_a_verdict_are_counted_and_said(
     rollouts = [make_rollout((2, 3), name="a"), make_rollout((2, 2, 2), name="b")]
     teacher = ScriptedTeacher("t", lambda call, request: reply, window=window)
     data = {"model": "m", "teachers": [{"model": "t"}], "output_dir": "o", "method": "sage_opd"}
-    run = {**data, "environment": {"name": "house"}, "sage": {"judge_max_tokens": 8}}
+    run = {**data, "environment": {"name": HOUSE}, "sage": {"judge_max_tokens": 8}}
     method, found = SAGEOPD(from_mapping(TrainConfig, run)), Batch(samples=rollouts)
     method.teachers = [teacher]
     asyncio.run(method.annotate(found))

@@ -20,6 +20,7 @@ from opdengine.methods import build_method
 from opdengine.methods.opad import OPAD, steps_of, surprise
 from opdengine.training.run import train
 from opdengine.types import Batch, Sample, SamplingParams
+from tiny.agents.house import HOUSE
 
 
 def test_every_turn_becomes_a_state_with_its_true_prefix() -> None:
@@ -42,7 +43,7 @@ def test_every_turn_becomes_a_state_with_its_true_prefix() -> None:
 def opad(**settings: Any) -> OPAD:
     """The method with some settings, without any model."""
     data = {"model": "m", "teachers": [{"model": "t"}, {"model": "u"}], "output_dir": "o", "method": "opad"}
-    return OPAD(from_mapping(TrainConfig, {**data, "environment": {"name": "house"}, "opad": settings}))
+    return OPAD(from_mapping(TrainConfig, {**data, "environment": {"name": HOUSE}, "opad": settings}))
 
 
 def test_sampled_steps() -> None:
@@ -88,7 +89,7 @@ def test_a_run_in_an_environment(models: dict[str, str], tmp_path: Path, method:
         opad={"sampling": "uniform", "steps_per_trajectory": 1},
         sage={"judge_max_tokens": 3, "judge_prompt": "{llm_text}", "use_failures": False},
         environment={
-            "name": "house",
+            "name": HOUSE,
             "num_environments": 2,
             "max_turns": 2,
             "max_trajectory_tokens": 400,
@@ -121,7 +122,7 @@ def test_a_run_in_an_environment(models: dict[str, str], tmp_path: Path, method:
 def test_the_eval_command_plays_episodes(models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "eval", "--model", models["student"], "--output_dir", "unused", "--max_completion_length", "4",
-        "--environment.name", "house", "--environment.max_turns", "2", "--environment.num_environments", "2",
+        "--environment.name", HOUSE, "--environment.max_turns", "2", "--environment.num_environments", "2",
         "--environment.eval_max_tasks", "3", "--environment.options.count", "4",
     ]  # fmt: skip
     assert main(arguments) == 2
@@ -144,7 +145,7 @@ def test_training_and_the_eval_command_sample_alike(
 
     monkeypatch.setattr(Episodes, "play", play)
     environment = {
-        "name": "house", "num_environments": 2, "max_turns": 1, "eval_splits": ["valid_seen"], "eval_max_tasks": 1,
+        "name": HOUSE, "num_environments": 2, "max_turns": 1, "eval_splits": ["valid_seen"], "eval_max_tasks": 1,
         "eval_temperatures": [0.0, 0.8], "options": {"count": 4}, "stop": ["."],
     }  # fmt: skip
     config = make_config(

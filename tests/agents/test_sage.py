@@ -28,6 +28,7 @@ from opdengine.methods.sage_judge import Judge, Verdict, turn_metrics
 from opdengine.methods.sage_opd import SAGEOPD
 from opdengine.training.step_result import lengths_and_rewards
 from opdengine.types import Batch, Sample
+from tiny.agents.house import HOUSE
 
 LENGTHS, KL, TOP1 = (4, 6, 10), (0.5, 0.2, 0.3), (0.9, 0.8, 0.6)
 LABELS = (0.0, 0.5, 1.0)
@@ -40,7 +41,7 @@ BASE = from_mapping(
         "teachers": [{"model": "t"}],
         "output_dir": "o",
         "method": "sage_opd",
-        "environment": {"name": "house"},
+        "environment": {"name": HOUSE},
     },
 )
 
@@ -301,7 +302,7 @@ def agent_config(models: dict[str, str], tmp_path: Path) -> TrainConfig:
         "",
         tmp_path,
         method="sage_opd",
-        environment={"name": "house", "num_environments": 1},
+        environment={"name": HOUSE, "num_environments": 1},
         teachers=[{"model": models["big"], "name": "big"}],
     )
 
@@ -327,7 +328,7 @@ def test_settings(agent_config: TrainConfig, models: dict[str, str], prompt_file
     with pytest.raises(ConfigError, match=r"confidence_temperature=0.5.*served teachers \['m'\].*use 1.0"):
         build_method(
             make_config(
-                models, "", tmp_path, method="sage_opd", environment={"name": "house"}, teachers=served,
+                models, "", tmp_path, method="sage_opd", environment={"name": HOUSE}, teachers=served,
                 sage={"confidence_temperature": 0.5},
             )
         )  # fmt: skip

@@ -15,6 +15,8 @@ import pytest
 import torch
 from ranks_helpers import LEARNING_RATE, same_steps, torchrun
 
+from tiny.agents.house import HOUSE
+
 WORKER = Path(__file__).with_name("step_worker.py")
 WORLDS = (1, 2, 4)
 
@@ -58,7 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
         "config": {
             "method": "sage_opd",
             "sage": {"intervention": "random", "use_failures": False},
-            "environment": {"name": "house", "max_turns": 3, "num_environments": 1},
+            "environment": {"name": HOUSE, "max_turns": 3, "num_environments": 1},
             "train_data": [],
         },
     },

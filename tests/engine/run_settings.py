@@ -7,8 +7,10 @@ from typing import Any
 
 from engine_helpers import PROMPTS
 
+from tiny.agents.house import HOUSE
+
 ENVIRONMENT = {
-    "name": "house",
+    "name": HOUSE,
     "num_environments": 2,
     "max_turns": 2,
     "max_trajectory_tokens": 400,

@@ -23,6 +23,7 @@ from opdengine.errors import VLLMMissingError
 from opdengine.models.backbone import load_model
 from opdengine.models.chat import load_tokenizer
 from opdengine.training.run import train
+from tiny.agents.house import HOUSE
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +97,7 @@ def test_missing_settings_and_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train_data=\[\] is not possible; name at least one file"):
         load_config(None, ["--model", "m", "--output_dir", "o"])
     with pytest.raises(ConfigError, match=r"train_data=.*the tasks come from the environment"):
-        load_config(None, ["--model", "m", "--output_dir", "o", "--train_data", "d", "--environment.name", "house"])
+        load_config(None, ["--model", "m", "--output_dir", "o", "--train_data", "d", "--environment.name", HOUSE])
     with pytest.raises(ConfigError, match=r"missing setting 'teachers.0.model'"):
         load_config(None, ["--model", "m", "--output_dir", "o", "--teachers.0.name", "t"])
     with pytest.raises(ConfigError, match=r"'nowhere.yaml' does not exist"):

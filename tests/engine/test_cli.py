@@ -20,6 +20,7 @@ from opdengine.methods import PAPERS
 from opdengine.tools.explain import annotated, common, meanings
 from opdengine.training.progress import Progress
 from opdengine.training.run import train
+from tiny.agents.house import HOUSE
 
 SECTIONS = [
     c
@@ -112,7 +113,7 @@ def test_log_lines_show_an_evaluation_at_its_own_step_only(
 def test_log_lines_show_the_success_of_every_split(
     models: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = make_config(models, "", tmp_path, environment={"name": "house"}, max_steps=2)
+    config = make_config(models, "", tmp_path, environment={"name": HOUSE}, max_steps=2)
     with caplog.at_level("INFO"), Progress(config, 0) as bar:
         bar.advance(1, {"loss": 2.0, "eval/seen/success": 0.5, "eval/unseen/success": 0.25, "eval/seen/score": 1.0}, {})
     assert caplog.messages == ["mt_opd step 1/2  loss 2  seen/success 0.5  unseen/success 0.25"]

@@ -18,6 +18,7 @@ from opdengine.rollout.transformers import TransformersSampler
 from opdengine.training.evaluate import answer_params, evaluate, warn_of_overlap
 from opdengine.training.run import train
 from opdengine.types import Completion, Prompt, Request, SamplingParams
+from tiny.agents.house import HOUSE
 
 WRITTEN = {"a": ["1", "0", "0", "1"], "b": ["0", "0", "0", "0"], "c": ["1", "1", "1", "1"]}
 
@@ -94,7 +95,7 @@ def test_training_data_is_not_evaluated_in_place_of_evaluation_data(
     captured = capsys.readouterr()
     assert captured.err.startswith("opdengine: nothing to evaluate on: name the data with eval_data")
     assert captured.out == ""
-    assert main(["eval", *arguments[:2], *arguments[4:], "--environment.name", "house"]) == 2
+    assert main(["eval", *arguments[:2], *arguments[4:], "--environment.name", HOUSE]) == 2
     assert "name the tasks with environment.eval_splits" in capsys.readouterr().err
 
 

@@ -19,6 +19,7 @@ from opdengine.config.sections import Section
 from opdengine.config.train import ConfigError, TeacherConfig, TrainConfig
 from opdengine.config.yaml_text import dump_yaml, plain, read_yaml
 from opdengine.workers.printing import brief, harmless
+from tiny.agents.house import HOUSE
 
 NEEDED = {"model": "m", "output_dir": "o", "train_data": ["d.jsonl"]}
 Place = tuple[str, ...]
@@ -257,7 +258,7 @@ FULL = ["--model", "m", "--output_dir", "o", "--train_data", "d"]
         (["--output_dir", "~no_such_user/x"], "there is no user 'no_such_user'"),
         (["--num_generations", "1000000000"], "a step has more than 10000000 rollouts"),
         (["--temperature", "1e-300"], "temperature=1e-300 .*it must be 0 .greedy. or lie between 0.01 and 100"),
-        (["--environment.name", "house", "--environment.eval_temperatures", "[0, .nan]"], "eval_temperatures="),
+        (["--environment.name", HOUSE, "--environment.eval_temperatures", "[0, .nan]"], "eval_temperatures="),
         (["--teachers.0.model", "t", "--teachers.0.weight", ".inf"], "teachers.0.weight=inf is not possible"),
     ],
 )  # fmt: skip
@@ -314,9 +315,9 @@ def test_a_plan_of_nothing(name: str, value: str, capsys: pytest.CaptureFixture[
 )  # fmt: skip
 def test_secrets_are_refused_under_any_name(name: str) -> None:
     for place, inner in (
-        ("environment.options", {"name": "house", "options": {name: "v4lue"}}),
-        ("environment.options", {"name": "house", "options": {"client": {"extra_headers": [{name: "v4lue"}]}}}),
-        ("environment.options", {"name": "house", "options": {name: {"env": ["v4lue"]}}}),
+        ("environment.options", {"name": HOUSE, "options": {name: "v4lue"}}),
+        ("environment.options", {"name": HOUSE, "options": {"client": {"extra_headers": [{name: "v4lue"}]}}}),
+        ("environment.options", {"name": HOUSE, "options": {name: {"env": ["v4lue"]}}}),
     ):
         data = {"model": "m", "output_dir": "o", "environment": inner}
         with pytest.raises(ConfigError, match=place) as refused:

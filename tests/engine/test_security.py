@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from opdengine.config.train import ConfigError
 from opdengine.models.backbone import load_model
 from opdengine.training.run import train
+from tiny.agents.house import HOUSE
 
 Models = dict[str, str]
 
@@ -65,7 +66,7 @@ def test_a_run_leaves_nothing_that_is_pickled(models: Models, prompt_file: str, 
 
 def test_secrets_are_refused_where_they_would_be_written_down(models: Models, prompt_file: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"environment\.options\.api_key looks like a secret"):
-        make_config(models, "", tmp_path, environment={"name": "house", "options": {"api_key": "sk-1"}})
+        make_config(models, "", tmp_path, environment={"name": HOUSE, "options": {"api_key": "sk-1"}})
     served = {"model": "m", "base_url": "http://user:pw@host/v1"}
     with pytest.raises(ConfigError, match="credential"):
         make_config(models, prompt_file, tmp_path, teachers=[served])

@@ -10,31 +10,33 @@ import pytest
 from opdengine.config.train import EnvironmentConfig
 from opdengine.data.prompts import DataError
 from opdengine.environments import ENVIRONMENTS, load_environment
-from opdengine.environments.house import House
 from opdengine.environments.setup import load_tasks
+from tiny.agents.house import HOUSE, House
 
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", ["house", "search", "recorded", "trl"])
+@pytest.mark.parametrize("name", ["search", "recorded", "trl"])
 def test_built_in_names(name):
     found = load_environment(name)
     assert f"{found.__module__}:{found.__name__}" == ENVIRONMENTS[name]
 
 
 def test_users_classes():
-    assert load_environment("opdengine.environments.house:House") is House
+    assert load_environment("tiny.agents.house:House") is House
+    assert load_environment(HOUSE).__name__ == "House"
     assert load_environment(f"{HERE / 'troubled.py'}:Troubled").__name__ == "Troubled"
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("hose", r"unknown environment 'hose'; use one of \['alfworld', 'house'"),
+        ("hose", r"unknown environment 'hose'; use one of \['alfworld', 'recorded'"),
+        ("house", r"environment 'house' is not built in any more; write 'examples/tiny/agents/house\.py:House'"),
         ("no.such.module:House", "cannot be loaded: ModuleNotFoundError: No module named"),
-        ("opdengine.environments.house:Hose", "cannot be loaded: .*'Hose'"),
+        ("tiny.agents.house:Hose", "cannot be loaded: .*'Hose'"),
         ("nothing.py:House", "there is no Python file 'nothing.py'"),
-        ("opdengine.environments.house:TYPES", "not a class with the methods tasks, reset, step, close; tasks, reset"),
+        ("tiny.agents.house:TYPES", "not a class with the methods tasks, reset, step, close; tasks, reset"),
         (f"{HERE / 'counter_game.py'}:CounterGame", "tasks, step, close missing"),
     ],
 )
@@ -81,7 +83,7 @@ def test_importing_the_package_imports_no_environment():
     code = (
         "import sys, opdengine.environments\n"
         "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'textworld', 'alfworld')"
-        " or m.startswith('opdengine.environments.house')])"
+        " or m.startswith('opdengine.environments.search')])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
@@ -90,16 +92,19 @@ def test_importing_the_package_imports_no_environment():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cuont": 3}, r"environment.options.cuont is unknown; did you mean 'count'\? 'house' has \['count', 'format'"),
-        ({"zzz": 3}, r"environment.options.zzz is unknown; 'house' has \['count'"),
+        (
+            {"cuont": 3},
+            r"environment.options.cuont is unknown; did you mean 'count'\? '.*House' has \['count', 'format'",
+        ),
+        ({"zzz": 3}, r"environment.options.zzz is unknown; '.*house.py:House' has \['count'"),
         ({"count": "many"}, "environment.options.count='many' has the wrong type; expected int"),
         ({"count": True}, "environment.options.count=True has the wrong type; expected int"),
         ({"instructions": 1}, "environment.options.instructions=1 has the wrong type; expected bool"),
     ],
 )
-def test_options_of_a_built_in_environment_are_checked(options, message):
+def test_options_that_a_class_describes_are_checked(options, message):
     with pytest.raises(DataError, match=message):
-        load_tasks(EnvironmentConfig(name="house", options=options), "train")
+        load_tasks(EnvironmentConfig(name=HOUSE, options=options), "train")
 
 
 @pytest.mark.parametrize("name", sorted(ENVIRONMENTS))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from opdengine.environments import Environment, InfrastructureError
-from opdengine.environments.house import House
 from opdengine.environments.pool import EnvironmentPool
 from opdengine.environments.trl import TRLEnvironment, dataset_rows, environment_factory
+from tiny.agents.house import HOUSE, House
 
 HERE = Path(__file__).parent
 GAME = f"{HERE / 'counter_game.py'}:CounterGame"
@@ -26,7 +26,7 @@ def say(content, *calls):
 
 @pytest.fixture(scope="module")
 def house():
-    return environment_factory("house", OPTIONS)
+    return environment_factory(HOUSE, OPTIONS)
 
 
 def twin(row):
@@ -41,7 +41,7 @@ def test_tools_say_what_the_schemas_say(house):
     world = house()
     tools = [n for n, _ in inspect.getmembers(type(world), inspect.isfunction) if not n.startswith("_")]
     assert set(tools) == {"reset", "get_reward", "go", "open", "take", "put", "unlock"}
-    _, start = twin(dataset_rows("house", "train", OPTIONS)[0])
+    _, start = twin(dataset_rows(HOUSE, "train", OPTIONS)[0])
     for tool in start.tools:
         schema = get_json_schema(getattr(world, tool["function"]["name"]))
         assert schema["function"].pop("return") == {"type": "string", "description": "What happens."}
@@ -54,7 +54,7 @@ def test_tools_say_what_the_schemas_say(house):
 def test_the_expert_wins_through_the_methods(house):
     world = house()
     assert world.get_reward() == 0.0
-    for row in dataset_rows("house", "train", OPTIONS):
+    for row in dataset_rows(HOUSE, "train", OPTIONS):
         here, start = twin(row)
         assert world.reset(**row, extra="ignored") == start.messages[0]["content"]
         step = None
@@ -70,8 +70,8 @@ def test_the_expert_wins_through_the_methods(house):
 
 def test_environments_of_text_get_one_tool():
     options = {**OPTIONS, "format": "action"}
-    world = environment_factory("house", options)()
-    row = dataset_rows("house", "train", options)[1]
+    world = environment_factory(HOUSE, options)()
+    row = dataset_rows(HOUSE, "train", options)[1]
     here = House(**options)
     here.reset(seed=0, task=json.loads(row["task"]))
     world.reset(**row)
@@ -140,7 +140,7 @@ def test_trls_trainer_trains_on_our_environment(house, tiny, tmp_path, monkeypat
     tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
     tokenizer.padding_side = "left"
     model = tiny.make_model(tmp_path / "model", tokenizer, seed=0, window=8192)
-    rows = dataset_rows("house", "train", OPTIONS)[:1]
+    rows = dataset_rows(HOUSE, "train", OPTIONS)[:1]
     made = []
 
     def remembered():

@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from opdengine.config.loading import load_config  # noqa: E402
 from opdengine.config.train import SageConfig  # noqa: E402
 from opdengine.environments.episodes import Episodes, Job, turns_of  # noqa: E402
-from opdengine.environments.house import House  # noqa: E402
 from opdengine.environments.recorded import Recorded  # noqa: E402
 from opdengine.methods import METHODS, build_method  # noqa: E402
 from opdengine.methods.sage_judge import Judge  # noqa: E402
@@ -29,6 +28,7 @@ from opdengine.rollout.transformers import TransformersSampler  # noqa: E402
 from opdengine.types import Prompt, SamplingParams  # noqa: E402
 from tiny.agents import lessons, measure, opad, results, sage, world  # noqa: E402
 from tiny.agents.arms import MODELS, parser, shared_settings  # noqa: E402
+from tiny.agents.house import House  # noqa: E402
 from tiny.agents.tokenizer import build_tokenizer  # noqa: E402
 from tiny.lessons import IGNORE  # noqa: E402
 from tiny.training import new_model  # noqa: E402

@@ -31,6 +31,8 @@ from opdengine.types import Completion, Message, Request, Sample, SamplingParams
 sys.path.append(str(Path(__file__).parents[1] / "agents"))
 from agent_helpers import Countdown, LocalPool
 
+from tiny.agents.house import HOUSE
+
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -114,7 +116,7 @@ def test_opad(models: dict[str, str], tokenizer: Any, tmp_path: Path) -> None:
     """A debate on every state of an episode, judged under the true prefix."""
     config = debate_config(
         models, "", tmp_path, method="opad", loss_normalization="sequence", divergence="jsd",
-        environment={"name": "house"},
+        environment={"name": HOUSE},
     )  # fmt: skip
     engine = make_engine(config)
     assert engine.episodes is not None
@@ -201,7 +203,7 @@ WORDS = ("SKIP", "WEAK", "STRONG", "SKIP or WEAK")
 def test_sage_opd(models: dict[str, str], tokenizer: Any, tmp_path: Path, kl_mode: str) -> None:
     """Sampled episodes; student and teacher in templates of their own; turns judged, failed and cut off."""
     config = make_config(
-        models, "", tmp_path, method="sage_opd", num_generations=2, environment={"name": "house"}, seed=1,
+        models, "", tmp_path, method="sage_opd", num_generations=2, environment={"name": HOUSE}, seed=1,
         chat_template=THINKING, chat_template_kwargs={"enable_thinking": False},
         sage={"judge_prompt": "{llm_text}", "judge_max_tokens": 8, "kl_mode": kl_mode},
         teachers=[{"model": models["big"], "chat_template": BRACKETS}],

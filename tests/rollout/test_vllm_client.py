@@ -42,6 +42,7 @@ from opdengine.training.run import train
 from opdengine.training.step import Engine
 from opdengine.training.writer import read_metrics
 from opdengine.types import SamplingParams
+from tiny.agents.house import HOUSE
 
 
 @pytest.fixture
@@ -344,9 +345,9 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) 
     [
         ({"train_data": ["d"]}, 1024),  # 4096 + 512 are more than the window
         ({"train_data": ["d"], "max_prompt_length": 100}, 612),
-        ({"environment": {"name": "house"}}, 1024),
-        ({"environment": {"name": "house", "max_trajectory_tokens": 50}}, 50),
-        ({"environment": {"name": "house", "max_trajectory_tokens": 5000}}, 1024),
+        ({"environment": {"name": HOUSE}}, 1024),
+        ({"environment": {"name": HOUSE, "max_trajectory_tokens": 50}}, 50),
+        ({"environment": {"name": HOUSE, "max_trajectory_tokens": 5000}}, 1024),
     ],
 )
 def test_a_colocated_engine_is_asked_for_no_more_than_the_window(

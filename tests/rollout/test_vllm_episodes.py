@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from opdengine.environments.episodes import Episodes, Job, turns_of
-from opdengine.environments.house import House
 from opdengine.rollout.vllm import VLLMSampler
 from opdengine.types import Prompt, SamplingParams
+from tiny.agents.house import House
 
 pytestmark = pytest.mark.vllm
 

@@ -1,1 +1,1 @@
-"""Tiny agents for the built-in house: their words, their models, and the demos of SAGE-OPD and OPAD."""
+"""Tiny agents in a little house: the world, their words, their models, and the demos of SAGE-OPD and OPAD."""

@@ -25,9 +25,9 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from opdengine.environments.house import House
 from opdengine.training.writer import read_metrics
 from tiny.agents import world
+from tiny.agents.house import HOUSE, House
 from tiny.agents.results import SPLITS, build_table, draw
 
 MODELS = Path(__file__).parent / "models"
@@ -78,7 +78,7 @@ def shared_settings(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         "model": options.student,
         "dtype": "float32",
         "environment": {
-            "name": "house",
+            "name": HOUSE,
             "options": {**world.OPTIONS, "count": options.train_games},
             "max_turns": world.MAX_TURNS,
             "num_environments": min(16, options.batch_size),

@@ -30,8 +30,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from opdengine.environments.house import House
 from tiny.agents import measure, world
+from tiny.agents.house import House
 from tiny.agents.lessons import Pupil
 from tiny.agents.tokenizer import build_tokenizer
 from tiny.lessons import Lesson

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerFast
 
-from opdengine.environments.house import House
 from opdengine.environments.protocol import Task
 from opdengine.methods.debate.prompts import debate_prompts
 from opdengine.types import Message
 from tiny.agents import world as house
+from tiny.agents.house import House
 from tiny.lessons import IGNORE, TAG, Lesson
 from tiny.tokenizer import END
 

@@ -10,12 +10,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from opdengine.environments.episodes import Episodes
-from opdengine.environments.house import House
 from opdengine.environments.protocol import Observation, Step, Task
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.training.evaluate import evaluate_episodes
 from opdengine.types import Message, Prompt, Request, SamplingParams
 from tiny.agents import lessons, world
+from tiny.agents.house import House
 from tiny.agents.lessons import PROMPTS
 from tiny.lessons import TAG
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from opdengine.environments.house import House
 from opdengine.metrics import write_jsonl
 from tiny.agents import world
 from tiny.agents.arms import MODELS, Arm, main, parser
+from tiny.agents.house import House
 
 EXPERTS = ("expert_bring", "expert_open")
 SAMPLED_STEPS = 3

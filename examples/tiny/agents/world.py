@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from opdengine.environments.house import CONTAINERS, ITEMS, ROOMS, VERBS, House
+from tiny.agents.house import CONTAINERS, ITEMS, ROOMS, VERBS, House
 
 OPTIONS: Mapping[str, Any] = {"format": "action", "instructions": False, "rooms": [3, 3], "turns": [4, 9]}
 MAX_TURNS = 12

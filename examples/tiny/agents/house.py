@@ -1,4 +1,4 @@
-"""A house of a few rooms: the tiny world of the demo, in plain Python.
+"""A house of a few rooms: the tiny world of the demos, in plain Python.
 
 Rooms are joined as a tree; containers in them hide things. Three types of task: ``find`` a thing,
 ``bring`` it to a room, ``open`` the safe with a hidden key. What a room shows is enough to act well in it:
@@ -20,6 +20,9 @@ from typing import Any
 from opdengine.environments.actions import FORMATS, Action
 from opdengine.environments.protocol import Observation, Step, Task
 from opdengine.types import Message
+
+HOUSE = f"{__file__}:House"
+"""What ``environment.name`` says to play it."""
 
 ROOMS = ("hall", "den", "loft", "shed", "barn", "yard", "cave", "dock")
 CONTAINERS = ("box", "jar", "bag", "urn", "tin", "pot")

@@ -1,4 +1,4 @@
-"""The built-in world: solvable, deterministic, split by content, and forgiving."""
+"""The house of the tiny agents: solvable, deterministic, split by content, and forgiving."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from random import Random
 import pytest
 
 from opdengine.environments import FAILURES, Environment, HasExpert, load_environment
-from opdengine.environments.house import NOTHING, SPLITS, TYPES, House
 from opdengine.environments.pool import EnvironmentPool
+from tiny.agents.house import HOUSE, NOTHING, SPLITS, TYPES, House
 
 
 def say(text):
@@ -179,10 +179,10 @@ def test_wrong_options_are_refused(options, message):
 
 
 def test_it_plays_in_a_pool_as_it_plays_here():
-    tasks = load_environment("house").tasks("valid_seen", count=4)
+    tasks = load_environment(HOUSE).tasks("valid_seen", count=4)
     options = {"instructions": False}
     worlds = [House(**options) for _ in tasks]
-    with EnvironmentPool("house", options, size=4) as pool:
+    with EnvironmentPool(HOUSE, options, size=4) as pool:
         starts = pool.reset({slot: (slot, task) for slot, task in enumerate(tasks)})
         assert starts == {slot: worlds[slot].reset(seed=slot, task=task) for slot, task in enumerate(tasks)}
         playing = set(range(4))
@@ -197,5 +197,5 @@ def test_the_pools_own_options_do_not_reach_the_tasks():
     from opdengine.config.train import EnvironmentConfig
     from opdengine.environments.setup import load_tasks
 
-    prompts = load_tasks(EnvironmentConfig(name="house", options={"count": 3, "network": True}), "train")
+    prompts = load_tasks(EnvironmentConfig(name=HOUSE, options={"count": 3, "network": True}), "train")
     assert [p.extra["task"] for p in prompts.prompts] == House.tasks("train", count=3)
