@@ -238,7 +238,8 @@ def main() -> None:
     """Serve one parent: ``python -c "<import and call this>" DESCRIPTOR PARENT_PID``."""
     connection = Connection(int(sys.argv[1]))
     config = connection.recv()
-    threading.Thread(target=_leave_with_parent, args=(int(sys.argv[2]), config["folders"]), daemon=True).start()
+    watch = threading.Thread(target=_leave_with_parent, args=(int(sys.argv[2]), config["folders"]), daemon=True)
+    watch.start()
     try:
         engine = Engine(config, connection)
         if config["dry_sync"]:
@@ -256,7 +257,8 @@ def main() -> None:
             if operation != "cancel":  # one that came after its answer had left
                 connection.send(_answer(engine, operation, payload))
         except (EOFError, OSError):
-            break
+            # The parent has gone, or ends this process now. Leaving first would leave the parent's folders behind.
+            watch.join()
     engine.shutdown()
     sys.stdout.flush()
     os._exit(0)

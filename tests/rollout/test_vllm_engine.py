@@ -187,14 +187,17 @@ def test_silent_engine_is_stopped(colocated: VLLMSampler) -> None:
     assert not alive(pid)
 
 
-def test_engine_leaves_with_its_parent(path: str) -> None:
+@pytest.mark.parametrize("work", ["sampler.generate(prompts, SamplingParams(max_tokens=120, n=8))", "time.sleep(60)"])
+def test_engine_leaves_with_its_parent(path: str, work: str) -> None:
+    """Whatever the parent was doing; the engine sees its end of the pipe close before the parent is gone."""
     script = textwrap.dedent(f"""
+        import time
         from opdengine.rollout.vllm import VLLMSampler
         from opdengine.types import Request, SamplingParams
         sampler = VLLMSampler({path!r}, dtype="float32", kv_cache_memory_bytes=64 << 20)
         print(sampler._process.pid, *sampler._folders, flush=True)
         prompts = [Request(str(i), (1, 2, 3)) for i in range(500)]
-        sampler.generate(prompts, SamplingParams(max_tokens=120, n=8))
+        {work}
     """)
     root = str(Path(__file__).resolve().parents[2])
     with subprocess.Popen(

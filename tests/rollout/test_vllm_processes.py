@@ -122,7 +122,7 @@ def test_a_server_that_is_killed_and_started_again_between_steps(
         VLLMServer.kill(int(pid.read_text()))
         server.stop()
     assert int(pid.read_text()) != server.process.pid
-    assert "holds the weights default instead of version 1: giving them back" in messages
+    assert "holds the weights 'default' instead of version 1: giving them back" in messages
     assert sampled(tmp_path / "restarted") == sampled(alone)
     assert max(differences(tmp_path / "restarted")) < 1e-4
 
