@@ -19,10 +19,20 @@ import numpy as np
 import torch
 
 from opdengine.errors import ModelFileError
+from opdengine.models.batching import (
+    changes_in_training,
+    choose_layout,
+    find_regimes,
+    forget_lengths,
+    forward_options,
+    probe_sequences,
+    relative,
+    window_of,
+)
 from opdengine.models.files import own_memory, read_config, read_model, require_whole_files
 from opdengine.models.lfs import require_no_gguf
 from opdengine.models.lora import architecture, base_of, merge_adapter, read_adapted
-from opdengine.models.packing import Packed, pack
+from opdengine.models.packing import ONE_REGIME, Packed, Regimes, pack
 from opdengine.models.sharding import Sharded
 
 logger = logging.getLogger(__name__)
@@ -179,8 +189,14 @@ class Backbone:
         sharded: splits the model's parameters over ranks; its passes are then collective.
         bf16: passes run under autocast to bfloat16, and hidden states are bfloat16.
 
+    Attributes:
+        layout: in which sequences do not change each other; see :mod:`opdengine.models.packing`.
+        regimes: which lengths may share a pass.
+        has_dropout: whether its log-probs in training are not those of the model that is sampled; of a
+            frozen model False.
+
     Raises:
-        ValueError: the head cannot be reproduced from weight, bias, scale and soft cap.
+        ValueError: the head cannot be reproduced from weight, bias, scale and soft cap, or tokens see later ones.
     """
 
     def __init__(
@@ -199,14 +215,19 @@ class Backbone:
         self.max_tokens = max_tokens
         inner = base_of(model)
         self.trunk = inner.base_model
-        if self.trunk is inner or model.get_output_embeddings() is None:
+        self.options = forward_options(model)
+        if self.trunk is inner or not _has_embeddings(model):
             raise ValueError(
                 f"{name}: {type(inner).__name__} has no separate backbone and output embedding; "
                 "only decoder language models with an LM head can be used"
             )
         self._scale, self._softcap = _head_constants(model.config.get_text_config())
+        self.regimes = ONE_REGIME
         self.within(self._prove_head)
+        self.regimes = self.within(self._find_regimes)
         self.layout = self.within(self._choose_layout)
+        trained = any(p.requires_grad for p in model.parameters())
+        self.has_dropout = trained and self.within(self._changes_in_training)
 
     @property
     def device(self) -> torch.device:
@@ -215,12 +236,7 @@ class Backbone:
     @property
     def window(self) -> int | None:
         """Longest sequence the model was built for, in tokens."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether its log-probs in training are not those of the model that is sampled."""
-        return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in self.model.modules())
+        return window_of(self.model.config)
 
     @property
     def has_split_head(self) -> bool:
@@ -282,13 +298,20 @@ class Backbone:
         """Around the model's own code: bfloat16 where asked."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
+    def pack(self, sequences: Sequence[np.ndarray], max_tokens: int) -> list[Packed]:
+        """Micro-batches in which every sequence gets what it gets alone; see :func:`opdengine.models.packing.pack`."""
+        return pack(sequences, max_tokens=max_tokens, layout=self.layout, regimes=self.regimes)
+
     def forward(self, batch: Packed) -> torch.Tensor:
         """Final hidden states [B * L, d] of a packed batch, after the last norm."""
+        if self.regimes.moving:
+            forget_lengths(self.trunk)
         with self.autocast():
             output = self.trunk(
                 input_ids=batch.input_ids.to(self.device),
                 position_ids=batch.position_ids.to(self.device),
                 use_cache=False,
+                **self.options,
             )
         # With float32 parameters the last norm gives float32 under autocast, too; the head would follow.
         states = output.last_hidden_state.flatten(0, 1)
@@ -309,7 +332,7 @@ class Backbone:
 
     def _score(self, sequences: Sequence[np.ndarray], target_positions: Sequence[np.ndarray]) -> list[torch.Tensor]:
         result: list[torch.Tensor | None] = [None] * len(sequences)
-        for batch in self.in_step(pack(sequences, max_tokens=self.max_tokens, layout=self.layout)):
+        for batch in self.in_step(self.pack(sequences, self.max_tokens)):
             if batch is None:
                 self.idle()
                 continue
@@ -319,25 +342,39 @@ class Backbone:
                 result[i] = rows
         return [rows for rows in result if rows is not None]
 
-    def _probe_sequences(self) -> list[np.ndarray]:
+    def probe_sequences(self) -> list[np.ndarray]:
+        """Four sequences within one regime; the last one crosses the limits of the model's layers."""
         vocabulary = self.trunk.get_input_embeddings().weight.shape[0]
-        ids = (np.arange(1, 24, dtype=np.int64) * 7919) % min(vocabulary, 32000)
-        return [ids[:5], ids[5:16], ids[16:23]]
+        return probe_sequences(self.model.config, vocabulary, self.regimes.switch)
 
     @torch.no_grad()
     def _prove_head(self) -> None:
         training = self.model.training
         self.model.eval()
-        ids = torch.from_numpy(self._probe_sequences()[1])[None].to(self.device)
-        with self.autocast():
-            with self._head_in_place():
-                theirs = self.model(input_ids=ids, use_cache=False).logits[0].float()
-            hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
-            ours = self.head.logits(hidden).float()
-        self.model.train(training)
-        scale = theirs.abs().max().clamp(min=1e-6)
-        error = ((ours - theirs).abs().max() / scale).item()
+        ids = torch.from_numpy(self.probe_sequences()[1])[None].to(self.device)
+        try:
+            with self.autocast():
+                with self._head_in_place():
+                    theirs = self.model(input_ids=ids, use_cache=False, **self.options).logits[0].float()
+                hidden, again = (
+                    self.trunk(input_ids=ids, use_cache=False, **self.options).last_hidden_state[0] for _ in range(2)
+                )
+                head = self.head
+                if hidden.shape[-1] != head.weight.shape[1]:
+                    raise ValueError(
+                        f"{self.name}: {type(self.model).__name__} has another layer between its hidden states "
+                        f"({hidden.shape[-1]} wide) and its head ({head.weight.shape[1]} wide), which a fused loss "
+                        "cannot take in"
+                    )
+                error = relative(head.logits(hidden), theirs)
+        finally:
+            self.model.train(training)
         limit = 1e-4 if hidden.dtype == torch.float32 and not self.bf16 else 3e-2
+        if (noise := relative(again, hidden)) > limit:
+            raise ValueError(
+                f"{self.name}: the same tokens get different hidden states each time (relative difference {noise:.2g}, "
+                f"allowed {limit:g}) though {type(self.model).__name__} is in evaluation mode; remove what is random"
+            )
         if not error <= limit:
             raise ValueError(
                 f"{self.name}: {type(self.model).__name__} computes its logits in a way that is not "
@@ -359,45 +396,53 @@ class Backbone:
             for name, parameter in split.items():
                 setattr(layer, name, parameter)
 
-    @torch.no_grad()
+    def _observe(self, look: Callable[[], T]) -> T:
+        """Look at what passes in evaluation mode give; the mode is left as it was."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return look()
+        finally:
+            self.model.train(training)
+
+    @property
+    def _tolerance(self) -> float:
+        """Relative difference of hidden states that is rounding."""
+        return 1e-4 if self.trunk.dtype == torch.float32 and not self.bf16 else 5e-2
+
+    def _find_regimes(self) -> Regimes:
+        return self._observe(lambda: find_regimes(self.model, self._states))
+
+    def _states(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.forward(Packed((), ids, positions, ())).unflatten(0, tuple(ids.shape))
+
     def _choose_layout(self) -> str:
-        """Packed input if the model treats it exactly like separate sequences, else padded.
+        """Packed input if the model treats it exactly like separate sequences, else padded, else alone.
 
         SDPA on a GPU takes padded input: its fast kernels take no mask, and the others keep one of [L, L] per layer
         and row for the backward pass.
         """
-        implementation = getattr(self.model.config, "_attn_implementation", "")
-        if implementation == "sdpa" and self.device.type == "cuda":
-            return "padded"
+        implementation = getattr(self.model.config, "_attn_implementation", "") or ""
         layout = "one_row" if "flash" in implementation else "rows"
-        training = self.model.training
-        self.model.eval()
-        sequences = self._probe_sequences()
-        positions = [np.arange(1, len(s)) for s in sequences]
-        try:
-            batch = pack([np.concatenate(sequences)], max_tokens=64, layout="padded")[0]
-            restarts = np.concatenate([np.arange(len(s)) for s in sequences])
-            offsets = tuple(int(x) for x in np.cumsum([0] + [len(s) for s in sequences])[:-1])
-            packed = Packed((0, 1, 2), batch.input_ids, torch.from_numpy(restarts)[None], offsets)
-            together = self.hidden(packed, positions).float()
-            apart = torch.cat(
-                [
-                    self.hidden(pack([s], max_tokens=64, layout="padded")[0], [p])
-                    for s, p in zip(sequences, positions, strict=True)
-                ]
-            ).float()
-        finally:
-            self.model.train(training)
-        error = ((together - apart).abs().max() / apart.abs().max().clamp(min=1e-6)).item()
-        limit = 1e-4 if self.trunk.dtype == torch.float32 and not self.bf16 else 5e-2
-        if error <= limit:
-            return layout
-        logger.warning(
-            "%s: packed sequences see each other (difference %.2g): using padded batches",
-            self.name,
-            error,
-        )
-        return "padded"
+        if implementation == "sdpa" and self.device.type == "cuda":
+            layout = "padded"
+        sequences = self.probe_sequences()
+        return self._observe(lambda: choose_layout(self.name, sequences, self.hidden, layout, self._tolerance))
+
+    def _changes_in_training(self) -> bool:
+        ids = torch.from_numpy(self.probe_sequences()[1])[None]
+        positions = torch.arange(ids.shape[1])[None]
+        with torch.no_grad():
+            return changes_in_training(self.model, lambda: self._states(ids, positions), self._tolerance)
+
+
+def _has_embeddings(model: Any) -> bool:
+    try:
+        layers = model.get_input_embeddings(), model.get_output_embeddings(), base_of(model).base_model
+        return None not in (*layers, layers[2].get_input_embeddings())
+    except NotImplementedError:  # of encoder-decoder models read as decoders
+        return False
 
 
 def _head_constants(config: Any) -> tuple[float, float | None]:

@@ -3,7 +3,7 @@
 With variable-length attention (flash-attn) a micro-batch is one row without padding. With a
 block-diagonal mask (SDPA, flex, eager) attention costs the square of the row, so sequences fill
 rows of about the longest sequence instead (first-fit decreasing). Rows of one sequence each, padded on the right, need
-no mask at all.
+no mask at all. A model in which sequences change each other even so reads them alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,31 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-LAYOUTS = ("one_row", "rows", "padded")
+LAYOUTS = ("one_row", "rows", "padded", "alone")
+
+
+@dataclass(frozen=True)
+class Regimes:
+    """Which lengths may share a pass of a model.
+
+    Some position encodings (LongRoPE, dynamic NTK) are chosen for a whole pass by its longest sequence.
+
+    Args:
+        switch: longest sequence that is encoded as all short ones are; None: all lengths are.
+        moving: beyond it every length has an encoding of its own, instead of one for all.
+    """
+
+    switch: int | None = None
+    moving: bool = False
+
+    def of(self, length: int) -> int:
+        """The regime of a sequence of this length; short ones are in regime 0."""
+        if self.switch is None or length <= self.switch:
+            return 0
+        return length if self.moving else 1
+
+
+ONE_REGIME = Regimes()
 
 
 @dataclass(frozen=True)
@@ -61,8 +85,10 @@ def _fill_rows(lengths: Sequence[int], members: Sequence[int], width: int) -> li
     return rows
 
 
-def split_by_tokens(lengths: Sequence[int], max_tokens: int, *, padded: bool = False) -> list[list[int]]:
-    """Group sequence indices, longest first, so that each group stays within ``max_tokens``.
+def split_by_tokens(
+    lengths: Sequence[int], max_tokens: int, *, padded: bool = False, regimes: Regimes = ONE_REGIME
+) -> list[list[int]]:
+    """Group sequence indices, longest first, so that each group stays within ``max_tokens`` and one regime.
 
     A single sequence longer than ``max_tokens`` forms a group of its own. ``padded`` counts every
     sequence as long as the longest of its group.
@@ -71,7 +97,8 @@ def split_by_tokens(lengths: Sequence[int], max_tokens: int, *, padded: bool = F
     total = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         cost = lengths[groups[-1][0]] if padded and groups else lengths[i]
-        if not groups or total + cost > max_tokens:
+        mixed = bool(groups) and regimes.of(lengths[i]) != regimes.of(lengths[groups[-1][0]])
+        if not groups or mixed or total + cost > max_tokens:
             groups.append([])
             total, cost = 0, lengths[i]
         groups[-1].append(i)
@@ -79,14 +106,17 @@ def split_by_tokens(lengths: Sequence[int], max_tokens: int, *, padded: bool = F
     return groups
 
 
-def pack(sequences: Sequence[np.ndarray], *, max_tokens: int, layout: str = "rows") -> list[Packed]:
+def pack(
+    sequences: Sequence[np.ndarray], *, max_tokens: int, layout: str = "rows", regimes: Regimes = ONE_REGIME
+) -> list[Packed]:
     """Lay out sequences as micro-batches of at most about ``max_tokens`` tokens each.
 
     Args:
         sequences: int64 [L_i] token ids each.
         max_tokens: token budget of a micro-batch.
         layout: "one_row" (variable-length attention), "rows" (block-diagonal mask), "padded" (one
-            sequence per row and no mask).
+            sequence per row and no mask), "alone" (one sequence per batch).
+        regimes: which lengths may be in one batch.
 
     Raises:
         ValueError: a sequence is empty or the layout is unknown.
@@ -97,14 +127,15 @@ def pack(sequences: Sequence[np.ndarray], *, max_tokens: int, layout: str = "row
     if lengths and min(lengths) == 0:
         raise ValueError(f"sequence {lengths.index(0)} is empty; it has nothing to predict")
     batches = []
-    for group in split_by_tokens(lengths, max_tokens, padded=layout == "padded"):
+    budget = 1 if layout == "alone" else max_tokens
+    for group in split_by_tokens(lengths, budget, padded=layout == "padded", regimes=regimes):
         if layout == "one_row":
             rows = [group]
         elif layout == "rows":
             rows = _fill_rows(lengths, group, max(lengths[i] for i in group))
         else:
             rows = [[i] for i in group]
-        batches.append(_layout(sequences, rows, alone=layout == "padded"))
+        batches.append(_layout(sequences, rows, alone=layout in ("padded", "alone")))
     return batches
 
 

@@ -1,21 +1,27 @@
 """Batched generation with the model's own forward pass: exact ids, exact log-probs, any device.
 
 One prefill per prompt (samples of a prompt share it), one forward pass per token, finished
-sequences leave the batch. Every sequence has its own random stream, so what is sampled does not
-depend on what else is in the batch.
+sequences leave the batch; models whose cache cannot do that are sampled one sequence at a time
+(:mod:`opdengine.rollout.decoding`). Every sequence has its own random stream, so what is sampled does
+not depend on what else is in the batch.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
+from opdengine.models.batching import find_regimes, forward_options, probe_sequences, window_of
 from opdengine.models.chat import stop_token_ids, text_of_completion, vocabulary_size
 from opdengine.models.lora import LowRank
+from opdengine.models.packing import Regimes
+from opdengine.rollout.decoding import Decoding, Ways, choose_decoding
 from opdengine.types import Completion, Request, SamplingParams
 
 
@@ -40,7 +46,7 @@ class TransformersSampler:
         self.policy_version = 0
         self.stop_ids = stop_token_ids(tokenizer, model)
         self.vocabulary = vocabulary_size(tokenizer)
-        self.window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.window = window_of(model.config)
 
     @property
     def device(self) -> torch.device:
@@ -50,18 +56,42 @@ class TransformersSampler:
         """See :class:`opdengine.rollout.Sampler`."""
         for request in requests:
             check_room(request, params.max_tokens, self.window)
+        self.prove()
         results: list[list[Completion]] = [[] for _ in requests]
+        with self._evaluating():
+            for group in self._groups(requests, params):
+                completions = self._generate_batch([requests[i] for i in group], params)
+                for place, i in enumerate(group):
+                    results[i] = completions[place * params.n : (place + 1) * params.n]
+        return results
+
+    def prove(self) -> None:
+        """Find the way to sample that gives the model's own log-probs; the first call costs a few passes."""
+        _ = self._proven
+
+    @cached_property
+    def _proven(self) -> tuple[Regimes, Ways]:
+        with self._evaluating():
+            regimes = find_regimes(self.model, self._states)
+            vocabulary = self.model.get_input_embeddings().weight.shape[0]
+            sequences = probe_sequences(self.model.config, vocabulary, regimes.switch)
+            limit = 1e-4 if self.model.dtype == torch.float32 and not self.bf16 else 5e-2
+            return regimes, choose_decoding(self.model, [sequences[1], sequences[-1]], limit)
+
+    def _states(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        inputs = {"input_ids": ids.to(self.device), "position_ids": positions.to(self.device), "use_cache": False}
+        logits: torch.Tensor = self.model(**inputs, **forward_options(self.model)).logits
+        return logits
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         training = self.model.training
         self.model.eval()
         try:
-            for group in self._groups(requests, params):
-                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                    completions = self._generate_batch([requests[i] for i in group], params)
-                for place, i in enumerate(group):
-                    results[i] = completions[place * params.n : (place + 1) * params.n]
+            with torch.no_grad(), torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                yield
         finally:
             self.model.train(training)
-        return results
 
     def load_policy(
         self, version: int, weights: Iterable[tuple[str, torch.Tensor]], low_rank: LowRank | None = None
@@ -86,53 +116,35 @@ class TransformersSampler:
         """Nothing is held beyond the model itself."""
 
     def _groups(self, requests: Sequence[Request], params: SamplingParams) -> list[list[int]]:
-        """Requests of similar length together, each batch within the token budget."""
+        """Requests of similar length and one regime together, each batch within the token budget."""
         groups: list[list[int]] = []
-        longest = 0
+        longest, last, regimes = 0, (0, 0), self._proven[0]
         for i in sorted(range(len(requests)), key=lambda i: (len(requests[i].token_ids), i)):
-            longest = len(requests[i].token_ids) + params.max_tokens
+            length = len(requests[i].token_ids)
+            longest = length + params.max_tokens
+            span = regimes.of(length), regimes.of(longest)
             size = (len(groups[-1]) + 1) * params.n if groups else 0
-            if not groups or size * longest > self.max_batch_tokens:
+            if not groups or span != last or size * longest > self.max_batch_tokens:
                 groups.append([])
             groups[-1].append(i)
+            last = span
         return groups
 
-    @torch.no_grad()
     def _generate_batch(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
-        device = self.device
-        state = _State(requests, params, device, self.vocabulary)
-        output = self.model(
-            input_ids=state.prompt_ids,
-            attention_mask=state.prompt_mask,
-            position_ids=state.prompt_positions,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        # State-space models name their cache otherwise; their state already leaves the padding out.
-        stateful = not hasattr(output, "past_key_values")
-        cache = output.cache_params if stateful else output.past_key_values
-        logits = output.logits[:, -1]
-        if params.n > 1:
-            copies = torch.arange(len(requests), device=device).repeat_interleave(params.n)
-            cache.reorder_cache(copies)  # the one selection that every kind of layer knows
-            logits = logits.index_select(0, copies)
+        state = _State(requests, params, self.device, self.vocabulary)
+        prompts = [request.token_ids for request in requests]
+        regimes, ways = self._proven
+        longest = max(map(len, prompts)) + params.max_tokens
+        decoding: Decoding = ways.start(self.model, prompts, params.n, longest, regimes)
         while True:
-            tokens = self._sample(logits[:, : self.vocabulary], state, params)
+            tokens = self._sample(decoding.logits[:, : self.vocabulary], state, params)
             self._finish(tokens, state, params)
             kept = state.compact()
             if not len(state.live):
                 break
             if kept is not None:
-                cache.reorder_cache(kept)
-            inputs: dict[str, Any] = {"cache_params": cache}
-            if not stateful:
-                inputs = {
-                    "past_key_values": cache,
-                    "attention_mask": state.mask,
-                    "position_ids": state.position[:, None],
-                }
-            output = self.model(input_ids=state.last[:, None], use_cache=True, **inputs)
-            logits = output.logits[:, -1]
+                decoding.keep(kept)
+            decoding.advance(state.last)
         return [
             Completion(
                 token_ids=np.array(ids, dtype=np.int64),
@@ -190,31 +202,19 @@ class _State:
     def __init__(
         self, requests: Sequence[Request], params: SamplingParams, device: torch.device, vocabulary: int
     ) -> None:
-        lengths = [len(r.token_ids) for r in requests]
-        width = max(lengths)
-        ids = np.zeros((len(requests), width), dtype=np.int64)
-        mask = np.zeros((len(requests), width), dtype=np.int64)
-        for row, request in enumerate(requests):
-            ids[row, width - lengths[row] :] = request.token_ids
-            mask[row, width - lengths[row] :] = 1
-        self.prompt_ids = torch.from_numpy(ids).to(device)
-        self.prompt_mask = torch.from_numpy(mask).to(device)
-        self.prompt_positions = (self.prompt_mask.cumsum(-1) - 1).clamp(min=0)
         count = len(requests) * params.n
         self.seen: torch.Tensor | None = None
         if params.repetition_penalty != 1.0:
-            # One column more takes ids beyond the tokenizer, and the padding.
-            seen = torch.zeros(len(requests), vocabulary + 1, dtype=torch.bool, device=device)
-            places = self.prompt_ids.masked_fill(self.prompt_mask == 0, vocabulary).clamp(max=vocabulary)
-            seen.scatter_(1, places, True)
-            self.seen = seen.repeat_interleave(params.n, dim=0)
+            # One column more takes ids beyond the tokenizer.
+            seen = torch.zeros(len(requests), vocabulary + 1, dtype=torch.bool)
+            for row, request in enumerate(requests):
+                seen[row, torch.tensor(request.token_ids).clamp(max=vocabulary)] = True
+            self.seen = seen.to(device).repeat_interleave(params.n, dim=0)
         self.ids: list[list[int]] = [[] for _ in range(count)]
         self.logprobs: list[list[float]] = [[] for _ in range(count)]
         self.reasons = [""] * count
         self.live = list(range(count))
-        self.mask = self.prompt_mask.repeat_interleave(params.n, dim=0)
-        self.position = torch.tensor(lengths, device=device).repeat_interleave(params.n) - 1
-        self.last = self.prompt_ids.new_zeros(count)
+        self.last = torch.zeros(count, dtype=torch.int64, device=device)
         self._streams = [
             np.random.Generator(np.random.Philox(key=stream_key(params.seed, r.seed, i)))
             for r in requests
@@ -230,8 +230,6 @@ class _State:
         self.last = tokens
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
-        self.position = self.position + 1
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.live), 1)], dim=1)
         for row, token, logprob in zip(self.live, ids, logprobs, strict=True):
             self.ids[row].append(token)
             self.logprobs[row].append(logprob)
@@ -242,8 +240,8 @@ class _State:
         if len(places) == len(self.live):
             return None
         self.live = [self.live[place] for place in places]
-        kept = torch.tensor(places, dtype=torch.long, device=self.mask.device)
-        self.mask, self.position, self.last = self.mask[kept], self.position[kept], self.last[kept]
+        kept = torch.tensor(places, dtype=torch.long, device=self.last.device)
+        self.last = self.last[kept]
         if self.seen is not None:
             self.seen = self.seen[kept]
         return kept

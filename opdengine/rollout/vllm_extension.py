@@ -6,17 +6,14 @@ place, a server through ``/collective_rpc``. Arguments and answers are plain JSO
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from itertools import groupby
 from typing import Any
 
 from opdengine.rollout.policy_file import read_policy
+from opdengine.rollout.weight_names import as_in_checkpoint, model_weights
 
-LAYER = re.compile(r"(.*?\.\d+(?=\.))?")
-"""The part of a weight's name up to its layer's number; empty outside the layers."""
+__all__ = ["WORKER_EXTENSION", "EngineInfo", "PolicyLoader", "as_in_checkpoint", "model_weights"]
 
 
 @dataclass(frozen=True)
@@ -103,58 +100,3 @@ def _pack_experts(model: Any) -> None:
 
 
 WORKER_EXTENSION = f"{PolicyLoader.__module__}.{PolicyLoader.__qualname__}"
-
-
-@cache
-def empty_model(model: str, trust_remote_code: bool) -> Any:
-    """The transformers model without its weights; allocates nothing."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    empty.tie_weights()
-    return empty
-
-
-def model_weights(model: str, trust_remote_code: bool) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Names and shapes of the ``state_dict``, and which names share storage."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    tied: dict[str, str] = {}
-    owner: dict[int, str] = {}
-    for name, tensor in empty_model(model, trust_remote_code).state_dict(keep_vars=True).items():
-        shapes[name] = tuple(tensor.shape)
-        first = owner.setdefault(id(tensor), name)
-        if first != name:
-            tied[name] = first
-    return shapes, tied
-
-
-def as_in_checkpoint(
-    weights: Iterable[tuple[str, Any]], model: str, trust_remote_code: bool
-) -> Iterable[tuple[str, Any]]:
-    """Weights by the names and shapes of the model's checkpoint files, which vLLM knows.
-
-    In memory transformers holds the weights of all experts of a layer as one tensor, for example.
-
-    Args:
-        weights: by the names of the ``state_dict``; at most one layer at a time is held.
-        model, trust_remote_code: see :func:`empty_model`.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    empty = empty_model(model, trust_remote_code)
-    if not _is_converted(model, trust_remote_code):
-        return weights
-    layers = groupby(weights, key=lambda item: LAYER.match(item[0])[0])  # type: ignore[index]
-    return (item for _, layer in layers for item in revert_weight_conversion(empty, dict(layer)).items())
-
-
-@cache
-def _is_converted(model: str, trust_remote_code: bool) -> bool:
-    """Whether any weight has another name in memory than in a checkpoint."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    weights = empty_model(model, trust_remote_code).state_dict()
-    return set(revert_weight_conversion(empty_model(model, trust_remote_code), dict(weights))) != set(weights)

@@ -80,6 +80,9 @@ class LocalTeacher:
         self._scorer = PrefixScorer(self.backbone)
         self._generator = TransformersSampler(model, self.tokenizer, max_batch_tokens=4 * max_tokens)
         self._writer = writer
+        if writer is None:
+            prove = self._generator.prove
+            prove() if self._sharded is None else self._sharded.run(prove)
         self.fingerprint = model_fingerprint(config.model, model)
         if writer is not None:  # a server does not tell which weights it holds
             self.fingerprint += f" {writer.fingerprint}"

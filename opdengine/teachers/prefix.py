@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from opdengine.models.backbone import Backbone
+from opdengine.models.batching import UNPROBED, relative
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,11 @@ class PrefixScorer:
             # The state that predicts the first target is not part of what is shared.
             shared = ids[: max(int(positions[0]) - 1, 0)] if len(positions) else ids[:0]
             groups.setdefault(shared.tobytes(), []).append(i)
-        paying = [g for key, g in groups.items() if len(key) // 8 * (len(g) - 1) >= LEAST_SAVED]
+        paying = [
+            group
+            for key, group in groups.items()
+            if len(key) // 8 * (len(group) - 1) >= LEAST_SAVED and not self._far(len(sequences[i]) for i in group)
+        ]
         if paying and self._exact is None:
             self._exact = self._prove()
         found: dict[int, torch.Tensor] = {}
@@ -57,7 +62,8 @@ class PrefixScorer:
         """The sequences share their first ``prefix`` ids and have no predictor of a target there."""
         trunk, device = self.backbone.trunk, self.backbone.device
         start = torch.from_numpy(sequences[0][:prefix])[None].to(device)
-        cache = trunk(input_ids=start, use_cache=True).past_key_values
+        options = self.backbone.options
+        cache = trunk(input_ids=start, use_cache=True, **options).past_key_values
         longest = max(len(s) for s in sequences)
         # As many new tokens as in any pass, and four times as many with those in the cache.
         budget = self.backbone.max_tokens
@@ -74,23 +80,30 @@ class PrefixScorer:
             copies.reorder_cache(torch.zeros(len(members), dtype=torch.int64, device=device))
             positions = torch.arange(prefix, prefix + width, device=device)[None].expand(len(members), -1)
             states = trunk(
-                input_ids=ids.to(device), position_ids=positions, past_key_values=copies, use_cache=True
+                input_ids=ids.to(device), position_ids=positions, past_key_values=copies, use_cache=True, **options
             ).last_hidden_state
             for row, i in enumerate(members):
                 places = torch.from_numpy(np.asarray(target_positions[i]) - 1 - prefix).to(device)
                 found.append(states[row].index_select(0, places).cpu())
         return found
 
+    def _far(self, lengths: Iterable[int]) -> bool:
+        """Whether any is in another regime of position encodings than the prefix alone may be."""
+        return any(self.backbone.regimes.of(length) for length in lengths)
+
     def _prove(self) -> bool:
-        """Whether continuing a prefix gives what reading the whole gives."""
-        ids = (np.arange(1, 40, dtype=np.int64) * 7919) % self.backbone.trunk.get_input_embeddings().weight.shape[0]
-        sequences = [np.concatenate([ids[:12], ids[12 + k : 20 + 3 * k]]) for k in (0, 3, 6)]
-        positions = [np.arange(13, len(s)) for s in sequences]
+        """Whether continuing a prefix, which crosses the model's own limits, gives what reading the whole gives."""
+        rest, *_, long = self.backbone.probe_sequences()
+        prefix = len(long) - 12
+        ids = np.concatenate([long, rest])
+        sequences = [np.concatenate([ids[:prefix], ids[prefix + k : prefix + 8 + k]]) for k in (0, 2, 4)]
+        sequences = [s[: len(s) - cut] for s, cut in zip(sequences, (3, 0, 1), strict=True)]
+        positions = [np.arange(prefix + 1, len(s)) for s in sequences]
         plain = torch.cat(self.backbone.score(sequences, positions)).float()
         try:
-            shared = torch.cat(self._continue(sequences, positions, 12)).float()
-            error = ((shared - plain).abs().max() / plain.abs().max().clamp(min=1e-6)).item()
-        except (AttributeError, TypeError, ValueError, NotImplementedError, RuntimeError) as reason:
+            shared = torch.cat(self._continue(sequences, positions, prefix)).float()
+            error = relative(shared, plain)
+        except UNPROBED as reason:
             logger.warning("%s: prefixes are not shared (%s)", self.backbone.name, reason)
             return False
         limit = 1e-4 if plain.dtype == self.backbone.trunk.dtype else 5e-2

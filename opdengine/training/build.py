@@ -29,6 +29,7 @@ from opdengine.models.lora import add_adapter, architecture, base_of, freeze_hea
 from opdengine.models.rendering import thought_opening
 from opdengine.models.sharding import Sharded
 from opdengine.rollout import Sampler
+from opdengine.rollout.weight_names import find_naming
 from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.server import ServedTeacher
 from opdengine.teachers.shard import Session
@@ -105,6 +106,8 @@ def build_engine(
         )
         for teacher, its_tokenizer in zip(config.teachers, tokenizers, strict=True)
     ]
+    if not method.writes:
+        check_switch(config, student.regimes.switch)
     for name, head in [("student", student.head), *((t.name, t.head) for t in teachers)]:
         if head is not None and head.weight.shape[0] < vocab_size:
             raise ConfigError(
@@ -145,6 +148,23 @@ def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
             f"vllm_enable_sleep_mode is not possible with vllm_tensor_parallel_size={size} and several processes, one "
             "of which may still sample when another is done: lower vllm_gpu_memory_utilization instead"
         )
+
+
+def check_switch(config: TrainConfig, switch: int | None) -> None:
+    """Raise ConfigError where a rollout could pass the length at which the student's position encoding changes.
+
+    Its first tokens would be sampled from one model, and be trained as those of another.
+    """
+    longest = _longest(config)
+    if switch is None or (longest is not None and longest <= switch):
+        return
+    settings = "max_prompt_length + max_completion_length"
+    raise ConfigError(
+        f"the student's position encoding is another one in sequences of more than {switch} tokens "
+        "(original_max_position_embeddings of LongRoPE), so what a longer rollout was sampled from is not what is "
+        f"trained: set {'environment.max_trajectory_tokens' if config.environment.name else settings} to at most "
+        f"{switch} (now {longest}), or use another student"
+    )
 
 
 def student_dtype(config: TrainConfig) -> str:
@@ -268,6 +288,8 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
     # Under autocast the trainer's own forward pass is bfloat16 as well.
     dtype = "bfloat16" if config.bf16 else str(model.dtype).removeprefix("torch.")
     stop_ids = stop_token_ids(tokenizer, model, config.chat_template_kwargs)
+    if config.use_vllm:
+        find_naming(architecture(config.model), config.trust_remote_code)  # refuses before an engine starts
     if config.use_vllm and config.vllm_mode == "server":
         from opdengine.rollout.vllm_client import VLLMServerSampler
 
@@ -319,7 +341,9 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
     sampled = base_of(model)
     if ranks.world_size > 1:
         sampled = ranks.in_turn(lambda: load_copy(config))
-    return TransformersSampler(sampled, tokenizer, 4 * config.max_tokens_per_batch, config.bf16)
+    sampler = TransformersSampler(sampled, tokenizer, 4 * config.max_tokens_per_batch, config.bf16)
+    sampler.prove()
+    return sampler
 
 
 def load_copy(config: TrainConfig) -> Any:

@@ -12,7 +12,7 @@ import torch
 
 from opdengine.loss.objective import LossOf, advantage, kl_weight
 from opdengine.models.backbone import Backbone
-from opdengine.models.packing import Packed, pack
+from opdengine.models.packing import ONE_REGIME, Packed, Regimes, pack
 from opdengine.models.sharding import whole
 from opdengine.types import Sample
 
@@ -32,7 +32,9 @@ class MicroBatch:
     positions: tuple[np.ndarray, ...] = ()
 
 
-def micro_batches(samples: Sequence[Sample], max_tokens: int, layout: str) -> list[MicroBatch]:
+def micro_batches(
+    samples: Sequence[Sample], max_tokens: int, layout: str, regimes: Regimes = ONE_REGIME
+) -> list[MicroBatch]:
     """Cut the samples of a step into micro-batches; loss and gradient do not depend on how.
 
     The steps of one trajectory share one sequence, so the student reads each trajectory once.
@@ -40,7 +42,7 @@ def micro_batches(samples: Sequence[Sample], max_tokens: int, layout: str) -> li
     Args:
         samples: of this process.
         max_tokens: budget of a micro-batch.
-        layout: see :func:`opdengine.models.packing.pack`.
+        layout, regimes: see :func:`opdengine.models.packing.pack`.
 
     Raises:
         ValueError: a step's ids are not a prefix of its trajectory's; names the sample.
@@ -63,7 +65,7 @@ def micro_batches(samples: Sequence[Sample], max_tokens: int, layout: str) -> li
             tuple(sample for i in packed.members for sample in trajectories[i]),
             tuple(np.concatenate([sample.target_positions for sample in trajectories[i]]) for i in packed.members),
         )
-        for packed in pack(sequences, max_tokens=max_tokens, layout=layout)
+        for packed in pack(sequences, max_tokens=max_tokens, layout=layout, regimes=regimes)
     ]
 
 

@@ -301,7 +301,8 @@ class Engine:
         loss_of = self._loss(statistics)
         self.student.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        batches = micro_batches(samples, self.config.max_tokens_per_batch, self.student.layout)
+        student = self.student
+        batches = micro_batches(samples, self.config.max_tokens_per_batch, student.layout, student.regimes)
         losses = backward(self.student, batches, loss_of)
         loss = self.ranks.sum(sum(losses))
         statistics.join(self.ranks)

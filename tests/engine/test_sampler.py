@@ -21,6 +21,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from opdengine.models.packing import ONE_REGIME
+from opdengine.rollout.decoding import Ways, Whole
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.types import Completion, Request, SamplingParams
 
@@ -270,7 +272,38 @@ RECURRENT = {
         **{**COMMON, "num_hidden_layers": 4}, head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2,
         linear_key_head_dim=8, linear_value_head_dim=8,
     ),
+    "falcon_h1": lambda: hf.FalconH1Config(
+        **COMMON, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8
+    ),
+    "jamba": lambda: hf.JambaConfig(
+        **COMMON, attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=8, use_mamba_kernels=False
+    ),
+    "lfm2": lambda: hf.Lfm2Config(**COMMON, layer_types=["conv", "full_attention"]),
+    "gpt_oss": lambda: hf.GptOssConfig(
+        **COMMON, head_dim=8, sliding_window=6, num_local_experts=4, num_experts_per_tok=2
+    ),
+    # Caches that hold one sequence at a time, do not continue one exactly, or are not there.
+    "deepseek_v4": lambda: hf.DeepseekV4Config(
+        **{**COMMON, "num_key_value_heads": 1}, head_dim=8, q_lora_rank=16, o_lora_rank=16, o_groups=2,
+        qk_rope_head_dim=4, moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2, index_n_heads=2,
+        index_head_dim=8, sliding_window=12,
+    ),
+    "minimax": lambda: hf.MiniMaxConfig(
+        **COMMON, layer_types=["linear_attention", "full_attention"], block_size=8, num_local_experts=2
+    ),
+    "minimax, windowed": lambda: hf.MiniMaxConfig(
+        **COMMON, layer_types=["linear_attention", "full_attention"], block_size=8, num_local_experts=2,
+        sliding_window=12,
+    ),
+    "rwkv": lambda: hf.RwkvConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, context_length=128, bos_token_id=None, eos_token_id=1
+    ),
+    "gpt": lambda: hf.OpenAIGPTConfig(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128),
 }  # fmt: skip
+WAYS = {
+    **dict.fromkeys(("deepseek_v4", "minimax"), Ways(together=False)),
+    **dict.fromkeys(("minimax, windowed", "rwkv", "gpt"), Ways(False, Whole)),
+}
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *RECURRENT])
@@ -281,12 +314,51 @@ def test_every_family_samples_from_itself(family: str) -> None:
     else:
         torch.manual_seed(0)
         model = hf.AutoModelForCausalLM.from_config(RECURRENT[family]()).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(4.0 if parameter.dim() == 2 else 1.0)  # else a wrong state hardly shows
     rng = np.random.default_rng(0)
     requests = [Request(str(n), tuple(rng.integers(2, VOCAB, size=n).tolist()), n) for n in (3, 11, 6)]
     sampler = TransformersSampler(model, Digits())
+    assert sampler._proven == (ONE_REGIME, WAYS.get(family, Ways()))
     sampler.stop_ids = tuple(range(VOCAB // 8))  # about one row in eight ends with every token
     result = sampler.generate(requests, SamplingParams(max_tokens=16, n=2, seed=1))
     assert len({len(c.token_ids) for completions in result for c in completions}) > 1
     for request, completions in zip(requests, result, strict=True):
         for completion in completions:
             check_logprobs(model, request, completion)
+
+
+def test_a_cache_that_confuses_copies_is_noticed_and_the_samples_are_right(caplog: pytest.LogCaptureFixture) -> None:
+    """Silently: its rows stay where they were when others leave, or a prompt is copied."""
+    model = make_family("qwen3", True, scale=2.0).eval()
+    plain = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = plain(*args, **kwargs)
+        if output.past_key_values is not None:
+            cache = output.past_key_values
+            cache.reorder_cache = lambda places: type(cache).reorder_cache(cache, places.sort().values.flip(0))
+        return output
+
+    model.forward = forward
+    sampler = TransformersSampler(model, Digits())
+    rng = np.random.default_rng(0)
+    requests = [Request(str(n), tuple(rng.integers(2, VOCAB, size=n).tolist()), n) for n in (3, 9)]
+    result = sampler.generate(requests, SamplingParams(max_tokens=8, n=3, seed=1))
+    assert sampler._proven[1] == Ways(together=False) and "one sequence at a time" in caplog.text
+    for request, completions in zip(requests, result, strict=True):
+        assert len({tuple(c.token_ids) for c in completions}) == 3
+        for completion in completions:
+            check_logprobs(model, request, completion)
+
+
+@pytest.mark.parametrize("ways", [Ways(), Ways(together=False), Ways(False, Whole)], ids=["together", "apart", "whole"])
+def test_every_way_draws_the_same_samples(
+    sampler: TransformersSampler, requests: list[Request], ways: Ways, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(max_tokens=10, n=2, seed=5, temperature=0.8, top_k=30, repetition_penalty=1.2)
+    expected = sampler.generate(requests, params)
+    monkeypatch.setitem(sampler.__dict__, "_proven", (ONE_REGIME, ways))
+    for ours, theirs in zip(sampler.generate(requests, params), expected, strict=True):
+        assert [c.token_ids.tolist() for c in ours] == [c.token_ids.tolist() for c in theirs]

@@ -1,0 +1,223 @@
+"""What a batch does to a sequence: its hidden states must be those that the model gives to it alone.
+
+That is found out before anything is trained, by passes over few tokens that reach the model's own limits:
+its sliding windows and chunks, and the length at which its position encoding changes. A layout in which
+sequences change each other is not used; a model whose tokens see later ones is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from opdengine.models.packing import Packed, Regimes, pack
+from opdengine.models.random_state import random_state, set_random_state
+
+logger = logging.getLogger(__name__)
+
+LIMIT = re.compile(r"window|chunk|block_size|compress|stride|index_topk")
+"""Names of settings that tell how far a layer looks, or how many tokens it takes together."""
+
+LONGEST_LIMIT = 4096
+"""Tokens; limits beyond are not crossed by a probe, which would cost more than a step."""
+
+SHORTEST_PROBE = 41
+LEAST_ACAUSAL = 1e-3
+"""Relative difference of hidden states, below which some architectures amplify rounding."""
+
+UNPROBED = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
+"""What a model's own code raises for input that it was not written for."""
+
+
+def forward_options(model: Any) -> dict[str, bool]:
+    """Arguments of a pass where a saved configuration asks for more than hidden states and logits.
+
+    The auxiliary loss of a mixture of experts, for example, fails on a pass with a cache. Tuples instead of
+    named outputs break transformers' own models, whatever a pass is told: that setting is changed.
+    """
+    configs = (model.config, model.config.get_text_config())
+    for config in configs:
+        if getattr(config, "return_dict", True) is False:
+            config.return_dict = True
+    asked = ("output_router_logits", "output_hidden_states", "output_attentions")
+    return {name: False for name in asked if any(getattr(config, name, False) for config in configs)}
+
+
+def window_of(config: Any) -> int | None:
+    """Longest sequence that a model was built for, in tokens; None if it does not say."""
+    window = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return window if isinstance(window, int) and window > 0 else None
+
+
+def probe_sequences(config: Any, vocabulary: int, switch: int | None = None) -> list[np.ndarray]:
+    """Four sequences of different lengths; the last one crosses the limits of the model's layers.
+
+    Args:
+        config: of the model.
+        vocabulary: rows of its input embedding.
+        switch: longest sequence of the first regime; no sequence is longer.
+    """
+    most = min((n for n in (window_of(config), switch) if n is not None), default=LONGEST_LIMIT + 9)
+    crossed = [n for n in _limits(config.get_text_config().to_dict()) if n < min(most, LONGEST_LIMIT + 1)]
+    longest = min(max([SHORTEST_PROBE, *(n + 9 for n in crossed)]), most)
+    ids = (np.arange(1, longest + 24, dtype=np.int64) * 7919) % min(vocabulary, 32000)
+    starts = np.cumsum([0, 5, 11, 7, longest])
+    return [ids[a : min(b, a + most)] for a, b in pairwise(starts)]
+
+
+def _limits(settings: Mapping[str, Any]) -> Iterator[int]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _limits({f"{name}.{key}": entry for key, entry in value.items()})
+        elif LIMIT.search(name):
+            entries = value if isinstance(value, list | tuple) else [value]
+            yield from (n for n in entries if type(n) is int and n > 0)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference of two tensors, relative to the largest entry of the second."""
+    scale = expected.float().abs().max().clamp(min=1e-6)
+    return ((found.float() - expected.float()).abs().max() / scale).item()
+
+
+def find_regimes(model: Any, states: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Regimes:
+    """Whether a short sequence changes when a longer one is in its pass, and from which length on.
+
+    Costs no long passes: a second row of as few tokens has far positions.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        states: (ids [B, L], position ids [B, L]) -> hidden states [B, L, d].
+    """
+    farthest, config = window_of(model.config), model.config.get_text_config()
+    if farthest is None or farthest < 16:
+        return Regimes()
+    if any("dynamic" in str(getattr(m, "rope_type", "")) for m in model.modules()):
+        farthest *= 2  # such an encoding changes beyond what it calls the longest sequence
+    count = min(32, farthest // 8)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.from_numpy((np.arange(2 * count) * 7919 + 1) % min(vocabulary, 32000)).view(2, count)
+
+    def beside(length: int) -> torch.Tensor:
+        forget_lengths(model)
+        positions = torch.stack([torch.arange(count), torch.arange(length - count, length)])
+        return states(ids, positions)[0]
+
+    alone = beside(count)
+    # What is near changes nothing but the rounding, in a mixture of experts for example.
+    limit = max(3 * relative(beside(2 * count), alone), 1e-6)
+    if relative(beside(farthest), alone) <= limit:
+        return Regimes()
+    low, high = 2 * count, farthest
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if relative(beside(middle), alone) <= limit else (low, middle)
+    moving = relative(beside(farthest), beside(high)) > limit
+    forget_lengths(model)
+    if moving:  # it begins imperceptibly, at a length that the configuration names
+        named = [n for n in _named_lengths(config.to_dict()) if 2 * count <= n <= low]
+        low = max(named, default=low)
+    return Regimes(low, moving)
+
+
+def _named_lengths(settings: Mapping[str, Any]) -> Iterator[int]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _named_lengths(value)
+        elif "position" in str(name) and type(value) is int:
+            yield value
+
+
+def forget_lengths(model: Any) -> None:
+    """Give dynamic position encodings the frequencies that they begin with: they keep those of the longest pass."""
+    ending = "original_inv_freq"
+    for module in model.modules():
+        if "dynamic" not in str(getattr(module, "rope_type", "")):
+            continue
+        for name, frequencies in list(module.named_buffers(recurse=False)):
+            if name.endswith(ending):
+                prefix = name.removesuffix(ending)
+                setattr(module, f"{prefix}inv_freq", frequencies.clone())
+                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
+def choose_layout(
+    name: str,
+    sequences: Sequence[np.ndarray],
+    hidden: Callable[[Packed, Sequence[np.ndarray]], torch.Tensor],
+    preferred: str,
+    limit: float,
+) -> str:
+    """The first layout in which every sequence gets the hidden states that it has alone.
+
+    Args:
+        name: of the model, for messages.
+        sequences: see :func:`probe_sequences`; within one regime.
+        hidden: (batch, target positions of its members) -> hidden states [T, d] of the model in evaluation mode.
+        preferred: layout that is tried first.
+        limit: of the relative difference.
+
+    Raises:
+        ValueError: a token's hidden state depends on later tokens, or no layout reproduces it.
+    """
+
+    def read(layout: str, part: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
+        for batch in pack(part, max_tokens=sum(map(len, part)) * len(part), layout=layout):
+            wanted = [np.arange(1, len(part[i]) + 1) for i in batch.members]
+            states = hidden(batch, wanted).split([len(p) for p in wanted])
+            found |= dict(zip(batch.members, states, strict=True))
+        return [found[i] for i in range(len(part))]
+
+    alone = read("alone", sequences)
+    cuts = [len(sequences[-1]) * part // 3 for part in (1, 2)]
+    begun = [read("alone", [sequences[-1][:cut]])[0] for cut in cuts]
+    error = max(relative(states, alone[-1][:cut]) for states, cut in zip(begun, cuts, strict=True))
+    if error > (allowed := max(limit, LEAST_ACAUSAL)):
+        raise ValueError(
+            f"{name}: the hidden states of its tokens depend on later tokens (relative difference {error:.2g}, "
+            f"allowed {allowed:g}); only causal (decoder) language models can be trained or judge on policy"
+        )
+    expected, findings = torch.cat(alone), []
+    for layout in dict.fromkeys((preferred, "padded", "alone")):
+        try:
+            error = relative(torch.cat(read(layout, sequences)), expected)
+        except UNPROBED as reason:
+            findings.append(f"in {layout!r} batches it fails ({str(reason)[:200]})")
+            continue
+        if error <= limit:
+            if layout != preferred:
+                used = "padded batches" if layout == "padded" else "a pass for every sequence alone, which is slow"
+                logger.warning("%s: %s: using %s", name, "; ".join(findings), used)
+            return layout
+        findings.append(f"sequences in {layout!r} batches see each other (difference {error:.2g})")
+    raise ValueError(f"{name}: its hidden states cannot be reproduced: {'; '.join(findings)}")
+
+
+def changes_in_training(model: Any, states: Callable[[], torch.Tensor], limit: float) -> bool:
+    """Whether a pass in training mode draws random numbers or is another than in evaluation mode.
+
+    The mode and all random states are left as they were.
+
+    Args:
+        model: in whatever mode.
+        states: a pass over some tokens.
+        limit: of the relative difference.
+    """
+    training, before = model.training, random_state()
+    try:
+        model.train()
+        found = states()
+        after = random_state()
+        drawn = any(not torch.equal(before[name], after[name]) for name in before if name != "python_gauss")
+        model.eval()
+        return drawn or relative(found, states()) > limit
+    finally:
+        model.train(training)
+        set_random_state(before)

@@ -1,0 +1,257 @@
+"""One token after the other with a model's own cache: all sequences together, or each by itself.
+
+Left padding, copies of a prompt and rows that leave are handled by the cache. Not every architecture's cache can
+do that, and some cannot even continue a single sequence exactly: :func:`choose_decoding` finds out what gives the
+log-probs of a whole pass, with forced tokens, before anything is sampled.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from opdengine.models.batching import UNPROBED, forget_lengths, forward_options, relative
+from opdengine.models.packing import ONE_REGIME, Regimes
+
+logger = logging.getLogger(__name__)
+
+Ids = Sequence[int]
+
+
+class Decoding(Protocol):
+    """Sequences that grow by one token at a time; ``logits`` [rows, V] predict the next one of each."""
+
+    logits: torch.Tensor
+
+    def advance(self, tokens: torch.Tensor) -> None:
+        """Append one token to every row (int64 [rows])."""
+        ...
+
+    def keep(self, places: torch.Tensor) -> None:
+        """Only these rows go on (int64, in any order)."""
+        ...
+
+
+class Together:
+    """One cache for all rows: prompts padded on the left, one pass over each for all its copies."""
+
+    def __init__(self, model: Any, prompts: Sequence[Ids], copies: int = 1) -> None:
+        self.model = model
+        self.options = forward_options(model)
+        lengths, device = [len(p) for p in prompts], model.get_input_embeddings().weight.device
+        ids = np.zeros((len(prompts), max(lengths)), dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, len(ids[row]) - len(prompt) :] = prompt
+            mask[row, len(ids[row]) - len(prompt) :] = 1
+        self.mask = torch.from_numpy(mask).to(device)
+        output = model(
+            input_ids=torch.from_numpy(ids).to(device),
+            attention_mask=self.mask,
+            position_ids=(self.mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+            **self.options,
+        )
+        # State-space models name their cache otherwise; their state already leaves the padding out.
+        self.stateful = not hasattr(output, "past_key_values")
+        self.cache = output.cache_params if self.stateful else output.past_key_values
+        self.logits = output.logits[:, -1]
+        self.position = torch.tensor(lengths, device=device)
+        if copies > 1:
+            self._select(torch.arange(len(prompts), device=device).repeat_interleave(copies))
+
+    def advance(self, tokens: torch.Tensor) -> None:
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        inputs: dict[str, Any] = {"cache_params": self.cache}
+        if not self.stateful:
+            inputs = {
+                "past_key_values": self.cache,
+                "attention_mask": self.mask,
+                "position_ids": self.position[:, None],
+            }
+        output = self.model(input_ids=tokens[:, None], use_cache=True, **inputs, **self.options)
+        self.position = self.position + 1
+        self.logits = output.logits[:, -1]
+
+    def keep(self, places: torch.Tensor) -> None:
+        self._select(places)
+
+    def _select(self, places: torch.Tensor) -> None:
+        self.cache.reorder_cache(places)  # the one selection that every kind of layer knows
+        self.mask, self.position = self.mask[places], self.position[places]
+        self.logits = self.logits.index_select(0, places)
+
+
+class Whole:
+    """One sequence without a cache: a whole pass for every token."""
+
+    def __init__(self, model: Any, prompts: Sequence[Ids], copies: int = 1) -> None:
+        (prompt,) = prompts
+        self.model = model
+        self.options = forward_options(model)
+        self.ids = torch.tensor([list(prompt)], device=model.get_input_embeddings().weight.device)
+        self._read()
+
+    def advance(self, tokens: torch.Tensor) -> None:
+        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
+        self._read()
+
+    def keep(self, places: torch.Tensor) -> None:
+        """There is one row."""
+
+    def _read(self) -> None:
+        output = self.model(input_ids=self.ids, use_cache=False, logits_to_keep=1, **self.options)
+        self.logits = output.logits[:, -1]
+
+
+class Apart:
+    """Every row by itself, each copy with a pass of its own over the prompt.
+
+    A row whose length comes into another regime is read anew: its cache holds the positions of the old one.
+
+    Args:
+        model: a causal LM.
+        prompts: of the rows, each for all its copies.
+        copies: of each prompt.
+        kind: of each row.
+        regimes: of the model's position encoding.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Ids],
+        copies: int = 1,
+        kind: Callable[..., Decoding] = Together,
+        regimes: Regimes = ONE_REGIME,
+    ) -> None:
+        self.model, self.kind, self.regimes = model, kind, regimes
+        self.ids = [list(prompt) for prompt in prompts for _ in range(copies)]
+        self.rows = [self._read(ids) for ids in self.ids]
+        self._gather()
+
+    def advance(self, tokens: torch.Tensor) -> None:
+        for place, (row, ids, token) in enumerate(zip(self.rows, self.ids, tokens.split(1), strict=True)):
+            ids.append(int(token))
+            if self.regimes.of(len(ids)) == self.regimes.of(len(ids) - 1):
+                row.advance(token)
+            else:
+                self.rows[place] = self._read(ids)
+        self._gather()
+
+    def keep(self, places: torch.Tensor) -> None:
+        chosen = places.tolist()
+        self.rows, self.ids = [self.rows[i] for i in chosen], [self.ids[i] for i in chosen]
+        self._gather()
+
+    def _read(self, ids: Ids) -> Decoding:
+        if self.regimes.moving:
+            forget_lengths(self.model)
+        return self.kind(self.model, [ids])
+
+    def _gather(self) -> None:
+        self.logits = torch.cat([row.logits for row in self.rows])
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a model may be sampled.
+
+    Args:
+        together: whether one cache may hold several sequences.
+        row: decodes a single sequence.
+    """
+
+    together: bool = True
+    row: Callable[..., Decoding] = Together
+
+    def start(self, model: Any, prompts: Sequence[Ids], copies: int, longest: int, regimes: Regimes) -> Decoding:
+        """Decode ``copies`` of every prompt, up to ``longest`` tokens in the longest row."""
+        one = len({regimes.of(n) for n in (min(map(len, prompts)), longest)}) == 1
+        if self.together and one:
+            return Together(model, prompts, copies)
+        return Apart(model, prompts, copies, self.row, regimes)
+
+
+def choose_decoding(model: Any, sequences: Sequence[np.ndarray], limit: float, name: str = "") -> Ways:
+    """The fastest way that gives the logits of a whole pass over each sequence alone.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        sequences: of at least ``STEPS + 1`` tokens; see :func:`opdengine.models.batching.probe_sequences`.
+        limit: of the difference of logits, relative to the largest.
+        name: of the model, for messages.
+    """
+    ids = [s.tolist() for s in sequences]
+    reads = [_whole_logits(model, s) for s in ids]
+    name = name or type(model).__name__
+    if _exact(lambda: Together(model, [s[:-STEPS] for s in ids], 2), ids, reads, 2, limit, name):
+        return Ways()
+    if _exact(lambda: Apart(model, [s[:-STEPS] for s in ids]), ids, reads, 1, limit, name):
+        logger.warning("%s: its cache holds one sequence at a time: it samples them in turn, which is slow", name)
+        return Ways(together=False)
+    logger.warning(
+        "%s: its cache does not continue a sequence exactly: it is sampled without one, a whole pass for every token, "
+        "which is slow (use_vllm samples the student elsewhere)",
+        name,
+    )
+    return Ways(together=False, row=Whole)
+
+
+STEPS = 8
+"""Forced tokens of a probe, which takes rows away half-way."""
+
+
+def _whole_logits(model: Any, ids: Ids) -> torch.Tensor:
+    """Logits [STEPS + 1, V] that predict a sequence's last tokens and the one after it, from a pass without cache."""
+    device = model.get_input_embeddings().weight.device
+    output = model(
+        input_ids=torch.tensor([list(ids)], device=device),
+        use_cache=False,
+        logits_to_keep=STEPS + 1,
+        **forward_options(model),
+    )
+    return _finite(output.logits[0, -STEPS - 1 :])
+
+
+def _exact(
+    start: Callable[[], Decoding],
+    ids: Sequence[Ids],
+    reads: Sequence[torch.Tensor],
+    copies: int,
+    limit: float,
+    name: str,
+) -> bool:
+    """Whether decoding the last tokens of every sequence gives the logits of the whole pass."""
+    members = [i for i in range(len(ids)) for _ in range(copies)]
+    error = 0.0
+    try:
+        decoding = start()
+        for step in range(STEPS + 1):
+            expected = torch.stack([reads[i][step] for i in members])
+            error = max(error, relative(_finite(decoding.logits), expected))
+            if step == STEPS:
+                break
+            if step == 1:  # one row leaves, the others change places
+                places = [*range(len(members) - 1, 1, -1), 0]
+                members = [members[place] for place in places]
+                decoding.keep(torch.tensor(places, device=expected.device))
+            tokens = [ids[i][step - STEPS] for i in members]
+            decoding.advance(torch.tensor(tokens, device=expected.device))
+    except UNPROBED as reason:
+        logger.info("%s: decoding %d copies fails: %s", name, copies, str(reason)[:200])
+        return False
+    if not error <= limit:
+        logger.info("%s: decoding %d copies gives other logits (difference %.2g)", name, copies, error)
+    return error <= limit
+
+
+def _finite(logits: torch.Tensor) -> torch.Tensor:
+    """Logits of columns that are never chosen may be -inf."""
+    return torch.nan_to_num(logits.float(), nan=torch.nan, neginf=0.0)
