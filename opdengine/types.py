@@ -297,13 +297,16 @@ class Sample:
     @cached_property
     def target_ids(self) -> np.ndarray:
         """int64 [T]: the trained token ids; every per-token array aligns with this one."""
-        return self.token_ids[self.target_positions]
+        targets: np.ndarray = self.token_ids[self.target_positions]
+        return targets
 
     @cached_property
     def target_turns(self) -> np.ndarray:
         """int64 [T]: index into :attr:`turns` of each trained token."""
-        index = np.concatenate([np.full(len(t.token_ids), i) for i, t in enumerate(self.turns)])
-        return index[self.target_positions]
+        turns: np.ndarray = np.repeat(np.arange(len(self.turns)), [len(t.token_ids) for t in self.turns])[
+            self.target_positions
+        ]
+        return turns
 
     @cached_property
     def sampler_logprob(self) -> np.ndarray | None:
@@ -334,7 +337,8 @@ class Sample:
         """float32 [T]: the weight of each target's turn."""
         if self.turn_weight is None:
             return np.ones(len(self.target_ids), dtype=np.float32)
-        return np.asarray(self.turn_weight, dtype=np.float32)[self.target_turns]
+        weights: np.ndarray = np.asarray(self.turn_weight, dtype=np.float32)[self.target_turns]
+        return weights
 
     @property
     def has_weight(self) -> bool:

@@ -12,7 +12,8 @@ from opdengine.types import Prompt
 from opdengine.workers.printing import brief
 
 if TYPE_CHECKING:
-    from opdengine.config.train import EnvironmentConfig, TrainConfig
+    from opdengine.config.sections import EnvironmentConfig
+    from opdengine.config.train import TrainConfig
     from opdengine.environments.episodes import Episodes
 
 

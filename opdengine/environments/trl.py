@@ -215,7 +215,7 @@ class TRLEnvironment:
     option_class = Options
 
     def __init__(self, **options: Any) -> None:
-        from transformers.utils import get_json_schema
+        from transformers.utils.chat_template_utils import get_json_schema
 
         self.options = Options(**options)
         self._environment = load_object(self.options.environment)()

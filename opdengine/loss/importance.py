@@ -32,7 +32,8 @@ def truncated(difference: np.ndarray, cap: float = 2.0) -> np.ndarray:
     """
     if not cap > 0:
         raise ValueError(f"cap={cap} is not possible; it must be positive (1 never raises a weight)")
-    return np.minimum(ratio(difference), cap)
+    weights: np.ndarray = np.minimum(ratio(difference), cap)
+    return weights
 
 
 def banded(difference: np.ndarray, low: float = 0.5, high: float = 2.0) -> np.ndarray:

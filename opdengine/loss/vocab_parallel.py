@@ -100,7 +100,7 @@ class VocabParallel:
         """
         parts = self.ranks.gather([without_tokens(sample) for sample in samples])
         counts = [sum(len(sample.target_ids) for sample in part) for part in parts]
-        rows = _JoinRows.apply(hidden, counts, self.ranks.rank)
+        rows: torch.Tensor = _JoinRows.apply(hidden, counts, self.ranks.rank)  # type: ignore[no-untyped-call]
         states = {name: self._states(name, head, samples, parts, hidden.device) for name, head in heads.items()}
         joined = []
         for sample in (sample for part in parts for sample in part):
@@ -143,7 +143,7 @@ class _JoinRows(torch.autograd.Function):
         return gather_rows(rows.detach(), counts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return gradient[ctx.own], None, None
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 
-from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.config.train import TrainConfig
+from opdengine.errors import ConfigError
 from opdengine.methods.agent_baselines import TCOD, EntropyOPD
 from opdengine.methods.camopd import CaMOPD
 from opdengine.methods.mad_opd import MADOPD

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from opdengine.config.train import ConfigError, SageConfig, TrainConfig
+from opdengine.config.method_sections import SageConfig
+from opdengine.config.train import TrainConfig
 from opdengine.environments.episodes import turns_of
+from opdengine.errors import ConfigError
 from opdengine.methods.checks import Check
 from opdengine.methods.opd import OPD
 from opdengine.methods.sage_opd import PAPER, normalise

@@ -19,7 +19,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from opdengine.config.method_sections import CaMOPDConfig
-from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.config.train import TrainConfig
+from opdengine.errors import ConfigError
 from opdengine.methods.checks import ROLLOUTS, SAMPLED, Check
 from opdengine.methods.method import Method, judged_by, need_teachers, plain_room, route
 from opdengine.methods.paper import Paper

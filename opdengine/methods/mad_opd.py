@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.config.train import TrainConfig
+from opdengine.errors import ConfigError
 from opdengine.methods.debate.contexts import debate_contexts
 from opdengine.methods.method import Method, need_teachers
 from opdengine.methods.paper import Paper

@@ -12,8 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.config.train import TrainConfig
 from opdengine.distributed import Ranks
+from opdengine.errors import ConfigError
 from opdengine.methods.checks import Check
 from opdengine.methods.paper import Paper
 from opdengine.methods.room import Need, length

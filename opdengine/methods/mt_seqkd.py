@@ -15,7 +15,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.config.train import TrainConfig
+from opdengine.errors import ConfigError
 from opdengine.methods.mad_opd import BASELINES
 from opdengine.methods.method import Method, answer_need, need_teachers, route
 from opdengine.methods.paper import Paper

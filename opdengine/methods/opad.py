@@ -12,8 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.config.train import TrainConfig
 from opdengine.environments.episodes import turns_of
+from opdengine.errors import ConfigError
 from opdengine.methods.mad_opd import MADOPD
 from opdengine.methods.mad_opd import PAPER as MAD_OPD
 from opdengine.methods.paper import Paper

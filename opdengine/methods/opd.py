@@ -6,7 +6,8 @@ arXiv 2306.13649. MT-OPD: the baseline of MAD-OPD, arXiv 2605.01347, section 5.
 
 from __future__ import annotations
 
-from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.config.train import TrainConfig
+from opdengine.errors import ConfigError
 from opdengine.methods.mad_opd import BASELINES
 from opdengine.methods.method import Method, need_teachers
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.config.train import TrainConfig
 from opdengine.distributed import Ranks
+from opdengine.errors import ConfigError
 from opdengine.loss.importance import banded, clipped, truncated
 from opdengine.methods.checks import ROLLOUTS, SAMPLED, Check
 from opdengine.metrics import Mean

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from opdengine.config.train import SageConfig
+from opdengine.config.method_sections import SageConfig
 from opdengine.methods.checks import Check
 from opdengine.methods.room import Need, length
 from opdengine.metrics import Mean, mean

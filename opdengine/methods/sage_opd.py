@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from opdengine.config.train import ConfigError, SageConfig, TrainConfig
+from opdengine.config.method_sections import SageConfig
+from opdengine.config.train import TrainConfig
 from opdengine.distributed import Ranks
 from opdengine.environments.episodes import turns_of
+from opdengine.errors import ConfigError
 from opdengine.methods.checks import Check
 from opdengine.methods.debate.contexts import contexts_of
 from opdengine.methods.method import Method, need_teachers, route
@@ -167,8 +169,9 @@ def confidence(sample: Sample) -> np.ndarray:
     per_token = (sample.teacher_top1 * mix / mix.sum(axis=1, keepdims=True)).sum(axis=1)
     turns = sample.target_turns
     counts = np.maximum(np.bincount(turns), 1)
-    means: np.ndarray = np.bincount(turns, weights=per_token) / counts
-    return means[turns].astype(np.float32)
+    means: np.ndarray = (np.bincount(turns, weights=per_token) / counts).astype(np.float32)
+    of_tokens: np.ndarray = means[turns]
+    return of_tokens
 
 
 def normalise(batch: Batch, ranks: Ranks, settings: SageConfig) -> np.ndarray:

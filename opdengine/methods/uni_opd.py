@@ -24,8 +24,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from opdengine.config.method_sections import UniOPDConfig
-from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.config.train import TrainConfig
 from opdengine.distributed import Ranks
+from opdengine.errors import ConfigError
 from opdengine.methods.checks import ROLLOUTS, Check
 from opdengine.methods.debate.contexts import contexts_of
 from opdengine.methods.method import Method, need_teachers

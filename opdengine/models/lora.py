@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from opdengine.config.train import ConfigError, LoRAConfig
+from opdengine.config.sections import LoRAConfig
 from opdengine.distributed import Ranks
-from opdengine.errors import ModelFileError
+from opdengine.errors import ConfigError, ModelFileError
 from opdengine.models.files import ADAPTER_FILE, read_object, some, tensor_shapes
 from opdengine.models.sharding import whole, whole_weights
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from opdengine.config.train import TeacherConfig
+from opdengine.config.sections import TeacherConfig
 from opdengine.data.templates import Reader
 from opdengine.models.backbone import Backbone, Head, load_model
 from opdengine.models.chat import encode_answer, load_tokenizer

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from opdengine.config.train import ConfigError, TeacherConfig
+from opdengine.config.sections import TeacherConfig
 from opdengine.data.templates import Reader
-from opdengine.errors import ProbeError
+from opdengine.errors import ConfigError, ProbeError
 from opdengine.models.chat import PROBES, encode_answer, encode_behind, stop_token_ids
 from opdengine.models.rendering import opening, turn_end
 from opdengine.models.surrogates import without_surrogates

@@ -97,7 +97,7 @@ class BalanceSettings:
 
 def histogram(counts: Sequence[int], rollouts: int) -> list[int]:
     """How many prompts have 0, 1, ... ``rollouts`` right answers."""
-    return np.bincount(np.asarray(counts, dtype=np.int64), minlength=rollouts + 1).tolist()
+    return [int(size) for size in np.bincount(np.asarray(counts, dtype=np.int64), minlength=rollouts + 1)]
 
 
 def shape(bins: Sequence[int]) -> str:

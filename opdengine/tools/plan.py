@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from opdengine.config.train import ConfigError, TeacherConfig, TrainConfig
+from opdengine.config.sections import TeacherConfig
+from opdengine.config.train import TrainConfig
+from opdengine.errors import ConfigError
 from opdengine.tools.shapes import Shape, shape_of
 
 GIB = 2**30
@@ -311,7 +313,7 @@ def _touched(shape: Shape, batch: float) -> float:
     """Parameters that a decoding step of so many sequences reads: all experts that some token needs."""
     if not shape.experts:
         return shape.active_parameters + shape.head_parameters
-    missed = (1 - shape.experts_per_token / shape.experts) ** batch
+    missed: float = (1 - shape.experts_per_token / shape.experts) ** batch
     mlp = shape.expert_parameters * shape.experts * (1 - missed)
     return shape.layers * (shape.attention_parameters + mlp) + shape.head_parameters
 

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from opdengine.config.train import ConfigError, TeacherConfig, TrainConfig
+from opdengine.config.sections import TeacherConfig
+from opdengine.config.train import TrainConfig
 from opdengine.distributed import Ranks
 from opdengine.environments.setup import open_episodes
+from opdengine.errors import ConfigError
 from opdengine.loss.vocab_parallel import VocabParallel
 from opdengine.methods.method import Method
 from opdengine.models.backbone import Backbone, choose_attention, default_device, load_model, read_dtype, read_window
@@ -259,12 +261,13 @@ def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> to
     """The learning-rate schedule by its transformers name."""
     from transformers import get_scheduler
 
-    return get_scheduler(
+    schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
         config.lr_scheduler_type,
         optimizer,
         num_warmup_steps=round(config.warmup_ratio * config.max_steps),
         num_training_steps=config.max_steps,
     )
+    return schedule
 
 
 def require_updates(config: TrainConfig) -> None:

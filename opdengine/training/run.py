@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import PromptSet, PromptStream, ScheduledStream, as_source, drop_long, load_prompts
 from opdengine.data.templates import Reader, check_templates, readable, readers_of
 from opdengine.distributed import Ranks, start
 from opdengine.environments.setup import held_out_tasks, load_tasks
+from opdengine.errors import ConfigError
 from opdengine.methods import build_method
 from opdengine.methods.method import Method
 from opdengine.methods.room import check_room

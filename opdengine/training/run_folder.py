@@ -16,10 +16,10 @@ from typing import IO, Any
 
 from opdengine.config.loading import from_mapping, read_settings, to_mapping
 from opdengine.config.sections import at_home
-from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.config.train import TrainConfig
 from opdengine.config.yaml_text import dump_yaml
 from opdengine.distributed import Ranks
-from opdengine.errors import WriteError
+from opdengine.errors import ConfigError, WriteError
 from opdengine.models.checkpoint import find_checkpoint, list_checkpoints, read_state, step_of
 from opdengine.training.writer import read_metrics
 from opdengine.workers.printing import brief

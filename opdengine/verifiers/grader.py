@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 
-from opdengine.config.train import TrainConfig, by_key
+from opdengine.config.sections import by_key
+from opdengine.config.train import TrainConfig
 from opdengine.models.thoughts import answer_part
 from opdengine.types import Prompt
 from opdengine.verifiers import FACTORIES, VERIFIERS, Verifier, load_verifier

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from opdengine.config.train import DebateConfig, TrainConfig
+from opdengine.config.method_sections import DebateConfig
+from opdengine.config.train import TrainConfig
 from opdengine.methods.checks import Check
 from opdengine.methods.debate.debate import Debate, Debater
 from opdengine.methods.debate.prompts import DebatePrompts, debate_prompts

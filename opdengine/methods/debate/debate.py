@@ -58,8 +58,9 @@ class Debate:
         if len(known) < len(self.teachers) or not all(text.strip() for text in last):
             return np.full(len(self.teachers), 1 / len(self.teachers), dtype=np.float32)
         scaled = np.array(known) / 100 / tau
-        weights = np.exp(scaled - scaled.max())
-        return (weights / weights.sum()).astype(np.float32)
+        weights: np.ndarray = np.exp(scaled - scaled.max())
+        weights /= weights.sum()
+        return weights.astype(np.float32)
 
 
 @dataclass
