@@ -91,7 +91,7 @@ $(VENV)-envs/.ready: pyproject.toml requirements/extras.py
 	test -x $(ENVS_PY) || $(PYTHON) -m venv $(VENV)-envs
 	$(ENVS_PY) -m pip install --quiet --upgrade pip
 	$(ENVS_PY) requirements/extras.py envs > $(VENV)-envs/requirements.txt
-	$(ENVS_PY) -m pip install --quiet -r $(VENV)-envs/requirements.txt "numpy>=1.26" "pytest>=8" "pytest-xdist>=3.6"
+	$(ENVS_PY) -m pip install --quiet -r $(VENV)-envs/requirements.txt "numpy>=1.26" "pydantic>=2.7" "pytest>=8" "pytest-xdist>=3.6"
 	$(ENVS_PY) -m pip install --quiet --no-deps -e .
 	@touch $@
 

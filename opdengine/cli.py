@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from opdengine import __version__
 from opdengine.config.arguments import Parser
+from opdengine.config.fields import COUNT, Range
 from opdengine.config.loading import load_config
-from opdengine.config.sections import COUNT, Range
 from opdengine.config.train import TrainConfig
 from opdengine.distributed import PeerError
 from opdengine.errors import NothingTrainedError, ServiceError, VLLMMissingError, WriteError

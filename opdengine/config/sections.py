@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import field
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
+from opdengine.config.fields import (
+    BY_SHAPE,
+    TEMPERATURE,
+    AsList,
+    AsText,
+    Choice,
+    Count,
+    Factor,
+    Filled,
+    FilledPath,
+    Flag,
+    Free,
+    Integer,
+    Listed,
+    Mapped,
+    Maybe,
+    NeededPath,
+    Positive,
+    Range,
+    Real,
+    Refused,
+    Seconds,
+    Text,
+)
+from opdengine.config.section import Elsewhere, Resumable, Section, settings
 from opdengine.errors import ConfigError
-from opdengine.workers.printing import brief
 
 DATA_COLUMNS = ("id", "prompt", "messages", "tools", "answer", "data_source")
 """What a row of data may say to the engine; other columns are handed to environments."""
+
+Dtype = Choice[Literal["auto", "float32", "bfloat16", "float16"]]
 
 
 def by_key(setting: Any, key: str, name: str) -> Any:
@@ -28,284 +54,181 @@ def by_key(setting: Any, key: str, name: str) -> Any:
     )
 
 
-VARIABLE = re.compile(r"\$(\w+|\{\w+\})(/|$)")
-"""A variable of the shell in a path."""
-TEMPLATE = re.compile(r"\{\{|\{%|\n")
-"""What no path has, but a Jinja template."""
-
-
-def at_home(path: Any) -> Any:
-    """A path with ``~`` and ``~user`` written out; anything else is left as it is.
-
-    Raises:
-        ConfigError: there is no such user, or the path has a variable of the shell in it.
-    """
-    if not isinstance(path, str):
-        return path
-    if VARIABLE.search(path) and not TEMPLATE.search(path) and not os.path.exists(path):
-        raise ConfigError(f"the path {path!r}: variables of the shell are not filled in here; write the path out")
-    if not path.startswith("~"):
-        return path
-    found = os.path.expanduser(path)
-    if found.startswith("~"):
-        raise ConfigError(f"the folder {path!r}: there is no user {path.split('/')[0][1:]!r}; write the path out")
-    return found
-
-
-@dataclass(frozen=True)
-class Range:
-    """Where a number may lie.
-
-    Args:
-        low, high: the ends; they belong to it.
-        open_low, open_high: they do not.
-        also: values that are possible besides, such as 0 or ``math.inf``.
-        remedy: what the message says in place of the ends.
-    """
-
-    low: float
-    high: float
-    open_low: bool = False
-    open_high: bool = False
-    also: tuple[float, ...] = ()
-    remedy: str = ""
-
-    def __contains__(self, value: float) -> bool:
-        if value in self.also:
-            return True
-        above = value > self.low if self.open_low else value >= self.low
-        return above and (value < self.high if self.open_high else value <= self.high)
-
-    def __str__(self) -> str:
-        """What a value must be."""
-        low = f"it must be {'above' if self.open_low else 'at least'} {self.low:.12g}"
-        ends = f"{low} and {'below' if self.open_high else 'at most'} {self.high:.12g}"
-        others = "".join(f", or {value:g}" for value in self.also)
-        return self.remedy or f"{ends}{others}"
-
-
-COUNT = Range(1, 10**9)
-COUNT_OR_NONE = Range(0, 10**9)
-SEED = Range(0, 2**62)
-SECONDS = Range(1e-3, 1e7, remedy="it is a number of seconds, at most 1e7")
-TEMPERATURE = Range(0.01, 100, also=(0,), remedy="it must be 0 (greedy) or lie between 0.01 and 100")
-TOP_P = Range(0, 1, open_low=True, remedy="it lies in (0, 1]; 1 keeps every token")
-TOP_K = Range(0, 10**9, remedy="it must not be negative; 0 keeps every token")
-PENALTY = Range(0.01, 100, remedy="it must lie between 0.01 and 100; 1 is off")
-FACTOR = Range(0, 1e6)
-POSITIVE = Range(1e-6, 1e6)
-SHARE = Range(0, 1)
-
-
-class Section:
-    """Checks of one section's values; messages name the key as the user writes it."""
-
-    section: ClassVar[str] = ""
-    ranges: ClassVar[Mapping[str, Range]] = {}
-    """Where every number may lie; null is checked nowhere."""
-
-    def need(self, ok: bool, name: str, remedy: str) -> None:
-        """Raise ConfigError unless ``ok``."""
-        if not ok:
-            key = f"{self.section}.{name}" if self.section else name
-            raise ConfigError(f"{key}={brief(getattr(self, name))} is not possible; {remedy}")
-
-    def not_blank(self, *names: str) -> None:
-        """Raise ConfigError for text that says nothing."""
-        for name in names:
-            value = getattr(self, name)
-            self.need(not isinstance(value, str) or bool(value.strip()), name, "it must not be empty; leave it out")
-
-    def in_range(self) -> None:
-        """Raise ConfigError for a number out of its range, which one that is not a number always is."""
-        for name, range_ in self.ranges.items():
-            value = getattr(self, name)
-            for number in value if isinstance(value, (list, tuple)) else [value]:
-                self.need(number is None or number in range_, name, str(range_))
-
-    def one_of(self, name: str, choices: Sequence[Any]) -> None:
-        """Raise ConfigError unless the value is one of ``choices``."""
-        self.need(getattr(self, name) in choices, name, f"choose one of {list(choices)}")
-
-
-@dataclass(frozen=True)
+@settings
 class DataConfig(Section):
-    """One source of prompts; a plain path stands for one with nothing but ``path``.
-
-    Args:
-        path: JSONL, JSON-list or Parquet file, ``datasets`` folder, hub data set as ``name:split``, or
-            generated tasks as ``reasoning_gym:NAMES?size=1000&seed=0&split=train``.
-        format: layout of its rows: "prompts" (ours), or that of a public data set (docs/verifiers.md lists them).
-        data_source: routing key of all its rows; default: the row's own, or the format's.
-        columns: our column -> dotted place in the row, in place of the format's.
-        where: use only rows with these values; dotted place -> value, list of values, or ``{min: , max: }``.
-        system: system message in place of the row's; empty removes it.
-        suffix: added to the last user message; default: the format's.
-    """
+    """One source of prompts; a plain path stands for one with nothing but ``path``."""
 
     section = "data"
 
-    path: str
-    format: str = "prompts"
-    data_source: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    where: dict[str, Any] = field(default_factory=dict)
-    system: str | None = None
-    suffix: str | None = None
+    path: Text
+    """JSONL, JSON-list or Parquet file, ``datasets`` folder, hub data set as ``name:split``, or generated tasks as
+    ``reasoning_gym:NAMES?size=1000&seed=0&split=train``."""
+    format: Text = "prompts"
+    """layout of its rows: "prompts" (ours), or that of a public data set (docs/verifiers.md lists them)."""
+    data_source: Maybe[Text] = None
+    """routing key of all its rows; default: the row's own, or the format's."""
+    columns: Mapped[Text] = field(default_factory=dict)
+    """our column -> dotted place in the row, in place of the format's."""
+    where: Free = field(default_factory=dict)
+    """use only rows with these values; dotted place -> value, list of values, or ``{min: , max: }``."""
+    system: Maybe[Text] = None
+    """system message in place of the row's; empty removes it."""
+    suffix: Maybe[Text] = None
+    """added to the last user message; default: the format's."""
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.columns) - set(DATA_COLUMNS))
         self.need(not unknown, "columns", f"{unknown} are no columns of ours; ours are {list(DATA_COLUMNS)}")
 
 
-@dataclass(frozen=True)
+@settings
 class EnvironmentConfig(Section):
     """An environment in which the student acts over many turns, in place of prompts to answer.
 
     ``max_completion_length`` is then the limit of one turn.
-
-    Args:
-        name: "search", "recorded", "trl", "alfworld", "textworld", "scienceworld", "module:Class" or "file.py:Class";
-            empty: no environment.
-        options: keywords of the environment's class; ``opdengine settings environment.NAME`` explains those of ours.
-        train_split: tasks to train on.
-        eval_splits: tasks to evaluate on, such as ["valid_seen", "valid_unseen"].
-        eval_max_tasks: at most this many of each split.
-        eval_temperatures: evaluate once at each; 0 is greedy, the others with ``top_p`` and ``top_k`` and without
-            ``repetition_penalty``.
-        max_turns: most turns of the student in an episode.
-        max_trajectory_tokens: an episode ends before a turn that might not fit; default: the
-            student's window.
-        num_environments: episodes that run at a time, each in a process of its own.
-        reset_timeout, step_timeout: seconds after which an environment counts as hanging.
-        max_observation_chars: longer answers end the episode as broken.
-        stop: strings that end a turn.
     """
 
     section = "environment"
 
-    name: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-    train_split: str = "train"
-    eval_splits: list[str] = field(default_factory=list)
-    eval_max_tasks: int | None = None
-    eval_temperatures: list[float] = field(default_factory=lambda: [0.0])
-    max_turns: int = 30
-    max_trajectory_tokens: int | None = None
-    num_environments: int = 16
-    reset_timeout: float = 120.0
-    step_timeout: float = 60.0
-    max_observation_chars: int = 100_000
-    stop: list[str] = field(default_factory=list)
-
-    ranges: ClassVar[Mapping[str, Range]] = {
-        "eval_max_tasks": COUNT,
-        "eval_temperatures": TEMPERATURE,
-        "max_turns": Range(1, 10**6),
-        "max_trajectory_tokens": COUNT,
-        "num_environments": Range(1, 4096),
-        "reset_timeout": SECONDS,
-        "step_timeout": SECONDS,
-        "max_observation_chars": COUNT,
-    }
+    name: Text = ""
+    """one of "search", "recorded", "trl", "alfworld", "textworld", "scienceworld", "module:Class" or "file.py:Class";
+    empty: no environment."""
+    options: Free = field(default_factory=dict)
+    """keywords of the environment's class; ``opdengine settings environment.NAME`` explains those of ours."""
+    train_split: Text = "train"
+    """tasks to train on."""
+    eval_splits: Listed[Text] = field(default_factory=list)
+    """tasks to evaluate on, such as ["valid_seen", "valid_unseen"]."""
+    eval_max_tasks: Maybe[Count] = None
+    """at most this many of each split."""
+    eval_temperatures: Annotated[Listed[Real], TEMPERATURE] = field(default_factory=lambda: [0.0])
+    """evaluate once at each; 0 is greedy, the others with ``top_p`` and ``top_k`` and without
+    ``repetition_penalty``."""
+    max_turns: Annotated[Integer, Range(1, 10**6)] = 30
+    """most turns of the student in an episode."""
+    max_trajectory_tokens: Maybe[Count] = None
+    """an episode ends before a turn that might not fit; default: the student's window."""
+    num_environments: Annotated[Integer, Range(1, 4096)] = 16
+    """episodes that run at a time, each in a process of its own."""
+    reset_timeout: Seconds = 120.0
+    """seconds after which an environment counts as hanging when an episode begins."""
+    step_timeout: Seconds = 60.0
+    """seconds after which an environment counts as hanging in a turn."""
+    max_observation_chars: Count = 100_000
+    """longer answers end the episode as broken."""
+    stop: Listed[Text] = field(default_factory=list)
+    """strings that end a turn."""
 
     def __post_init__(self) -> None:
-        self.in_range()
         self.need(bool(self.eval_temperatures), "eval_temperatures", "give at least one; 0 is greedy")
         self.need(all(self.stop), "stop", "an empty string would end every turn at once")
         self.need(all(self.eval_splits), "eval_splits", "a split has a name")
 
 
-@dataclass(frozen=True)
+@settings
 class LoRAConfig(Section):
-    """A low-rank adapter instead of the student's own weights (LoRA, arXiv 2106.09685), in peft's names.
-
-    Args:
-        r: rank.
-        lora_alpha: the adapter's output is scaled by ``lora_alpha / r``.
-        lora_dropout: on the adapter's input during the update; the sampler has none.
-        target_modules: "all-linear" (every linear layer but the head), names of layers such as
-            ["q_proj", "v_proj"], or a regular expression.
-        use_rslora: scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732).
-        merge_final: at the end also write the model with the adapter merged in, to ``merged/``.
-    """
+    """A low-rank adapter instead of the student's own weights (LoRA, arXiv 2106.09685), in peft's names."""
 
     section = "lora"
 
-    r: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
-    use_rslora: bool = False
-    merge_final: bool = False
-
-    ranges: ClassVar[Mapping[str, Range]] = {
-        "r": Range(1, 10**5),
-        "lora_alpha": POSITIVE,
-        "lora_dropout": Range(0, 1, open_high=True, remedy="it lies in [0, 1); 0 is off"),
-    }
+    r: Annotated[Integer, Range(1, 10**5), Elsewhere({"lora_r": "", "use_peft": ""})] = 16
+    """rank."""
+    lora_alpha: Annotated[Positive, Elsewhere({"lora_alpha": ""})] = 32.0
+    """the adapter's output is scaled by ``lora_alpha / r``."""
+    lora_dropout: Annotated[Real, Range(0, 1, open_high=True, remedy="it lies in [0, 1); 0 is off")] = 0.0
+    """on the adapter's input during the update; the sampler has none."""
+    target_modules: Annotated[
+        Annotated[Text, AsText] | Annotated[Listed[Text], AsList],
+        BY_SHAPE,
+        Elsewhere({"lora_target_modules": ""}),
+    ] = "all-linear"
+    """which layers: "all-linear" (every linear layer but the head), names of layers such as ["q_proj", "v_proj"],
+    or a regular expression."""
+    use_rslora: Flag = False
+    """scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732)."""
+    merge_final: Flag = False
+    """at the end also write the model with the adapter merged in, to ``merged/``."""
 
     def __post_init__(self) -> None:
-        self.in_range()
         self.need(bool(self.target_modules), "target_modules", "name at least one layer, or 'all-linear'")
 
 
-@dataclass(frozen=True)
+@settings
 class TeacherConfig(Section):
-    """One teacher: a model in this process, or one that a server offers (``base_url``).
+    """One teacher: a model in this process, or one that a server offers (``base_url``)."""
 
-    Args:
-        model: model folder or hub name; with ``base_url`` the name under which it is served.
-        name: used in metrics, logs and caches; default: the last part of ``model``.
-        weight: fixed mixing weight (MT-OPD) or share of the data (MT-SeqKD); relative.
-        key: routing keys (``data_source``) that this teacher answers for; empty: all prompts.
-        dtype: "auto" keeps the dtype of the checkpoint.
-        chat_template: Jinja text or file in place of the tokenizer's own.
-        chat_template_kwargs: handed to the chat template, for example ``enable_thinking: false``; what the
-            student has and this template knows must be stated here, too.
-        offload: keep a local teacher's weights on the CPU while it neither writes nor judges.
-        shard: with several processes, split a local teacher's weights over them (FSDP2); its head stays
-            whole. Judging costs little more; writing gathers all weights for every token.
-        base_url: OpenAI-compatible endpoint, such as ``http://host:8000/v1``. It writes debates and
-            answers; it judges by top-k log-probs, a lower bound of the exact divergence.
-        writer_base_url: an OpenAI-compatible endpoint that serves a local teacher's model, too: it writes
-            the teacher's text, and the weights here judge, exactly.
-        writer_model: the name under which it is served there; default: ``model``.
-        tokenizer: with ``base_url``: folder or hub name of the tokenizer; default: ``model``.
-        api_key_env: of an endpoint: the environment variable that holds the key (never the key).
-        max_concurrency: most calls at the same time.
-        timeout: seconds that one call may take.
-        max_retries: further attempts of a call that failed for a reason that may pass.
-        score_top_k: log-probs per token (vLLM: start the server with ``--max-logprobs`` as large).
-    """
-
-    model: str
-    name: str = ""
-    weight: float = 1.0
-    key: list[str] = field(default_factory=list)
-    dtype: str = "auto"
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    offload: bool = False
-    shard: bool = False
-    base_url: str | None = None
-    writer_base_url: str | None = None
-    writer_model: str | None = None
-    tokenizer: str | None = None
-    api_key_env: str | None = None
-    max_concurrency: int = 32
-    timeout: float = 600.0
-    max_retries: int = 5
-    score_top_k: int = 64
-
-    ranges: ClassVar[Mapping[str, Range]] = {
-        "weight": FACTOR,
-        "max_concurrency": Range(1, 10**5),
-        "timeout": SECONDS,
-        "max_retries": Range(0, 1000, remedy="it must not be negative; 0 is one attempt, 1000 are the most"),
-        "score_top_k": Range(1, 10**6),
-    }
+    model: Annotated[NeededPath, Elsewhere({"teacher_model": "", "teacher_model_name_or_path": ""})]
+    """model folder or hub name; with ``base_url`` the name under which it is served."""
+    name: Text = ""
+    """used in metrics, logs and caches; default: the last part of ``model``."""
+    weight: Factor = 1.0
+    """fixed mixing weight (MT-OPD) or share of the data (MT-SeqKD); relative."""
+    key: Listed[Text] = field(default_factory=list)
+    """routing keys (``data_source``) that this teacher answers for; empty: all prompts."""
+    dtype: Dtype = "auto"
+    """of its weights; "auto" keeps the dtype of the checkpoint."""
+    chat_template: Maybe[FilledPath] = None
+    """Jinja text or file in place of the tokenizer's own."""
+    chat_template_kwargs: Free = field(default_factory=dict)
+    """handed to the chat template, for example ``enable_thinking: false``; what the student has and this template knows
+    must be stated here, too."""
+    offload: Resumable[Flag] = False
+    """keep a local teacher's weights on the CPU while it neither writes nor judges."""
+    shard: Resumable[Flag] = False
+    """with several processes, split a local teacher's weights over them (FSDP2); its head stays whole. Judging costs
+    little more; writing gathers all weights for every token."""
+    base_url: Resumable[Maybe[Text]] = None
+    """OpenAI-compatible endpoint, such as ``http://host:8000/v1``. It writes debates and answers; it judges by top-k
+    log-probs, a lower bound of the exact divergence."""
+    writer_base_url: Resumable[Maybe[Text]] = None
+    """an OpenAI-compatible endpoint that serves a local teacher's model, too: it writes the teacher's text, and the
+    weights here judge, exactly."""
+    writer_model: Resumable[Maybe[Filled]] = None
+    """the name under which it is served there; default: ``model``."""
+    tokenizer: Resumable[Maybe[FilledPath]] = None
+    """with ``base_url``: folder or hub name of the tokenizer; default: ``model``."""
+    api_key_env: Resumable[Maybe[Text]] = None
+    """of an endpoint: the environment variable that holds the key (never the key)."""
+    max_concurrency: Resumable[Annotated[Integer, Range(1, 10**5)]] = 32
+    """most calls at the same time."""
+    timeout: Resumable[Seconds] = 600.0
+    """seconds that one call may take."""
+    max_retries: Resumable[Annotated[Integer, Range(0, 1000)]] = 5
+    """further attempts of a call that failed for a reason that may pass; 0 is one attempt."""
+    score_top_k: Annotated[Integer, Range(1, 10**6)] = 64
+    """log-probs per token (vLLM: start the server with ``--max-logprobs`` as large)."""
 
     def __post_init__(self) -> None:
-        for name in ("model", "tokenizer", "chat_template"):
-            object.__setattr__(self, name, at_home(getattr(self, name)))
+        need, served = self.need, self.base_url is not None
+        need(not self.name or bool(self.name.strip()), "name", "it must not be blank")
+        need(all(self.key), "key", "a routing key must not be empty; [] is every prompt")
+        endpoint = "base_url" if served else "writer_base_url"
+        url = getattr(self, endpoint)
+        if url is not None:
+            if re.search("[@?#]", url):
+                raise Refused("{key} holds a credential or a query; put the key's variable into api_key_env", endpoint)
+            need(is_address(url, ("http", "https")), endpoint, "give a URL such as http://host:8000/v1")
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise Refused(
+                "{key} is the name of an environment variable such as TEACHER_KEY, not the key", "api_key_env"
+            )
+        need(url is not None or self.api_key_env is None, "api_key_env", "it belongs to an endpoint; set base_url too")
+        if not served:
+            need(self.tokenizer is None, "tokenizer", "it belongs to a served teacher; set base_url too")
+            need(url is not None or self.writer_model is None, "writer_model", "set writer_base_url too")
+            need(not (self.shard and self.offload), "shard", "with offload the weights leave the GPU: choose one")
+            return
+        for key in ("writer_base_url", "writer_model"):
+            need(getattr(self, key) is None, key, "a teacher with base_url writes there anyway; leave it out")
+        for key in ("offload", "shard"):
+            need(not getattr(self, key), key, "the weights of a served teacher are not here")
+
+
+def is_address(url: str, schemes: Sequence[str] = ("http", "https", "unix")) -> bool:
+    """Whether a URL names a server, without credential and query."""
+    try:
+        parts = urlsplit(url)
+        place = parts.hostname if parts.scheme != "unix" else parts.path
+        return parts.scheme in schemes and bool(place) and parts.port != 0 and not re.search(r"[\s@?#]", url)
+    except ValueError:  # of the port, or of brackets
+        return False

@@ -28,6 +28,9 @@ FLOAT = re.compile(
     r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
 )
 
+BARE = object()
+"""The value of an argument without one; it switches a truth value on."""
+
 
 @dataclass(frozen=True)
 class Written:
@@ -64,7 +67,8 @@ def read_yaml(text: str) -> Any:
 
 def dump_yaml(value: Any, **options: Any) -> str:
     """Plain values as YAML that :func:`read_yaml` and readers of YAML 1.1 understand alike."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **options)
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **options)
+    return text
 
 
 def plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from opdengine.config.sections import at_home
+from opdengine.config.fields import at_home
 from opdengine.data.reasoning_tasks import GENERATED, generate
 from opdengine.models.surrogates import levels, surrogate_in
 

@@ -7,6 +7,8 @@ Entropy-aware OPD gives more weight to tokens on which the teacher is uncertain 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 from opdengine.config.method_sections import SageConfig
@@ -48,7 +50,7 @@ class TCOD(OPD):
     def weigh(self, batch: Batch) -> None:
         """The mean over the tokens of turns with weight: of the step, or of each sample (``loss_normalization``)."""
         super().weigh(batch)
-        scope = "batch" if self.config.loss_normalization == "token" else "trajectory"
+        scope: Literal["batch", "trajectory"] = "batch" if self.config.loss_normalization == "token" else "trajectory"
         normalise(batch, self.ranks, SageConfig(normalization_scope=scope))
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from opdengine.config.sections import COUNT, TOP_K, TOP_P, Range
+from opdengine.config.fields import COUNT, TOP_K, TOP_P, Range
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import DataError, drop_long, load_prompts
 from opdengine.errors import ConfigError

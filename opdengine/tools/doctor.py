@@ -19,6 +19,7 @@ NEEDED = {
     "torch": "pip install torch",
     "triton": "pip install triton",
     "transformers": "pip install 'opdengine[train]'",
+    "pydantic": "pip install 'opdengine[train]'",
     "datasets": "pip install 'opdengine[train]'",
     "safetensors": "pip install 'opdengine[train]'",
 }

@@ -1,4 +1,4 @@
-"""The settings as a reader needs them: name, default and meaning, from the docstrings of the configuration."""
+"""The settings as a reader needs them: name, default and meaning."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from opdengine.config.section import Section, fields_of
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.config.yaml_text import dump_yaml
 from opdengine.environments.registry import load_environment
@@ -28,10 +29,13 @@ COMMON = (
 
 
 def meanings(cls: type) -> dict[str, str]:
-    """What the ``Args`` of a class's docstring, and of those it inherits from, say by name, as plain text.
+    """The help of a section's settings by name, as plain text.
 
-    Names in one entry share a text.
+    Options of environments are those of their classes: what the ``Args`` of its docstring, and of those that it
+    inherits from, say.
     """
+    if issubclass(cls, Section):
+        return {name: _plain(" ".join((info.description or "").split())) for name, info in fields_of(cls).items()}
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         found |= _entries(inspect.cleandoc(base.__dict__.get("__doc__") or ""))

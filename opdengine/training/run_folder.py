@@ -10,12 +10,13 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from opdengine.config.fields import at_home
 from opdengine.config.loading import from_mapping, read_settings, to_mapping
-from opdengine.config.sections import at_home
+from opdengine.config.section import RESUMABLE, fields_of, section_in
 from opdengine.config.train import TrainConfig
 from opdengine.config.yaml_text import dump_yaml
 from opdengine.distributed import Ranks
@@ -25,25 +26,6 @@ from opdengine.training.writer import read_metrics
 from opdengine.workers.printing import brief
 
 logger = logging.getLogger(__name__)
-
-MAY_CHANGE = {
-    "resume_from_checkpoint", "max_tokens_per_batch", "workspace_bytes", "loss_impl", "vocab_parallel_head",
-    "logging_steps", "eval_steps", "save_steps", "save_total_limit", "log_completions",
-    "report_to", "run_name", "output_dir", "eval_data", "eval_max_prompts", "eval_temperature", "eval_num_generations",
-    "attn_implementation", "on_teacher_failure", "vllm_server_base_url", "vllm_sync_dir",
-    "vllm_response_timeout", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout", "max_bad_steps",
-}  # fmt: skip
-"""Settings that a resumed run may have differently: they do not change what is learned.
-
-The prompts of a step, over all processes, are compared instead of the batch size of one."""
-
-
-TEACHER_MAY_CHANGE = {
-    "base_url", "writer_base_url", "writer_model", "api_key_env", "timeout", "max_retries", "max_concurrency",
-    "offload", "shard", "tokenizer",
-}  # fmt: skip
-"""The same of a teacher: where it lives and how it is called."""
 
 LOCK = ".lock"
 """Locked by the process that writes to the folder."""
@@ -316,10 +298,17 @@ def _require_batch(before: int | None, config: TrainConfig, processes: int) -> N
         )
 
 
-def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that must be the same in a resumed run."""
-    teachers = [
-        {key: value for key, value in teacher.items() if key not in TEACHER_MAY_CHANGE}
-        for teacher in settings.get("teachers") or ()
-    ]
-    return {key: value for key, value in settings.items() if key not in MAY_CHANGE} | {"teachers": teachers}
+def _lasting(settings: Mapping[str, Any], cls: type = TrainConfig) -> dict[str, Any]:
+    """The settings that must be the same in a resumed run; instead of the batch size of one process, the prompts of a
+    step over all processes are compared."""
+    lasting = {}
+    for name, info in fields_of(cls).items():
+        inner, value = section_in(cls, name), settings[name]
+        if RESUMABLE in info.metadata:
+            continue
+        if inner is not None and isinstance(value, list):
+            value = [_lasting(item, inner) if isinstance(item, dict) else item for item in value]
+        elif inner is not None and value is not None:
+            value = _lasting(value, inner)
+        lasting[name] = value
+    return lasting

@@ -13,7 +13,8 @@ from engine_helpers import make_config
 import opdengine
 from opdengine.cli import main
 from opdengine.config import method_sections, sections
-from opdengine.config.loading import ELSEWHERE, from_mapping
+from opdengine.config.loading import from_mapping
+from opdengine.config.section import elsewhere
 from opdengine.config.train import TeacherConfig, TrainConfig
 from opdengine.environments import ENVIRONMENTS, load_environment
 from opdengine.methods import PAPERS
@@ -64,7 +65,7 @@ def test_the_options_of_an_environment_are_printed_with_their_meanings(name: str
 
 
 def test_names_of_other_libraries_lead_to_ours() -> None:
-    for name, ours in ELSEWHERE.items():
+    for name, ours in elsewhere(TrainConfig).items():
         assert name not in {f.name for f in dataclasses.fields(TrainConfig)}
         section, _, field = re.split(r"[ ,]", ours)[0].partition(".")
         assert section in {f.name for f in dataclasses.fields(TrainConfig)}
