@@ -8,7 +8,7 @@ PY = $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: study-results demo demo-agents agents-results demo-results test test-vllm test-envs check bench gpu models clean help
+.PHONY: study-results demo demo-agents agents-results demo-results test test-vllm test-envs check bench gpu docs models clean help
 
 help:
 	@echo "make demo     distil the bundled tiny models: MAD-OPD beside its baselines (minutes, 2 cores)"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench    throughput of the fused loss and of a whole step"
 	@echo "make gpu      tests and benchmarks of the fused loss on this machine's GPU, nine minutes;"
 	@echo "              with ARGS=--more a whole step at real size and the rest, nine minutes"
+	@echo "make docs     build the pages under docs/ as a site in build/site, and check all their links"
 	@echo "make models   train the bundled tiny models again"
 
 $(VENV)/bin/python:
@@ -97,6 +98,17 @@ $(VENV)-envs/.ready: pyproject.toml requirements/extras.py
 
 test-envs: $(VENV)-envs/.ready
 	OMP_NUM_THREADS=1 $(ENVS_PY) -m pytest --confcutdir=tests/environments tests/environments -m envs -n 2 $(ARGS)
+
+# In an environment of their own: the pages need neither torch nor transformers.
+DOCS_PY = $(VENV)-docs/bin/python
+$(VENV)-docs/.ready: pyproject.toml requirements/extras.py
+	test -x $(DOCS_PY) || $(PYTHON) -m venv $(VENV)-docs
+	$(DOCS_PY) requirements/extras.py docs > $(VENV)-docs/requirements.txt
+	$(DOCS_PY) -m pip install --quiet -r $(VENV)-docs/requirements.txt
+	@touch $@
+
+docs: $(VENV)-docs/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_PY) -m mkdocs build --strict --clean
 
 bench: $(VENV)/.dev
 	$(PY) -m pytest benchmarks -m "not vllm and not gpu" $(ARGS)

@@ -207,9 +207,7 @@ def test_a_model_that_is_random_in_evaluation_mode_is_refused() -> None:
     ],
 )
 def test_what_is_no_decoder_with_a_linear_head_is_refused_without_a_traceback(config: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"teacher 'x': \w+ (has no separate|computes its logits|has another layer)"
-    ):
+    with pytest.raises(ValueError, match=r"teacher 'x': \w+ (has no separate|computes its logits|has another layer)"):
         Backbone(hf.AutoModelForCausalLM.from_config(config()), "teacher 'x'")
 
 

@@ -66,7 +66,7 @@ def test_a_missing_package_is_a_mistake_of_the_user_with_its_remedy(tmp_path):
 
 
 def test_the_class_that_the_documentation_shows_plays(tmp_path):
-    page = (HERE.parents[1] / "docs" / "environments.md").read_text()
+    page = (HERE.parents[1] / "docs" / "extend" / "environment.md").read_text()
     file = tmp_path / "guess.py"
     file.write_text(page.partition("```python\n")[2].partition("```")[0])
     environment = load_environment(f"{file}:Guess")(largest=20)

@@ -1,4 +1,4 @@
-"""A method of one's own: the one of docs/methods.md runs as it stands, and what is none is refused."""
+"""A method of one's own: the one of docs/extend/method.md runs as it stands, and what is none is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def method(tmp_path: Path) -> str:
     """The example of the page, in a file."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extend" / "method.md").read_text(), re.DOTALL)
     file = tmp_path / "apart.py"
     file.write_text(code)
     return f"{file}:Apart"
