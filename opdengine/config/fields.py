@@ -37,8 +37,8 @@ WRONG_TYPE = "{key}={value} has the wrong type; expected "
 IMPOSSIBLE = "{key}={value} is not possible; "
 
 
-class Refused(ValueError):
-    """A value that a setting cannot have.
+class Refused(ConfigError):
+    """A value that a setting cannot have; a section that is built makes it an error with the setting's whole name.
 
     Args:
         message: with ``{key}`` and ``{value}`` for the setting's whole name and what it was given.
@@ -47,7 +47,7 @@ class Refused(ValueError):
     """
 
     def __init__(self, message: str, at: str = "", value: Any = BARE) -> None:
-        super().__init__(message)
+        super().__init__(message.replace("{key}", at).replace("{value}", brief(value)))
         self.message, self.at, self.value = message, at, value
 
 
@@ -191,6 +191,12 @@ class Range:
         ends = f"{low} and {'below' if self.open_high else 'at most'} {self.high:.12g}"
         others = "".join(f", or {value:g}" for value in self.also)
         return self.remedy or f"{ends}{others}"
+
+    @property
+    def interval(self) -> str:
+        """The range in mathematical notation."""
+        low, high = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"{low}{self.low:.12g}, {self.high:.12g}{high}" + "".join(f" or {value:g}" for value in self.also)
 
     def _check(self, value: Any) -> Any:
         if not all(number in self for number in (value if isinstance(value, list) else [value])):

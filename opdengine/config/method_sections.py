@@ -210,7 +210,7 @@ class AdvantageConfig(Section):
 
     section = "advantage"
 
-    kl_mode: Choice[Literal["sampled", "full_vocab"]] = "sampled"
+    kl_mode: Choice[Literal["full_vocab", "sampled"]] = "sampled"
     """where "sampled", every sampled token y has the advantage log q(y) - log p(y), as in the papers; "full_vocab" is
     the divergence over the whole vocabulary in its place, of which that is a sample (less variance, more
     computation)."""

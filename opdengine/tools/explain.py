@@ -59,9 +59,9 @@ def common() -> str:
     texts, fields = meanings(TrainConfig), {f.name: f for f in dataclasses.fields(TrainConfig)}
     lines = []
     for name in COMMON:
-        default = _default(fields[name])
+        default = default_of(fields[name])
         plain = isinstance(default, (str, int, float)) and default != "" and not by_method(name)
-        shown = f" [{_value(default)}]" if plain else ""
+        shown = f" [{in_yaml(default)}]" if plain else ""
         lines += _wrapped(texts[name].split(". ")[0].rstrip(".") + shown, f"  {name:<29} ", " " * 32)
     return "\n".join(lines)
 
@@ -108,7 +108,7 @@ def _paper(method: str) -> str:
     for setting, (value, where) in sorted(paper.defaults.items(), key=lambda entry: entry[0].rpartition(".")[0]):
         section, _, name = setting.rpartition(".")
         lines += [f"{section}:"] if section != open_ else []
-        lines.append(f"{'  ' if section else ''}{name}: {_value(value)}  # {where}")
+        lines.append(f"{'  ' if section else ''}{name}: {in_yaml(value)}  # {where}")
         open_ = section
     lines += ["# to be chosen; the paper's runs had", *(f"# {s}: {text}" for s, text in paper.choices.items())]
     return "\n".join(lines) + "\n"
@@ -119,7 +119,7 @@ def by_method(setting: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for method, paper in PAPERS.items():
         if setting in paper.defaults:
-            found.setdefault(_value(paper[setting]), []).append(method)
+            found.setdefault(in_yaml(paper[setting]), []).append(method)
     return found
 
 
@@ -143,11 +143,11 @@ def _lines(cls: Any, names: Sequence[str], shown: set[type], where: str) -> Iter
         if text != said or inner is not None:
             yield from ["", *_wrapped(text, "# ", "# ")]
         said = text
-        default = _default(field)
+        default = default_of(field)
         if inner is None or inner in shown:
             required = default is dataclasses.MISSING
             of_papers = by_method(where + field.name)
-            line = f"{field.name}:  # needed" if required else f"{field.name}: {_value(default)}"
+            line = f"{field.name}:  # needed" if required else f"{field.name}: {in_yaml(default)}"
             yield f"#{line}" if of_papers else line
             yield from (f"#   {', '.join(methods)}: {value}" for value, methods in of_papers.items())
             continue
@@ -157,7 +157,7 @@ def _lines(cls: Any, names: Sequence[str], shown: set[type], where: str) -> Iter
         if dataclasses.is_dataclass(default):
             yield from [f"{field.name}:", *body]
         else:
-            yield f"{field.name}: {_value(default)}"
+            yield f"{field.name}: {in_yaml(default)}"
             yield "# a list of these:" if isinstance(default, list) else f"# {field.name}:"
             yield from (f"#{line}" for line in body)
 
@@ -169,11 +169,13 @@ def _section(hint: Any) -> type | None:
     return next((found for part in typing.get_args(hint) if (found := _section(part)) is not None), None)
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a dataclass's field, or ``dataclasses.MISSING``."""
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
-def _value(value: Any) -> str:
+def in_yaml(value: Any) -> str:
+    """A value as it is written in YAML, on one line."""
     return dump_yaml(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 

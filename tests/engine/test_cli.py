@@ -19,6 +19,7 @@ from opdengine.config.train import TeacherConfig, TrainConfig
 from opdengine.environments import ENVIRONMENTS, load_environment
 from opdengine.methods import PAPERS
 from opdengine.tools.explain import annotated, common, meanings
+from opdengine.tools.reference import GROUPS, reference
 from opdengine.training.progress import Progress
 from opdengine.training.run import train
 from tiny.agents.house import HOUSE
@@ -44,6 +45,12 @@ def test_all_settings_are_printed_as_a_configuration_of_the_defaults() -> None:
     assert all(f"\n#{setting}: " in annotated() for setting in by_paper if "." not in setting)
     needed = {"model": "m", "output_dir": "o", "train_data": ["d.jsonl"]}
     assert from_mapping(TrainConfig, {**settings, **needed}) == from_mapping(TrainConfig, needed)
+
+
+def test_the_page_of_all_settings_is_current() -> None:
+    written = (Path(__file__).parents[2] / "docs" / "settings.md").read_text("utf-8")
+    assert written == reference(), "run python -m opdengine.tools.reference docs/settings.md"
+    assert set(GROUPS) <= {f.name for f in dataclasses.fields(TrainConfig)}
 
 
 def test_what_is_commented_out_is_a_configuration_as_well() -> None:
