@@ -25,7 +25,7 @@ from opdengine.distributed import PeerError
 from opdengine.errors import NothingTrainedError, ServiceError, VLLMMissingError, WriteError
 from opdengine.models.checkpoint import CheckpointError
 from opdengine.models.rendering import thought_opening
-from opdengine.plugins import explain
+from opdengine.plugins import explain, without_sudden_end
 from opdengine.tools.explain import annotated, common
 from opdengine.training.signals import Interrupted
 from opdengine.types import Prompt
@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from opdengine.teachers import TeacherError
 
     try:
-        return _run(options, rest)
+        with without_sudden_end():
+            return _run(options, rest)
     except (
         ValueError,
         CheckpointError,
@@ -188,7 +189,7 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     if options.command == "fetch":
         return _fetch(options)
-    config = load_config(options.config, rest)
+    config = load_config(options.config, rest, {} if options.command == "train" else {"output_dir": "."})
     if options.command == "plan":
         return _plan(config, options)
     _hide_bars()
@@ -291,7 +292,8 @@ def _load_student(config: TrainConfig) -> tuple[TransformersSampler, Any]:
     tokenizer = load_tokenizer(
         config.model, trust_remote_code=config.trust_remote_code, chat_template=config.chat_template
     )
-    return TransformersSampler(load_copy(config), tokenizer, 4 * config.max_tokens_per_batch, config.bf16), tokenizer
+    model, budget = load_copy(config), 4 * config.max_tokens_per_batch
+    return TransformersSampler(model, tokenizer, budget, config.bf16, config.chat_template_kwargs), tokenizer
 
 
 def _balance(config: TrainConfig, options: argparse.Namespace) -> int:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 import sysconfig
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,7 +36,8 @@ def load_object(spec: str) -> Any:
     if place.endswith(".py") and not Path(place).expanduser().is_file():
         raise PluginError(f"there is no Python file {place!r}")
     try:
-        module = _load_file(place) if place.endswith(".py") else importlib.import_module(place)
+        with without_sudden_end():
+            module = _load_file(place) if place.endswith(".py") else importlib.import_module(place)
     except (Exception, SystemExit) as error:
         told = explain(error)
         if place.endswith(".py") and place not in told:
@@ -51,6 +55,26 @@ def import_object(spec: str) -> Any:
     """What stands under ``package.module:name`` in this package, whose errors say themselves what is missing."""
     place, _, name = spec.rpartition(":")
     return getattr(importlib.import_module(place), name)
+
+
+@contextmanager
+def without_sudden_end() -> Iterator[None]:
+    """``os._exit`` raises SystemExit in this process, so that a user's code cannot end a run without a word.
+
+    Its children keep it: they have nothing to tidy up that is not this process's.
+    """
+    sudden, owner = os._exit, os.getpid()
+
+    def leave(status: int) -> None:
+        if os.getpid() != owner:
+            sudden(status)
+        raise SystemExit(status)
+
+    os._exit = leave  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = sudden
 
 
 def explain(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from opdengine.config.section import read, section_in
@@ -21,13 +22,16 @@ DASHES = tuple("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d")
 MAX_PARTS = 30
 
 
-def load_config(path: str | None, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(
+    path: str | None, overrides: Sequence[str] = (), unused: Mapping[str, Any] = MappingProxyType({})
+) -> TrainConfig:
     """Read a YAML file and apply command-line overrides.
 
     Args:
         path: YAML file, or None for overrides only.
         overrides: ``--key value``, ``--key=value``, ``--section.key value``,
             ``--teachers.0.model path``; a bare ``--flag`` sets a boolean.
+        unused: values of settings that a run needs and the command does not, where they are left out.
 
     Raises:
         ConfigError: the file does not exist, a key is unknown or a value has the wrong type.
@@ -42,7 +46,7 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> TrainConfig:
         )
     for key, value in pairs:
         _assign(data, key.split("."), value)
-    return from_mapping(TrainConfig, data)
+    return from_mapping(TrainConfig, {**unused, **data})
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

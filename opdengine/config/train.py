@@ -317,6 +317,11 @@ class TrainConfig(Section):
         """Whether the teachers debate."""
         return self.method in ("mad_opd", "opad") or self.contexts == "debate"
 
+    def require_train_data(self) -> None:
+        """Raise ConfigError unless there is something to train on, which not every command needs."""
+        if not self.train_data and not self.environment.name:
+            raise ConfigError("train_data=[] is not possible; name at least one file, or an environment")
+
     def divergence_of(self, key: str) -> str:
         """The divergence that prompts with this routing key are trained with.
 
@@ -387,8 +392,6 @@ def _check_data(config: TrainConfig) -> None:
     if config.environment.name:
         need(not config.train_data, "train_data", "the tasks come from the environment; leave it out")
         need(not config.eval_data, "eval_data", "use environment.eval_splits")
-    else:
-        need(bool(config.train_data), "train_data", "name at least one file, or an environment")
 
 
 def _check_teacher(config: TrainConfig, teacher: TeacherConfig, where: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from opdengine.config.fields import at_home
 from opdengine.data.reasoning_tasks import GENERATED, generate
+from opdengine.models.hub import hub_problem
 from opdengine.models.surrogates import levels, surrogate_in
 
 MOST_LEVELS = 100
@@ -108,10 +109,7 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
 
         yield from enumerate(_read(path, lambda: _arrow(datasets.load_from_disk(str(file)))), start=1)
     elif ":" in path and not file.suffix:
-        import datasets
-
-        name, _, split = path.rpartition(":")
-        yield from enumerate(_read(path, lambda: _arrow(datasets.load_dataset(name, split=split))), start=1)
+        yield from enumerate(_read(path, lambda: _hub(path)), start=1)
     else:
         raise DataError(
             f"data file {path!r} does not exist or is none of .jsonl, .json, .parquet, a folder written by "
@@ -128,6 +126,20 @@ def _read(path: str, load: Callable[[], Iterable[Any]]) -> Iterator[Any]:
     except Exception as error:  # readers of files raise what they like
         detail = str(error) or type(error).__name__
         raise DataError(f"data file {path!r} cannot be read: {detail}") from error
+
+
+def _hub(path: str) -> Iterable[Any]:
+    """Rows of a data set of the hub, as ``name:split``."""
+    import datasets
+
+    name, _, split = path.rpartition(":")
+    try:
+        data = datasets.load_dataset(name, split=split)
+    except Exception as error:  # huggingface_hub has classes of its own
+        if problem := hub_problem(name, error, data=True):
+            raise DataError(problem) from error
+        raise
+    return _arrow(data)
 
 
 def _require_plain(path: str, file: Path) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opdengine.data.files import parse_json
 from opdengine.data.rows import parse_tools
 from opdengine.environments.actions import visible_text, with_tool_calls
 from opdengine.environments.protocol import Observation, Step, Task
@@ -191,6 +192,7 @@ def prompt_rows(path: str, *, data_source: str = "recorded", skip_bad_rows: bool
 
 def _record(row: Mapping[str, Any], default_id: str, data_source: str) -> Record:
     turns = row.get("messages") if row.get("messages") is not None else row.get("conversations")
+    turns = parse_json(turns) if isinstance(turns, str) and turns.strip() else turns  # columns of one type hold text
     if not isinstance(turns, (list, tuple)):
         raise ValueError("neither 'messages' nor 'conversations' is a list")
     messages = [_message(turn) for turn in turns]

@@ -87,7 +87,7 @@ class Judge:
                         asked.append((place, Request(f"judge {query[0].id} turn {query[1]}", ids, _seed(query))))
             replies = await teacher.generate([request for _, request in asked], self.params) if asked else []
             for (place, _), reply in zip(asked, replies, strict=True):
-                verdicts[place] = self.read(reply)
+                verdicts[place] = self.read(reply, teacher.opening)
 
         await asyncio.gather(*(ask_one(t) for t in {id(j): j for j in judges}.values()))
         return verdicts
@@ -123,11 +123,18 @@ class Judge:
         system = SYSTEM if self.config.judge_prompt is None else ""
         return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": question}]
 
-    def read(self, reply: Completion | Failure) -> Verdict:
-        """The verdict of a reply; anything but exactly one of the words falls back to full supervision."""
+    def read(self, reply: Completion | Failure, opening: str = "") -> Verdict:
+        """The verdict of a reply; anything but exactly one of the words falls back to full supervision.
+
+        Args:
+            reply: of the judge.
+            opening: the thought that the judge's prompt leaves open, see :attr:`opdengine.teachers.Teacher.opening`.
+        """
         if isinstance(reply, Failure):
             return Verdict("judge_failed", self.config.judge_fallback)
-        text = without_thoughts(reply.text) or ""  # what a judge weighs in a thought without an end is no verdict
+        text = (
+            without_thoughts(opening + reply.text) or ""
+        )  # what a judge weighs in a thought without an end is no verdict
         found = set(re.findall(r"\b(SKIP|WEAK|STRONG)\b", text.upper()))
         if len(found) != 1:
             return Verdict("unparsed", self.config.judge_fallback, reply.text)

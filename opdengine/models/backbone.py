@@ -30,6 +30,7 @@ from opdengine.models.batching import (
     window_of,
 )
 from opdengine.models.files import own_memory, read_config, read_model, require_whole_files
+from opdengine.models.hub import hub_problem
 from opdengine.models.lfs import require_no_gguf
 from opdengine.models.lora import architecture, base_of, merge_adapter, read_adapted
 from opdengine.models.packing import ONE_REGIME, Packed, Regimes, pack
@@ -116,6 +117,8 @@ def load_model(
         logger.warning("%s does not support %s attention: using eager", path, attn_implementation)
         model = read_model(read, path, attn_implementation="eager", **options)
     except (OSError, ImportError) as error:
+        if not Path(path).is_dir() and (problem := hub_problem(path, error)):
+            raise ModelFileError(f"the model {path!r} {problem}") from error
         remedy = "; only safetensors are read: save it with save_pretrained" if "safetensors" in str(error) else ""
         raise ValueError(f"the model {path!r} cannot be loaded: {error}{remedy}") from error
     if not bf16:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opdengine.models.hub import hub_problem
 from opdengine.models.lfs import require_no_pointers
 from opdengine.models.rendering import (
     MARK,
@@ -74,6 +75,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers has no class of its own for a damaged file
+        if not Path(path).is_dir() and (problem := hub_problem(path, error)):
+            raise ValueError(f"the model {path!r} {problem}") from error
         place = f"the folder {path!r}" if Path(path).is_dir() else f"{path!r}, which is no folder here, as a hub name"
         raise ValueError(f"no tokenizer could be loaded from {place}: {error}") from error
     if chat_template is not None:

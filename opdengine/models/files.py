@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from opdengine.errors import ModelFileError
+from opdengine.models.hub import hub_problem
 from opdengine.models.lfs import require_no_pointer, require_no_pointers
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,8 @@ def read_config(path: str, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # huggingface_hub has classes of its own, and so has the code of a model
+        if not Path(path).is_dir() and (problem := hub_problem(path, error)):
+            raise ModelFileError(f"the model {path!r} {problem}") from error
         said = " ".join(str(error).split()) or type(error).__name__
         raise ModelFileError(f"the configuration of the model {path!r} cannot be read: {said}") from error
 

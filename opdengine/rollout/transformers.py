@@ -9,7 +9,7 @@ not depend on what else is in the batch.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -36,15 +36,23 @@ class TransformersSampler:
         tokenizer: its tokenizer (for stop strings and text).
         max_batch_tokens: bound on sequences * (prompt + new tokens) held at a time.
         bf16: passes run under autocast to bfloat16, as the trainer's do.
+        template_kwargs: of the chat template, which may print another end of a turn with them.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, max_batch_tokens: int = 32768, bf16: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_batch_tokens: int = 32768,
+        bf16: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.model = model
         self.bf16 = bf16
         self.tokenizer = tokenizer
         self.max_batch_tokens = max_batch_tokens
         self.policy_version = 0
-        self.stop_ids = stop_token_ids(tokenizer, model)
+        self.stop_ids = stop_token_ids(tokenizer, model, template_kwargs)
         self.vocabulary = vocabulary_size(tokenizer)
         self.window = window_of(model.config)
 

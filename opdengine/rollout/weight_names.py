@@ -105,7 +105,7 @@ def checkpoint_names(model: str) -> frozenset[str]:
         ConfigError: there are none.
     """
     from safetensors import safe_open
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     for file in ("model.safetensors.index.json", "model.safetensors"):
         path = cached_file(

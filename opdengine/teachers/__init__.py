@@ -50,6 +50,11 @@ class Teacher(Protocol):
         ...
 
     @property
+    def opening(self) -> str:
+        """The thought that its chat template leaves open before its text; "" where it opens none."""
+        ...
+
+    @property
     def head(self) -> Head | None:
         """Its frozen output head; None where it judges by log-probs."""
         ...

@@ -19,6 +19,7 @@ from opdengine.config.sections import TeacherConfig
 from opdengine.data.templates import Reader
 from opdengine.models.backbone import Backbone, Head, load_model
 from opdengine.models.chat import encode_answer, load_tokenizer
+from opdengine.models.rendering import thought_opening
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.teachers.offload import Offload
 from opdengine.teachers.prefix import PrefixScorer
@@ -78,7 +79,10 @@ class LocalTeacher:
         self.backbone = split() if self._sharded is None else self._sharded.run(split)
         self._device = self.backbone.device  # offloaded weights are elsewhere between calls
         self._scorer = PrefixScorer(self.backbone)
-        self._generator = TransformersSampler(model, self.tokenizer, max_batch_tokens=4 * max_tokens)
+        self.opening = thought_opening(self.tokenizer, config.chat_template_kwargs)
+        self._generator = TransformersSampler(
+            model, self.tokenizer, 4 * max_tokens, template_kwargs=config.chat_template_kwargs
+        )
         self._writer = writer
         if writer is None:
             prove = self._generator.prove

@@ -18,7 +18,7 @@ from opdengine.config.sections import TeacherConfig
 from opdengine.data.templates import Reader
 from opdengine.errors import ConfigError, ProbeError
 from opdengine.models.chat import PROBES, encode_answer, encode_behind, stop_token_ids
-from opdengine.models.rendering import opening, turn_end
+from opdengine.models.rendering import opening, thought_opening, turn_end
 from opdengine.models.surrogates import without_surrogates
 from opdengine.rollout.transformers import stream_key
 from opdengine.teachers.echo import Echo
@@ -54,6 +54,7 @@ class ServedTeacher:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self._reader = Reader(f"teacher {config.name!r}", tokenizer, config.chat_template_kwargs)
+        self.opening = thought_opening(tokenizer, config.chat_template_kwargs)
         self.window: int | None = None
         ends = stop_token_ids(tokenizer, template_kwargs=config.chat_template_kwargs)
         # A server stops at the eos token by itself, but need not know the end of a turn.

@@ -249,6 +249,8 @@ def balance(config: TrainConfig, settings: BalanceSettings, progress: Callable[[
     from opdengine.models.rendering import thought_opening
     from opdengine.verifiers.grader import Grader
 
+    if not config.train_data:
+        raise ConfigError("train_data=[] is not possible; name the files of prompts to balance")
     require_matplotlib()
     check_model_path(config.model)
     found = load_prompts(config.train_data, skip_bad_rows=config.skip_bad_rows)

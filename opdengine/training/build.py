@@ -344,7 +344,9 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
     sampled = base_of(model)
     if ranks.world_size > 1:
         sampled = ranks.in_turn(lambda: load_copy(config))
-    sampler = TransformersSampler(sampled, tokenizer, 4 * config.max_tokens_per_batch, config.bf16)
+    sampler = TransformersSampler(
+        sampled, tokenizer, 4 * config.max_tokens_per_batch, config.bf16, config.chat_template_kwargs
+    )
     sampler.prove()
     return sampler
 

@@ -76,6 +76,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 
 
 def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
+    config.require_train_data()
     method = build_method(config)
     _check_needs(config)
     require_updates(config)

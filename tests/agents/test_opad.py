@@ -59,6 +59,10 @@ def test_sampled_steps() -> None:
     uniform = {"sampling": "uniform", "steps_per_trajectory": 2}
     first, again, later = chosen(0, **uniform), chosen(0, **uniform), chosen(1, **uniform)
     assert len(first) == 80 and [s.id for s in first] == [s.id for s in again] != [s.id for s in later]
+    for step in chosen(0)[:8]:
+        logprobs = step.turns[-1].logprobs
+        assert logprobs is not None
+        assert surprise(step) == pytest.approx(-logprobs.mean())
     by_surprise = chosen(0, sampling="surprise", steps_per_trajectory=2)
     mean_all = np.mean([surprise(s) for s in chosen(0)])
     assert np.mean([surprise(s) for s in by_surprise]) > mean_all

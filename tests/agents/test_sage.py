@@ -164,6 +164,14 @@ def test_what_the_judge_says(reply: str, label: str, weight: float) -> None:
     assert found.metrics[f"sage/{label}"] == 1
 
 
+@pytest.mark.parametrize(
+    ("reply", "label"), [("It may be WEAK", "unparsed"), ("WEAK? No.</think>SKIP", "skip"), ("SKIP", "unparsed")]
+)
+def test_a_judge_whose_prompt_opens_a_thought_is_read_behind_it(reply: str, label: str) -> None:
+    teacher = ScriptedTeacher("t", [reply], opening="<think>\n")
+    assert annotated(sage(teacher), [make_rollout((2,))]).metrics[f"sage/{label}"] == 1
+
+
 def test_failures_are_not_put_to_the_judge() -> None:
     rollout = make_rollout((2, 2, 2), failures=("", "execution", ""))
     teacher = ScriptedTeacher("t", lambda call, request: "SKIP")

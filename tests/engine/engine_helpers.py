@@ -124,17 +124,23 @@ class ScriptedTeacher:
     Args:
         name: of the teacher.
         reply: (index of the call, request) -> text, or a list with one text per round.
-        tokenizer: encodes chats; default: one id per character of ``role: content`` lines.
+        window: longest sequence in tokens; one id stands for a character.
+        opening: the thought that its prompts leave open.
     """
 
     def __init__(
-        self, name: str, reply: Callable[[int, Request], str] | Sequence[str], window: int | None = None
+        self,
+        name: str,
+        reply: Callable[[int, Request], str] | Sequence[str],
+        window: int | None = None,
+        opening: str = "",
     ) -> None:
         self.name = name
         self.keys: tuple[str, ...] = ()
         self.weight = 1.0
         self.fingerprint = f"weights of {name}"
         self.window = window
+        self.opening = opening
         self.calls: list[list[Request]] = []
         self._reply = reply
 

@@ -22,6 +22,7 @@ from opdengine.data.prompts import DataError, PromptSet, PromptStream, load_prom
 from opdengine.errors import VLLMMissingError
 from opdengine.models.backbone import load_model
 from opdengine.models.chat import load_tokenizer
+from opdengine.tools.balance import BalanceSettings, balance
 from opdengine.training.run import train
 from tiny.agents.house import HOUSE
 
@@ -94,8 +95,9 @@ def test_settings(arguments: list[str], message: str) -> None:
 def test_missing_settings_and_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="missing setting 'model', 'output_dir'"):
         load_config(None, [])
-    with pytest.raises(ConfigError, match=r"train_data=\[\] is not possible; name at least one file"):
-        load_config(None, ["--model", "m", "--output_dir", "o"])
+    for work in (train, lambda config: balance(config, BalanceSettings(tmp_path / "balanced.jsonl"))):
+        with pytest.raises(ConfigError, match=r"train_data=\[\] is not possible; name "):
+            work(load_config(None, ["--model", "m", "--output_dir", "o"]))
     with pytest.raises(ConfigError, match=r"train_data=.*the tasks come from the environment"):
         load_config(None, ["--model", "m", "--output_dir", "o", "--train_data", "d", "--environment.name", HOUSE])
     with pytest.raises(ConfigError, match=r"missing setting 'teachers.0.model'"):
@@ -156,7 +158,10 @@ def test_what_the_command_line_understands(tmp_path: Path) -> None:
         ({"verifier": "os.path:sep"}, "'os.path:sep' is not callable"),
         ({"verifier": "nowhere.py:f"}, "no Python file 'nowhere.py'"),
         ({"chat_template": "templates/none.jinja"}, "'templates/none.jinja' is neither a file nor a Jinja template"),
-        ({"model": "no/where"}, "could be loaded from 'no/where', which is no folder here, as a hub name"),
+        (
+            {"model": "no/where"},
+            "model 'no/where' is no folder here, is not whole in the cache .*: correct the name, give a folder, or",
+        ),
         ({"use_vllm": True}, "vLLM is not installed"),
         ({"report_to": ["tensorboard"]}, "report_to: .tensorboard. needs a package: pip install tensorboard"),
         ({"model": "./nowhere"}, "model folder './nowhere' does not exist; give a folder"),

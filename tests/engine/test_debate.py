@@ -136,10 +136,25 @@ def test_earlier_turns_are_kept_and_only_the_last_user_message_is_wrapped() -> N
         ("<<CONFIDENCE=high>>", None),
         ("<<CONFIDENCE=80>", None),
         ("", None),
+        ("<think>I would say <<CONFIDENCE=20>>.</think> 4 <<CONFIDENCE=90>>", 90),
+        ("<think>I would say <<CONFIDENCE=20>>.</think> 4", None),
+        ("4 <<CONFIDENCE=90>> <think>or rather <<CONFIDENCE=20>>", None),
+        ("I would say <<CONFIDENCE=20>>.</think> 4 <<CONFIDENCE=90>>", 90),
+        ("[THINK]I would say <<CONFIDENCE=20>>", None),
     ],
 )
-def test_the_last_tag_is_the_confidence(text: str, stated: float | None) -> None:
+def test_the_last_tag_outside_of_thoughts_is_the_confidence(text: str, stated: float | None) -> None:
     assert parse_confidence(text) == stated
+
+
+def test_a_thought_that_the_prompt_opens_hides_a_confidence_until_it_ends() -> None:
+    teachers = [
+        ScriptedTeacher("a", ["x", "let me see, <<CONFIDENCE=50>>"], opening="<think>"),
+        ScriptedTeacher("b", ["x", "<<CONFIDENCE=10>>?</think>y <<CONFIDENCE=70>>"], opening="<think>"),
+    ]
+    (result,) = hold(debater(), [prompt()], teachers)
+    assert result.confidences == (None, 70.0)
+    assert result.problems == {"missing_confidence": 1}
 
 
 def test_confidences_out_of_range_are_clamped_and_counted() -> None:

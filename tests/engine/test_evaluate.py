@@ -99,6 +99,18 @@ def test_training_data_is_not_evaluated_in_place_of_evaluation_data(
     assert "name the tasks with environment.eval_splits" in capsys.readouterr().err
 
 
+def test_an_evaluation_needs_a_model_and_data_alone(
+    models: dict[str, str], prompt_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", models["student"], "--eval_data", prompt_file, "--max_completion_length", "2"]
+    assert main(["eval", *arguments]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert main(["train", *arguments]) == 2
+    assert "missing setting 'output_dir'" in capsys.readouterr().err
+    assert main(["train", *arguments, "--output_dir", "o"]) == 2
+    assert "train_data=[] is not possible; name at least one file, or an environment" in capsys.readouterr().err
+
+
 def test_what_is_evaluated_and_trained_on_is_pointed_out(
     models: dict[str, str], prompt_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

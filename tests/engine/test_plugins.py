@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from opdengine.methods import build_method
 from opdengine.plugins import PluginError, load_object
 from opdengine.verifiers import load_verifier
 
+OWN = "from opdengine.methods.method import Method\nclass wanted(Method):\n    def __init__"
+
 BROKEN = [
     ("x = 1\ndef f(:\n", r"own\.py, line 2: SyntaxError: "),
     ("def f():\n\treturn 1\n        return 2\n", r"own\.py, line 3: TabError|IndentationError"),
@@ -26,6 +31,8 @@ BROKEN = [
     ("def g():\n    return {}['key']\n\ng()\n", r"own\.py, line 2: KeyError: 'key'"),
     ("import json\njson.loads('{')\n", r"own\.py, line 2: JSONDecodeError"),
     ("import sys\nsys.exit(0)\n", r"own\.py, line 2: it calls exit\(\)"),
+    ("import os\nos._exit(0)\n", r"own\.py, line 2: it calls exit\(\)"),
+    ("from os import _exit\ndef f(): _exit(3)\nf()\n", r"own\.py, line 2: it calls exit\(\)"),
     ("raise Exception('\\x1b[31mred\\n' * 1000)\n", r"own\.py, line 1: Exception: \\x1b\[31mred"),
     ("def f(): f()\nf()\n", r"own\.py, line 1: RecursionError"),
     ("def wanted_name(): ...\n", r"has no 'wanted'; did you mean 'wanted_name'\?"),
@@ -71,13 +78,35 @@ def test_names_that_lead_nowhere(name: str, message: str) -> None:
     assert message in str(refused.value)
 
 
+def test_children_of_a_users_file_end_as_they_like(tmp_path: Path) -> None:
+    """Processes that are forked leave by os._exit, as those of multiprocessing do."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import os\nchild = os.fork()\nif child == 0:\n    os._exit(7)\n"
+        "code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])\n"
+    )
+    plain = os._exit
+    assert load_object(f"{file}:code") == 7
+    assert os._exit is plain
+
+
+def test_a_run_that_a_users_code_ends_suddenly_has_failed(
+    models: dict[str, str], prompt_file: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(f"import os\n{OWN}(self, config):\n        os._exit(0)\n")
+    arguments = ["--model", models["student"], "--teachers.0.model", models["big"], "--train_data", prompt_file]
+    arguments += ["--output_dir", str(tmp_path / "o"), "--method", f"{file}:wanted"]
+    command = [sys.executable, "-m", "opdengine", "train", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2
+    assert "own.py, line 5: it calls exit()" in run.stderr and "Traceback" not in run.stderr
+
+
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "own.py").mkdir()
     with pytest.raises(PluginError, match="there is no Python file"):
         load_object(f"{tmp_path / 'own.py'}:f")
-
-
-OWN = "from opdengine.methods.method import Method\nclass wanted(Method):\n    def __init__"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,14 +14,25 @@ import pytest
 from engine_helpers import make_config
 from transformers import AutoModelForCausalLM
 
+from opdengine.cli import _load_student
+from opdengine.config.train import TeacherConfig
 from opdengine.data.prompts import DataError, PromptSet
 from opdengine.data.templates import Reader, check_templates, readable
 from opdengine.metrics import write_jsonl
-from opdengine.models.chat import encode_answer, encode_behind, encode_chat, require_same_mode, stop_token_ids
+from opdengine.models.chat import (
+    encode_answer,
+    encode_behind,
+    encode_chat,
+    load_tokenizer,
+    require_same_mode,
+    stop_token_ids,
+)
 from opdengine.models.rendering import arguments_form, opening, render, turn_end
 from opdengine.models.surrogates import without_surrogates
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.rollout.vllm_base import VLLMBase
+from opdengine.teachers.local import LocalTeacher
+from opdengine.teachers.server import ServedTeacher
 from opdengine.training.build import build_sampler
 from opdengine.training.run import train
 from opdengine.types import Prompt, Request, SamplingParams
@@ -157,6 +169,36 @@ def test_sampling_stops_at_the_end_of_a_turn(base: tuple[str, Any]) -> None:
             and completion.token_ids.tolist().index(end) == len(completion.token_ids) - 1
         )
         assert np.isfinite(completion.logprobs).all() and "<end>" not in completion.text
+
+
+def test_the_end_of_a_turn_is_that_of_the_runs_settings(
+    base: tuple[str, Any], tmp_path: Path, models: dict[str, str]
+) -> None:
+    """A template that ends turns otherwise with some argument: every sampler and teacher in this process is told."""
+    folder, tokenizer = base
+    template = tokenizer.chat_template.replace("<end>", "{% if short %}<|pad|>{% else %}<end>{% endif %}")
+    pad, end = tokenizer.convert_tokens_to_ids(["<|pad|>", "<end>"])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for short in (False, True):
+        settings = {"chat_template": template, "chat_template_kwargs": {"short": short}}
+        config = make_config({**models, "student": folder}, "d", tmp_path, **settings)
+        teacher = LocalTeacher(TeacherConfig(folder, name="t", **settings))
+        named = load_tokenizer(folder, chat_template=template)
+        for sampler in (build_sampler(config, model, named), teacher._generator, _load_student(config)[0]):
+            assert isinstance(sampler, TransformersSampler)
+            assert (end in sampler.stop_ids) == (not short) and pad in sampler.stop_ids
+
+
+def test_the_thought_that_a_teachers_template_opens_is_known(models: dict[str, str]) -> None:
+    for opens in ("", "<think>\n"):
+        template = CHATML.replace("OPENING", "{% if think %}" + opens + "{% endif %}")
+        told = {"name": "t", "chat_template": template}
+        for think in (False, True):
+            config = TeacherConfig(models["big"], **told, chat_template_kwargs={"think": think})
+            tokenizer = load_tokenizer(models["big"], chat_template=template)
+            far = dataclasses.replace(config, base_url="http://127.0.0.1:1/v1")
+            for teacher in (LocalTeacher(config), ServedTeacher(far, tokenizer, len(tokenizer))):
+                assert teacher.opening == (opens if think else "")
 
 
 class Recorded(VLLMBase):

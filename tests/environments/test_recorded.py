@@ -81,6 +81,32 @@ def test_both_layouts_become_messages(path):
     assert openai.messages[2] == {"role": "tool", "tool_call_id": "x", "content": "3"}
 
 
+def test_conversations_as_json_text_are_read(path, tmp_path):
+    file = tmp_path / "talks.json"
+    texts = [
+        {name: json.dumps(v) if isinstance(v, list) else v for name, v in row.items()} for row in (TOOLACE, OPENAI)
+    ]
+    file.write_text(json.dumps(texts))
+    assert load_records(str(file)) == load_records(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hello", "not JSON"),
+        ('[{"role": "user"', "not JSON"),
+        ('{"role": "user", "content": "hi"}', "neither 'messages' nor 'conversations' is a list"),
+        ("", "neither 'messages' nor 'conversations' is a list"),
+        ('["hi"]', "a turn that is not an object"),
+    ],
+)
+def test_text_that_is_no_conversation_is_refused_with_its_row(tmp_path, text, message):
+    file = tmp_path / "talks.json"
+    file.write_text(json.dumps([OPENAI, {"messages": text}]))
+    with pytest.raises(ValueError, match=f"row 2.*{message}"):
+        Recorded.tasks("train", files={"train": str(file)})
+
+
 def test_every_assistant_turn_is_a_training_prompt(path, tmp_path):
     rows = prompt_rows(path)
     assert [(row["id"], row["turn"], row["turns"]) for row in rows] == [

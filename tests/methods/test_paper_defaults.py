@@ -18,6 +18,35 @@ from opdengine.training.run import train
 from opdengine.training.run_folder import RunFolder
 
 GIVEN: dict[str, Any] = {"model": "m", "output_dir": "o", "train_data": ["d.jsonl"]}
+MAD_OPD = {
+    "jsd_beta": 0.5, "teacher_reduction": "sum", "divergence_temperature": 1.0, "loss_normalization": "sequence",
+    "num_generations": 1, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.2,
+    "learning_rate": 1e-5, "lr_scheduler_type": "cosine", "warmup_ratio": 0.05, "weight_decay": 0.01,
+    "adam_beta1": 0.9, "adam_beta2": 0.999, "max_grad_norm": 1.0,
+}  # fmt: skip
+SAGE_OPD = {
+    "divergence": "reverse_kl", "loss_normalization": "token", "num_generations": 1, "temperature": 0.4, "top_p": 1.0,
+    "top_k": 0, "environment.eval_temperatures": [0.4], "learning_rate": 1e-6, "weight_decay": 0.1,
+}  # fmt: skip
+VALUES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("mad_opd", "mt_opd"), MAD_OPD),
+    "mt_seqkd": {**MAD_OPD, "repetition_penalty": 1.0},
+    "opad": {**MAD_OPD, "divergence": "jsd"},
+    **dict.fromkeys(("sage_opd", "tcod", "entropy_opd"), SAGE_OPD),
+    "uni_opd": {
+        "divergence": "reverse_kl", "loss_normalization": "sequence", "advantage.importance": "clip",
+        "advantage.max_gap": 10.0, "num_generations": 16, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+        "learning_rate": 1e-6, "lr_scheduler_type": "constant_with_warmup", "warmup_ratio": 0.1, "weight_decay": 0.1,
+        "adam_beta1": 0.9, "adam_beta2": 0.98,
+    },
+    "camopd": {
+        "divergence": "reverse_kl", "loss_normalization": "sequence", "advantage.importance": "band",
+        "advantage.max_gap": float("inf"), "num_generations": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+        "learning_rate": 2e-6, "max_grad_norm": 1000.0,
+    },
+}  # fmt: skip
+"""As the papers and their code have them, read a second time."""
+
 EVERY = [(method, setting) for method, paper in PAPERS.items() for setting in paper.defaults]
 
 
@@ -28,6 +57,11 @@ def one(setting: str, value: Any) -> dict[str, Any]:
 
 def test_every_method_but_plain_opd_has_a_paper() -> None:
     assert set(METHODS) - set(PAPERS) == {"opd"}
+
+
+@pytest.mark.parametrize("method", sorted(PAPERS))
+def test_the_values_are_the_papers(method: str) -> None:
+    assert {setting: PAPERS[method][setting] for setting in PAPERS[method].defaults} == VALUES[method]
 
 
 @pytest.mark.parametrize(("method", "setting"), EVERY)

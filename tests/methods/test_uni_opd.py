@@ -211,6 +211,9 @@ def test_narrowing_removes_the_rollouts_in_the_way() -> None:
     # Eight of a kind: a quarter, two of them, always stays.
     gone = narrowing(np.arange(16.0)[::-1], np.arange(16) >= 8, 99.0, "mean")
     assert (~gone[:8]).sum() == 2 and (~gone[8:]).sum() == 2
+    # Eight wrong and four right ones: a quarter of each kind is counted by itself.
+    gone = narrowing(np.arange(12.0)[::-1], np.arange(12) >= 8, 99.0, "mean")
+    assert (~gone[:8]).sum() == 2 and (~gone[8:]).sum() == 1
 
 
 def test_narrowing_never_touches_sets_of_one_kind_and_stops_where_nothing_helps() -> None:

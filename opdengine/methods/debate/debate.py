@@ -203,8 +203,8 @@ class Debater:
             truncated_turn=sum(talk.truncated[: self.rounds]),
         )
         confidences: list[float | None] = []
-        for text in rounds[-1]:
-            stated = parse_confidence(text) if self.ask_confidence else None
+        for expert, text in zip(experts, rounds[-1], strict=True):
+            stated = parse_confidence(text, expert.opening) if self.ask_confidence else None
             if stated is not None:
                 problems["clamped_confidence"] += not 0 <= stated <= 100
                 stated = min(max(stated, 0.0), 100.0)

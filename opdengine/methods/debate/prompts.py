@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opdengine.models.chat import text_of
+from opdengine.models.thoughts import without_thoughts
 from opdengine.types import Message
 
 CONFIDENCE_TAG = re.compile(r"<<\s*CONFIDENCE\s*=\s*([+-]?\d+(?:\.\d+)?)\s*>>")
@@ -121,9 +122,14 @@ def expert_letter(index: int) -> str:
     return string.ascii_uppercase[index]
 
 
-def parse_confidence(text: str) -> float | None:
-    """The last ``<<CONFIDENCE=N>>`` of a reply, not yet clamped; None when there is none."""
-    found = CONFIDENCE_TAG.findall(text)
+def parse_confidence(text: str, opening: str = "") -> float | None:
+    """The last ``<<CONFIDENCE=N>>`` of a reply outside its thoughts, not yet clamped; None when there is none.
+
+    Args:
+        text: of the reply.
+        opening: the thought that the prompt leaves open, see :attr:`opdengine.teachers.Teacher.opening`.
+    """
+    found = CONFIDENCE_TAG.findall(without_thoughts(opening + text) or "")
     return float(found[-1]) if found else None
 
 
