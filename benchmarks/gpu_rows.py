@@ -3,7 +3,7 @@
     PYTHONPATH=kernels python benchmarks/gpu_rows.py [--rows 512] [--vocab 151936]
 
 Prints one JSON object per sweep and setting: milliseconds, and TB/s of the bytes the sweep has to
-move. ``rows.BLOCK`` and ``rows.OPTIONS`` hold the setting that the library uses.
+move. ``rows.BLOCK`` and ``rows.options`` hold the setting that the library uses.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
 from opd_kernels import rows
+from opd_kernels import table as fields
+from opd_kernels.chunk import Chunk, Task
+from opd_kernels.problem import Rule
+from opd_kernels.rows_math import ALIGNMENT
 from opd_kernels.triton_impl import TritonRowOps
-from opd_kernels.types import Head, Rule
 
 DEVICE = "cuda"
-SETTINGS = [(1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8), (8192, 16)]
+SETTINGS = [(1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 16)]
 KINDS = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
 
 
@@ -39,107 +43,45 @@ def milliseconds(call: Callable[[], object], repetitions: int) -> float:
     return statistics.median(times)
 
 
+def problem(count: int, vocab: int, teachers: int, half: bool = True) -> Chunk:
+    """Random logits of ``count`` rows, and where dZ goes."""
+    width = -(-vocab // ALIGNMENT) * ALIGNMENT
+    logits = torch.randn(1 + teachers, count, width, device=DEVICE)[..., :vocab]
+    table = torch.zeros(1 + teachers, fields.FIELDS, count, device=DEVICE)
+    table[1:, fields.WEIGHT], table[0, fields.SCALE] = 1.0 / max(1, teachers), 1.0
+    out = torch.empty(count, width, device=DEVICE, dtype=torch.bfloat16 if half else torch.float32)[:, :vocab]
+    return Chunk(logits, table, torch.arange(count, device=DEVICE) % vocab, out)
+
+
+def operations(kind: str, chunk: Chunk, full: bool = False) -> TritonRowOps:
+    return TritonRowOps(Task(Rule(kind), full=full, gradient=True), chunk.logits.shape[2])
+
+
+def in_stages(ops: TritonRowOps, chunk: Chunk) -> None:
+    """The row work by one sweep for every stage."""
+    ops.statistics(chunk)
+    if not ops.task.one_sweep:
+        ops.terms(chunk)
+    ops.gradient(chunk)
+
+
 def sweeps(count: int, vocab: int) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(name, bytes per logit, call) of every sweep."""
-    width = -(-vocab // rows.ALIGNMENT) * rows.ALIGNMENT
-    z, acc, t = torch.randn(3, count, width, device=DEVICE)[..., :vocab]
-    dz = torch.empty(count, width, device=DEVICE, dtype=torch.bfloat16)[:, :vocab]
-    one, labels = torch.ones(count, device=DEVICE), torch.arange(count, device=DEVICE) % vocab
-    head = Head(z, z, None, 1.0, None, 1.0, vocab)
-    ops = TritonRowOps(vocab)
-    full = ops.student_rows(head, z, labels, True, joint=False)
-    known = ops.student_rows(head, z, None, False, joint=False)
-    joint = ops.student_rows(head, z, labels, False, joint=True)
-
-    def teacher(kind: str, student, before: int) -> None:
-        ops.teacher_rows(
-            Rule(kind),
-            head,
-            head,
-            z,
-            t if before else acc,
-            student,
-            acc=acc,
-            before=before,
-            last=True,
-            weight=one,
-            labels=labels if student is full else None,
-            full=student is full,
-        )
-
-    def gradient(kind: str, teachers: int) -> None:
-        ops.gradient_rows(
-            Rule(kind),
-            z,
-            acc,
-            t,
-            known,
-            teachers=teachers,
-            acc_mean=one,
-            total_weight=one,
-            row_scale=one,
-            softcap=None,
-            out=dz,
-        )
-
-    teacher("reverse_kl", known, 0)  # the gradients read what is known about the first teacher
-    yield "student statistics", 4, lambda: ops.student_rows(head, z, labels, True, joint=False)
-    yield "student and first teacher", 8, lambda: teacher("reverse_kl", joint, 0)
-    yield "another teacher", 8, lambda: teacher("reverse_kl", known, 1)
-    yield "another teacher, every statistic", 8, lambda: teacher("reverse_kl", full, 1)
-    for kind in KINDS[2:]:
-        yield f"another teacher and value, {kind}", 12, lambda kind=kind: teacher(kind, known, 1)
-    for kind in KINDS:
-        yield f"gradient of one teacher, {kind}", 10, lambda kind=kind: gradient(kind, 1)
-        yield f"gradient of two teachers, {kind}", 14, lambda kind=kind: gradient(kind, 2)
-
-
-def two_reads(
-    kind: str,
-    z: torch.Tensor,
-    teachers: list[torch.Tensor],
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """The library's row work on the logits [c, V] of a student and one or two teachers: [c] divergences;
-    the gradient goes to ``out``. ``weight`` [K, c], ``scale`` [c]."""
-    vocab, rule = z.shape[1], Rule(kind)
-    head, ops = Head(z, z, None, 1.0, None, 1.0, vocab), TritonRowOps(vocab)
-    student = ops.student_rows(head, z, None, False, joint=True)
-    value, mean = z.new_zeros(2, z.shape[0])
-    for k, t in enumerate(teachers):
-        found = ops.teacher_rows(
-            rule,
-            head,
-            head,
-            z,
-            t,
-            student,
-            acc=teachers[0],
-            before=k,
-            last=k == len(teachers) - 1,
-            weight=weight[k],
-            labels=None,
-            full=False,
-        )
-        value += weight[k] * found.value
-        if found.acc_mean is not None:
-            mean += weight[k] * found.acc_mean
-    ops.gradient_rows(
-        rule,
-        z,
-        teachers[0],
-        teachers[-1],
-        student,
-        teachers=len(teachers),
-        acc_mean=mean,
-        total_weight=weight.sum(0),
-        row_scale=scale,
-        softcap=None,
-        out=out,
-    )
-    return value
+    """(name, bytes per logit of the student, call) of every sweep, and of all of them in one read."""
+    for teachers in (1, 2):
+        chunk, read = problem(count, vocab, teachers), 4 * (1 + teachers)
+        for kind in KINDS:
+            ops, name = operations(kind, chunk), f"{kind}, K={teachers}"
+            in_stages(ops, chunk)  # the later stages read what the earlier ones leave
+            if kind in KINDS[:2]:
+                yield f"statistics, {name}", read, lambda o=ops, c=chunk: o.statistics(c)
+            else:
+                yield f"terms, {name}", read, lambda o=ops, c=chunk: o.terms(c)
+            yield f"gradient, {name}", read + 2, lambda o=ops, c=chunk: o.gradient(c)
+            yield f"one read, {name}", read + 2, lambda o=ops, c=chunk: o.solve(c)
+            every = operations(kind, chunk, full=True)
+            yield f"one read, every statistic, {name}", read + 2, lambda o=every, c=chunk: o.solve(c)
+    alone = replace(problem(count, vocab, 0), out=None)
+    yield "student statistics", 4, lambda: operations("reverse_kl", alone, full=True).statistics(alone)
 
 
 def main() -> None:
@@ -149,7 +91,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=20)
     options = parser.parse_args()
     for block, warps in SETTINGS:
-        rows.BLOCK, rows.OPTIONS = block, {**rows.OPTIONS, "num_warps": warps}
+        rows.BLOCK, rows.options = block, lambda teachers, warps=warps: {"num_warps": warps, "enable_fp_fusion": True}
         for name, size, call in sweeps(options.rows, options.vocab):
             time = milliseconds(call, options.repetitions)
             rate = size * options.rows * options.vocab / time / 1e9

@@ -111,35 +111,28 @@ def row_kernels(rows: int, vocab: int) -> dict[str, Any]:
 
 
 def one_read(rows: int, vocab: int, kind: str, teachers: int) -> dict[str, Any]:
-    """Question 4: the row work of one chunk by the library's sweeps and by one cooperative kernel."""
-    from gpu_rows import two_reads
-    from one_read import SETTINGS, OneRead
+    """Question 4: the row work of one chunk in stages and in one read."""
+    from gpu_rows import in_stages, operations, problem
 
-    width = -(-vocab // 16) * 16
-    z, *theirs = torch.randn(1 + teachers, rows, width, device=DEVICE)[..., :vocab]
-    weight, scale = torch.rand(teachers, rows, device=DEVICE), torch.ones(rows, device=DEVICE)
-    want, got = torch.empty(2, rows, width, device=DEVICE, dtype=torch.bfloat16)[..., :vocab]
+    from opd_kernels.table import MEAN_P, VALUE
 
-    def library() -> torch.Tensor:
-        return two_reads(kind, z, theirs, weight, scale, want)
-
-    sizes = {1: (18, 10), 2: (30, 14)}[teachers]
-    out: dict[str, Any] = {"two_reads_ms": median_ms(library)}
-    out["two_reads_TB/s"] = sizes[0] * rows * vocab / out["two_reads_ms"] / 1e9
-    values, best = library(), {}
-    for block, warps in SETTINGS:
-        kernel = OneRead(rows, vocab, z, block, warps)
-        got.fill_(float("nan"))
-        value = kernel(kind, z, theirs, weight, scale, got)
-        error = ((got.float() - want.float()).norm() / want.float().norm()).item()
-        wrong = ((value - values).abs().max() / values.abs().max()).item()
-        ms = median_ms(lambda kernel=kernel: kernel(kind, z, theirs, weight, scale, got))
-        out[f"{block} columns, {warps} warps"] = {"ms": ms, "error": error, "value_error": wrong}
-        best[ms] = max(error, wrong)
-    out["one_read_ms"] = min(best)
-    out["one_read_TB/s"] = sizes[1] * rows * vocab / out["one_read_ms"] / 1e9
-    out["error"] = max(best.values())
-    return out
+    chunk = problem(rows, vocab, teachers)
+    ops, terms = operations(kind, chunk), kind not in ("reverse_kl", "forward_kl")
+    passes = 3 if terms else 2
+    stages = median_ms(lambda: in_stages(ops, chunk))
+    want, value = chunk.out.float(), chunk.table[0, VALUE] if terms else chunk.table[1, MEAN_P]
+    value = value.clone()
+    once = median_ms(lambda: ops.solve(chunk))
+    found = chunk.table[0, VALUE] if terms else chunk.table[1, MEAN_P]
+    read = 4 * (1 + teachers) * rows * vocab
+    return {
+        "in_stages_ms": stages,
+        "in_stages_TB/s": (passes * read + 2 * rows * vocab) / stages / 1e9,
+        "one_read_ms": once,
+        "one_read_TB/s": (read + 2 * rows * vocab) / once / 1e9,
+        "error": ((chunk.out.float() - want).norm() / want.norm()).item(),
+        "value_error": ((found - value).abs().max() / value.abs().max().clamp(min=1e-30)).item(),
+    }
 
 
 def triton_gemm(rows: int, vocab: int, width: int) -> dict[str, Any]:
@@ -197,5 +190,5 @@ def cases(smoke: bool) -> Iterator[Case]:
         yield "Triton GEMM", lambda: triton_gemm(1024, vocab, width)
     yield "sustained", lambda: sustained(0.01 if smoke else 5.0, size)
     # Last: programs that wait for each other could wait for ever.
-    for kind, teachers in (("reverse_kl", 1), ("reverse_kl", 2), ("forward_kl", 2)) if CUDA else ():
+    for kind, teachers in (("reverse_kl", 1), ("reverse_kl", 2), ("jsd", 2)) if CUDA else ():
         yield f"one read, {kind}, K={teachers}", lambda k=kind, t=teachers: one_read(rows[0], vocab, k, t)

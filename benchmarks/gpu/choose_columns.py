@@ -17,7 +17,6 @@ from torch import Tensor
 
 from opd_kernels import driver
 from opd_kernels.compaction import LEVELS, Compactor
-from opd_kernels.rows_math import locate
 from opd_kernels.triton_impl import device_of
 
 BLOCK = 2048
@@ -26,6 +25,16 @@ GROUPS = 16
 TILE_ROWS, TILE_COLUMNS, TILES = 16, 128, 64
 """Rows, columns and column tiles of a program that adds up what thresholds drop."""
 OPTIONS = {"num_warps": 4}
+
+
+@triton.jit
+def locate(splits, vocab, width, BLOCK: tl.constexpr):
+    """(row, block, columns [BLOCK], columns that exist in memory, columns of the vocabulary) of
+    this program."""
+    program = tl.program_id(0)
+    split = program % splits
+    cols = split * BLOCK + tl.arange(0, BLOCK)
+    return (program // splits).to(tl.int64), split, cols, cols < width, cols < vocab
 
 
 @triton.jit

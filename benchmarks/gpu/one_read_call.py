@@ -1,8 +1,4 @@
-"""The whole op with the one-read row kernel in place of the library's sweeps: what it would buy end to end.
-
-For reverse and forward KL of one or two teachers that work on every row, without statistics and without
-the check that teachers are finite.
-"""
+"""The whole op with one read of the logits beside the same in stages: what the cooperative kernel buys end to end."""
 
 from __future__ import annotations
 
@@ -14,78 +10,49 @@ import providers
 import torch
 from correctness import LIMIT
 from measure import rotate, summary
-from one_read import BLOCK, SETTINGS, OneRead
 from problems import S1, S2, Shape, neighbours, strangers
 
-from opd_kernels import driver
-from opd_kernels.heads import gather
+from opd_kernels import triton_impl
 
 Case = tuple[str, Callable[[], dict[str, Any]]]
 
 
-class OneReadPass(driver._Pass):
-    """A chunk: every product, then one kernel that reads them all."""
-
-    setting = (BLOCK, 4)
-
-    def _chunk(self, start: int, stop: int) -> None:
-        problem, index, count = self.problem, self.rows.index, stop - start
-        z, *theirs = (x[:count] for x in (self.workspace.z, self.workspace.acc, self.workspace.t))
-        theirs = theirs[: len(problem.teachers)]
-        hidden = gather(problem.student.hidden, index, start, stop)
-        self.ops.write_logits(problem.student, hidden, z, self.workspace.tile)
-        for teacher, t in zip(problem.teachers, theirs, strict=True):
-            self.ops.write_logits(teacher, gather(teacher.hidden, index, start, stop), t, self.workspace.tile)
-        assert self.row_scale is not None
-        scale = gather(self.row_scale, index, start, stop) * problem.student.factor
-        weight = gather(problem.mix, index, start, stop).t().contiguous()
-        out = self.sink.reserve(theirs[0])
-        kernel = OneRead(count, problem.student.vocab, z, *self.setting)
-        value = kernel(problem.rule.kind, z, theirs, weight, scale, out)
-        self.rows.scatter(self.outcome.token_loss, value, start, stop)
-        self.sink.commit(out, hidden, start, stop)
-
-
 @contextmanager
-def one_read_calls(block: int, warps: int) -> Iterator[None]:
-    """Calls use the kernel within."""
-    plain, OneReadPass.setting = driver._Pass, (block, warps)
-    driver._Pass = OneReadPass  # type: ignore[misc]
+def stages() -> Iterator[None]:
+    """Calls use one kernel for every stage within."""
+    plain, triton_impl.one_read = triton_impl.one_read, lambda *_: False  # type: ignore[assignment]
     try:
         yield
     finally:
-        driver._Pass = plain  # type: ignore[misc]
+        triton_impl.one_read = plain
 
 
-def step_of(problem: Any, kind: str, block: int, warps: int) -> providers.Step:
-    plain = providers.ours(problem, kind, impl="triton")
+def step_of(problem: Any, kind: str, **options: Any) -> providers.Step:
+    plain = providers.ours(problem, kind, **options)
 
     def step():
-        with one_read_calls(block, warps):
+        with stages():
             return plain()
 
     return step
 
 
 def compare(shape: Shape, kind: str) -> dict[str, Any]:
-    """Milliseconds beside the library's sweeps, and gradient errors against float64 at KL 2e-2."""
+    """Milliseconds of both, and gradient errors against float64 at KL 2e-2."""
     small = neighbours(Shape(shape.name, 1024, shape.vocab, shape.width, shape.teachers), "cuda", torch.bfloat16, 0.2)
     _, exact = providers.float64(small, kind)
-    out: dict[str, Any] = {"two reads": {}}
-    for block, warps in SETTINGS:
-        out[f"one read, {block} columns"] = providers.error(step_of(small, kind, block, warps)()[1], exact)
+    makers = {"one read": providers.ours, "in stages": step_of}
+    out = {name: providers.error(make(small, kind)()[1], exact) for name, make in makers.items()}
     del small, exact
     problem = strangers(shape, "cuda", torch.bfloat16)
-    steps = {"two reads": providers.ours(problem, kind)}
-    steps |= {f"one read, {block} columns": step_of(problem, kind, block, warps) for block, warps in SETTINGS}
-    for name, times in rotate(steps, warmups=3, rounds=15).items():
+    for name, times in rotate({n: m(problem, kind) for n, m in makers.items()}, warmups=3, rounds=15).items():
         out[name] |= summary(times)
-    wrong = [max(f["hidden"], f["weight"]) for f in out.values() if "hidden" in f]
+    wrong = [max(f["hidden"], f["weight"]) for f in out.values()]
     return out | {"passed": max(wrong) <= LIMIT}
 
 
 def cases(smoke: bool) -> Iterator[Case]:
     if torch.cuda.is_available():
-        for shape in (S1, S2):
+        for shape, kind in ((S1, "reverse_kl"), (S2, "reverse_kl"), (S2, "jsd")):
             shape = shape.smaller() if smoke else shape
-            yield f"{shape.name} reverse_kl", lambda s=shape: compare(s, "reverse_kl")
+            yield f"{shape.name} {kind}", lambda s=shape, k=kind: compare(s, k)

@@ -135,7 +135,7 @@ def at_their_best(shape: Shape, kind: str, ceiling: float | None, smoke: bool) -
 
 def memory(shape: Shape, kind: str) -> dict[str, Any]:
     problem = strangers(shape, *setting())
-    step = providers.ours(problem, kind)
+    step = providers.ours(problem, kind, workspace_bytes=1 << 30)
     return {"ours": {"peak_bytes": temporary_bytes(step, problem.gradient_bytes)}}
 
 

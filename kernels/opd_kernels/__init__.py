@@ -5,10 +5,11 @@ from . import library as library  # registers the custom ops
 from .divergence import from_trl_beta, linear_divergence
 from .logprob import linear_logprob, token_stats
 from .sparse import topk_divergence
-from .types import DivergenceOutput, LogprobOutput, TeacherHead, TokenStats
+from .types import DivergenceOutput, LMHead, LogprobOutput, TeacherHead, TokenStats
 
 __all__ = [
     "DivergenceOutput",
+    "LMHead",
     "LogprobOutput",
     "TeacherHead",
     "TokenStats",

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
+# A sixteenth of a GPU's memory, up to this: room for the float32 logits of about 1000 rows and for dZ of 8192
+# rows of a vocabulary of 150,000, so that the weight and its gradient are read and written once.
+LARGEST_DEFAULT_BYTES = 4 << 30
 SCRATCH_TILES = 3
 
 # On a CPU a matrix product nears its peak at 64 rows, and a larger chunk of logits would only cost
@@ -22,6 +25,8 @@ CPU_CHUNK_ELEMENTS = 10 << 20
 # Rows of a chunk on a GPU are a multiple of this: a matrix product works on tiles of 64 or 128 rows, and
 # one that is only partly filled costs as much as a full one.
 CUDA_TILE_ROWS = 64
+# Rows of a chunk that must fit beside a dZ of all rows.
+WHOLE_CHUNK_ROWS = 512
 # Weight or result of one block of a CPU's matrix product, see ``cpu_gemm``.
 PRODUCT_BLOCK_BYTES = 8 << 20
 # Elements of one row-sweep tile: on a CPU small enough to stay in the last-level cache between
@@ -29,6 +34,14 @@ PRODUCT_BLOCK_BYTES = 8 << 20
 TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}
 WEIGHT_TILE_BYTES = 32 << 20
 ROW_OVERHEAD_BYTES = 4096
+
+
+def default_workspace_bytes(device: torch.device) -> int:
+    """The budget of a call that names none; the same in every call on a device."""
+    if device.type != "cuda":
+        return DEFAULT_WORKSPACE_BYTES
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(DEFAULT_WORKSPACE_BYTES, min(LARGEST_DEFAULT_BYTES, total // 16))
 
 
 @dataclass(frozen=True)
@@ -114,12 +127,16 @@ def plan_chunks(
         weight_rows = max(1, min(vocab, WEIGHT_TILE_BYTES // weight_row, budget // 4 // weight_row))
         budget -= weight_rows * weight_row
     most = min(rows, max(CPU_CHUNK_ROWS, CPU_CHUNK_ELEMENTS // vocab)) if device.type == "cpu" else rows
-    # In half precision dZ gathers about four chunks of logits: the weight gradient is read and
-    # written less often.
     step = CUDA_TILE_ROWS if device.type == "cuda" else 1
-    chunk_rows = balanced(rows, max(1, min(most, budget // (logits_row + 4 * gradient_row))), step)
-    gradient_rows = 0
-    if half_gradient:
+    # In half precision dZ of all rows is one block where that leaves room for chunks that fill the products
+    # (the weight gradient is then one product); else it gathers about four chunks of logits.
+    whole = half_gradient and budget - rows * gradient_row >= min(rows, WHOLE_CHUNK_ROWS) * logits_row
+    if whole:
+        chunk_rows = balanced(rows, max(1, min(most, (budget - rows * gradient_row) // logits_row)), step)
+    else:
+        chunk_rows = balanced(rows, max(1, min(most, budget // (logits_row + 4 * gradient_row))), step)
+    gradient_rows = rows if whole else 0
+    if half_gradient and not whole:
         fitting = (budget - chunk_rows * logits_row) // (chunk_rows * gradient_row)
         gradient_rows = chunk_rows * max(1, min(8, fitting, -(-rows // chunk_rows)))
     return ChunkPlan(chunk_rows, tile_rows, weight_rows, gradient_rows, blocks)

@@ -1,10 +1,11 @@
-"""The chunk driver: streams student and teacher logits through a fixed workspace and hands the
-sweeps to row operations.
+"""The chunk driver: streams logits of the student and its teachers through a fixed workspace and hands them to
+row operations.
 
-Per chunk of c rows: student logits into ``z``; each teacher's logits into ``acc`` (its rows' first
-teacher) or into one reused buffer ``t``; the row operations turn them into statistics and gather d
-divergence / d p in ``acc`` (the row's last teacher may stay in ``t``); from these dZ is formed,
-and the gradient GEMMs follow. The workspace does not depend on the number of teachers.
+Per chunk of c rows: student logits into buffer 0, those of a row's j-th teacher into buffer j; row statistics
+(``table``); the terms of divergences that need the normalisers first; dZ; and the gradient GEMMs. A vocabulary that
+is split over ranks (``shards``) is one more level of the same merge: after a chunk's statistics one all-gather of
+``MERGED`` numbers per row and head, after its terms one all-reduce of two numbers per row. The value and every
+statistic follow from the table, once, after the last chunk.
 """
 
 from __future__ import annotations
@@ -14,31 +15,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import table as fields
+from .chunk import Chunk, Task
 from .chunking import ChunkPlan, plan_chunks, spans
 from .compaction import Compactor, block_bytes, scratch_bytes
-from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast
+from .heads import HeadGradient, ShardGradient, Wants, gather, half_gradient, needs_upcast
+from .problem import KL, STATS_ONLY, Head, Problem
 from .row_ops import make_row_ops, row_layout
-from .selection import RowPlan, capturing
-from .torch_impl import StudentRows, TeacherRows
-from .types import Head, Problem, TokenStats
+from .selection import RowPlan, Run, capturing
+from .table import ARG, DOT, LABEL_SCALE, LOG, MEAN, MERGED, SCALE, VALUE, WEIGHT
+from .types import TokenStats
 
-TEACHER_STATS = {
-    "entropy": "teacher_entropy",
-    "top1_prob": "teacher_top1_prob",
-    "agreement": "top1_agreement",
-    "reverse_kl": "reverse_kl",
-    "forward_kl": "forward_kl",
-    "logprob": "teacher_logprob",
-}
+
+@dataclass(frozen=True)
+class Scales:
+    """Factors [N] of the terms of the loss: of each row's divergence, and of its -log p(label), if any."""
+
+    divergence: Tensor
+    logprob: Tensor | None = None
+
+    def times(self, factor: Tensor) -> Scales:
+        return Scales(self.divergence * factor, None if self.logprob is None else self.logprob * factor)
 
 
 @dataclass
 class Outcome:
-    """Per-token losses [N] and statistics (NaN where not computed), and the gradients that were
+    """Per-token losses [N] and log-probs of the labels (NaN where not computed), and the gradients that were
     asked for; ``dropped`` [N] where a tolerance may drop some of them."""
 
     token_loss: Tensor
     stats: TokenStats | None
+    logprob: Tensor | None = None
     hidden: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -49,44 +56,46 @@ class Workspace:
     """The buffers of one pass, allocated once."""
 
     def __init__(
-        self, plan: ChunkPlan, vocab: int, like: Tensor, buffers: int, tile_width: int, width: int | None = None
+        self, plan: ChunkPlan, vocab: int, like: Tensor, buffers: int, tile_width: int, width: int, half: torch.dtype
     ) -> None:
-        """Buffers of ``vocab`` columns whose rows lie ``width`` elements apart."""
+        """Buffers of ``vocab`` columns whose rows lie ``width`` elements apart; ``half`` is the dtype of a
+        gathered dZ."""
         self.plan = plan
-        width = vocab if width is None else width
-        self.storage = storage = like.new_empty(buffers, plan.chunk_rows, width)[..., :vocab]
-        self.z, self.acc, self.t = storage[0], storage[min(1, buffers - 1)], storage[buffers - 1]
+        self.logits = like.new_empty(buffers, plan.chunk_rows, width)[..., :vocab]
         self.tile = like.new_empty(plan.weight_rows * tile_width) if plan.weight_rows else None
         self.gradient = None
         if plan.gradient_rows:
-            self.gradient = like.new_empty(plan.gradient_rows, width, dtype=torch.bfloat16)[:, :vocab]
+            self.gradient = like.new_empty(plan.gradient_rows, width, dtype=half)[:, :vocab]
 
 
-def run_divergence(problem: Problem, rows: RowPlan, row_scale: Tensor | None, wants: Wants) -> Outcome:
+def run_divergence(problem: Problem, rows: RowPlan, scales: Scales | None, wants: Wants) -> Outcome:
     """Solve ``problem`` for the rows of ``rows``.
 
     Args:
         problem: the validated call.
         rows: what is computed.
-        row_scale: [N] factor of each row's gradient; read only when a gradient is wanted.
-        wants: the gradients to compute.
+        scales: read only when a gradient is wanted.
+        wants: the gradients to compute. With shards those of weight and bias are of this rank's shard, that of
+            the hidden states is summed over the ranks.
 
     Raises:
         ValueError: a teacher's logits hold NaN or inf; names the teacher and the first row.
     """
-    if problem.shards is not None:
-        from .vocab_parallel import run_sharded
-
-        return run_sharded(problem, rows, row_scale, wants)
     like = problem.student.hidden.new_empty(0, dtype=problem.compute_dtype)
-    outcome = Outcome(like.new_full((problem.rows,), float("nan")), None)
+    nothing = like.new_full((problem.rows,), float("nan"))
+    outcome = Outcome(nothing, None, None if problem.logprob_weight is None else nothing.clone())
     if problem.stats:
         outcome.stats = TokenStats.empty(
             problem.rows, len(problem.teachers), problem.labels is not None, like, problem.backward_tolerance > 0
         )
-    gradient = HeadGradient(problem.student, wants, rows, problem.compute_dtype)
+    shards = problem.shards
+    gradient: HeadGradient = (
+        HeadGradient(problem.student, wants, rows, problem.compute_dtype)
+        if shards is None
+        else ShardGradient(problem.student, wants, rows, problem.compute_dtype, shards)
+    )
     if rows.count:
-        _Pass(problem, rows, row_scale, wants, outcome, gradient, like).run()
+        _Pass(problem, rows, scales, wants, outcome, gradient, like).run()
     if outcome.stats is not None:
         outcome.stats.fill_gap()
         if outcome.stats.dropped_mass is not None and outcome.dropped is not None:
@@ -102,171 +111,187 @@ class _Pass:
         self,
         problem: Problem,
         rows: RowPlan,
-        row_scale: Tensor | None,
+        scales: Scales | None,
         wants: Wants,
         outcome: Outcome,
         gradient: HeadGradient,
         like: Tensor,
     ) -> None:
-        self.problem, self.rows, self.row_scale, self.wants = problem, rows, row_scale, wants
-        self.outcome, self.gradient = outcome, gradient
-        self.accumulates = bool(wants) or problem.mixture
-        buffers = 3 if self.accumulates and not rows.single_teacher() else 2
+        self.problem, self.rows, self.outcome = problem, rows, outcome
+        self.task = make_task(problem, wants)
         heads = (problem.student, *problem.teachers)
-        self.workspace = make_workspace(problem, heads, rows.count, buffers, wants, like)
-        self.ops = make_row_ops(problem.impl, self.workspace.plan.tile_rows, problem.student.vocab, like)
-        self.finite = torch.ones(rows.count, len(problem.teachers), dtype=torch.bool, device=like.device)
-        self.compactor = None
+        self.workspace = make_workspace(problem, heads, rows, wants, like)
+        vocab = problem.student.vocab
+        self.ops = make_row_ops(problem.impl, self.task, self.workspace.plan.tile_rows, vocab, like)
+        self.labels = self._labels()
+        compactor = None
         if problem.backward_tolerance and wants:
-            self.compactor = Compactor(problem.backward_tolerance, rows, problem.rows, self.workspace.plan, like)
-            outcome.dropped = self.compactor.dropped
-        self.sink = GradientSink(self.workspace, gradient, problem.student, rows, self.compactor)
+            compactor = Compactor(problem.backward_tolerance, rows, problem.rows, self.workspace.plan, like)
+            outcome.dropped = compactor.dropped
+        self.sink = GradientSink(self.workspace, gradient, problem.student, rows, compactor)
+        self.table = self._table(self.sink.scaled(scales) if scales and wants else None, like)
+
+    def _labels(self) -> Tensor | None:
+        """[n] column of each computed row's label, -1 where another rank holds it."""
+        problem = self.problem
+        if problem.labels is None or not (problem.stats or problem.logprob_weight is not None):
+            return None
+        labels = gather(problem.labels, self.rows.index, 0, self.rows.count)
+        if problem.shards is not None:
+            columns, here = problem.shards.localise(labels)
+            return torch.where(here, columns, -1)
+        return labels
+
+    def _table(self, scales: Scales | None, like: Tensor) -> Tensor:
+        """The table of all computed rows: its inputs, and zeros."""
+        problem, rows = self.problem, self.rows
+        table = like.new_zeros(self.workspace.logits.shape[0], fields.FIELDS, rows.count)
+        mix = gather(problem.mix, rows.index, 0, rows.count)
+        for run in rows.runs:
+            for head, k in enumerate(run.names, 1):
+                table[head, WEIGHT, run.start : run.stop] = mix[run.start : run.stop, k]
+        if scales is not None:
+            table[0, SCALE] = gather(scales.divergence, rows.index, 0, rows.count) * problem.student.factor
+            if scales.logprob is not None:
+                table[0, LABEL_SCALE] = gather(scales.logprob, rows.index, 0, rows.count) * problem.student.factor
+        return table
 
     def run(self) -> None:
         for start, stop in spans(self.rows.count, self.workspace.plan.chunk_rows):
             self._chunk(start, stop)
         self.sink.flush()
-        report_bad_teacher(self.problem, self.rows, self.finite)
+        for run in self.rows.runs:
+            self._report(run)
+        self._check_teachers()
 
     def _chunk(self, start: int, stop: int) -> None:
-        problem, rows = self.problem, self.rows
-        z, acc = self.workspace.z[: stop - start], self.workspace.acc[: stop - start]
-        labels = None if problem.labels is None else gather(problem.labels, rows.index, start, stop)
-        mix = gather(problem.mix, rows.index, start, stop)
+        problem, rows, logits = self.problem, self.rows, self.workspace.logits
         hidden = gather(problem.student.hidden, rows.index, start, stop)
-        self.ops.write_logits(problem.student, hidden, z, self.workspace.tile)
-        student = self.ops.student_rows(problem.student, z, labels, problem.stats, joint=True)
+        self.ops.write_logits(problem.student, hidden, logits[0, : stop - start], self.workspace.tile)
+        for k, teacher in enumerate(problem.teachers):
+            for left, right, before in rows.places(k, start, stop):
+                own = gather(teacher.hidden, rows.index, left, right)
+                self.ops.write_logits(
+                    teacher, own, logits[1 + before, left - start : right - start], self.workspace.tile
+                )
+        out = None
+        if self.task.gradient:
+            out = self.sink.reserve(logits[min(1, logits.shape[0] - 1), : stop - start])
+        chunks = [self._part(run, left, right, start, out) for run, left, right in rows.overlaps(start, stop)]
+        self._solve(chunks, start, stop)
+        if out is not None:
+            self.sink.commit(out, hidden, start, stop)
 
-        value, acc_mean = z.new_zeros(stop - start), z.new_zeros(stop - start)
-        for k in range(len(problem.teachers)):
-            for left, right, place in rows.segments(k, start, stop):
-                part = slice(left - start, right - start)
-                weight = mix[part, k]
-                result = self._teacher(k, left, right, place, z[part], acc[part], student, part, weight, labels)
-                self._teacher_stats(result, k, left, right)
-                if not problem.mixture:
-                    value[part] += weight * result.value
-                    if result.acc_mean is not None:
-                        acc_mean[part] += weight * result.acc_mean
-        if problem.mixture:
-            result = self.ops.mixture_value(problem.rule, z, acc, student, keep=bool(self.wants))
-            value = result.value
-            acc_mean = acc_mean if result.acc_mean is None else result.acc_mean
-        self._student_stats(student, start, stop)
-        rows.scatter(self.outcome.token_loss, value, start, stop)
-        if self.wants:
-            self._gradient(z, acc, student, hidden, acc_mean, mix.sum(1), start, stop)
+    def _part(self, run: Run, left: int, right: int, start: int, out: Tensor | None) -> Chunk:
+        """Rows ``left:right`` of the chunk from ``start`` on, all of one run."""
+        heads, part = 1 + len(run.names), slice(left - start, right - start)
+        return Chunk(
+            self.workspace.logits[:heads, part],
+            self.table[:heads, :, left:right],
+            None if self.labels is None else self.labels[left:right],
+            None if out is None else out[part],
+        )
 
-    def _teacher(
-        self,
-        k: int,
-        left: int,
-        right: int,
-        place: tuple[int, bool],
-        z: Tensor,
-        acc: Tensor,
-        student: StudentRows,
-        part: slice,
-        weight: Tensor,
-        labels: Tensor | None,
-    ) -> TeacherRows:
-        """Logits and row operations of teacher ``k`` on the computed rows ``left:right``, the
-        ``part`` of the chunk; ``place`` as ``RowPlan.segments`` gives it."""
-        problem, teacher = self.problem, self.problem.teachers[k]
-        before, last = place
-        t = acc if before == 0 and self.accumulates else self.workspace.t[part]
-        hidden = gather(teacher.hidden, self.rows.index, left, right)
-        self.ops.write_logits(teacher, hidden, t, self.workspace.tile)
-        student = student.part(part.start, part.stop)
-        labels = None if labels is None else labels[part]
-        if problem.mixture:
-            result = self.ops.mixture_rows(
-                problem.student,
-                teacher,
-                z,
-                t,
-                student,
-                acc=acc,
-                before=before,
-                weight=weight,
-                labels=labels,
-                full=problem.stats,
-            )
-        else:
-            result = self.ops.teacher_rows(
-                problem.rule,
-                problem.student,
-                teacher,
-                z,
-                t,
-                student,
-                acc=acc if self.wants else None,
-                before=before,
-                last=last,
-                weight=weight,
-                labels=labels,
-                full=problem.stats,
-            )
-        self.finite[left:right, k] = result.finite
-        return result
+    def _solve(self, chunks: list[Chunk], start: int, stop: int) -> None:
+        """Every stage of the parts of rows ``start:stop``."""
+        shards = self.problem.shards
+        if shards is None:
+            for chunk in chunks:
+                self.ops.solve(chunk)
+            return
+        for chunk in chunks:
+            self.ops.statistics(chunk)
+        whole = self.table[:, :, start:stop]
+        whole[:, :MERGED] = fields.merge(shards.gather(whole[:, :MERGED]))
+        if not self.task.one_sweep:
+            for chunk in chunks:
+                self.ops.terms(chunk)
+            sums = whole[0, VALUE : MEAN + 1].contiguous()
+            whole[0, VALUE : MEAN + 1] = shards.sum_(sums)
+        if self.task.gradient:
+            for chunk in chunks:
+                self.ops.gradient(chunk)
 
-    def _gradient(
-        self,
-        z: Tensor,
-        acc: Tensor,
-        student: StudentRows,
-        hidden: Tensor,
-        acc_mean: Tensor,
-        total_weight: Tensor,
-        start: int,
-        stop: int,
-    ) -> None:
-        head = self.problem.student
-        assert self.row_scale is not None
-        row_scale = gather(self.row_scale, self.rows.index, start, stop)
-        out, row_scale = self.sink.reserve(acc), row_scale * head.factor
-        groups = [(start, stop, 1)] if self.problem.mixture else self.rows.groups(start, stop)
-        for left, right, teachers in groups:
-            part = slice(left - start, right - start)
-            self.ops.gradient_rows(
-                self.problem.rule,
-                z[part],
-                acc[part],
-                self.workspace.t[part],
-                student.part(part.start, part.stop),
-                teachers=teachers,
-                acc_mean=acc_mean[part],
-                total_weight=total_weight[part],
-                row_scale=row_scale[part],
-                softcap=None if head.softcap is None else head.softcap / head.temperature,
-                out=out[part],
-            )
-        self.sink.commit(out, hidden, start, stop)
+    def _report(self, run: Run) -> None:
+        """Losses and statistics of a run, from its table."""
+        rows, outcome, stats = self.rows, self.outcome, self.outcome.stats
+        table = self.table[: 1 + len(run.names), :, run.start : run.stop]
 
-    def _student_stats(self, student: StudentRows, start: int, stop: int) -> None:
-        stats = self.outcome.stats
+        def put(target: Tensor | None, values: Tensor, column: int | None = None) -> None:
+            if target is not None:
+                rows.scatter(target, values, run.start, run.stop, column)
+
+        if run.names and self.task.kind != STATS_ONLY.kind:
+            put(outcome.token_loss, self._value(table))
+        if self.labels is not None:
+            put(outcome.logprob, fields.logprob(table, 0))
         if stats is None:
             return
-        assert student.entropy is not None
-        self.rows.scatter(stats.student_entropy, student.entropy, start, stop)
-        if stats.student_logprob is not None and student.logprob is not None:
-            self.rows.scatter(stats.student_logprob, student.logprob, start, stop)
+        put(stats.student_entropy, fields.entropy(table, 0))
+        if self.labels is not None:
+            put(stats.student_logprob, fields.logprob(table, 0))
+        for head, k in enumerate(run.names, 1):
+            put(stats.teacher_entropy, fields.entropy(table, head), k)
+            put(stats.teacher_top1_prob, (-table[head, LOG]).exp(), k)
+            put(stats.top1_agreement, (table[head, ARG] == table[0, ARG]).to(table.dtype), k)
+            put(stats.reverse_kl, fields.reverse_kl(table, head), k)
+            put(stats.forward_kl, fields.forward_kl(table, head), k)
+            if self.labels is not None:
+                put(stats.teacher_logprob, fields.logprob(table, head), k)
 
-    def _teacher_stats(self, result: TeacherRows, k: int, left: int, right: int) -> None:
-        stats = self.outcome.stats
-        if stats is None:
+    def _value(self, table: Tensor) -> Tensor:
+        """[m] divergence of the rows of ``table``."""
+        if not self.task.one_sweep:
+            return table[0, VALUE]
+        of = fields.reverse_kl if self.task.kind == KL[0] else fields.forward_kl
+        heads = range(1, table.shape[0])
+        return torch.stack([table[head, WEIGHT] * of(table, head) for head in heads]).sum(0)
+
+    def _check_teachers(self) -> None:
+        """Raise for the first teacher row whose logits are NaN or inf while the student's are finite; not
+        while a CUDA graph is captured.
+
+        A student that is not finite makes its own loss NaN instead: gradient scalers rely on seeing it.
+        """
+        table = self.table
+        if capturing(table.device):
             return
-        for source, name in TEACHER_STATS.items():
-            target, values = getattr(stats, name), getattr(result, source)
-            if target is not None and values is not None:
-                self.rows.scatter(target, values, left, right, column=k)
+        sums = table[:, :MERGED].sum((0, 1))
+        bad = ~torch.isfinite(sums) & torch.isfinite(table[0, : DOT + 1].sum(0))
+        if not bool(bad.any()):
+            return
+        places = torch.nonzero(bad)[:, 0]
+        index = places if self.rows.index is None else self.rows.index[places]
+        index, order = torch.sort(index)
+        teachers = [next(run.teachers for run in self.rows.runs if at < run.stop) for at in places[order].tolist()]
+        used = list(zip(index.tolist(), teachers, strict=True))
+        for k, teacher in enumerate(self.problem.teachers):
+            for row, names in used:
+                if names >> k & 1 and not self._finite(teacher, row) and self._finite(self.problem.student, row):
+                    raise ValueError(self._bad_teacher(k, teacher, row))
+
+    def _finite(self, head: Head, row: int) -> bool:
+        """Whether the logits of a row are, on every rank."""
+        dtype, shards = self.problem.compute_dtype, self.problem.shards
+        hidden, wrong = head.hidden[row].to(dtype), head.hidden.new_zeros((), dtype=dtype)
+        for start, stop in spans(head.vocab, 8192):
+            wrong += (~torch.isfinite(head.weight[start:stop].to(dtype) @ hidden)).sum()
+        return not bool(wrong if shards is None else shards.sum_(wrong))
+
+    def _bad_teacher(self, k: int, teacher: Head, row: int) -> str:
+        where = " on some rank" if self.problem.shards is not None else ""
+        finite = bool(torch.isfinite(teacher.hidden[row]).all())
+        return (
+            f"teachers[{k}] has NaN or inf logits{where}, first at row {row} (hidden finite: {finite}): give the row "
+            f"token_weight 0 or mix[{row}, {k}] = 0, or repair the teacher's hidden states or weight"
+        )
 
 
 class GradientSink:
     """Collects dZ of several chunks where it is stored in half precision, and runs the gradient
     GEMMs.
 
-    In the compute dtype dZ lies in the accumulator of its chunk and is used at once.
+    In the compute dtype dZ lies in a buffer of its chunk and is used at once.
     """
 
     def __init__(
@@ -281,8 +306,13 @@ class GradientSink:
         self.compactor = compactor
         self.start = self.stop = 0
 
+    def scaled(self, scales: Scales) -> Scales:
+        """What the gradient's storage wants its factors to be."""
+        factor = self.gradient.choose_scale(self.workspace.gradient, scales.divergence, scales.logprob)
+        return scales if factor is None else scales.times(factor)
+
     def reserve(self, in_place: Tensor) -> Tensor:
-        """Where dZ of the next chunk goes; ``in_place`` [c, V] is its accumulator."""
+        """Where dZ of the next chunk goes; ``in_place`` [c, V] is a buffer of it."""
         buffer = self.workspace.gradient
         if buffer is None:
             return in_place
@@ -314,22 +344,36 @@ class GradientSink:
             self.compactor.add(self.gradient, dz, hidden, start, stop, self.workspace.tile)
 
 
-def make_workspace(
-    problem: Problem, heads: tuple[Head, ...], rows: int, buffers: int, wants: Wants, like: Tensor
-) -> Workspace:
-    """Plan the chunks of ``problem`` and allocate their buffers."""
-    student = problem.student
+def make_task(problem: Problem, wants: Wants) -> Task:
+    """What the row operations of ``problem`` are to compute."""
+    student, shards = problem.student, problem.shards
+    return Task(
+        rule=problem.rule,
+        mixture=problem.mixture,
+        full=problem.stats,
+        gradient=bool(wants),
+        label_term=problem.logprob_weight is not None,
+        softcap=None if student.softcap is None else student.softcap / student.temperature,
+        first_column=0 if shards is None else shards.start,
+        first_rank=shards is None or shards.rank == 0,
+    )
+
+
+def make_workspace(problem: Problem, heads: tuple[Head, ...], rows: RowPlan, wants: Wants, like: Tensor) -> Workspace:
+    """Plan the chunks of ``problem`` and allocate their buffers. The plan depends on nothing that differs
+    between ranks: they must agree on the chunks."""
+    student, shards = problem.student, problem.shards
     halves = bool(wants) and half_gradient(student.weight, like.dtype)
-    upcasts = [needs_upcast(head.weight, like.dtype, gradient=False) for head in heads]
-    upcasts.append(wants.hidden and needs_upcast(student.weight, like.dtype, gradient=True))
+    upcasts = [needs_upcast(head.weight, like.dtype) for head in heads]
     widths = tuple(head.weight.shape[1] for head in heads)
-    columns, scratch_tiles = row_layout(problem.impl, student.vocab)
+    columns, scratch_tiles = row_layout(problem.impl, student.vocab if shards is None else shards.widest)
     fixed = blocks = 0
     if problem.backward_tolerance and wants:
         scratch_tiles += 1
         fixed, blocks = scratch_bytes(student.vocab, like.itemsize), block_bytes(like.device)
+    buffers = 1 + rows.most_teachers()
     plan = plan_chunks(
-        rows=rows,
+        rows=rows.count,
         vocab=columns,
         hidden_sizes=widths,
         buffers=buffers,
@@ -342,33 +386,8 @@ def make_workspace(
         fixed_bytes=fixed,
         block_bytes=blocks,
     )
-    return Workspace(plan, student.vocab, like, buffers, max(widths), columns)
+    width, _ = row_layout(problem.impl, student.vocab)
+    return Workspace(plan, student.vocab, like, buffers, max(widths), width, student.weight.dtype)
 
 
-def report_bad_teacher(problem: Problem, rows: RowPlan, finite: Tensor) -> None:
-    """Raise for the first teacher row whose logits are NaN or inf while the student's are finite; not
-    while a CUDA graph is captured.
-
-    A student that is not finite makes its own loss NaN instead: gradient scalers rely on seeing it.
-    """
-    if capturing(finite.device) or bool(finite.all()):
-        return
-    places = torch.arange(rows.count, device=finite.device) if rows.index is None else rows.index
-    for k, teacher in enumerate(problem.teachers):
-        suspects = places[~finite[:, k]]
-        for row in torch.sort(suspects).values.tolist():
-            if not _finite_logits(problem.student, row, problem.compute_dtype):
-                continue
-            raise ValueError(
-                f"teachers[{k}] has NaN or inf logits, first at row {row} "
-                f"(hidden finite: {bool(torch.isfinite(teacher.hidden[row]).all())}): give the row token_weight 0 or "
-                f"mix[{row}, {k}] = 0, or repair the teacher's hidden states or weight"
-            )
-
-
-def _finite_logits(head: Head, row: int, dtype: torch.dtype) -> bool:
-    hidden = head.hidden[row].to(dtype)
-    for start, stop in spans(head.vocab, 8192):
-        if not bool(torch.isfinite(head.weight[start:stop].to(dtype) @ hidden).all()):
-            return False
-    return True
+__all__ = ["GradientSink", "Outcome", "Scales", "Workspace", "make_workspace", "run_divergence"]

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from . import cpu_gemm
 from .chunking import spans
+from .problem import Head
 from .selection import RowPlan
-from .types import FLOOR, Head
+from .shards import Shards
+from .types import FLOOR
 
 
 def native_half(weight: Tensor, compute_dtype: torch.dtype) -> bool:
@@ -26,15 +28,13 @@ def native_half(weight: Tensor, compute_dtype: torch.dtype) -> bool:
 
 
 def half_gradient(weight: Tensor, compute_dtype: torch.dtype) -> bool:
-    """Whether dZ is stored in the weight's dtype: bfloat16 only, since float16 would flush its
-    small entries to 0."""
-    return native_half(weight, compute_dtype) and weight.dtype == torch.bfloat16
+    """Whether dZ is stored in the weight's dtype: float16 with a factor, see ``HeadGradient.choose_scale``."""
+    return native_half(weight, compute_dtype)
 
 
-def needs_upcast(weight: Tensor, compute_dtype: torch.dtype, gradient: bool) -> bool:
+def needs_upcast(weight: Tensor, compute_dtype: torch.dtype) -> bool:
     """Whether tiles of this weight are converted to the compute dtype."""
-    direct = half_gradient if gradient else native_half
-    return weight.dtype != compute_dtype and not direct(weight, compute_dtype)
+    return weight.dtype != compute_dtype and not native_half(weight, compute_dtype)
 
 
 def gather(tensor: Tensor, index: Tensor | None, start: int, stop: int) -> Tensor:
@@ -105,25 +105,46 @@ class Wants:
         return self.hidden or self.weight or self.bias
 
 
+LARGEST_SCALE = 8
+"""log2 of a row's factor in a float16 dZ: entries up to 256 times the factor fit, and those from 2e-7 of it on
+keep all their digits. What exceeds that is inf, which a loss scaler sees."""
+
+
 class HeadGradient:
     """Accumulates the gradients of one head from chunks of dZ = d loss / d (hidden W^T).
 
-    ``weight`` accumulates in the compute dtype (float32 for half-precision weights) and is cast
-    once.
+    ``weight`` accumulates in the compute dtype (float32 for half-precision weights) and is cast once; where one
+    block of a bfloat16 dZ holds every row, its product is rounded to bfloat16 once and no accumulator is needed.
     """
 
     def __init__(self, head: Head, wants: Wants, rows: RowPlan, compute_dtype: torch.dtype) -> None:
         self.head, self.wants, self.index, self.dtype = head, wants, rows.index, compute_dtype
-        self.stored = compute_dtype if head.weight.dtype == torch.float16 else head.weight.dtype
+        hidden_dtype, weight_dtype = (
+            compute_dtype if dtype == torch.float16 else dtype for dtype in (head.hidden.dtype, head.gradient_dtype)
+        )
+        self.stored = weight_dtype
+        self.count = rows.count
+        self.unscale: Tensor | None = None
         self.hidden: Tensor | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         if wants.hidden:
             every = rows.count == head.hidden.shape[0]
             make = torch.empty_like if every else torch.zeros_like
-            self.hidden = make(head.hidden, dtype=self.stored, memory_format=torch.contiguous_format)
+            self.hidden = make(head.hidden, dtype=hidden_dtype, memory_format=torch.contiguous_format)
         if wants.bias:
             self.bias = head.hidden.new_zeros(head.weight.shape[0], dtype=compute_dtype)
+
+    def choose_scale(self, buffer: Tensor | None, *factors: Tensor | None) -> Tensor | None:
+        """The power of two that dZ is multiplied with where ``buffer``, its storage, is float16; chosen on the
+        device from the rows' ``factors`` [N] in the loss. The gradients are divided by it again."""
+        if buffer is None or buffer.dtype != torch.float16:
+            return None
+        largest = torch.stack([x.abs().amax() for x in factors if x is not None]).amax() * self.head.factor
+        _, exponent = torch.frexp(largest)  # an upper bound of log2
+        exponent = torch.where(torch.isfinite(largest) & (largest > 0), exponent, LARGEST_SCALE)
+        self.unscale = torch.ldexp(torch.ones_like(largest), exponent - LARGEST_SCALE)
+        return self.unscale.reciprocal()
 
     def add(self, dz: Tensor, hidden: Tensor, start: int, stop: int, tile: Tensor | None) -> None:
         """Add the rows ``start:stop`` of the computed rows: ``dz`` [c, V], ``hidden`` [c, d]."""
@@ -140,6 +161,8 @@ class HeadGradient:
     def put_hidden(self, rows: Tensor, start: int, stop: int) -> None:
         """The gradient of the computed rows ``start:stop`` is ``rows`` [c, d]."""
         assert self.hidden is not None
+        if self.unscale is not None:
+            rows = rows.mul_(self.unscale)
         if self.index is None:
             self.hidden[start:stop] = rows
         else:
@@ -181,11 +204,14 @@ class HeadGradient:
         used, hidden = self.head.vocab, hidden.to(dz.dtype)
         first = self.weight is None
         if self.weight is None:
-            self.weight = dz.new_empty(rows, width, dtype=self.dtype)
+            whole = dz.shape[0] == self.count and dz.dtype == self.stored == torch.bfloat16
+            self.weight = dz.new_empty(rows, width, dtype=dz.dtype if whole else self.dtype)
             self.weight[used:].zero_()
         target = self.weight[:used]
         if dz.dtype == self.dtype:
             cpu_gemm.weight_gradient(dz, hidden, target, add=not first)
+        elif target.dtype == dz.dtype:
+            torch.mm(dz.t(), hidden, out=target)
         elif not first:
             accumulate(dz.t(), hidden, target)
         else:
@@ -198,7 +224,27 @@ class HeadGradient:
         the upstream gradient, usually a loss scaler's large factor, has been applied.
         """
         weight, bias = self.weight, self.bias
+        if self.unscale is not None:
+            for gradient in (weight, bias):
+                if gradient is not None:
+                    gradient.mul_(self.unscale)
         if self.wants.weight:
             like = self.head.weight
             weight = like.new_zeros(like.shape, dtype=self.stored) if weight is None else weight.to(self.stored)
         return self.hidden, weight, bias
+
+
+class ShardGradient(HeadGradient):
+    """Gradients of a head's shard; that of the hidden states is summed over the ranks in the
+    compute dtype."""
+
+    def __init__(self, head: Head, wants: Wants, rows: RowPlan, compute_dtype: torch.dtype, shards: Shards) -> None:
+        super().__init__(head, Wants(False, wants.weight, wants.bias), rows, compute_dtype)
+        self.wants, self.shards = wants, shards
+        if wants.hidden:
+            self.hidden = head.hidden.new_zeros(head.hidden.shape, dtype=compute_dtype)
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if self.hidden is not None:
+            self.shards.sum_(self.hidden)
+        return super().finish()

@@ -1,5 +1,5 @@
 """The chunked passes behind ``linear_logprob``: one label per row through the row operations of any
-implementation, and several labels per row, the mass of all other columns and vocabulary shards in torch.
+implementation, and several labels per row and the mass of all other columns in torch.
 
 With G the upstream gradients of L log-probs, of the tail's log-mass (T) and of the entropy H,
 
@@ -11,22 +11,23 @@ in which every factor is bounded: the tail is summed over its own columns, never
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from . import table as fields
+from .chunk import Chunk, RowOps, Task
 from .chunking import plan_chunks, spans
 from .driver import GradientSink, Outcome, Workspace
-from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast
+from .heads import HeadGradient, ShardGradient, Wants, gather, half_gradient, needs_upcast
+from .problem import STATS_ONLY, Head
 from .row_ops import make_row_ops, row_layout
 from .selection import RowPlan, capturing
 from .shards import Shards
-from .torch_impl import TorchRowOps, dot, softcap_slope
-from .types import Head
+from .table import FIELDS, LABEL_SCALE, LOG, MERGED, TOP
+from .torch_impl import TorchRowOps
 from .validation import compute_dtype_of
-from .vocab_parallel import Merged, Partials, ShardGradient, normalise_shard
 
 
 @dataclass(frozen=True)
@@ -60,147 +61,114 @@ class LabelSets:
             hidden_sizes=(weight.shape[1],),
             buffers=1,
             scratch_tiles=scratch_tiles,
-            upcast=needs_upcast(weight, dtype, gradient=False)
-            or (wants.hidden and needs_upcast(weight, dtype, gradient=True)),
+            upcast=needs_upcast(weight, dtype),
             half_gradient=bool(wants) and half_gradient(weight, dtype),
             dtype=dtype,
             device=weight.device,
             workspace_bytes=self.workspace_bytes,
         )
         like = head.hidden.new_empty(0, dtype=dtype)
-        width = columns if shards is None else head.vocab
-        return Workspace(plan, head.vocab, like, 1, weight.shape[1], width), like, plan.tile_rows
+        width, _ = row_layout(self.impl, head.vocab)
+        return Workspace(plan, head.vocab, like, 1, weight.shape[1], width, weight.dtype), like, plan.tile_rows
 
     def _localise(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.shards is None:
             return labels, torch.ones_like(labels, dtype=torch.bool)
         return self.shards.localise(labels)
 
-    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(log-probs [N, L], entropy [N], log-mass of the tail [N], log sum exp [N], largest
-        probability [N]); the tail is NaN when it is not asked for. One all-gather per chunk with
-        ``shards``."""
-        rows, width = self.labels.shape
+    def _task(self, gradient: bool) -> Task:
+        head, shards = self.head, self.shards
+        cap = None if head.softcap is None else head.softcap / head.temperature
+        start = 0 if shards is None else shards.start
+        return Task(STATS_ONLY, full=True, gradient=gradient, softcap=cap, first_column=start)
+
+    def _statistics(self, ops: RowOps, chunk: Chunk) -> None:
+        """The table of the whole rows of ``chunk``; one all-gather with ``shards``."""
+        ops.statistics(chunk)
+        if self.shards is not None:
+            merged = chunk.table[:, :MERGED]
+            merged.copy_(fields.merge(self.shards.gather(merged)))
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(log-probs [N, L], log-mass of the tail [N], NaN when it is not asked for, entropy [N], largest
+        probability [N]). One all-gather per chunk with ``shards``."""
+        rows = self.labels.shape[0]
         workspace, like, tile_rows = self._workspace(rows, Wants())
-        ops = TorchRowOps(tile_rows, self.head.vocab, like)
-        logprob = workspace.z.new_empty(rows, width)
-        entropy, tail, lse, top1_prob = workspace.z.new_full((4, rows), math.nan)
+        ops = make_row_ops(self.impl, self._task(False), tile_rows, self.head.vocab, like)
+        logprob, tail = like.new_empty(self.labels.shape), like.new_full((rows,), math.nan)
+        table = like.new_zeros(1, FIELDS, rows)
         for start, stop in spans(rows, workspace.plan.chunk_rows):
-            z = workspace.z[: stop - start]
-            ops.write_logits(self.head, self.head.hidden[start:stop], z, workspace.tile)
-            parts, values = self._sweep(ops, z, self.labels[start:stop])
-            columns = torch.stack([*parts.present(), *values.unbind(1)])
-            everyone = columns[None] if self.shards is None else self.shards.gather(columns)
-            gathered = list(everyone.unbind(1))
-            parts = parts.unpack(gathered)
-            merged = Merged.of(parts)
-            lse[start:stop], entropy[start:stop] = merged.lse, merged.entropy(parts)
-            top1_prob[start:stop] = merged.top1_prob()
-            if parts.label is not None:
-                tail[start:stop] = torch.logsumexp(parts.label + merged.log_mass, 0)
-            known = torch.stack(gathered, 2) + merged.log_mass[:, :, None]
-            if self.shards is None:
-                logprob[start:stop] = known[0]
-            else:
-                logprob[start:stop] = known.gather(0, self.shards.owner(self.labels[start:stop])[None])[0]
-        return logprob, entropy, tail, lse, top1_prob
+            chunk = Chunk(workspace.logits[:, : stop - start], table[:, :, start:stop])
+            ops.write_logits(self.head, self.head.hidden[start:stop], chunk.logits[0], workspace.tile)
+            self._look_up(ops, chunk, self.labels[start:stop], logprob[start:stop], tail[start:stop], tile_rows)
+        return logprob, tail, fields.entropy(table, 0), (-table[0, LOG]).exp()
 
-    def _sweep(self, ops: TorchRowOps, z: Tensor, labels: Tensor) -> tuple[Partials, Tensor]:
-        """This shard's partials, the log-mass of its tail as ``label``, and its log-probs [c, L] of
-        the labels that lie in it (0 for the others); ``z`` becomes log-probs inside the shard."""
-        parts = Partials.empty(z.shape[0], z, True, self.tail, ())
-        if self.head.vocab == 0:
-            if parts.label is not None:
-                parts.label.fill_(-math.inf)
-            return parts, z.new_zeros(labels.shape)
-        assert parts.entropy is not None
+    def _look_up(
+        self, ops: RowOps, chunk: Chunk, labels: Tensor, logprob: Tensor, tail: Tensor, tile_rows: int
+    ) -> None:
+        """Fill the table of ``chunk``, the log-probs [c, L] of its labels and, if asked for, ``tail`` [c]."""
+        ops.statistics(chunk)
+        z, table = chunk.logits[0], chunk.table[0]
         columns, here = self._localise(labels)
-        removed = removal(here, z)
-        for rows, s1, s2, _ in ops.tiles(z.shape[0]):
-            x = z[rows]
-            parts.top[rows], _, parts.log_sum[rows] = normalise_shard(x, s1)
-            parts.entropy[rows] = dot(torch.exp(x, out=s1), x, s2).neg_()
-            if parts.label is not None:
-                s1.copy_(x).scatter_add_(1, columns[rows], removed[rows])
-                parts.label[rows] = s1.exp_().sum(1).log_()
-        return parts, torch.where(here, z.gather(1, columns), 0.0)
+        own = torch.zeros(labels.shape, dtype=z.dtype, device=z.device)
+        rest = z.new_full((chunk.rows if self.tail else 0,), -math.inf)
+        if self.head.vocab:
+            own = torch.where(here, z.gather(1, columns), 0.0)
+        if self.head.vocab and self.tail:
+            scratch, removed = z.new_empty(tile_rows, self.head.vocab), removal(here, z)
+            for start, stop in spans(chunk.rows, tile_rows):
+                part = torch.sub(z[start:stop], table[TOP, start:stop, None], out=scratch[: stop - start])
+                part.scatter_add_(1, columns[start:stop], removed[start:stop])
+                rest[start:stop] = part.exp_().sum(1).log_()
+        if self.shards is not None:
+            mine = torch.cat((table[:MERGED], own.t(), rest.view(-1, chunk.rows)))
+            everyone = self.shards.gather(mine)
+            table[:MERGED] = fields.merge(everyone[:, None, :MERGED])[0]
+            own = everyone[:, MERGED : MERGED + labels.shape[1]].sum(0).t()
+            if self.tail:
+                rest = torch.logsumexp(everyone[:, -1] + (everyone[:, TOP] - table[TOP]), 0)
+        logprob.copy_((own - table[TOP, :, None]) - table[LOG, :, None])
+        if self.tail:
+            tail.copy_(rest - table[LOG])
 
-    def backward(self, entropy: Tensor, tail: Tensor, lse: Tensor, upstream: Upstream, wants: Wants) -> Outcome:
-        """Gradients of ``sum(logprob * G + tail * G_T + entropy * G_H)``; ``entropy``, ``tail`` and
-        ``lse`` as ``forward`` returned them. With ``shards`` one collective, the sum of the hidden
-        states' gradient."""
+    def backward(self, tail: Tensor, upstream: Upstream, wants: Wants) -> Outcome:
+        """Gradients of ``sum(logprob * G + tail * G_T + entropy * G_H)``; ``tail`` as ``forward`` returned it.
+        With ``shards`` one collective per chunk, and the sum of the hidden states' gradient."""
         used = upstream.used()
         index = None if capturing(used.device) or bool(used.all()) else torch.nonzero(used)[:, 0]
         rows = RowPlan(index, used.shape[0] if index is None else index.numel(), ())
         gradient = (
-            HeadGradient(self.head, wants, rows, entropy.dtype)
+            HeadGradient(self.head, wants, rows, tail.dtype)
             if self.shards is None
-            else ShardGradient(self.head, wants, rows, entropy.dtype, self.shards)
+            else ShardGradient(self.head, wants, rows, tail.dtype, self.shards)
         )
         if rows.count:
             workspace, like, tile_rows = self._workspace(rows.count, wants)
-            write = self._writer(tile_rows, like)
+            ops = make_row_ops(self.impl, self._task(True), tile_rows, self.head.vocab, like)
             sink = GradientSink(workspace, gradient, self.head, rows)
+            upstream = upstream.scaled(gradient.choose_scale(workspace.gradient, *upstream.parts()))
             for start, stop in spans(rows.count, workspace.plan.chunk_rows):
-                z = workspace.z[: stop - start]
+                z = workspace.logits[:, : stop - start]
                 hidden = gather(self.head.hidden, rows.index, start, stop)
-                own = _Rows(*(gather(x, rows.index, start, stop) for x in (self.labels, entropy, tail, lse)))
-                out = sink.reserve(z)
-                write(hidden, z, workspace.tile, own, upstream.rows(rows.index, start, stop), out)
-                sink.commit(out, hidden, start, stop)
+                labels, rest = (gather(x, rows.index, start, stop) for x in (self.labels, tail))
+                ops.write_logits(self.head, hidden, z[0], workspace.tile)
+                chunk = Chunk(z, like.new_zeros(1, FIELDS, stop - start), None, sink.reserve(z[0]))
+                self._statistics(ops, chunk)
+                self._gradient(ops, chunk, labels, rest, upstream.rows(rows.index, start, stop).times(self.head.factor))
+                assert chunk.out is not None
+                sink.commit(chunk.out, hidden, start, stop)
             sink.flush()
-        return Outcome(entropy, None, *gradient.finish())
+        return Outcome(tail, None, None, *gradient.finish())
 
-    def _writer(self, tile_rows: int, like: Tensor) -> GradientWriter:
-        """What fills dZ of a chunk: (hidden, logits buffer, weight tile, rows, upstream, out)."""
-        ops = TorchRowOps(tile_rows, self.head.vocab, like)
-
-        def write(hidden: Tensor, z: Tensor, tile: Tensor | None, own: _Rows, upstream: Upstream, out: Tensor) -> None:
-            ops.write_logits(self.head, hidden, z, tile)
-            self._gradient(ops, z, own, upstream, out)
-
-        return write
-
-    def _gradient(self, ops: TorchRowOps, z: Tensor, own: _Rows, upstream: Upstream, out: Tensor) -> None:
-        """dZ of one chunk into ``out`` [c, V], which may be ``z``, the logits, overwritten."""
-        head = self.head
-        cap = None if head.softcap is None else head.softcap / head.temperature
-        columns, here = self._localise(own.labels)
-        arrive = torch.where(here, upstream.logprob, 0.0) * head.factor
-        removed = removal(here, z)
-        leave = (upstream.logprob.sum(1) + upstream.tail) * head.factor
-        from_entropy = torch.zeros_like(leave) if upstream.entropy is None else upstream.entropy * head.factor
+    def _gradient(self, ops: RowOps, chunk: Chunk, labels: Tensor, tail: Tensor, upstream: Upstream) -> None:
+        """dZ of one chunk into ``chunk.out``; labels [c, L], ``tail`` [c]."""
+        assert isinstance(ops, TorchRowOps) and chunk.out is not None
+        columns, here = self._localise(labels)
+        arrive, removed = torch.where(here, upstream.logprob, 0.0), removal(here, chunk.table)
         # An empty tail passes nothing on; any finite number serves as its log-mass.
-        tail = torch.where(own.tail.isfinite(), own.tail, 0.0)
-        for rows, s1, s2, s3 in ops.tiles(z.shape[0]):
-            x = z[rows].sub_(own.lse[rows, None])
-            if cap is not None:
-                softcap_slope(x, own.lse[rows], cap, s3)
-            torch.exp(x, out=s1)
-            with_tail = self.tail and head.vocab > 0
-            if with_tail:
-                torch.sub(x, tail[rows, None], out=s2).scatter_add_(1, columns[rows], removed[rows])
-                s2.exp_().mul_(upstream.tail[rows, None] * head.factor)
-            x.add_(own.entropy[rows, None]).mul_(-from_entropy[rows, None])
-            x.sub_(leave[rows, None]).mul_(s1)
-            if with_tail:
-                x.add_(s2)
-            if head.vocab:
-                x.scatter_add_(1, columns[rows], arrive[rows])
-            if cap is not None:
-                x.mul_(s3)
-            if out is not z:
-                out[rows] = x
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What forward knows about the rows of a chunk: labels [c, L], the others [c]."""
-
-    labels: Tensor
-    entropy: Tensor
-    tail: Tensor
-    lse: Tensor
+        chunk.table[0, LABEL_SCALE] = upstream.logprob.sum(1) + upstream.tail
+        mass = torch.where(tail.isfinite(), tail, 0.0) + chunk.table[0, LOG]
+        ops.label_sets_gradient(chunk, columns, arrive, removed, mass, upstream.tail, upstream.entropy, self.tail)
 
 
 @dataclass(frozen=True)
@@ -219,6 +187,16 @@ class Upstream:
         logprob = like.new_zeros(like.shape, dtype=dtype) if logprob is None else logprob
         return cls(logprob, entropy, logprob.new_zeros(like.shape[0]) if tail is None else tail)
 
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.logprob, self.tail, self.entropy
+
+    def times(self, factor: Tensor | float) -> Upstream:
+        entropy = None if self.entropy is None else self.entropy * factor
+        return Upstream(self.logprob * factor, entropy, self.tail * factor)
+
+    def scaled(self, factor: Tensor | None) -> Upstream:
+        return self if factor is None else self.times(factor)
+
     def used(self) -> Tensor:
         """[N] rows that have any."""
         used = (self.logprob != 0).any(1) | (self.tail != 0)
@@ -229,45 +207,21 @@ class Upstream:
         return Upstream(gather(self.logprob, index, start, stop), entropy, gather(self.tail, index, start, stop))
 
 
-GradientWriter = Callable[[Tensor, Tensor, Tensor | None, _Rows, Upstream, Tensor], None]
-
-
 class SingleLabel(LabelSets):
-    """One label per row [N, 1], no tail, no shards: the row operations of ``impl``."""
+    """One label per row [N, 1] and no tail: the row operations of ``impl``."""
 
-    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        rows = self.labels.shape[0]
-        workspace, like, tile_rows = self._workspace(rows, Wants())
-        ops = make_row_ops(self.impl, tile_rows, self.head.vocab, like)
-        out = workspace.z.new_empty(4, rows)
-        for start, stop in spans(rows, workspace.plan.chunk_rows):
-            z = workspace.z[: stop - start]
-            ops.write_logits(self.head, self.head.hidden[start:stop], z, workspace.tile)
-            student = ops.student_rows(self.head, z, self.labels[start:stop, 0], True, joint=False)
-            found = (student.logprob, student.entropy, student.lse, student.log_sum)
-            for target, values in zip(out, found, strict=True):
-                target[start:stop] = values
-        logprob, entropy, lse, log_sum = out
-        return logprob[:, None], entropy, torch.full_like(entropy, math.nan), lse, log_sum.neg_().exp_()
+    def _look_up(
+        self, ops: RowOps, chunk: Chunk, labels: Tensor, logprob: Tensor, tail: Tensor, tile_rows: int
+    ) -> None:
+        columns, here = self._localise(labels[:, 0])
+        self._statistics(ops, replace(chunk, labels=torch.where(here, columns, -1)))
+        logprob[:, 0] = fields.logprob(chunk.table, 0)
 
-    def _writer(self, tile_rows: int, like: Tensor) -> GradientWriter:
-        head = self.head
-        ops = make_row_ops(self.impl, tile_rows, head.vocab, like)
-
-        def write(hidden: Tensor, z: Tensor, tile: Tensor | None, own: _Rows, upstream: Upstream, out: Tensor) -> None:
-            ops.write_logits(head, hidden, z, tile)
-            ops.logprob_gradient_rows(
-                z,
-                own.labels[:, 0],
-                ops.student_rows(head, z, None, False, joint=False),
-                entropy=own.entropy,
-                logprob_scale=upstream.logprob[:, 0] * head.factor,
-                entropy_scale=None if upstream.entropy is None else upstream.entropy * head.factor,
-                softcap=None if head.softcap is None else head.softcap / head.temperature,
-                out=out,
-            )
-
-        return write
+    def _gradient(self, ops: RowOps, chunk: Chunk, labels: Tensor, tail: Tensor, upstream: Upstream) -> None:
+        columns, here = self._localise(labels[:, 0])
+        chunk.table[0, LABEL_SCALE] = -upstream.logprob[:, 0]
+        entropy = None if upstream.entropy is None else -upstream.entropy
+        ops.logprob_gradient(replace(chunk, labels=torch.where(here, columns, -1)), entropy)
 
 
 def removal(here: Tensor, like: Tensor) -> Tensor:

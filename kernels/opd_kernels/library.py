@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .divergence import StudentArguments, exact_products, loss_scale, prepare, recompute, solve
+from .call import StudentArguments, exact_products, loss_scales, prepare, recompute, solve
 from .driver import Outcome
 from .heads import Wants
 from .label_sets import LabelSets, Upstream
-from .logprob import STATS_OPTIONS, compute_stats, prepare_logprob
-from .types import DivergenceOutput, LogprobOutput, Problem, TeacherHead, TokenStats
+from .logprob_call import STATS_OPTIONS, compute_stats, prepare_logprob
+from .problem import Problem
+from .types import DivergenceOutput, LogprobOutput, TeacherHead, TokenStats
 from .validation import check_constant
 
 NO_GRADIENTS = (False, False, False)
@@ -41,7 +42,7 @@ HEADS = (
 )
 RULE = (
     "str divergence, float jsd_beta, float skew_alpha, str teacher_reduction, str reduction, bool stats, "
-    "float backward_tolerance"
+    "float backward_tolerance, Tensor? logprob_weight"
 )
 RUN = "float temperature, str impl, int? workspace_bytes, int? vocab_size, str group_name"
 DIVERGENCE = f"{HEADS}, {RULE}, {RUN}, bool[] wants"
@@ -77,11 +78,19 @@ def names_of(arguments: str) -> list[str]:
 
 
 def run_divergence(given: Arguments) -> list[Tensor]:
-    """[loss, token_loss, statistics (all or none of them, absent ones empty), three gradients]."""
+    """[loss, token_loss, log-probs (or empty), statistics (all or none of them, absent ones empty), three
+    gradients]."""
     problem = problem_of(given)
-    loss, outcome = solve(problem, loss_scale(problem), Wants(*given["wants"]))
+    loss, outcome = solve(problem, loss_scales(problem), Wants(*given["wants"]))
+    logprob = loss.new_empty(0) if outcome.logprob is None else outcome.logprob
     found = [] if outcome.stats is None else present(outcome.stats, loss)
-    return [loss, outcome.token_loss, *found, *gradients_of(outcome, given["student_weight"], given["group_name"])]
+    return [
+        loss,
+        outcome.token_loss,
+        logprob,
+        *found,
+        *gradients_of(outcome, given["student_hidden"], given["student_weight"], given["group_name"]),
+    ]
 
 
 def fake_divergence(given: Arguments) -> list[Tensor]:
@@ -90,18 +99,19 @@ def fake_divergence(given: Arguments) -> list[Tensor]:
     found = empty_stats(given) if given["stats"] else []
     gradients = empty_gradients(given, NO_GRADIENTS if whole else given["wants"])
     loss = hidden.new_empty((rows,) if whole else (), dtype=dtype)
-    return [loss, hidden.new_empty(rows, dtype=dtype), *found, *gradients]
+    logprob = hidden.new_empty(0 if given["logprob_weight"] is None else rows, dtype=dtype)
+    return [loss, hidden.new_empty(rows, dtype=dtype), logprob, *found, *gradients]
 
 
 def run_divergence_backward(given: Arguments) -> list[Tensor]:
     """Three gradients for the upstream gradient ``grad_loss`` [N] of ``reduction="none"``."""
     problem = problem_of(given)
-    outcome = recompute(problem, loss_scale(problem), given["grad_loss"], Wants(*given["wants"]))
-    return gradients_of(outcome, given["student_weight"], given["group_name"])
+    outcome = recompute(problem, loss_scales(problem), given["grad_loss"], Wants(*given["wants"]))
+    return gradients_of(outcome, given["student_hidden"], given["student_weight"], given["group_name"])
 
 
 def run_logprob(given: Arguments) -> list[Tensor]:
-    """[log-probs [N, L], entropy, log-mass of the tail, log sum exp, largest probability]."""
+    """[log-probs [N, L], log-mass of the tail, entropy, largest probability]."""
     with exact_products(given["hidden"].device):
         # Outputs of a custom op must not share storage.
         return [x.clone() for x in logprob_call_of(given).forward()]
@@ -110,17 +120,17 @@ def run_logprob(given: Arguments) -> list[Tensor]:
 def fake_logprob(given: Arguments) -> list[Tensor]:
     hidden, labels, dtype = given["hidden"], given["labels"], compute_dtype(given)
     rows, width = hidden.shape[0], labels.shape[1] if labels.dim() == 2 else 1
-    return [hidden.new_empty(rows, width, dtype=dtype), *(hidden.new_empty(rows, dtype=dtype) for _ in range(4))]
+    return [hidden.new_empty(rows, width, dtype=dtype), *(hidden.new_empty(rows, dtype=dtype) for _ in range(3))]
 
 
 def run_logprob_backward(given: Arguments) -> list[Tensor]:
     call = logprob_call_of(given)
-    entropy, tail, lse = given["entropy_value"], given["tail_value"], given["lse_value"]
+    tail = given["tail_value"]
     gradients = (given["grad_logprob"], given["grad_entropy"], given["grad_tail"])
-    upstream = Upstream.of(*gradients, like=call.labels, dtype=entropy.dtype)
+    upstream = Upstream.of(*gradients, like=call.labels, dtype=tail.dtype)
     with exact_products(given["hidden"].device):
-        outcome = call.backward(entropy, tail, lse, upstream, Wants(*given["wants"]))
-    return gradients_of(outcome, given["weight"], given["group_name"])
+        outcome = call.backward(tail, upstream, Wants(*given["wants"]))
+    return gradients_of(outcome, given["hidden"], given["weight"], given["group_name"])
 
 
 def run_stats(given: Arguments) -> list[Tensor]:
@@ -139,8 +149,7 @@ linear_divergence_backward_op = define(
 linear_logprob_op = define("linear_logprob", LOGPROB, run_logprob, fake_logprob)
 linear_logprob_backward_op = define(
     "linear_logprob_backward",
-    "Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_tail, Tensor entropy_value, Tensor tail_value, "
-    f"Tensor lse_value, {LOGPROB}",
+    f"Tensor? grad_logprob, Tensor? grad_tail, Tensor? grad_entropy, Tensor tail_value, {LOGPROB}",
     run_logprob_backward,
     fake_gradients,
 )
@@ -187,7 +196,7 @@ def divergence_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple:
 def logprob_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.wants, ctx.dtypes = inputs[-1], [None if x is None else x.dtype for x in inputs[:3]]
-    ctx.arguments = Saved([*output[1:4], *inputs])
+    ctx.arguments = Saved([output[1], *inputs])
     ctx.save_for_backward(*ctx.arguments.tensors)
 
 
@@ -209,8 +218,9 @@ def divergence(
     """``linear_divergence`` through its op; ``options`` are its other keyword arguments."""
     given = {**flat(student, teachers, options), "wants": [wants.hidden, wants.weight, wants.bias]}
     out = linear_divergence_op(*[given[name] for name in names_of(DIVERGENCE)])
-    found = unpack_stats(out[2:-3], given) if given["stats"] else None
-    return DivergenceOutput(out[0], out[1].detach(), found)
+    found = unpack_stats(out[3:-3], given) if given["stats"] else None
+    logprob = None if given["logprob_weight"] is None else out[2].detach()
+    return DivergenceOutput(out[0], out[1].detach(), found, logprob)
 
 
 def stats(student: StudentArguments, teachers: Sequence[TeacherHead], options: dict[str, Any]) -> TokenStats:
@@ -227,7 +237,7 @@ def logprob(
     given["group_name"], given["wants"] = name_of(options["group"]), [wants.hidden, wants.weight, wants.bias]
     out = linear_logprob_op(*[given[name] for name in names_of(LOGPROB)])
     values = out[0] if labels.dim() == 2 else out[0][:, 0]
-    return LogprobOutput(values, out[1], out[4].detach(), out[2] if options["tail"] else None)
+    return LogprobOutput(values, out[2], out[3].detach(), out[1] if options["tail"] else None)
 
 
 def flat(student: StudentArguments, teachers: Sequence[TeacherHead], options: dict[str, Any]) -> Arguments:
@@ -238,7 +248,8 @@ def flat(student: StudentArguments, teachers: Sequence[TeacherHead], options: di
         mix = torch.tensor(mix, dtype=torch.float64, device=hidden.device)
     constants = {f"teachers[{k}].hidden": teacher.hidden for k, teacher in enumerate(teachers)}
     # Inside the op no tensor requires a gradient any more.
-    for name, tensor in {**constants, "mix": mix, "token_weight": options["token_weight"]}.items():
+    weights = {name: options.get(name) for name in ("token_weight", "logprob_weight")}
+    for name, tensor in {**constants, **weights, "mix": mix}.items():
         if tensor is not None:
             check_constant(name, tensor)
     return {
@@ -291,18 +302,20 @@ def compute_dtype(given: Arguments) -> torch.dtype:
     return torch.float64 if all(weight.dtype == torch.float64 for weight in weights) else torch.float32
 
 
-def stored_dtypes(weight: Tensor, dtype: torch.dtype, sharded: bool) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+def stored_dtypes(
+    hidden: Tensor, weight: Tensor, dtype: torch.dtype, sharded: bool
+) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
     """dtypes of the three gradients as ops: those of float16 keep the compute dtype until a loss
     scaler's factor is in, one that is summed over ranks too."""
-    stored = dtype if weight.dtype == torch.float16 else weight.dtype
-    return dtype if sharded else stored, stored, dtype
+    states, stored = (dtype if x.dtype == torch.float16 else x.dtype for x in (hidden, weight))
+    return dtype if sharded else states, stored, dtype
 
 
-def gradients_of(outcome: Outcome, weight: Tensor, group_name: str) -> list[Tensor]:
+def gradients_of(outcome: Outcome, hidden: Tensor, weight: Tensor, group_name: str) -> list[Tensor]:
     """hidden, weight and bias gradients; empty where not asked for."""
     like = outcome.token_loss
     found = (outcome.hidden, outcome.weight, outcome.bias)
-    dtypes = stored_dtypes(weight, like.dtype, bool(group_name))
+    dtypes = stored_dtypes(hidden, weight, like.dtype, bool(group_name))
     return [
         like.new_empty(0, dtype=dtype) if x is None else x.to(dtype) for x, dtype in zip(found, dtypes, strict=True)
     ]
@@ -311,7 +324,7 @@ def gradients_of(outcome: Outcome, weight: Tensor, group_name: str) -> list[Tens
 def empty_gradients(given: Arguments, wants: Sequence[bool]) -> list[Tensor]:
     prefix = "" if "weight" in given else "student_"
     tensors = [given[f"{prefix}{name}"] for name in ("hidden", "weight", "bias")]
-    dtypes = stored_dtypes(tensors[1], compute_dtype(given), bool(given["group_name"]))
+    dtypes = stored_dtypes(tensors[0], tensors[1], compute_dtype(given), bool(given["group_name"]))
     return [
         tensors[1].new_empty(x.shape if asked else (0,), dtype=dtype)
         for x, asked, dtype in zip(tensors, wants, dtypes, strict=True)

@@ -13,16 +13,20 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from .types import FLOOR, DivergenceOutput, Head, LogprobOutput, Problem, Rule, TokenStats
+from .problem import Head, Problem, Rule
+from .types import FLOOR, DivergenceOutput, LogprobOutput, TokenStats
 
 
 def reference_divergence(problem: Problem) -> DivergenceOutput:
     """Solve ``problem`` with materialised logits; autograd differentiates the loss."""
     mix, rows = problem.mix, problem.rows
     weight = mix.new_ones(rows) if problem.token_weight is None else problem.token_weight
-    active = torch.nonzero((weight != 0) & (mix > 0).any(1))[:, 0]
+    judged = torch.where(weight[:, None] != 0, mix, 0.0)
+    active = torch.nonzero(
+        (judged > 0).any(1) if problem.logprob_weight is None else (judged > 0).any(1) | (problem.logprob_weight != 0)
+    )[:, 0]
     student = log_probs(problem.student, active, mix.dtype)
-    pairs = [torch.nonzero(mix[active, k] > 0)[:, 0] for k in range(mix.shape[1])]
+    pairs = [torch.nonzero(judged[active, k] > 0)[:, 0] for k in range(mix.shape[1])]
     teachers = []
     for k, (head, rows_k) in enumerate(zip(problem.teachers, pairs, strict=True)):
         teacher = log_probs(head, active[rows_k], mix.dtype).detach()
@@ -34,15 +38,24 @@ def reference_divergence(problem: Problem) -> DivergenceOutput:
         for k, (teacher, rows_k) in enumerate(zip(teachers, pairs, strict=True)):
             term = teacher + mix[active[rows_k], k, None].log()
             effective = effective.index_copy(0, rows_k, torch.logaddexp(effective[rows_k], term))
-        value = divergence_of(problem.rule, student, effective)
+        some = torch.nonzero((judged[active] > 0).any(1))[:, 0]
+        value = student.new_zeros(active.numel())
+        value = value.index_copy(0, some, divergence_of(problem.rule, student[some], effective[some]))
     else:
         value = student.new_zeros(active.numel())
         for k, (teacher, rows_k) in enumerate(zip(teachers, pairs, strict=True)):
             term = mix[active[rows_k], k] * divergence_of(problem.rule, student[rows_k], teacher)
             value = value.index_add(0, rows_k, term)
 
-    token_loss = value.detach().new_full((rows,), math.nan).index_copy(0, active, value.detach())
-    weighted = value * weight[active]
+    has_teacher = (judged[active] > 0).any(1)
+    shown = torch.where(has_teacher, value.detach(), math.nan)
+    token_loss = shown.new_full((rows,), math.nan).index_copy(0, active, shown)
+    weighted, logprob = value * weight[active], None
+    if problem.logprob_weight is not None:
+        assert problem.labels is not None
+        own = student.gather(1, problem.labels[active, None])[:, 0]
+        logprob = shown.new_full((rows,), math.nan).index_copy(0, active, own.detach())
+        weighted = weighted - problem.logprob_weight[active] * own
     if problem.reduction == "none":
         loss = student.new_zeros(rows).index_copy(0, active, weighted)
     elif problem.reduction == "mean":
@@ -51,7 +64,7 @@ def reference_divergence(problem: Problem) -> DivergenceOutput:
     else:
         loss = weighted.sum()
     stats = _stats(problem, active, student.detach(), teachers, pairs) if problem.stats else None
-    return DivergenceOutput(loss, token_loss, stats)
+    return DivergenceOutput(loss, token_loss, stats, logprob)
 
 
 def reference_logprob(head: Head, labels: Tensor, tail: bool = False) -> LogprobOutput:

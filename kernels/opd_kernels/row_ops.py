@@ -1,91 +1,19 @@
-"""Which implementation runs, and what its row operations look like to the drivers."""
+"""Which implementation runs."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import logging
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .chunk import RowOps, Task
 from .chunking import SCRATCH_TILES
-from .torch_impl import StudentRows, TeacherRows, TorchRowOps
-from .types import Head, Rule
+from .torch_impl import TorchRowOps
 
 logger = logging.getLogger("opd_kernels")
-
-
-class RowOps(Protocol):
-    """Operations on the [c, V] buffers of a chunk; ``TorchRowOps`` documents them."""
-
-    def write_logits(self, head: Head, hidden: Tensor, out: Tensor, tile: Tensor | None) -> None: ...
-
-    def student_rows(self, head: Head, z: Tensor, labels: Tensor | None, full: bool, joint: bool) -> StudentRows: ...
-
-    def teacher_rows(
-        self,
-        rule: Rule,
-        student_head: Head,
-        head: Head,
-        z: Tensor,
-        t: Tensor,
-        student: StudentRows,
-        *,
-        acc: Tensor | None,
-        before: int,
-        last: bool,
-        weight: Tensor,
-        labels: Tensor | None,
-        full: bool,
-    ) -> TeacherRows: ...
-
-    def mixture_rows(
-        self,
-        student_head: Head,
-        head: Head,
-        z: Tensor,
-        t: Tensor,
-        student: StudentRows,
-        *,
-        acc: Tensor,
-        before: int,
-        weight: Tensor,
-        labels: Tensor | None,
-        full: bool,
-    ) -> TeacherRows: ...
-
-    def mixture_value(self, rule: Rule, z: Tensor, acc: Tensor, student: StudentRows, keep: bool) -> TeacherRows: ...
-
-    def gradient_rows(
-        self,
-        rule: Rule,
-        z: Tensor,
-        acc: Tensor,
-        t: Tensor,
-        student: StudentRows,
-        *,
-        teachers: int,
-        acc_mean: Tensor,
-        total_weight: Tensor,
-        row_scale: Tensor,
-        softcap: float | None,
-        out: Tensor,
-    ) -> None: ...
-
-    def logprob_gradient_rows(
-        self,
-        z: Tensor,
-        labels: Tensor,
-        student: StudentRows,
-        *,
-        entropy: Tensor,
-        logprob_scale: Tensor,
-        entropy_scale: Tensor | None,
-        softcap: float | None,
-        out: Tensor,
-    ) -> None: ...
 
 
 def choose_impl(impl: str, device: str, compute_dtype: torch.dtype, sharded: bool = False) -> str:
@@ -100,10 +28,8 @@ def choose_impl(impl: str, device: str, compute_dtype: torch.dtype, sharded: boo
     Raises:
         ValueError: impl="triton" cannot serve this device or dtype, or ``impl`` no split.
     """
-    if sharded:
-        if impl not in ("auto", "torch"):
-            raise ValueError(f"impl={impl!r} does not serve a vocabulary split over a group: use 'auto' or 'torch'")
-        return "torch"
+    if impl == "reference" and sharded:
+        raise ValueError("impl='reference' does not serve a vocabulary split over a group: use 'auto' or 'torch'")
     if impl == "auto":
         chosen = "triton" if device == "cuda" and compute_dtype == torch.float32 and has_triton() else "torch"
         _log_choice(chosen, device)
@@ -129,29 +55,27 @@ def has_triton() -> bool:
 
 def interpreted() -> bool:
     """Whether the kernels were made for triton's interpreter, which runs on CPU tensors."""
-    import triton
+    from . import rows_math
 
-    from . import rows
-
-    return not isinstance(rows.gradient_kernel, triton.JITFunction)
+    return rows_math.INTERPRETED
 
 
 def row_layout(impl: str, vocab: int) -> tuple[int, int]:
     """(elements from one row of a buffer to the next, scratch tiles of the row operations)."""
     if impl != "triton":
         return vocab, SCRATCH_TILES
-    from .rows import ALIGNMENT
+    from .rows_math import ALIGNMENT
 
     return -(-vocab // ALIGNMENT) * ALIGNMENT, 0
 
 
-def make_row_ops(impl: str, tile_rows: int, vocab: int, like: Tensor) -> RowOps:
+def make_row_ops(impl: str, task: Task, tile_rows: int, vocab: int, like: Tensor) -> RowOps:
     """Row operations of ``impl`` for buffers with ``vocab`` columns of the dtype of ``like``."""
     if impl == "triton":
         from .triton_impl import TritonRowOps
 
-        return TritonRowOps(vocab)
-    return TorchRowOps(tile_rows, vocab, like)
+        return TritonRowOps(task, vocab)
+    return TorchRowOps(task, tile_rows, vocab, like)
 
 
 @functools.cache

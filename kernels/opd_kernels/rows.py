@@ -1,392 +1,573 @@
-"""Triton row kernels: sweeps over [c, V] buffers of float32 logits.
+"""Triton row kernels: sweeps over [1 + K, c, V] float32 logits of a student and K teachers.
 
-A program works on one block of columns of one row. Sums over a row are therefore kept as partials,
-one per block, and merged afterwards: a few rows still fill a GPU, and no block waits for another.
-Logits are read as they are and never written back, except once to finish them (bias, softcap,
-floor) in the sweep that first reads them.
+A program works on one block of columns of one row. Sums over a row are therefore kept as partials, one per block,
+and merged afterwards (``table``): a few rows still fill a GPU. ``one_read_kernel`` does everything in one read: the
+programs of a row post their partials, wait for each other and go on with the logits that they still hold. The other
+kernels are its stages one by one, for ranks that exchange partials in between, for rows that do not fit on the
+device together, and where no gradient is asked for.
 
-Symbols: z student logits / T, p its softmax; t teacher logits / T, q its softmax; g = z - t; r =
-log q - log p; a = d divergence / d p up to a constant per row, so that d divergence / d z = p (a -
-E_p[a]). A normaliser is a pair (top, log): log sum exp(x) = top + log with top = max x, kept apart
-because their sum would round at the size of the logits.
+Symbols: z student logits / T, p its softmax; t teacher logits / T, q its softmax; g = z - t; r = log q - log p; a = d
+divergence / d p up to a constant per row, so that d divergence / d z = p (a - E_p[a]), a taken relative to its value
+at the student's largest logit.
 
-``acc`` is either raw (logits of the row's first teacher, nothing was written) or folded (the
-weighted terms of all teachers so far, see ``term``); ``t`` holds raw logits of the last teacher.
-
-All arithmetic is float32; only the output of the gradient kernels may be narrower. Rows of a
-buffer start at multiples of 16 elements and ``width``, V rounded up to 16, fits in them: loads are
-masked with ``width``, which keeps them vectorised, and columns from V on are replaced.
+All arithmetic is float32; only dZ may be narrower. Rows of a buffer start at multiples of 16 elements and V rounded
+up to 16 fits in them: loads are masked with that width, which keeps them vectorised, and columns from V on are
+replaced. Numbers that vary from chunk to chunk do not make variants of a kernel.
 """
 
-# mypy: disallow-untyped-defs=False
+# mypy: disable-error-code=assignment, disallow-untyped-defs=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from .rows_math import (
-    ABSENT,
-    ACC_SIDE,
-    ARGMAX,
-    CLAMP,
-    ENTROPY,
-    FORWARD_KL,
-    GAP_PART,
+    DOT,
+    FLOOR_VALUE,
+    LABEL_SCALE,
     LOG,
-    LOGPROB,
-    LSE,
-    MEAN_GAP,
-    Q_AGREES,
-    Q_ENTROPY,
-    Q_LOGPROB,
-    Q_PART,
-    Q_TOP1,
-    REVERSE_KL,
-    SIDE_LOG,
-    SIDE_TOP,
-    SIDE_WEIGHT,
-    T_SIDE,
+    MEAN,
+    MEAN_P,
+    MERGED,
+    REF,
+    SCALE,
+    STEP,
     TOP,
-    finish,
-    jsd_log,
-    locate,
-    merge,
-    normaliser,
-    side_log,
-    skew_ratio,
-    softcap_slope,
+    VALUE,
+    WEIGHT,
+    columns,
+    compare,
+    entry,
+    exp,
+    label_logit,
+    load,
+    log_ratio,
+    log_share,
+    log_sum,
+    merge_row,
+    probability,
+    slope_of,
     summarise,
-    term,
+    tanh,
+    value_of,
 )
 
-# Small programs: about five of them share a multiprocessor, so that some load while others reduce.
+# Small programs: about four of them share a multiprocessor, so that some load while others reduce.
 BLOCK = 2048
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-ALIGNMENT = 16
+MANY_TEACHERS = 3
+"""Teachers from which a program has twice the warps: it holds a row's logits of all of them."""
+NUMBERS = ["rows", "splits", "vocab", "slot_stride", "stride", "head_stride", "field_stride", "out_stride", "first"]
+VECTORS = ["label_ptr", "table_ptr", "entropy_scale_ptr", "bias_ptr"]
 
 
-@triton.jit(do_not_specialize=["rows"])
+def options(teachers: int) -> dict[str, int | bool]:
+    """How the kernels are compiled."""
+    return {"num_warps": 4 if teachers < MANY_TEACHERS else 8, "enable_fp_fusion": True}
+
+
+def among(names: list[str], function) -> list[str]:
+    """Those of ``names`` that are arguments of ``function``."""
+    return [name for name in function.__code__.co_varnames[: function.__code__.co_argcount] if name in names]
+
+
+def kernel(function):
+    """A kernel with one variant for all sizes and strides."""
+    return triton.jit(
+        function,
+        do_not_specialize=among(NUMBERS, function),
+        do_not_specialize_on_alignment=among(VECTORS, function),
+    )
+
+
+@kernel
+def finish_kernel(
+    logits_ptr,
+    bias_ptr,
+    factor,
+    cap,
+    splits,
+    vocab,
+    stride,
+    BIAS: tl.constexpr,
+    CAP: tl.constexpr,
+    FLOOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Logits of one head from its product: bias, softcap and floor, in place."""
+    row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
+    cols, stored, valid = columns(split, vocab, BLOCK)
+    at = logits_ptr + row * stride * STEP + cols
+    x = tl.load(at, mask=stored, other=0.0)
+    if BIAS:
+        x += factor * tl.load(bias_ptr + cols, mask=valid, other=0.0).to(tl.float32)
+    if CAP:
+        x = cap * tanh(x / cap)
+    if FLOOR:
+        x = tl.where(x < FLOOR_VALUE, FLOOR_VALUE, x)
+    tl.store(at, x, mask=stored)
+
+
+@kernel
 def statistics_kernel(
-    z_ptr,
-    t_ptr,
-    z_bias_ptr,
-    t_bias_ptr,
-    table_ptr,
+    logits_ptr,
+    label_ptr,
     partial_ptr,
-    z_factor,
-    t_factor,
-    z_cap,
-    t_cap,
     rows,
     splits,
     vocab,
-    width,
-    z_stride,
-    t_stride,
-    table_stride,
-    STUDENT: tl.constexpr,
-    TEACHER: tl.constexpr,
-    CROSS: tl.constexpr,
-    FULL: tl.constexpr,
-    Z_BIAS: tl.constexpr,
-    Z_CAP: tl.constexpr,
-    Z_FLOOR: tl.constexpr,
-    T_BIAS: tl.constexpr,
-    T_CAP: tl.constexpr,
-    T_FLOOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Partials of the student (STUDENT), the teacher (TEACHER) and of both (CROSS) in one read.
-
-    Without STUDENT its normaliser is taken from the table. FULL adds the arg max.
-    """
-    row, split, cols, stored, valid = locate(splits, vocab, width, BLOCK)
-    place = partial_ptr + row * splits + split
-    field = tl.cast(rows, tl.int64) * splits
-    start = split * BLOCK
-    if STUDENT or CROSS:
-        at = z_ptr + row * z_stride + cols
-        z = tl.load(at, mask=stored, other=ABSENT)
-        if STUDENT:
-            z = finish(z, at, z_bias_ptr, cols, stored, valid, z_factor, z_cap, Z_BIAS, Z_CAP, Z_FLOOR)
-        z = tl.where(valid, z, ABSENT)
-        if STUDENT:
-            e_p = summarise(z, place, field, start, FULL)
-        else:
-            top, log = normaliser(table_ptr, table_stride, row, TOP)
-            e_p = tl.exp((z - top) - log)
-    if TEACHER:
-        at = t_ptr + row * t_stride + cols
-        t = tl.load(at, mask=stored, other=ABSENT)
-        t = finish(t, at, t_bias_ptr, cols, stored, valid, t_factor, t_cap, T_BIAS, T_CAP, T_FLOOR)
-        t = tl.where(valid, t, ABSENT)
-        e_q = summarise(t, place + Q_PART * field, field, start, FULL)
-    if CROSS:
-        g = z - t
-        tl.store(place + GAP_PART * field, tl.sum(e_p * g, 0))
-        tl.store(place + (GAP_PART + 1) * field, tl.sum(e_q * g, 0))
-
-
-@triton.jit(do_not_specialize=["rows"])
-def merge_kernel(
-    partial_ptr,
-    z_ptr,
-    t_ptr,
-    label_ptr,
-    weight_ptr,
-    table_ptr,
-    result_ptr,
-    finite_ptr,
-    rows,
-    splits,
-    z_stride,
-    t_stride,
-    weight_stride,
-    table_stride,
-    result_stride,
-    STUDENT: tl.constexpr,
-    TEACHER: tl.constexpr,
-    CROSS: tl.constexpr,
+    slot_stride,
+    stride,
+    TEACHERS: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    DOTS: tl.constexpr,
     FULL: tl.constexpr,
     LABELS: tl.constexpr,
-    SIDE: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Partials of every head. P and Q add the means of g under p and q, DOTS that of the logits, FULL the arg max."""
+    row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
+    cols, stored, valid = columns(split, vocab, BLOCK)
+    place, field = partial_ptr + row * splits + split, tl.cast(rows, tl.int64) * splits
+    z = load(logits_ptr, 0, slot_stride, row, stride, cols, stored, valid)
+    e_p, top = summarise(z, cols, place, field, FULL, DOTS)
+    if LABELS:
+        label = tl.load(label_ptr + row)
+        label_logit(logits_ptr, 0, slot_stride, row, stride, label, split, place, field, BLOCK)
+    for j in tl.static_range(TEACHERS):
+        t = load(logits_ptr, 1 + j, slot_stride, row, stride, cols, stored, valid)
+        own = place + (1 + j) * MERGED * field
+        if LABELS:
+            label_logit(logits_ptr, 1 + j, slot_stride, row, stride, label, split, own, field, BLOCK)
+        e_q, _ = summarise(t, cols, own, field, FULL, DOTS)
+        compare(z, t, top, e_p, e_q, own, field, P, Q)
+
+
+@kernel
+def merge_kernel(
+    partial_ptr,
+    table_ptr,
+    rows,
+    splits,
+    head_stride,
+    field_stride,
+    first,
+    TEACHERS: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    DOTS: tl.constexpr,
+    FULL: tl.constexpr,
+    LABELS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Merge the partials of ROWS rows into the table (student, normaliser and weight of the
-    teacher's SIDE) and into the teacher's results; flag teachers that are not finite."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = row < rows
-    split = tl.arange(0, SPLITS)
-    place = partial_ptr + row[:, None].to(tl.int64) * splits + split[None, :]
-    present = there[:, None] & (split < splits)[None, :]
-    field = tl.cast(rows, tl.int64) * splits
-    table = table_ptr + row
+    """The table of a row from the partials of its blocks; ``first`` is the global id of column 0."""
+    row = tl.program_id(0).to(tl.int64)
+    merge_row(
+        partial_ptr,
+        table_ptr,
+        row,
+        rows,
+        splits,
+        head_stride,
+        field_stride,
+        first,
+        TEACHERS,
+        True,
+        P,
+        Q,
+        DOTS,
+        FULL,
+        LABELS,
+        SPLITS,
+    )
+
+
+@triton.jit
+def mixture(ts, z, table_ptr, row, head_stride, field_stride, TEACHERS: tl.constexpr):
+    """(log q_m [BLOCK], r of it, r at the student's largest logit)."""
+    z_top = entry(table_ptr, row, 0, head_stride, field_stride, TOP)
+    z_log = entry(table_ptr, row, 0, head_stride, field_stride, LOG)
+    out = log_share(ts[0], table_ptr, row, 1, head_stride, field_stride)
+    at_top = log_share(
+        z_top - entry(table_ptr, row, 1, head_stride, field_stride, REF), table_ptr, row, 1, head_stride, field_stride
+    )
+    for j in tl.static_range(1, TEACHERS):
+        out = log_sum(out, log_share(ts[j], table_ptr, row, 1 + j, head_stride, field_stride))
+        t_top = z_top - entry(table_ptr, row, 1 + j, head_stride, field_stride, REF)
+        at_top = log_sum(at_top, log_share(t_top, table_ptr, row, 1 + j, head_stride, field_stride))
+    return out, (out - (z - z_top)) + z_log, at_top + z_log
+
+
+@triton.jit
+def terms_of(
+    z,
+    ts,
+    p,
+    table_ptr,
+    row,
+    head_stride,
+    field_stride,
+    parameter,
+    KIND: tl.constexpr,
+    MIXTURE: tl.constexpr,
+    TEACHERS: tl.constexpr,
+):
+    """(weighted a, or p - q_m for the forward KL of a mixture; what each column adds to the divergence), [BLOCK]."""
+    a = tl.zeros_like(p)
+    value = tl.zeros_like(p)
+    if MIXTURE:
+        log_q, r, at_top = mixture(ts, z, table_ptr, row, head_stride, field_stride, TEACHERS)
+        q = exp(log_q)
+        value = value_of(p, q, r, parameter, KIND)
+        if KIND == "forward_kl":
+            a = p - q
+        else:
+            a = slope_of(r, parameter, KIND) - slope_of(at_top, parameter, KIND)
+    else:
+        for j in tl.static_range(TEACHERS):
+            w = entry(table_ptr, row, 1 + j, head_stride, field_stride, WEIGHT)
+            shift = log_ratio(table_ptr, row, 1 + j, head_stride, field_stride)
+            r = (ts[j] - z) + shift
+            at_top = shift - entry(table_ptr, row, 1 + j, head_stride, field_stride, REF)
+            q = probability(ts[j], table_ptr, row, 1 + j, head_stride, field_stride)
+            value += w * value_of(p, q, r, parameter, KIND)
+            a += w * (slope_of(r, parameter, KIND) - slope_of(at_top, parameter, KIND))
+    return a, value
+
+
+@triton.jit
+def post_terms(a, value, p, place, field, KIND: tl.constexpr):
+    """Store the partials of VALUE and MEAN of one block."""
+    tl.store(place, tl.sum(value, 0))
+    if KIND == "forward_kl":
+        tl.store(place + field, 0.0)
+    else:
+        tl.store(place + field, tl.sum(p * a, 0))
+
+
+@triton.jit
+def gaps_of(z, ts, p, table_ptr, row, head_stride, field_stride, KIND: tl.constexpr, TEACHERS: tl.constexpr):
+    """sum_k w_k (g_k - E_p[g_k]) of the reverse KL, sum_k w_k (p - q_k) of the forward KL."""
+    a = tl.zeros_like(p)
+    for j in tl.static_range(TEACHERS):
+        w = entry(table_ptr, row, 1 + j, head_stride, field_stride, WEIGHT)
+        if KIND == "reverse_kl":
+            g = (z - ts[j]) - entry(table_ptr, row, 1 + j, head_stride, field_stride, REF)
+            a += w * (g - entry(table_ptr, row, 1 + j, head_stride, field_stride, MEAN_P))
+        else:
+            tl.static_assert(KIND == "forward_kl")
+            a += w * (p - probability(ts[j], table_ptr, row, 1 + j, head_stride, field_stride))
+    return a
+
+
+@triton.jit
+def store_gradient(
+    z,
+    a,
+    p,
+    cols,
+    stored,
+    label_ptr,
+    table_ptr,
+    out_ptr,
+    row,
+    head_stride,
+    field_stride,
+    out_stride,
+    cap,
+    KIND: tl.constexpr,
+    TERMS: tl.constexpr,
+    TEACHERS: tl.constexpr,
+    LABELS: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """dZ of one block from its ``a``."""
+    d = tl.zeros_like(p)
+    if TEACHERS > 0:
+        scale = entry(table_ptr, row, 0, head_stride, field_stride, SCALE)
+        if TERMS and KIND != "forward_kl":
+            a -= entry(table_ptr, row, 0, head_stride, field_stride, MEAN)
+        if KIND == "forward_kl":
+            d = scale * a
+        else:
+            d = (scale * p) * a
     if LABELS:
-        label = tl.load(label_ptr + row, mask=there, other=0)
-
-    if STUDENT:
-        top, total, dot, share, where = merge(place, field, present, split, FULL)
-        log = tl.log(total)
-        tl.store(table + TOP * table_stride, top, mask=there)
-        tl.store(table + LOG * table_stride, log, mask=there)
-        tl.store(table + LSE * table_stride, top + log, mask=there)
-        tl.store(table + ENTROPY * table_stride, log - dot / total, mask=there)
-        if LABELS:
-            z_label = tl.load(z_ptr + row.to(tl.int64) * z_stride + label, mask=there, other=0.0)
-            tl.store(table + LOGPROB * table_stride, (z_label - top) - log, mask=there)
-        if FULL:
-            tl.store(table + ARGMAX * table_stride, where, mask=there)
-    elif TEACHER:
-        top = tl.load(table + TOP * table_stride, mask=there, other=0.0)
-        log = tl.load(table + LOG * table_stride, mask=there, other=0.0)
-        if FULL:
-            where = tl.load(table + ARGMAX * table_stride, mask=there, other=0.0)
-
-    if TEACHER:
-        q_top, q_total, q_dot, q_share, q_where = merge(place + Q_PART * field, field, present, split, FULL)
-        q_log = tl.log(q_total)
-        side = table + SIDE * table_stride
-        tl.store(side + SIDE_TOP * table_stride, q_top, mask=there)
-        tl.store(side + SIDE_LOG * table_stride, q_log, mask=there)
-        weight = tl.load(weight_ptr + row * weight_stride, mask=there, other=0.0)
-        tl.store(side + SIDE_WEIGHT * table_stride, weight, mask=there)
-        # A logit of -inf leaves the sum finite and makes 0 * inf in the dot product.
-        check = (q_top + q_total) + q_dot
-        tl.store(finite_ptr + row, check - check == 0.0, mask=there)
-        result = result_ptr + row
-        if CROSS:
-            shift = (top - q_top) + (log - q_log)
-            g_p = tl.load(place + GAP_PART * field, mask=present, other=0.0)
-            g_q = tl.load(place + (GAP_PART + 1) * field, mask=present, other=0.0)
-            if STUDENT:
-                mean_p = tl.sum(g_p * share, 1) / total
-            else:
-                mean_p = tl.sum(g_p, 1)
-            mean_q = tl.sum(g_q * q_share, 1) / q_total
-            tl.store(result + MEAN_GAP * result_stride, mean_p, mask=there)
-            tl.store(result + REVERSE_KL * result_stride, mean_p - shift, mask=there)
-            tl.store(result + FORWARD_KL * result_stride, shift - mean_q, mask=there)
-        if FULL:
-            tl.store(result + Q_ENTROPY * result_stride, q_log - q_dot / q_total, mask=there)
-            tl.store(result + Q_TOP1 * result_stride, 1.0 / q_total, mask=there)
-            tl.store(result + Q_AGREES * result_stride, (q_where == where).to(tl.float32), mask=there)
-            if LABELS:
-                t_label = tl.load(t_ptr + row.to(tl.int64) * t_stride + label, mask=there, other=0.0)
-                tl.store(result + Q_LOGPROB * result_stride, (t_label - q_top) - q_log, mask=there)
+        up = entry(table_ptr, row, 0, head_stride, field_stride, LABEL_SCALE)
+        d += up * p - tl.where(cols == tl.load(label_ptr + row), up, 0.0)
+    if CAP:
+        d *= softcap_slope(z, cap)
+    tl.store(out_ptr + row * out_stride * STEP + cols, d.to(out_ptr.dtype.element_ty), mask=stored)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def value_kernel(
-    z_ptr,
-    t_ptr,
+@triton.jit
+def softcap_slope(z, cap):
+    """d cap tanh(x / cap) / d x at the finished logit z."""
+    share = z / cap
+    return 1.0 - share * share
+
+
+@kernel
+def terms_kernel(
+    logits_ptr,
     table_ptr,
     partial_ptr,
     parameter,
     rows,
     splits,
     vocab,
-    width,
-    z_stride,
-    t_stride,
-    table_stride,
+    slot_stride,
+    stride,
+    head_stride,
+    field_stride,
     KIND: tl.constexpr,
-    SIDE: tl.constexpr,
+    MIXTURE: tl.constexpr,
+    TEACHERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Partials [2, c, splits] of the divergence and of E_p[a], both normalisers known."""
-    row, split, cols, stored, valid = locate(splits, vocab, width, BLOCK)
-    z = tl.where(valid, tl.load(z_ptr + row * z_stride + cols, mask=stored, other=ABSENT), ABSENT)
-    t = tl.where(valid, tl.load(t_ptr + row * t_stride + cols, mask=stored, other=ABSENT), ABSENT)
-    top, log = normaliser(table_ptr, table_stride, row, TOP)
-    q_top, q_log = normaliser(table_ptr, table_stride, row, SIDE)
-    p = tl.exp((z - top) - log)
-    q = tl.exp((t - q_top) - q_log)
-    r = (t - z) - ((q_top - top) + (q_log - log))
-    if KIND == "reverse_kl":
-        value = -p * r
-        mean = p * (z - t)
-    elif KIND == "forward_kl":
-        value = q * r
-        mean = value
-    elif KIND == "jsd":
-        excess = jsd_log(r, parameter)
-        mean = (parameter - 1.0) * p * excess
-        value = parameter * q * (tl.minimum(r, CLAMP) - excess) + mean
-    else:
-        tl.static_assert(KIND == "skew_kl")
-        ratio = skew_ratio(r, parameter)
-        value = -q * tl.log(ratio)
-        mean = (parameter - 1.0) * p / ratio
-    place = partial_ptr + row * splits + split
-    tl.store(place, tl.sum(value, 0))
-    tl.store(place + tl.cast(rows, tl.int64) * splits, tl.sum(mean, 0))
+    """Partials [2, c, splits] of VALUE and MEAN, all normalisers known."""
+    row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
+    cols, stored, valid = columns(split, vocab, BLOCK)
+    z = load(logits_ptr, 0, slot_stride, row, stride, cols, stored, valid)
+    ts = ()
+    for j in tl.static_range(TEACHERS):
+        ts = ts + (load(logits_ptr, 1 + j, slot_stride, row, stride, cols, stored, valid),)  # noqa: RUF005
+    p = probability(z, table_ptr, row, 0, head_stride, field_stride)
+    a, value = terms_of(z, ts, p, table_ptr, row, head_stride, field_stride, parameter, KIND, MIXTURE, TEACHERS)
+    post_terms(a, value, p, partial_ptr + row * splits + split, tl.cast(rows, tl.int64) * splits, KIND)
 
 
-@triton.jit
-def fold_kernel(
-    z_ptr,
-    acc_ptr,
-    t_ptr,
-    table_ptr,
-    parameter,
-    splits,
-    vocab,
-    width,
-    z_stride,
-    acc_stride,
-    t_stride,
-    table_stride,
-    KIND: tl.constexpr,
-    RAW: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Add the term of the teacher in ``t`` to ``acc``, which is RAW or folded. KIND "mixture"
-    makes it log sum_k w_k q_k."""
-    row, _, cols, stored, _ = locate(splits, vocab, width, BLOCK)
-    at = acc_ptr + row * acc_stride + cols
-    acc = tl.load(at, mask=stored, other=0.0)
-    t = tl.load(t_ptr + row * t_stride + cols, mask=stored, other=0.0)
-    if KIND == "jsd" or KIND == "skew_kl":
-        z = tl.load(z_ptr + row * z_stride + cols, mask=stored, other=0.0)
-    else:
-        z = t
-    if KIND == "mixture":
-        if RAW:
-            acc = side_log(acc, table_ptr, table_stride, row, ACC_SIDE)
-        y = side_log(t, table_ptr, table_stride, row, T_SIDE)
-        out = tl.maximum(acc, y) + tl.log(1.0 + tl.exp(-tl.abs(acc - y)))
-    else:
-        if RAW:
-            acc = term(z, acc, table_ptr, table_stride, row, parameter, KIND, ACC_SIDE)
-        out = acc + term(z, t, table_ptr, table_stride, row, parameter, KIND, T_SIDE)
-    tl.store(at, out, mask=stored)
-
-
-@triton.jit
+@kernel
 def gradient_kernel(
-    z_ptr,
-    acc_ptr,
-    t_ptr,
+    logits_ptr,
+    label_ptr,
     table_ptr,
-    mean_ptr,
-    weight_ptr,
-    scale_ptr,
     out_ptr,
     parameter,
     cap,
     splits,
     vocab,
-    width,
-    z_stride,
-    acc_stride,
-    t_stride,
-    table_stride,
+    slot_stride,
+    stride,
+    head_stride,
+    field_stride,
     out_stride,
     KIND: tl.constexpr,
-    RAW: tl.constexpr,
-    HAS_T: tl.constexpr,
+    MIXTURE: tl.constexpr,
+    TEACHERS: tl.constexpr,
+    LABELS: tl.constexpr,
     CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """scale * slope * d divergence / d z of the teachers in ``acc`` (RAW or folded) and, with
-    HAS_T, in ``t``.
-
-    ``mean`` is the weighted sum of E_p[a] and ``weight`` the sum of the weights, both [c].
-    """
-    row, _, cols, stored, _ = locate(splits, vocab, width, BLOCK)
-    z = tl.load(z_ptr + row * z_stride + cols, mask=stored, other=0.0)
-    a = tl.load(acc_ptr + row * acc_stride + cols, mask=stored, other=0.0)
-    if RAW:
-        a = term(z, a, table_ptr, table_stride, row, parameter, KIND, ACC_SIDE)
-    if HAS_T:
-        t = tl.load(t_ptr + row * t_stride + cols, mask=stored, other=0.0)
-        a += term(z, t, table_ptr, table_stride, row, parameter, KIND, T_SIDE)
-    top, log = normaliser(table_ptr, table_stride, row, TOP)
-    p = tl.exp((z - top) - log)
-    if KIND == "reverse_kl":
-        d = p * ((tl.load(weight_ptr + row) * z - a) - tl.load(mean_ptr + row))
-    elif KIND == "forward_kl":
-        d = tl.load(weight_ptr + row) * p - a
+    """dZ, the table complete."""
+    row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
+    cols, stored, valid = columns(split, vocab, BLOCK)
+    z = load(logits_ptr, 0, slot_stride, row, stride, cols, stored, valid)
+    ts = ()
+    for j in tl.static_range(TEACHERS):
+        ts = ts + (load(logits_ptr, 1 + j, slot_stride, row, stride, cols, stored, valid),)  # noqa: RUF005
+    p = probability(z, table_ptr, row, 0, head_stride, field_stride)
+    TERMS: tl.constexpr = MIXTURE or (KIND != "reverse_kl" and KIND != "forward_kl")
+    if TERMS:
+        a, _ = terms_of(z, ts, p, table_ptr, row, head_stride, field_stride, parameter, KIND, MIXTURE, TEACHERS)
     else:
-        d = p * (a - tl.load(mean_ptr + row))
-    d *= tl.load(scale_ptr + row)
-    if CAP:
-        d *= softcap_slope(z, cap)
-    tl.store(out_ptr + row * out_stride + cols, d.to(out_ptr.dtype.element_ty), mask=stored)
+        a = gaps_of(z, ts, p, table_ptr, row, head_stride, field_stride, KIND, TEACHERS)
+    store_gradient(
+        z,
+        a,
+        p,
+        cols,
+        stored,
+        label_ptr,
+        table_ptr,
+        out_ptr,
+        row,
+        head_stride,
+        field_stride,
+        out_stride,
+        cap,
+        KIND,
+        TERMS,
+        TEACHERS,
+        LABELS,
+        CAP,
+    )
 
 
 @triton.jit
-def logprob_gradient_kernel(
-    z_ptr,
+def post(counter_ptr):
+    """Say that this program's partials are stored."""
+    tl.debug_barrier()  # every thread has stored before one of them says so
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait(counter_ptr, count, WAIT: tl.constexpr):
+    """Until ``count`` programs have posted."""
+    if WAIT:
+        while tl.load(counter_ptr, volatile=True) < count:
+            pass
+    tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
+
+
+@kernel
+def one_read_kernel(
+    logits_ptr,
     label_ptr,
     table_ptr,
-    entropy_ptr,
-    logprob_scale_ptr,
+    partial_ptr,
+    ticket_ptr,
+    out_ptr,
+    parameter,
+    cap,
+    rows,
+    splits,
+    vocab,
+    slot_stride,
+    stride,
+    head_stride,
+    field_stride,
+    out_stride,
+    KIND: tl.constexpr,
+    MIXTURE: tl.constexpr,
+    TEACHERS: tl.constexpr,
+    TERMS: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    DOTS: tl.constexpr,
+    FULL: tl.constexpr,
+    LABELS: tl.constexpr,
+    LABEL_TERM: tl.constexpr,
+    CAP: tl.constexpr,
+    WAIT: tl.constexpr,
+    WRITE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """All stages with one read: statistics, wait, with TERMS the terms and another wait, dZ.
+
+    ``ticket`` [1 + 2 c], zeros, counts the programs that began and the posted blocks of every row in both stages.
+    Programs take their places by ticket, so that they wait for programs that began before them or get the next
+    free places: a row has to fit on the device. Every program of a row merges what dZ needs of its partials and
+    stores the same numbers in the table, from which it reads them; ``merge_kernel`` adds the rest afterwards.
+    """
+    program = tl.atomic_add(ticket_ptr, 1)
+    row, split = (program // splits).to(tl.int64), program % splits
+    cols, stored, valid = columns(split, vocab, BLOCK)
+    field = tl.cast(rows, tl.int64) * splits
+    place = partial_ptr + row * splits + split
+    z = load(logits_ptr, 0, slot_stride, row, stride, cols, stored, valid)
+    ts = ()
+    for j in tl.static_range(TEACHERS):
+        ts = ts + (load(logits_ptr, 1 + j, slot_stride, row, stride, cols, stored, valid),)  # noqa: RUF005
+    e_p, top = summarise(z, cols, place, field, FULL, DOTS)
+    for j in tl.static_range(TEACHERS):
+        own = place + (1 + j) * MERGED * field
+        e_q, _ = summarise(ts[j], cols, own, field, FULL, DOTS)
+        compare(z, ts[j], top, e_p, e_q, own, field, P, Q)
+    if LABELS:
+        label = tl.load(label_ptr + row)
+        for j in tl.static_range(TEACHERS + 1):
+            own = place + j * MERGED * field
+            label_logit(logits_ptr, j, slot_stride, row, stride, label, split, own, field, BLOCK)
+    post(ticket_ptr + 1 + row)
+    wait(ticket_ptr + 1 + row, splits, WAIT)
+    merge_row(
+        partial_ptr,
+        table_ptr,
+        row,
+        rows,
+        splits,
+        head_stride,
+        field_stride,
+        0,
+        TEACHERS,
+        TERMS or KIND == "forward_kl",
+        KIND == "reverse_kl" and not TERMS,
+        False,
+        False,
+        False,
+        False,
+        SPLITS,
+    )
+    tl.debug_barrier()
+    p = probability(z, table_ptr, row, 0, head_stride, field_stride)
+    if TERMS:
+        a, value = terms_of(z, ts, p, table_ptr, row, head_stride, field_stride, parameter, KIND, MIXTURE, TEACHERS)
+        post_terms(a, value, p, place + (1 + TEACHERS) * MERGED * field, field, KIND)
+        post(ticket_ptr + 1 + rows + row)
+        wait(ticket_ptr + 1 + rows + row, splits, WAIT)
+        block = tl.arange(0, SPLITS)
+        line = partial_ptr + (1 + TEACHERS) * MERGED * field + row * splits + block
+        values = tl.load(line, mask=block < splits, other=0.0, cache_modifier=".cg")
+        means = tl.load(line + field, mask=block < splits, other=0.0, cache_modifier=".cg")
+        tl.store(table_ptr + VALUE * field_stride + row, tl.sum(values, 0))
+        tl.store(table_ptr + MEAN * field_stride + row, tl.sum(means, 0))
+        tl.debug_barrier()
+    else:
+        a = gaps_of(z, ts, p, table_ptr, row, head_stride, field_stride, KIND, TEACHERS)
+    if WRITE:
+        store_gradient(
+            z,
+            a,
+            p,
+            cols,
+            stored,
+            label_ptr,
+            table_ptr,
+            out_ptr,
+            row,
+            head_stride,
+            field_stride,
+            out_stride,
+            cap,
+            KIND,
+            TERMS,
+            TEACHERS,
+            LABEL_TERM,
+            CAP,
+        )
+
+
+@kernel
+def logprob_gradient_kernel(
+    logits_ptr,
+    label_ptr,
+    table_ptr,
     entropy_scale_ptr,
     out_ptr,
     cap,
     splits,
     vocab,
-    width,
-    z_stride,
-    table_stride,
+    stride,
+    field_stride,
     out_stride,
     HAS_ENTROPY: tl.constexpr,
     CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """slope * d (logprob_scale * log p(label) + entropy_scale * entropy) / d z: 1_y - p and -p
-    (log p + H)."""
-    row, _, cols, stored, _ = locate(splits, vocab, width, BLOCK)
-    z = tl.load(z_ptr + row * z_stride + cols, mask=stored, other=0.0)
-    top, log = normaliser(table_ptr, table_stride, row, TOP)
-    log_p = (z - top) - log
-    up = tl.load(logprob_scale_ptr + row)
+    """dZ of -LABEL_SCALE log p(label) - entropy_scale * entropy: of the latter p (log p + H)."""
+    row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
+    cols, stored, valid = columns(split, vocab, BLOCK)
+    z = load(logits_ptr, 0, 0, row, stride, cols, stored, valid)
+    below = z - entry(table_ptr, row, 0, 0, field_stride, TOP)
+    up = entry(table_ptr, row, 0, 0, field_stride, LABEL_SCALE)
     factor = up
     if HAS_ENTROPY:
-        factor = up + tl.load(entropy_scale_ptr + row) * (log_p + tl.load(entropy_ptr + row))
-    d = tl.where(cols == tl.load(label_ptr + row), up, 0.0) - tl.exp(log_p) * factor
+        factor = up + tl.load(entropy_scale_ptr + row) * (below - entry(table_ptr, row, 0, 0, field_stride, DOT))
+    p = exp(below - entry(table_ptr, row, 0, 0, field_stride, LOG))
+    d = p * factor - tl.where(cols == tl.load(label_ptr + row), up, 0.0)
     if CAP:
         d *= softcap_slope(z, cap)
-    tl.store(out_ptr + row * out_stride + cols, d.to(out_ptr.dtype.element_ty), mask=stored)
+    tl.store(out_ptr + row * out_stride * STEP + cols, d.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=["count"])
+def scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
+    """Multiply ``count`` numbers by a float32 on the device; nothing is read or written where it is 1."""
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + at, mask=at < count, other=0.0).to(tl.float32) * factor
+        tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=at < count)

@@ -1,151 +1,266 @@
-"""What the row kernels share: layouts of their tables, and device functions. Symbols as in
-``rows``."""
+"""What the row kernels share: layouts, and device functions. Symbols as in ``rows``."""
 
-# mypy: disallow-untyped-defs=False
+# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
 from __future__ import annotations
+
+import os
 
 import triton
 import triton.language as tl
 
+from . import table
 from .types import FLOOR as FLOOR_LOGIT
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+"""Whether triton was told to interpret kernels on a CPU."""
+
+ALIGNMENT = 16
+"""Elements to whose multiple rows of a buffer are padded; strides are passed in units of it, so that they are
+known to be its multiples without a variant for every value."""
+STEP = tl.constexpr(ALIGNMENT)
+
 # Stands in for a missing logit: exp gives exactly 0, differences stay finite.
-ABSENT = tl.constexpr(-1.0e30)
+ABSENT = tl.constexpr(table.NO_COLUMN)
+NO_INDEX = tl.constexpr(2**31 - 1)
 FLOOR_VALUE = tl.constexpr(FLOOR_LOGIT)
 LEAST_WEIGHT = tl.constexpr(1.0e-37)
 # exp of it is finite in float32; where it acts, the probability it multiplies is 0.
 CLAMP = tl.constexpr(83.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
-# Rows of the table [TABLE, c] that describes a chunk's rows; a side is a raw teacher buffer.
-TOP, LOG, LSE, ENTROPY, LOGPROB, ARGMAX = (tl.constexpr(i) for i in range(6))
-ACC_SIDE, T_SIDE = tl.constexpr(6), tl.constexpr(9)
-SIDE_TOP, SIDE_LOG, SIDE_WEIGHT = (tl.constexpr(i) for i in range(3))
-TABLE = 12
+# Fields of a head in the table. Partials [1 + K, MERGED, c, splits] have the same, with sums instead of means
+# and of a logarithm; behind them lie [2, c, splits] partials of VALUE and MEAN.
+TOP, LOG, DOT, ARG = (tl.constexpr(i) for i in (table.TOP, table.LOG, table.DOT, table.ARG))
+LABEL, REF, MEAN_P, MEAN_Q = (tl.constexpr(i) for i in (table.LABEL, table.REF, table.MEAN_P, table.MEAN_Q))
+VALUE, MEAN, SCALE = tl.constexpr(table.VALUE), tl.constexpr(table.MEAN), tl.constexpr(table.SCALE)
+WEIGHT, LABEL_SCALE = tl.constexpr(table.WEIGHT), tl.constexpr(table.LABEL_SCALE)
+MERGED = tl.constexpr(table.MERGED)
 
-# Partials [PARTIALS, c, splits] of ``statistics_kernel``: for the student and, from Q_PART on, the
-# teacher (max, sum e, sum e (x - max), arg max) with e = exp(x - max); sum e g of both.
-MAX_PART, SUM_PART, DOT_PART, ARG_PART = (tl.constexpr(i) for i in range(4))
-Q_PART, GAP_PART = tl.constexpr(4), tl.constexpr(8)
-PARTIALS = 10
+if INTERPRETED:
 
-# Rows of the results [RESULTS, c] of one teacher. MEAN_GAP is E_p[g].
-MEAN_GAP, REVERSE_KL, FORWARD_KL, Q_ENTROPY, Q_TOP1, Q_AGREES, Q_LOGPROB = (tl.constexpr(i) for i in range(7))
-RESULTS = 7
+    @triton.jit
+    def exp(x):
+        return tl.exp(x)
+
+    @triton.jit
+    def log(x):
+        return tl.log(x)
+
+else:
+
+    @triton.jit
+    def exp(x):
+        """One multiplication and one special-function instruction; denormals are 0."""
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2_E], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def log(x):
+        """As ``exp``; absolute error 1e-7 where x is near 1."""
+        return LN_2 * tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
-def locate(splits, vocab, width, BLOCK: tl.constexpr):
-    """(row, block, columns [BLOCK], columns that exist in memory, columns of the vocabulary) of
-    this program."""
-    program = tl.program_id(0)
-    split = program % splits
+def columns(split, vocab, BLOCK: tl.constexpr):
+    """(columns [BLOCK] of a block, those that exist in memory, those of the vocabulary)."""
     cols = split * BLOCK + tl.arange(0, BLOCK)
-    return (program // splits).to(tl.int64), split, cols, cols < width, cols < vocab
+    width = (vocab + STEP - 1) // STEP * STEP
+    return cols, cols < width, cols < vocab
 
 
 @triton.jit
-def normaliser(table_ptr, table_stride, row, INDEX: tl.constexpr):
-    """(top, log) of a row; INDEX is TOP or a side."""
-    return tl.load(table_ptr + INDEX * table_stride + row), tl.load(table_ptr + (INDEX + 1) * table_stride + row)
+def label_logit(logits_ptr, slot, slot_stride, row, stride, label, split, place, field, BLOCK: tl.constexpr):
+    """Store the logit of the label where it lies in this block, else 0; before anything is written in place."""
+    at = logits_ptr + (slot * tl.cast(slot_stride, tl.int64) + row * stride) * STEP + label
+    here = (label >= split * BLOCK) & (label < (split + 1) * BLOCK)
+    tl.store(place + LABEL * field, tl.load(at, mask=here, other=0.0))
 
 
 @triton.jit
-def finish(
-    x, at, bias_ptr, cols, stored, valid, factor, cap, BIAS: tl.constexpr, CAP: tl.constexpr, FLOOR: tl.constexpr
+def load(logits_ptr, slot, slot_stride, row, stride, cols, stored, valid):
+    """Logits [BLOCK] of a head; strides in units of ALIGNMENT."""
+    at = logits_ptr + (slot * tl.cast(slot_stride, tl.int64) + row * stride) * STEP + cols
+    return tl.where(valid, tl.load(at, mask=stored, other=ABSENT), ABSENT)
+
+
+@triton.jit
+def summarise(x, cols, place, field, FULL: tl.constexpr, DOTS: tl.constexpr):
+    """Store a head's partials of one block; return (exp(x - max), max)."""
+    top = tl.max(x, 0)
+    if FULL:
+        where = tl.min(tl.where(x == top, cols, NO_INDEX), 0)
+        tl.store(place + ARG * field, where.to(tl.float32))
+    below = x - top
+    e = exp(below)
+    tl.store(place + TOP * field, top)
+    tl.store(place + LOG * field, tl.sum(e, 0))
+    if DOTS:
+        tl.store(place + DOT * field, tl.sum(e * below, 0))
+    return e, top
+
+
+@triton.jit
+def compare(z, t, top, e_p, e_q, place, field, P: tl.constexpr, Q: tl.constexpr):
+    """Store what one block says about both models; ``top`` is the student's largest logit in it."""
+    g = z - t
+    ref = tl.max(tl.where(z == top, g, ABSENT), 0)
+    tl.store(place + REF * field, ref)
+    if P:
+        tl.store(place + MEAN_P * field, tl.sum(e_p * (g - ref), 0))
+    if Q:
+        tl.store(place + MEAN_Q * field, tl.sum(e_q * g, 0))
+
+
+@triton.jit
+def gather(line, field, block, splits, INDEX: tl.constexpr, other):
+    """A field of all blocks of a row; past the first-level cache, which may be stale."""
+    return tl.load(line + INDEX * field + block, mask=block < splits, other=other, cache_modifier=".cg")
+
+
+@triton.jit
+def merge_row(
+    partial_ptr,
+    table_ptr,
+    row,
+    rows,
+    splits,
+    head_stride,
+    field_stride,
+    first,
+    TEACHERS: tl.constexpr,
+    NORMS: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    DOTS: tl.constexpr,
+    FULL: tl.constexpr,
+    LABELS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """Logits from a head's product, written back to ``at`` where they differ from it."""
-    if BIAS:
-        x += factor * tl.load(bias_ptr + cols, mask=valid, other=0.0).to(tl.float32)
-    if CAP:
-        x = cap * tanh(x / cap)
-    if FLOOR:
-        x = tl.where(x < FLOOR_VALUE, FLOOR_VALUE, x)
-    if BIAS or CAP or FLOOR:
-        tl.store(at, x, mask=stored)
-    return x
+    """Statistics of a row from those of its blocks, by the formulas of ``table.merge``: the student's normaliser
+    and the REF of teachers, and what the flags name; NORMS are the teachers' normalisers."""
+    block = tl.arange(0, SPLITS)
+    field = tl.cast(rows, tl.int64) * splits
+    line = partial_ptr + row * splits
+    out = table_ptr + row
+    tops = gather(line, field, block, splits, TOP, ABSENT)
+    sums = gather(line, field, block, splits, LOG, 0.0)
+    top = tl.max(tops, 0)
+    share = tl.exp(tops - top)
+    total = tl.sum(sums * share, 0)
+    for head in tl.static_range(TEACHERS + 1):
+        own = line + head * MERGED * field
+        to = out + head * head_stride
+        if head == 0 or NORMS:
+            h_tops = gather(own, field, block, splits, TOP, ABSENT)
+            h_sums = gather(own, field, block, splits, LOG, 0.0)
+            h_top = tl.max(h_tops, 0)
+            h_share = tl.exp(h_tops - h_top)
+            h_total = tl.sum(h_sums * h_share, 0)
+            tl.store(to + TOP * field_stride, h_top)
+            tl.store(to + LOG * field_stride, tl.log(h_total))
+            if DOTS:
+                dots = gather(own, field, block, splits, DOT, 0.0)
+                dot = tl.sum((dots + h_sums * (h_tops - h_top)) * h_share, 0) / h_total
+                tl.store(to + DOT * field_stride, dot)
+            if FULL:
+                places = gather(own, field, block, splits, ARG, 0.0)
+                best = tl.argmax(h_tops, 0)
+                where = tl.sum(tl.where(block == best, places, 0.0), 0)
+                tl.store(to + ARG * field_stride, where + first)
+            if Q and head > 0:
+                g_q = gather(own, field, block, splits, MEAN_Q, 0.0)
+                tl.store(to + MEAN_Q * field_stride, tl.sum(g_q * h_share, 0) / h_total)
+        if LABELS:
+            tl.store(to + LABEL * field_stride, tl.sum(gather(own, field, block, splits, LABEL, 0.0), 0))
+        if head > 0:
+            refs = gather(own, field, block, splits, REF, 0.0)
+            ref = tl.max(tl.where(tops == top, refs, ABSENT), 0)
+            tl.store(to + REF * field_stride, ref)
+            if P:
+                g_p = gather(own, field, block, splits, MEAN_P, 0.0)
+                mean = tl.sum((g_p + sums * (refs - ref)) * share, 0) / total
+                tl.store(to + MEAN_P * field_stride, mean)
 
 
 @triton.jit
-def summarise(x, place, field, start, FULL: tl.constexpr):
-    """Store the partials of one block; return exp(x - max)."""
-    if FULL:
-        top, where = tl.max(x, 0, return_indices=True)
-        tl.store(place + ARG_PART * field, (start + where).to(tl.float32))
-    else:
-        top = tl.max(x, 0)
-    e = tl.exp(x - top)
-    tl.store(place + MAX_PART * field, top)
-    tl.store(place + SUM_PART * field, tl.sum(e, 0))
-    tl.store(place + DOT_PART * field, tl.sum(e * (x - top), 0))
-    return e
+def entry(table_ptr, row, head, head_stride, field_stride, INDEX: tl.constexpr):
+    """A number of the table."""
+    return tl.load(table_ptr + head * head_stride + INDEX * field_stride + row)
 
 
 @triton.jit
-def merge(place, field, present, split, FULL: tl.constexpr):
-    """(max, sum e, sum e (x - max), each block's factor on its sums, arg max) of rows [ROWS] from
-    blocks [ROWS, SPLITS]."""
-    tops = tl.load(place + MAX_PART * field, mask=present, other=ABSENT)
-    sums = tl.load(place + SUM_PART * field, mask=present, other=0.0)
-    dots = tl.load(place + DOT_PART * field, mask=present, other=0.0)
-    top = tl.max(tops, 1)
-    share = tl.exp(tops - top[:, None])
-    total = tl.sum(sums * share, 1)
-    dot = tl.sum((dots + sums * (tops - top[:, None])) * share, 1)
-    where = top
-    if FULL:
-        columns = tl.load(place + ARG_PART * field, mask=present, other=0.0)
-        best = tl.argmax(tops, 1)
-        where = tl.sum(tl.where(split[None, :] == best[:, None], columns, 0.0), 1)
-    return top, total, dot, share, where
+def log_ratio(table_ptr, row, head, head_stride, field_stride):
+    """log sum exp of the student's logits minus that of a teacher's."""
+    tops = entry(table_ptr, row, 0, head_stride, field_stride, TOP)
+    tops -= entry(table_ptr, row, head, head_stride, field_stride, TOP)
+    logs = entry(table_ptr, row, 0, head_stride, field_stride, LOG)
+    logs -= entry(table_ptr, row, head, head_stride, field_stride, LOG)
+    return tops + logs
 
 
 @triton.jit
-def term(z, t, table_ptr, table_stride, row, parameter, KIND: tl.constexpr, SIDE: tl.constexpr):
-    """What one teacher adds to ``acc``: w t (reverse KL, whose a is W z - acc), w q (forward KL),
-    w a (the others)."""
-    weight = tl.load(table_ptr + (SIDE + SIDE_WEIGHT) * table_stride + row)
-    q_top, q_log = normaliser(table_ptr, table_stride, row, SIDE)
+def probability(x, table_ptr, row, head, head_stride, field_stride):
+    top = entry(table_ptr, row, head, head_stride, field_stride, TOP)
+    return exp((x - top) - entry(table_ptr, row, head, head_stride, field_stride, LOG))
+
+
+@triton.jit
+def log_share(x, table_ptr, row, head, head_stride, field_stride):
+    """log (w q) of a teacher; a weight of 0 is a tiny one, since two of them would make inf - inf."""
+    weight = entry(table_ptr, row, head, head_stride, field_stride, WEIGHT)
+    norm = entry(table_ptr, row, head, head_stride, field_stride, LOG) - tl.log(tl.maximum(weight, LEAST_WEIGHT))
+    return (x - entry(table_ptr, row, head, head_stride, field_stride, TOP)) - norm
+
+
+@triton.jit
+def log_sum(x, y):
+    """log(e^x + e^y)"""
+    return tl.maximum(x, y) + log(1.0 + exp(-tl.abs(x - y)))
+
+
+@triton.jit
+def slope_of(r, parameter, KIND: tl.constexpr):
+    """a = d divergence / d p up to a constant, from r = log q - log p."""
     if KIND == "reverse_kl":
-        out = weight * t
-    elif KIND == "forward_kl":
-        out = weight * tl.exp((t - q_top) - q_log)
+        a = -r
+    elif KIND == "jsd":
+        a = (parameter - 1.0) * jsd_log(r, parameter)
     else:
-        top, log = normaliser(table_ptr, table_stride, row, TOP)
-        r = (t - z) - ((q_top - top) + (q_log - log))
-        weight *= parameter - 1.0
-        if KIND == "jsd":
-            out = weight * jsd_log(r, parameter)
-        else:
-            tl.static_assert(KIND == "skew_kl")
-            out = weight / skew_ratio(r, parameter)
-    return out
+        tl.static_assert(KIND == "skew_kl")
+        a = (parameter - 1.0) / skew_ratio(r, parameter)
+    return a
 
 
 @triton.jit
-def side_log(x, table_ptr, table_stride, row, SIDE: tl.constexpr):
-    """log (w q) of a raw teacher; a weight of 0 is a tiny one, since two of them would make inf - inf."""
-    top, log = normaliser(table_ptr, table_stride, row, SIDE)
-    weight = tl.load(table_ptr + (SIDE + SIDE_WEIGHT) * table_stride + row)
-    return (x - top) - (log - tl.log(tl.maximum(weight, LEAST_WEIGHT)))
+def value_of(p, q, r, parameter, KIND: tl.constexpr):
+    """What a column adds to the divergence."""
+    if KIND == "reverse_kl":
+        value = -p * r
+    elif KIND == "forward_kl":
+        value = q * r
+    elif KIND == "jsd":
+        excess = jsd_log(r, parameter)
+        value = parameter * q * (tl.minimum(r, CLAMP) - excess) + (parameter - 1.0) * p * excess
+    else:
+        tl.static_assert(KIND == "skew_kl")
+        value = -q * log(skew_ratio(r, parameter))
+    return value
 
 
 @triton.jit
 def jsd_log(r, beta):
     """log(m / p) = log(1 - beta + beta e^r) with m = beta q + (1 - beta) p."""
-    return tl.log(1.0 + beta * (tl.exp(tl.minimum(r, CLAMP)) - 1.0))
+    return log(1.0 + beta * (exp(tl.minimum(r, CLAMP)) - 1.0))
 
 
 @triton.jit
 def skew_ratio(r, alpha):
     """m / q = alpha + (1 - alpha) e^-r with m = alpha q + (1 - alpha) p."""
-    return 1.0 + (1.0 - alpha) * (tl.exp(tl.minimum(-r, CLAMP)) - 1.0)
-
-
-@triton.jit
-def softcap_slope(z, cap):
-    """d cap tanh(x / cap) / d x at the finished logit z."""
-    share = z / cap
-    return 1.0 - share * share
+    return 1.0 + (1.0 - alpha) * (exp(tl.minimum(-r, CLAMP)) - 1.0)
 
 
 @triton.jit

@@ -21,6 +21,11 @@ class Run:
     stop: int
     teachers: int
 
+    @property
+    def names(self) -> tuple[int, ...]:
+        """The teachers, ascending."""
+        return tuple(k for k in range(self.teachers.bit_length()) if self.teachers >> k & 1)
+
 
 @dataclass(frozen=True)
 class RowPlan:
@@ -36,33 +41,27 @@ class RowPlan:
     count: int
     runs: tuple[Run, ...]
 
-    def segments(self, teacher: int, start: int, stop: int) -> Iterator[tuple[int, int, tuple[int, bool]]]:
-        """Parts of ``start:stop`` that ``teacher`` works on: (start, stop, (teachers of these rows
-        before it, up to 2; it is their last one)).
+    def places(self, teacher: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Parts of ``start:stop`` that ``teacher`` works on: (start, stop, teachers of these rows before it).
 
         Neighbouring runs are joined, so that one GEMM serves them.
         """
+        return joined(
+            (left, right, (run.teachers & ((1 << teacher) - 1)).bit_count())
+            for run, left, right in self.overlaps(start, stop)
+            if run.teachers >> teacher & 1
+        )
 
-        def tag(teachers: int) -> tuple[int, bool]:
-            return min((teachers & ((1 << teacher) - 1)).bit_count(), 2), teachers >> teacher == 1
-
-        runs = self._overlaps(start, stop)
-        return joined((left, right, tag(run.teachers)) for run, left, right in runs if run.teachers >> teacher & 1)
-
-    def groups(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Parts of ``start:stop``: (start, stop, teachers of these rows, up to 3)."""
-        runs = self._overlaps(start, stop)
-        return joined((left, right, min(run.teachers.bit_count(), 3)) for run, left, right in runs)
-
-    def _overlaps(self, start: int, stop: int) -> Iterator[tuple[Run, int, int]]:
+    def overlaps(self, start: int, stop: int) -> Iterator[tuple[Run, int, int]]:
+        """(run, start, stop) of the runs within ``start:stop``."""
         for run in self.runs:
             left, right = max(run.start, start), min(run.stop, stop)
             if left < right:
                 yield run, left, right
 
-    def single_teacher(self) -> bool:
-        """Whether no row has two teachers."""
-        return all(run.teachers & (run.teachers - 1) == 0 for run in self.runs)
+    def most_teachers(self) -> int:
+        """Of any row."""
+        return max((len(run.names) for run in self.runs), default=0)
 
     def scatter(self, out: Tensor, values: Tensor, start: int, stop: int, column: int | None = None) -> None:
         """Write the values of computed rows ``start:stop`` to their places in ``out`` [N] or [N,
@@ -92,19 +91,20 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def plan_rows(mix: Tensor, uniform: bool, row_weight: Tensor | None) -> RowPlan:
+def plan_rows(mix: Tensor, uniform: bool, row_weight: Tensor | None, others: Tensor | None = None) -> RowPlan:
     """Drop rows without weight or teacher and group the rest by the set of their teachers. In a CUDA
     graph every teacher works on every row, whatever the weights of a replay.
 
     Args:
         mix: [N, K] teacher weights.
         uniform: all rows of ``mix`` are the same.
-        row_weight: [N] or None; rows with 0 are not computed.
+        row_weight: [N] or None; rows with 0 have no teacher.
+        others: [N] or None; rows where it is not 0 are computed although they have no teacher.
     """
     rows, teachers = mix.shape
     if capturing(mix.device):
         return RowPlan(None, rows, (Run(0, rows, (1 << teachers) - 1),))
-    if uniform:
+    if uniform and others is None:
         code = sum(1 << k for k, used in enumerate((mix[0] > 0).tolist()) if used)
         index = None if row_weight is None else torch.nonzero(row_weight)[:, 0]
         count = 0 if code == 0 else rows if index is None else index.numel()
@@ -113,8 +113,9 @@ def plan_rows(mix: Tensor, uniform: bool, row_weight: Tensor | None) -> RowPlan:
         return RowPlan(index, count, (Run(0, count, code),) if count else ())
 
     codes = ((mix > 0) * (1 << torch.arange(teachers, device=mix.device))).sum(1)
-    active = codes != 0 if row_weight is None else (codes != 0) & (row_weight != 0)
-    index = torch.nonzero(active)[:, 0]
+    if row_weight is not None:
+        codes = torch.where(row_weight != 0, codes, 0)
+    index = torch.nonzero(codes if others is None else (codes != 0) | (others != 0))[:, 0]
     codes, order = torch.sort(codes[index], stable=True)
     kinds, counts = torch.unique_consecutive(codes, return_counts=True)
     runs, start = [], 0

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .divergence import no_autocast
+from .call import no_autocast
 from .logprob import linear_logprob
-from .types import REDUCTIONS, DivergenceOutput, Rule
+from .problem import Rule
+from .types import REDUCTIONS, DivergenceOutput
 from .validation import check_choice, check_constant, check_matrix, check_values, make_rule, make_token_weight
 
 # How far above 1 the probabilities of a list may sum: what half-precision log-probs lose.

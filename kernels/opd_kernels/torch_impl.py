@@ -1,447 +1,353 @@
 """Row operations in plain torch: the CPU path, and the living reference of the Triton row kernels.
 
-The driver owns the buffers; these functions own what is in them. ``write_logits`` fills a buffer;
-here it holds normalised log-probabilities afterwards: ``z`` after ``student_rows``, ``t`` after
-``teacher_rows``. All sweeps go tile by tile over a few rows, so that
-on a CPU the operands stay in cache from one sweep to the next.
+All sweeps go tile by tile over a few rows, so that on a CPU the operands stay in cache from one sweep to the
+next; where no other process holds columns, a tile goes through all stages at once.
 
-Symbols: z student logits / T, p its softmax; t teacher logits / T, q its softmax; r = log q - log
-p; a = d divergence / d p up to a constant per row, so that d divergence / d z = p (a - E_p[a]).
+Symbols: z student logits / T, p its softmax; t teacher logits / T, q its softmax; g = z - t; r = log q - log p;
+a = d divergence / d p up to a constant per row, so that d divergence / d z = p (a - E_p[a]). Every a is taken
+relative to its value at the student's largest logit: ``b``. Sums over a row use e = exp(logit - TOP) and are
+divided by exp(LOG) after.
+
+What a teacher's buffer holds after a stage: logits after ``statistics``; after ``terms`` the first one holds the
+weighted sum of b, or of the mixture's q (forward KL). Where the stages follow each other in a tile, ``statistics``
+leaves g - REF for the gradient of the reverse KL, and scratch buffers their e.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from . import table as fields
+from .chunk import Chunk, Task
 from .chunking import SCRATCH_TILES, spans
 from .heads import write_logits
-from .types import STATS_ONLY, Head, Rule
+from .problem import Head
+from .table import ARG, DOT, LABEL, LABEL_SCALE, LOG, MEAN, MEAN_P, MEAN_Q, REF, SCALE, TOP, VALUE, WEIGHT
 
-
-@dataclass
-class StudentRows:
-    """Per-row results of the student, [c] in the compute dtype; all but ``lse`` only with ``full``.
-
-    ``log_sum`` is log sum exp(logit - largest logit), minus the log of the largest probability.
-    """
-
-    lse: Tensor
-    entropy: Tensor | None = None
-    top1: Tensor | None = None
-    logprob: Tensor | None = None
-    log_sum: Tensor | None = None
-
-    def part(self, start: int, stop: int) -> StudentRows:
-        def cut(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[start:stop]
-
-        others = (self.entropy, self.top1, self.logprob, self.log_sum)
-        return StudentRows(self.lse[start:stop], *map(cut, others))
-
-
-@dataclass
-class TeacherRows:
-    """Per-row results of one teacher, [c] in the compute dtype.
-
-    ``value`` is the unweighted divergence, ``acc_mean`` the unweighted E_p[a] (None for the
-    forward KL, which needs none), ``finite`` False where the teacher's logits hold NaN or inf. The
-    rest only with ``full``.
-    """
-
-    value: Tensor
-    acc_mean: Tensor | None
-    finite: Tensor
-    entropy: Tensor | None = None
-    top1_prob: Tensor | None = None
-    agreement: Tensor | None = None
-    reverse_kl: Tensor | None = None
-    forward_kl: Tensor | None = None
-    logprob: Tensor | None = None
+PEAK_BLOCK = 512
+"""Columns among which ``peak`` searches one by one."""
 
 
 class TorchRowOps:
-    """Row operations on [c, V] views of a chunk; see the module docstring for the symbols."""
+    """``chunk.RowOps`` on any device; see the module docstring for the symbols.
 
-    def __init__(self, tile_rows: int, vocab: int, like: Tensor) -> None:
-        self.tile_rows = tile_rows
+    Args:
+        task: what is computed.
+        tile_rows: rows of a tile.
+        vocab: V, columns of this process.
+        like: of the dtype and device of the logits.
+    """
+
+    def __init__(self, task: Task, tile_rows: int, vocab: int, like: Tensor) -> None:
+        self.task, self.tile_rows, self.vocab = task, tile_rows, vocab
         self.scratch = like.new_empty(SCRATCH_TILES, tile_rows, vocab)
         self.clamp = 83.0 if like.dtype == torch.float32 else 700.0
-
-    def tiles(self, rows: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        for start, stop in spans(rows, self.tile_rows):
-            s1, s2, s3 = self.scratch[:, : stop - start]
-            yield slice(start, stop), s1, s2, s3
+        # The head whose e of the tile at work a scratch buffer still holds.
+        self.held: dict[int, int] = {}
+        self.keeps_gaps = False
 
     def write_logits(self, head: Head, hidden: Tensor, out: Tensor, tile: Tensor | None) -> None:
-        """Fill ``out`` [c, V] from ``hidden`` [c, d], for the operations below."""
         write_logits(head, hidden, out, tile)
 
-    def student_rows(self, head: Head, z: Tensor, labels: Tensor | None, full: bool, joint: bool) -> StudentRows:
-        """Normalise ``z`` [c, V]; ``labels`` [c] int64; ``full`` adds the other fields of
-        ``StudentRows``.
+    def statistics(self, chunk: Chunk) -> None:
+        if self.vocab == 0:
+            fields.clear(chunk.table)
+        for tile in self._tiles(chunk):
+            self._statistics(tile)
 
-        With ``joint``, ``teacher_rows`` or ``mixture_rows`` follows for every row, and the results
-        may be empty until then.
-        """
-        out = StudentRows(z.new_empty(z.shape[0]))
-        if full:
-            out.entropy, out.log_sum = z.new_empty(2, z.shape[0])
-            out.top1 = torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
-        for rows, s1, s2, _ in self.tiles(z.shape[0]):
-            x = z[rows]
-            out.lse[rows], log_sum = _normalise(x, s1)
-            if full:
-                out.log_sum[rows] = log_sum  # type: ignore[index]
-                torch.exp(x, out=s1)
-                out.entropy[rows] = dot(s1, x, s2).neg_()  # type: ignore[index]
-                out.top1[rows] = x.argmax(1)  # type: ignore[index]
-        if labels is not None and full:
-            out.logprob = z.gather(1, labels[:, None])[:, 0]
-        return out
+    def terms(self, chunk: Chunk) -> None:
+        chunk.table[0, VALUE : MEAN + 1] = 0.0
+        for tile in self._tiles(chunk):
+            self._terms(tile)
 
-    def teacher_rows(
-        self,
-        rule: Rule,
-        student_head: Head,
-        head: Head,
-        z: Tensor,
-        t: Tensor,
-        student: StudentRows,
-        *,
-        acc: Tensor | None,
-        before: int,
-        last: bool,
-        weight: Tensor,
-        labels: Tensor | None,
-        full: bool,
-    ) -> TeacherRows:
-        """Divergence of one teacher and, with ``acc``, its weighted contribution to the
-        accumulator.
+    def gradient(self, chunk: Chunk) -> None:
+        for tile in self._tiles(chunk):
+            self._gradient(tile)
 
-        Args:
-            rule: the divergence.
-            student_head: the head of ``z``.
-            head: the head of ``t``.
-            z: [c, V] as ``student_rows`` left it.
-            t: [c, V] as ``write_logits`` left it, overwritten. The first teacher's ``t`` is
-                ``acc``, if there is one.
-            student: rows of ``z``.
-            acc: [c, V] accumulator of ``weight * a`` (forward KL: ``weight * q``), or None when no
-                gradient follows.
-            before: teachers of these rows that came before; with 0 the accumulator is written, not
-                added to.
-            last: no other teacher of these rows follows.
-            weight: [c] weight of this teacher.
-            labels: [c] int64 or None.
-            full: also return the statistics.
-        """
-        count = z.shape[0]
-        value, mean = z.new_empty(count), z.new_empty(count)
-        finite = torch.empty(count, dtype=torch.bool, device=z.device)
-        out = TeacherRows(value, None if rule.kind == "forward_kl" else mean, finite)
-        if full:
-            _allocate(out, z, labels)
-        for rows, s1, s2, s3 in self.tiles(count):
-            x, y = z[rows], t[rows]
-            finite[rows] = torch.isfinite(_normalise(y, s1)[1])
-            if full:
-                self._teacher_stats(out, rows, x, y, student, labels, (s1, s2))
-            tile = Tile(
-                x=x,
-                y=y,
-                acc=None if acc is None else acc[rows],
-                first=before == 0,
-                weight=weight[rows, None],
-                value=value[rows],
-                mean=mean[rows],
-                scratch=(s1, s2, s3),
-                clamp=self.clamp,
-            )
-            SWEEPS[rule.kind](rule, tile)
-        finite &= torch.isfinite(value if out.reverse_kl is None else value + out.reverse_kl)
-        return out
+    def solve(self, chunk: Chunk) -> None:
+        task = self.task
+        self.keeps_gaps = task.gradient and task.kind == "reverse_kl" and not task.mixture
+        for tile in self._tiles(chunk):
+            self._statistics(tile)
+            if not task.one_sweep and tile.teachers:
+                self._terms(tile)
+            if task.gradient:
+                self._gradient(tile)
+        self.keeps_gaps = False
 
-    def mixture_rows(
-        self,
-        student_head: Head,
-        head: Head,
-        z: Tensor,
-        t: Tensor,
-        student: StudentRows,
-        *,
-        acc: Tensor,
-        before: int,
-        weight: Tensor,
-        labels: Tensor | None,
-        full: bool,
-    ) -> TeacherRows:
-        """Fold ``weight * q`` of one teacher into ``acc`` = log sum_k weight_k q_k. Arguments as
-        ``teacher_rows``."""
-        count = z.shape[0]
-        finite = torch.empty(count, dtype=torch.bool, device=z.device)
-        out = TeacherRows(z.new_empty(0), None, finite)
-        if full:
-            _allocate(out, z, labels)
-        log_weight = weight.log()[:, None]
-        for rows, s1, s2, _ in self.tiles(count):
-            y = t[rows]
-            finite[rows] = torch.isfinite(_normalise(y, s1)[1])
-            if full:
-                self._teacher_stats(out, rows, z[rows], y, student, labels, (s1, s2))
-            y.add_(log_weight[rows])
-            if before:
-                torch.logaddexp(acc[rows], y, out=acc[rows])
-        return out
-
-    def mixture_value(self, rule: Rule, z: Tensor, acc: Tensor, student: StudentRows, keep: bool) -> TeacherRows:
-        """Divergence from the mixture that ``mixture_rows`` left in ``acc``; with ``keep`` a
-        gradient follows."""
-        value, mean = z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
-        one = value.new_ones(1, 1)
-        for rows, *scratch in self.tiles(z.shape[0]):
-            x, y, (s1, s2, s3) = z[rows], acc[rows], scratch
-            _normalise(y, s1)
-            kept = y if keep else None
-            SWEEPS[rule.kind](rule, Tile(x, y, kept, True, one, value[rows], mean[rows], (s1, s2, s3), self.clamp))
-        return TeacherRows(value, None if rule.kind == "forward_kl" else mean, torch.isfinite(value))
-
-    def gradient_rows(
-        self,
-        rule: Rule,
-        z: Tensor,
-        acc: Tensor,
-        t: Tensor,
-        student: StudentRows,
-        *,
-        teachers: int,
-        acc_mean: Tensor,
-        total_weight: Tensor,
-        row_scale: Tensor,
-        softcap: float | None,
-        out: Tensor,
-    ) -> None:
-        """dZ of the head's product: ``row_scale * slope * p (acc - acc_mean)``, forward KL ``W p -
-        acc``.
-
-        Args:
-            rule: the divergence.
-            z: [c, V] as ``student_rows`` left it, overwritten.
-            acc: [c, V] accumulator, overwritten.
-            t: [c, V] as the last teacher of the rows left it.
-            student: rows of ``z``.
-            teachers: teachers of these rows, 3 for more; 1 for a mixture.
-            acc_mean: [c] E_p[acc]; unused by the forward KL.
-            total_weight: [c] sum of the teachers' weights.
-            row_scale: [c] loss weight of the row times d logits / d (hidden W^T).
-            softcap: the cap divided by the temperature, or None; its slope is 1 - (logits /
-                softcap)^2.
-            out: [c, V] of any floating dtype; may be ``acc``.
-        """
-        in_place = out.data_ptr() == acc.data_ptr()
-        for rows, s1, s2, _ in self.tiles(z.shape[0]):
-            x, a = z[rows], acc[rows]
-            torch.exp(x, out=s1)
-            if rule.kind == "forward_kl":
-                torch.sub(s1.mul_(total_weight[rows, None]), a, out=a)
-            else:
-                a.sub_(acc_mean[rows, None]).mul_(s1)
-            a.mul_(row_scale[rows, None])
-            if softcap is not None:
-                softcap_slope(x, student.lse[rows], softcap, s2)
-                a.mul_(s2)
-            if not in_place:
-                out[rows] = a
-
-    def logprob_gradient_rows(
-        self,
-        z: Tensor,
-        labels: Tensor,
-        student: StudentRows,
-        *,
-        entropy: Tensor,
-        logprob_scale: Tensor,
-        entropy_scale: Tensor | None,
-        softcap: float | None,
-        out: Tensor,
-    ) -> None:
-        """dZ of ``logprob_scale * log p(label) + entropy_scale * entropy``: ``entropy`` and
-        scales [c], ``out`` [c, V] may be ``z``.
-
-        d log p(y) / d z = 1_y - p and d H / d z = -p (log p + H).
-        """
-        for rows, s1, s2, _ in self.tiles(z.shape[0]):
-            x, up = z[rows], logprob_scale[rows, None]
-            if softcap is not None:
-                softcap_slope(x, student.lse[rows], softcap, s2)
-            torch.exp(x, out=s1)
+    def logprob_gradient(self, chunk: Chunk, entropy_scale: Tensor | None) -> None:
+        done = 0
+        for tile in self._tiles(chunk):
+            z, table = tile.logits[0], tile.table
+            d, slope = self._scratch(1, tile), self._slope(tile)
+            e, mass = self._e(tile, 0), (-table[0, LOG]).exp()
             if entropy_scale is None:
-                torch.mul(s1, -up, out=x)
+                torch.mul(e, column(table[0, LABEL_SCALE] * mass), out=d)
             else:
-                x.add_(entropy[rows, None]).mul_(-entropy_scale[rows, None]).sub_(up).mul_(s1)
-            x.scatter_add_(1, labels[rows, None], up)
-            if softcap is not None:
-                x.mul_(s2)
-            if out is not z:
-                out[rows] = x
+                # d H / d z = -p (log p + H), and log p + H = (z - TOP) - DOT.
+                up = entropy_scale[done : done + tile.rows]
+                torch.sub(z, column(table[0, TOP]), out=d).sub_(column(table[0, DOT])).mul_(column(up))
+                d.add_(column(table[0, LABEL_SCALE])).mul_(e).mul_(column(mass))
+            self._subtract_label(d, tile)
+            self._finish(d, slope, tile)
+            done += tile.rows
 
-    def _teacher_stats(
+    def label_sets_gradient(
         self,
-        out: TeacherRows,
-        rows: slice,
-        x: Tensor,
-        y: Tensor,
-        student: StudentRows,
-        labels: Tensor | None,
-        scratch: tuple[Tensor, Tensor],
+        chunk: Chunk,
+        columns: Tensor,
+        arrive: Tensor,
+        removed: Tensor,
+        tail: Tensor,
+        tail_scale: Tensor,
+        entropy_scale: Tensor | None,
+        with_tail: bool,
     ) -> None:
-        """Fill the statistics of one tile; ``x`` and ``y`` are normalised log-probabilities."""
-        s1, s2 = scratch
-        torch.exp(y, out=s1)
-        out.entropy[rows] = dot(s1, y, s2).neg_()  # type: ignore[index]
-        torch.sub(y, x, out=s2)
-        out.forward_kl[rows] = s1.mul_(s2).sum(1)  # type: ignore[index]
-        torch.exp(x, out=s1)
-        out.reverse_kl[rows] = s1.mul_(s2).sum(1).neg_()  # type: ignore[index]
-        best, where = y.max(1)
-        out.top1_prob[rows] = best.exp()  # type: ignore[index]
-        out.agreement[rows] = (where == student.top1[rows]).to(y.dtype)  # type: ignore[index]
-        if labels is not None:
-            out.logprob[rows] = y.gather(1, labels[rows, None])[:, 0]  # type: ignore[index]
+        """dZ of several labels a row and of the mass of all other columns, see ``label_sets``.
 
+        Args:
+            chunk: its LABEL_SCALE is what the row's gradients sum up to.
+            columns: [c, L] columns of the labels that are here, 0 for the others.
+            arrive: [c, L] gradients of their log-probs, 0 for the others.
+            removed: [c, L] -inf where a label is here, else 0.
+            tail: [c] log of the mass of the other columns, times sum exp(z - TOP).
+            tail_scale: [c] gradient of the tail.
+            entropy_scale: [c] gradient of the entropy, or None.
+            with_tail: whether there is a tail.
+        """
+        for rows, tile in zip(spans(chunk.rows, self.tile_rows), self._tiles(chunk), strict=False):
+            part, table, z = slice(*rows), tile.table, tile.logits[0]
+            d, e, slope = self._scratch(1, tile), self._e(tile, 0), self._slope(tile)
+            mass, leave = (-table[0, LOG]).exp(), table[0, LABEL_SCALE]
+            if entropy_scale is None:
+                torch.mul(e, column(-leave * mass), out=d)
+            else:
+                torch.sub(z, column(table[0, TOP]), out=d).sub_(column(table[0, DOT]))
+                d.mul_(column(-entropy_scale[part])).sub_(column(leave)).mul_(e).mul_(column(mass))
+            if with_tail:
+                # The logits are not needed any more.
+                outside = z.sub_(column(table[0, TOP])).sub_(column(tail[part]))
+                outside.scatter_add_(1, columns[part], removed[part])
+                d.addcmul_(outside.exp_(), column(tail_scale[part]))
+            d.scatter_add_(1, columns[part], arrive[part])
+            self._finish(d, slope, tile)
 
-@dataclass
-class Tile:
-    """Operands of one divergence sweep over r rows.
-
-    Attributes:
-        x: [r, V] log p.
-        y: [r, V] log q, overwritten.
-        acc: [r, V] accumulator, or None; the same memory as ``y`` when ``first``.
-        first: write the accumulator instead of adding to it.
-        weight: [r, 1] teacher weight.
-        value: [r] divergence, written.
-        mean: [r] E_p[a], written (not by the forward KL).
-        scratch: three [r, V] buffers.
-        clamp: largest exponent.
-    """
-
-    x: Tensor
-    y: Tensor
-    acc: Tensor | None
-    first: bool
-    weight: Tensor
-    value: Tensor
-    mean: Tensor
-    scratch: tuple[Tensor, Tensor, Tensor]
-    clamp: float
-
-    def accumulate(self, term: Tensor, factor: float = 1.0) -> None:
-        """Add ``factor * weight * term``; ``term`` is overwritten."""
-        if self.acc is None:
+    def _tiles(self, chunk: Chunk) -> Iterator[Chunk]:
+        if self.vocab == 0:
             return
-        weight = self.weight if factor == 1.0 else self.weight * factor
-        if self.first:
-            torch.mul(term, weight, out=self.acc)
+        for start, stop in spans(chunk.rows, self.tile_rows):
+            self.held.clear()
+            yield chunk.part(start, stop)
+
+    def _scratch(self, place: int, tile: Chunk) -> Tensor:
+        self.held.pop(place, None)
+        return self.scratch[place, : tile.rows]
+
+    def _e(self, tile: Chunk, head: int) -> Tensor:
+        """[r, V] exp(logit - TOP) of a head: the student's in the first scratch buffer, a teacher's in the
+        second."""
+        place = min(head, 1)
+        if self.held.get(place) == head:
+            return self.scratch[place, : tile.rows]
+        e = self._scratch(place, tile)
+        torch.sub(tile.logits[head], column(tile.table[head, TOP]), out=e).exp_()
+        self.held[place] = head
+        return e
+
+    def _summarise(self, tile: Chunk, head: int) -> tuple[Tensor, Tensor]:
+        """TOP, LOG and, where every statistic is asked for, DOT, ARG and LABEL of a head; returns (column of
+        its largest logit, sum of e), [r] each."""
+        x, row, full = tile.logits[head], tile.table[head], self.task.full
+        row[TOP], where = peak(x)
+        e = self._e(tile, head)
+        total = e.sum(1)
+        row[LOG] = total.log()
+        if full:
+            below = torch.sub(x, column(row[TOP]), out=self._scratch(2, tile))
+            row[DOT] = below.mul_(e).sum(1) / total
+            row[ARG] = (where + self.task.first_column).to(row.dtype)
+        if tile.labels is not None and (full or head == 0):
+            found = x.gather(1, column(tile.labels.clamp(min=0)))[:, 0]
+            row[LABEL] = torch.where(tile.labels >= 0, found, 0.0)
+        return where, total
+
+    def _statistics(self, tile: Chunk) -> None:
+        task, z = self.task, tile.logits[0]
+        where, total = self._summarise(tile, 0)
+        for head in range(1, 1 + tile.teachers):
+            t, row = tile.logits[head], tile.table[head]
+            row[REF] = (z.gather(1, column(where)) - t.gather(1, column(where)))[:, 0]
+            _, theirs = self._summarise(tile, head)
+            if task.needs("forward_kl"):
+                g = torch.sub(z, t, out=self._scratch(2, tile))
+                row[MEAN_Q] = g.mul_(self._e(tile, head)).sum(1) / theirs
+            if task.needs("reverse_kl"):
+                g = torch.sub(z, t, out=t if self.keeps_gaps else self._scratch(1, tile))
+                g.sub_(column(row[REF]))
+                row[MEAN_P] = torch.mul(g, self._e(tile, 0), out=self._scratch(2, tile)).sum(1) / total
+
+    def _terms(self, tile: Chunk) -> None:
+        table, teachers = tile.table, tile.logits[1:]
+        if self.task.mixture:
+            self._mix(tile)
+            one = table.new_ones(tile.rows)
+            self._add_terms(tile, 1, fields.mixture_at_top(table), weight=one, mass=one)
+            return
+        for head, t in enumerate(teachers, 1):
+            self._e(tile, head)
+            shift = fields.log_ratio(table, head)
+            torch.sub(t, tile.logits[0], out=t).add_(column(shift))
+            mass = (-table[head, LOG]).exp()
+            self._add_terms(tile, head, shift - table[head, REF], weight=table[head, WEIGHT], mass=mass)
+
+    def _mix(self, tile: Chunk) -> None:
+        """Turn the first teacher's buffer into r of the mixture, and the second scratch buffer into its q."""
+        acc = tile.logits[1]
+        for head, t in enumerate(tile.logits[1:], 1):
+            row = tile.table[head]
+            t.sub_(column(row[TOP])).add_(column(row[WEIGHT].clamp(min=1e-37).log() - row[LOG]))
+            if head > 1:
+                torch.logaddexp(acc, t, out=acc)
+        torch.exp(acc, out=self._scratch(1, tile))
+        below = torch.sub(tile.logits[0], column(tile.table[0, TOP]), out=self._scratch(2, tile))
+        acc.sub_(below).add_(column(tile.table[0, LOG]))
+
+    def _add_terms(self, tile: Chunk, head: int, at_top: Tensor, weight: Tensor, mass: Tensor) -> None:
+        """Add one teacher, or the mixture, to VALUE, MEAN and the accumulator, the first teacher's buffer.
+
+        ``logits[head]`` holds its r, the second scratch buffer its q divided by ``mass`` [r]; ``at_top`` [r] is r
+        at the student's largest logit, ``weight`` [r] the factor of its divergence.
+        """
+        task, table = self.task, tile.table
+        kind, number = task.kind, task.parameter
+        r, q = tile.logits[head], self._scratch(1, tile)
+        if kind == "forward_kl":
+            table[0, VALUE] += weight * mass * r.mul_(q).sum(1)
+            if task.gradient:
+                r.copy_(q)
+            return
+        constant = torch.zeros_like(weight)
+        if kind == "reverse_kl":
+            factor, value, constant = 1.0, constant, -at_top
+            b = r.sub_(column(at_top)).neg_()
+        elif kind == "jsd":
+            factor = number - 1.0
+            r.clamp_(max=self.clamp)
+            log = torch.expm1(r, out=self._scratch(2, tile)).mul_(number).log1p_()
+            value = q.mul_(r.sub_(log)).sum(1) * (number * mass)
+            log_at_top = torch.expm1(at_top.clamp(max=self.clamp)).mul_(number).log1p_()
+            constant = factor * log_at_top
+            b = torch.sub(log, column(log_at_top), out=r)
         else:
-            self.acc.addcmul_(term, weight)
+            assert kind == "skew_kl"
+            factor = number - 1.0
+            ratio = torch.expm1(r.neg_().clamp_(max=self.clamp), out=r).mul_(-factor)
+            value = -mass * q.mul_(torch.log1p(ratio, out=self._scratch(2, tile))).sum(1)
+            ratio_at_top = 1.0 - factor * torch.expm1((-at_top).clamp(max=self.clamp))
+            b = ratio.add_(1.0).reciprocal_().sub_(column(1.0 / ratio_at_top))
+        mean = torch.mul(b, self._e(tile, 0), out=self._scratch(2, tile)).sum(1) * (factor * (-table[0, LOG]).exp())
+        if kind != "skew_kl":  # whose a is no part of its value
+            value = value + mean + (constant if task.first_rank else 0.0)
+        table[0, VALUE] += weight * value
+        table[0, MEAN] += weight * mean
+        if task.gradient:
+            b.mul_(column(weight * factor))
+            if head > 1:
+                tile.logits[1].add_(b)
+
+    def _gradient(self, tile: Chunk) -> None:
+        task, table = self.task, tile.table
+        p = table[0, SCALE] * (-table[0, LOG]).exp()  # times e
+        slope = self._slope(tile)
+        if tile.teachers == 0:
+            d = self._scratch(1, tile)
+            torch.mul(self._e(tile, 0), column(table[0, LABEL_SCALE] * (-table[0, LOG]).exp()), out=d)
+        else:
+            d = tile.logits[1]
+            if task.kind == "forward_kl":
+                self._forward_gradient(d, tile, p)
+            else:
+                if task.one_sweep:
+                    self._gaps(d, tile)
+                else:
+                    d.sub_(column(table[0, MEAN]))
+                d.mul_(self._e(tile, 0)).mul_(column(p))
+            if task.label_term:
+                d.addcmul_(self._e(tile, 0), column(table[0, LABEL_SCALE] * (-table[0, LOG]).exp()))
+        if task.label_term:
+            self._subtract_label(d, tile)
+        self._finish(d, slope, tile)
+
+    def _gaps(self, d: Tensor, tile: Chunk) -> None:
+        """sum_k w_k (g_k - E_p[g_k]) into ``d``, the first teacher's buffer."""
+        teachers = tile.table[1:]
+        weight, mean = teachers[:, WEIGHT], teachers[:, MEAN_P]
+        if not self.keeps_gaps:
+            for t, row in zip(tile.logits[1:], teachers, strict=True):
+                torch.sub(tile.logits[0], t, out=t).sub_(column(row[REF]))
+        if tile.teachers == 1:
+            d.sub_(column(mean[0])).mul_(column(weight[0]))
+            return
+        d.mul_(column(weight[0]))
+        for t, own in zip(tile.logits[2:], weight[1:], strict=True):
+            d.addcmul_(t, column(own))
+        d.sub_(column((weight * mean).sum(0)))
+
+    def _forward_gradient(self, d: Tensor, tile: Chunk, p: Tensor) -> None:
+        """SCALE ((sum_k w_k) p - sum_k w_k q_k) into ``d``, the first teacher's buffer."""
+        table, scale = tile.table, tile.table[0, SCALE]
+        if self.task.mixture:  # the buffer holds its q
+            d.mul_(column(-scale)).addcmul_(self._e(tile, 0), column(p))
+            return
+        for head in range(1, 1 + tile.teachers):
+            own = column(-scale * table[head, WEIGHT] * (-table[head, LOG]).exp())
+            e = self._e(tile, head)
+            if head == 1:
+                torch.mul(e, own, out=d)
+            else:
+                d.addcmul_(e, own)
+        d.addcmul_(self._e(tile, 0), column(p * table[1:, WEIGHT].sum(0)))
+
+    def _slope(self, tile: Chunk) -> Tensor | None:
+        """[r, V] slope of the student's softcap: 1 - (logits / cap)^2."""
+        if self.task.softcap is None:
+            return None
+        slope = torch.square(tile.logits[0], out=self._scratch(2, tile))
+        return slope.mul_(-1.0 / self.task.softcap**2).add_(1.0)
+
+    def _subtract_label(self, d: Tensor, tile: Chunk) -> None:
+        """LABEL_SCALE off the label's column."""
+        assert tile.labels is not None
+        own = torch.where(tile.labels >= 0, -tile.table[0, LABEL_SCALE], 0.0)
+        d.scatter_add_(1, column(tile.labels.clamp(min=0)), column(own))
+
+    def _finish(self, d: Tensor, slope: Tensor | None, tile: Chunk) -> None:
+        if slope is not None:
+            d.mul_(slope)
+        assert tile.out is not None
+        if tile.out.data_ptr() != d.data_ptr():
+            tile.out.copy_(d)
 
 
-def _reverse_kl(rule: Rule, tile: Tile) -> None:
-    """a = log p - log q."""
-    s1, s2, _ = tile.scratch
-    gap = torch.sub(tile.x, tile.y, out=tile.y)
-    torch.exp(tile.x, out=s1)
-    tile.value.copy_(dot(s1, gap, s2))
-    tile.mean.copy_(tile.value)
-    tile.accumulate(gap)
+def column(values: Tensor) -> Tensor:
+    """[r, 1]"""
+    return values[:, None]
 
 
-def _forward_kl(rule: Rule, tile: Tile) -> None:
-    """The accumulator holds weight * q itself."""
-    s1, _, _ = tile.scratch
-    torch.exp(tile.y, out=s1)
-    tile.y.sub_(tile.x).mul_(s1)
-    torch.sum(tile.y, 1, out=tile.value)
-    tile.accumulate(s1)
-
-
-def _jsd(rule: Rule, tile: Tile) -> None:
-    """With L = log(1 - b + b e^r): log(p/m) = -L, log(q/m) = r - L, a = -(1 - b) L.
-
-    The exponent is clamped; where it is, p is 0 to the precision of the dtype.
-    """
-    s1, s2, s3 = tile.scratch
-    torch.exp(tile.y, out=s3)
-    r = torch.sub(tile.y, tile.x, out=tile.y).clamp_(max=tile.clamp)
-    torch.expm1(r, out=s1).mul_(rule.beta).log1p_()
-    tile.value.copy_(s3.mul_(r.sub_(s1)).sum(1)).mul_(rule.beta)
-    torch.exp(tile.x, out=s2)
-    torch.sum(s2.mul_(s1), 1, out=tile.mean)
-    tile.mean.mul_(rule.beta - 1.0)
-    tile.value.add_(tile.mean)
-    tile.accumulate(s1, rule.beta - 1.0)
-
-
-def _skew_kl(rule: Rule, tile: Tile) -> None:
-    """With D = alpha + (1 - alpha) e^-r: log(q/m) = -log D, a = -(1 - alpha) / D."""
-    s1, s2, s3 = tile.scratch
-    torch.exp(tile.y, out=s3)
-    torch.sub(tile.x, tile.y, out=tile.y).clamp_(max=tile.clamp)
-    torch.expm1(tile.y, out=s1).mul_(1.0 - rule.alpha)
-    torch.log1p(s1, out=s2)
-    tile.value.copy_(s3.mul_(s2).sum(1).neg_())
-    s1.add_(1.0).reciprocal_()
-    torch.exp(tile.x, out=s2)
-    torch.sum(s2.mul_(s1), 1, out=tile.mean)
-    tile.mean.mul_(rule.alpha - 1.0)
-    tile.accumulate(s1, rule.alpha - 1.0)
-
-
-def _stats_only(rule: Rule, tile: Tile) -> None:
-    """No divergence is asked for."""
-    tile.value.zero_()
-
-
-SWEEPS = {
-    "reverse_kl": _reverse_kl,
-    "forward_kl": _forward_kl,
-    "jsd": _jsd,
-    "skew_kl": _skew_kl,
-    STATS_ONLY.kind: _stats_only,
-}
-
-
-def _normalise(x: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn logits ``x`` [r, V] into log-probabilities in place; return (lse [r], log sum exp(x -
-    max) [r]).
-
-    ``torch.log_softmax`` sums in one running vector, an error near 1e-5 at V = 150k; this pairwise
-    sum stays at 1e-7.
-    """
-    top = x.amax(1, keepdim=True)
-    x.sub_(top)
-    log_sum = torch.exp(x, out=scratch).sum(1, keepdim=True).log_()
-    x.sub_(log_sum)
-    return (top + log_sum)[:, 0], log_sum[:, 0]
-
-
-def dot(left: Tensor, right: Tensor, scratch: Tensor) -> Tensor:
-    """Row-wise inner product [r]; a product and a pairwise sum, since a GEMM would neither be as
-    accurate nor free."""
-    return torch.mul(left, right, out=scratch).sum(1)
-
-
-def softcap_slope(log_probs: Tensor, lse: Tensor, softcap: float, out: Tensor) -> None:
-    """1 - (logits / softcap)^2 into ``out``; the logits are ``log_probs + lse``."""
-    torch.add(log_probs, lse[:, None], out=out)
-    out.square_().mul_(-1.0 / softcap**2).add_(1.0)
-
-
-def _allocate(out: TeacherRows, like: Tensor, labels: Tensor | None) -> None:
-    names = ["entropy", "top1_prob", "agreement", "reverse_kl", "forward_kl"]
-    for name in names if labels is None else [*names, "logprob"]:
-        setattr(out, name, like.new_empty(like.shape[0]))
+def peak(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(largest entry, its column) of every row of ``x`` [r, V]: ``max(1)``, with most of the search in a
+    plain maximum, which is ten times as fast on a CPU."""
+    width = x.shape[1]
+    whole = width - width % PEAK_BLOCK
+    if whole < 4 * PEAK_BLOCK:
+        return x.max(1)
+    tops = [x[:, :whole].unflatten(1, (-1, PEAK_BLOCK)).amax(2)]
+    if whole < width:
+        tops.append(x[:, whole:].amax(1, keepdim=True))
+    start = (torch.cat(tops, 1).argmax(1) * PEAK_BLOCK).clamp(max=width - PEAK_BLOCK)
+    near = x.gather(1, start[:, None] + torch.arange(PEAK_BLOCK, device=x.device))
+    top, where = near.max(1)
+    return top, start + where

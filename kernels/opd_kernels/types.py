@@ -1,4 +1,4 @@
-"""What enters and leaves the public ops, and the normalised problem the implementations solve.
+"""What enters and leaves the public ops.
 
 Shapes: N tokens, V vocabulary columns, K teachers, d a hidden size, c rows of one chunk.
 """
@@ -6,13 +6,9 @@ Shapes: N tokens, V vocabulary columns, K teachers, d a hidden size, c rows of o
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .shards import Shards
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
 TEACHER_REDUCTIONS = ("sum", "mixture")
@@ -26,11 +22,37 @@ differences finite."""
 
 
 @dataclass(frozen=True)
+class LMHead:
+    """A language-model head: logits are ``logit_scale * (hidden @ weight.T + bias)``, then ``softcap *
+    tanh(logits / softcap)`` when a softcap is given.
+
+    Attributes:
+        weight: [V, d] float32, bfloat16, float16 or float64.
+        bias: [V] floating point, or None.
+        logit_scale: positive factor (for example Cohere's ``logit_scale``).
+        softcap: positive cap (for example Gemma's ``final_logit_softcapping``), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, d] -> [n, V], all of them at once; for checks of a few rows."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def to(self, dtype: torch.dtype) -> LMHead:
+        """The same head in another dtype; gradients reach its parameters."""
+        return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+
+
+@dataclass(frozen=True)
 class TeacherHead:
     """One teacher: its hidden states and its language-model head, both constants of the op.
 
-    Logits are ``logit_scale * (hidden @ weight.T + bias)``, then ``softcap * tanh(logits /
-    softcap)`` when a softcap is given, then divided by the temperature of the call.
+    Logits are those of ``LMHead``, divided by the temperature of the call.
 
     Attributes:
         hidden: [N, d_k] float32, bfloat16, float16 or float64, rows aligned with the student's.
@@ -45,6 +67,11 @@ class TeacherHead:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+
+    @classmethod
+    def of(cls, hidden: Tensor, head: LMHead) -> TeacherHead:
+        """``head`` on hidden states [N, d_k]."""
+        return cls(hidden, head.weight, head.bias, head.logit_scale, head.softcap)
 
 
 @dataclass(frozen=True)
@@ -108,11 +135,13 @@ class DivergenceOutput:
             computed.
         token_loss: [N] detached, before ``token_weight``; NaN where nothing was computed.
         stats: the statistics when ``stats=True``, else None.
+        logprob: [N] detached log p(label) with ``logprob_weight``, else None; NaN where nothing was computed.
     """
 
     loss: Tensor
     token_loss: Tensor
     stats: TokenStats | None = None
+    logprob: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -130,80 +159,3 @@ class LogprobOutput:
     entropy: Tensor
     top1_prob: Tensor
     tail: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Head:
-    """A validated head bound to its hidden states: logits = cap(scale * (hidden W^T + bias)) /
-    temperature.
-
-    ``vocab`` is the number of leading rows of ``weight`` in use. ``floor`` says that the bias
-    holds -inf.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-    temperature: float
-    vocab: int
-    floor: bool = False
-
-    @property
-    def factor(self) -> float:
-        """d logits / d (hidden W^T) before the softcap's own slope."""
-        return self.scale / self.temperature
-
-    def with_tensors(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
-        return replace(self, hidden=hidden, weight=weight, bias=None if bias is None else bias.contiguous())
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Which divergence: ``kind`` of DIVERGENCES, M = beta q + (1 - beta) p for JSD, alpha for the
-    skew KL."""
-
-    kind: str
-    beta: float = 0.5
-    alpha: float = 0.1
-
-
-STATS_ONLY = Rule("stats")
-"""The rule of a call that wants statistics and no divergence."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Validated arguments of one call.
-
-    Attributes:
-        mix: [N, K] weights in the compute dtype (maybe an expanded view); rows sum to 1 or 0 when
-            ``mixture``.
-        mix_is_uniform: every row has the same weights.
-        token_weight: [N] in the compute dtype, or None for ones.
-        labels: [N] int64 or None; checked on the rows that are computed.
-        impl: whose row operations run, "torch" or "triton".
-        shards: how the vocabulary is split over ranks, or None when this process holds all of it.
-        backward_tolerance: see ``compaction``; 0 for dense gradients.
-    """
-
-    student: Head
-    teachers: tuple[Head, ...]
-    rule: Rule
-    mixture: bool
-    mix: Tensor
-    mix_is_uniform: bool
-    token_weight: Tensor | None
-    labels: Tensor | None
-    reduction: str
-    stats: bool
-    workspace_bytes: int
-    compute_dtype: torch.dtype
-    impl: str = "torch"
-    shards: Shards | None = None
-    backward_tolerance: float = 0.0
-
-    @property
-    def rows(self) -> int:
-        return self.student.hidden.shape[0]

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunking import DEFAULT_WORKSPACE_BYTES
+from .chunking import default_workspace_bytes
+from .problem import Head, Problem, Rule
 from .selection import capturing
 from .shards import Shards, check_group, make_shards
-from .types import DIVERGENCES, IMPLS, MAX_TEACHERS, REDUCTIONS, TEACHER_REDUCTIONS, Head, Problem, Rule, TeacherHead
+from .types import DIVERGENCES, IMPLS, MAX_TEACHERS, REDUCTIONS, TEACHER_REDUCTIONS, TeacherHead
 
+HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -93,6 +95,9 @@ def make_head(
             f"{name}weight has hidden size {weight.shape[1]}, {name}hidden has {hidden.shape[1]}: "
             "pass the head that belongs to these hidden states, as [V, d]"
         )
+    stored = weight.dtype
+    if weight.dtype == torch.float32 and hidden.dtype in HALVES:
+        weight = weight.detach().to(hidden.dtype)
     if weight.dtype != hidden.dtype:
         raise ValueError(
             f"{name}weight is {weight.dtype}, {name}hidden is {hidden.dtype}: cast one to the dtype of the other"
@@ -111,7 +116,7 @@ def make_head(
                 f"{name}bias holds NaN or +inf: only finite values and -inf (a column switched off) are allowed"
             )
         floor = softcap is None and (blind or bool(torch.isneginf(bias).any()))
-    return Head(hidden, weight, bias, float(scale), softcap, float(temperature), weight.shape[0], floor)
+    return Head(hidden, weight, bias, float(scale), softcap, float(temperature), weight.shape[0], floor, stored)
 
 
 def make_student(
@@ -168,9 +173,7 @@ def align_vocabularies(heads: tuple[Head, ...], vocab_size: int | None) -> tuple
         raise ValueError(
             f"vocab_size={vocab_size!r} must be an integer in [1, {min(widths)}], the narrowest head of {widths}"
         )
-    return tuple(
-        Head(h.hidden, h.weight, h.bias, h.scale, h.softcap, h.temperature, vocab_size, h.floor) for h in heads
-    )
+    return tuple(replace(head, vocab=vocab_size) for head in heads)
 
 
 def split_vocabularies(
@@ -239,15 +242,25 @@ def make_mix(
     return mix, False
 
 
-def make_token_weight(weight: Tensor | None, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def make_token_weight(
+    weight: Tensor | None, rows: int, dtype: torch.dtype, device: torch.device, name: str = "token_weight"
+) -> Tensor | None:
     """[N] detached, in the compute dtype; its values are left to ``check_values``."""
     if weight is None:
         return None
-    check_constant("token_weight", weight)
-    return check_vector("token_weight", weight, rows, device).detach().to(dtype)
+    weight = check_vector(name, weight, rows, device)
+    check_constant(name, weight)
+    return weight.detach().to(dtype)
 
 
-def check_values(mix: Tensor, token_weight: Tensor | None, reduction: str, labels: Tensor | None, vocab: int) -> None:
+def check_values(
+    mix: Tensor,
+    token_weight: Tensor | None,
+    reduction: str,
+    labels: Tensor | None,
+    vocab: int,
+    logprob_weight: Tensor | None = None,
+) -> None:
     """Checks that read data, with one device synchronisation while everything is in order; left out
     while a CUDA graph is captured."""
     if capturing(mix.device):
@@ -258,8 +271,12 @@ def check_values(mix: Tensor, token_weight: Tensor | None, reduction: str, label
     if token_weight is not None:
         flags["weight"] = (~torch.isfinite(token_weight)).any()
         if reduction == "mean":
-            flags["total"] = (token_weight.sum() <= 0) & (token_weight != 0).any()
+            others = torch.zeros_like(token_weight) if logprob_weight is None else logprob_weight
+            flags["total"] = (token_weight.sum() <= 0) & ((token_weight != 0) | (others != 0)).any()
         active = active & (token_weight != 0)
+    if logprob_weight is not None:
+        flags["logprob"] = (~torch.isfinite(logprob_weight)).any()
+        active = active | (logprob_weight != 0)
     if labels is not None:
         bad_label = active & ((labels < 0) | (labels >= vocab))
         flags["label"] = bad_label.any()
@@ -272,6 +289,11 @@ def check_values(mix: Tensor, token_weight: Tensor | None, reduction: str, label
         row = int(torch.nonzero(~torch.isfinite(token_weight))[0])
         raise ValueError(
             f"token_weight[{row}] = {token_weight[row].item()}: weights must be finite; use 0 to skip a row"
+        )
+    if logprob_weight is not None and bool(flags["logprob"]):
+        row = int(torch.nonzero(~torch.isfinite(logprob_weight))[0])
+        raise ValueError(
+            f"logprob_weight[{row}] = {logprob_weight[row].item()}: weights must be finite; use 0 to leave a row out"
         )
     if token_weight is not None and "total" in flags and bool(flags["total"]):
         raise ValueError(
@@ -301,9 +323,9 @@ def check_labels(labels: object, vocab: int, hidden: Tensor) -> Tensor:
     return labels.contiguous()
 
 
-def make_workspace_bytes(workspace_bytes: int | None) -> int:
+def make_workspace_bytes(workspace_bytes: int | None, device: torch.device) -> int:
     if workspace_bytes is None:
-        return DEFAULT_WORKSPACE_BYTES
+        return default_workspace_bytes(device)
     if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes={workspace_bytes!r} must be a positive integer")
     return workspace_bytes
@@ -325,6 +347,7 @@ def make_problem(
     mix: Tensor | Sequence[float] | None,
     token_weight: Tensor | None,
     labels: Tensor | None,
+    logprob_weight: Tensor | None,
     reduction: str,
     stats: bool,
     workspace_bytes: int | None,
@@ -337,8 +360,8 @@ def make_problem(
     check_choice("reduction", reduction, REDUCTIONS)
     rule = make_rule(divergence, jsd_beta, skew_alpha)
     check_tolerance(backward_tolerance)
-    budget = make_workspace_bytes(workspace_bytes)
-    settings = (rule, teacher_reduction, reduction, stats, labels is None, budget)
+    budget = make_workspace_bytes(workspace_bytes, student.hidden.device)
+    settings = (rule, teacher_reduction, reduction, stats, labels is None, logprob_weight is None, budget)
     heads, shards = split_vocabularies((student, *make_teachers(teachers, student)), vocab_size, group, settings)
     student, *others = heads
     if shards is not None and backward_tolerance:
@@ -354,9 +377,14 @@ def make_problem(
     rows = student.hidden.shape[0]
     weights, uniform = make_mix(mix, rows, len(others), dtype, device)
     token_weight = make_token_weight(token_weight, rows, dtype, device)
+    logprob_weight = make_token_weight(logprob_weight, rows, dtype, device, "logprob_weight")
+    if logprob_weight is not None and labels is None:
+        raise ValueError("logprob_weight needs labels=, the tokens whose log-probs it weighs")
     if labels is not None:
         labels = check_vector("labels", labels, rows, device, integer=True)
-    check_values(weights, token_weight, reduction, labels, student.vocab if shards is None else shards.vocab)
+    check_values(
+        weights, token_weight, reduction, labels, student.vocab if shards is None else shards.vocab, logprob_weight
+    )
     mixture = teacher_reduction == "mixture"
     if mixture:
         total = weights.sum(1, keepdim=True)
@@ -370,6 +398,7 @@ def make_problem(
         mix_is_uniform=uniform,
         token_weight=token_weight,
         labels=labels,
+        logprob_weight=logprob_weight,
         reduction=reduction,
         stats=stats,
         workspace_bytes=budget,

@@ -82,7 +82,6 @@ class Objective:
             statistics: collects statistics when given.
         """
         loss = hidden.new_zeros((), dtype=torch.float32)
-        head = head.to(hidden.dtype)
         starts = np.cumsum([0] + [len(sample.target_ids) for sample in samples])
         for (divergence, teachers), members in self._groups(samples).items():
             rows = torch.from_numpy(np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])).to(
@@ -91,9 +90,13 @@ class Objective:
             # index_select copies; the common case of one group needs none.
             part = hidden if len(rows) == len(hidden) else hidden.index_select(0, rows)
             chosen = [samples[i] for i in members]
-            if teachers and any(np.any(kl_weight(sample)) for sample in chosen):
-                loss = loss + self._divergence(part, head, chosen, divergence, statistics)
-            if any(sample.advantage is not None and np.any(sample.advantage) for sample in chosen):
+            judged = bool(teachers) and any(np.any(kl_weight(sample)) for sample in chosen)
+            advised = any(sample.advantage is not None and np.any(sample.advantage) for sample in chosen)
+            # One pass serves both terms where they are about the same distribution.
+            joined = judged and advised and self.temperature == 1.0 and any(name in self.heads for name in teachers)
+            if judged:
+                loss = loss + self._divergence(part, head, chosen, divergence, statistics, joined)
+            if advised and not joined:
                 loss = loss + self._advantage(part, head, chosen, statistics)
         return loss
 
@@ -118,14 +121,16 @@ class Objective:
         samples: Sequence[Sample],
         divergence: str,
         statistics: Statistics | None,
+        advised: bool,
     ) -> torch.Tensor:
-        """Sum over teachers: the exact divergence to those with a head, its lower bound to the others."""
+        """Sum over teachers: the exact divergence to those with a head, its lower bound to the others. With
+        ``advised`` the weighted log-probs of the targets, too."""
         names = samples[0].teachers
         exact = [k for k, name in enumerate(names) if name in self.heads]
         listed = [k for k, name in enumerate(names) if name not in self.heads]
         loss = hidden.new_zeros((), dtype=torch.float32)
         if exact:
-            loss = loss + self._exact(hidden, head, samples, exact, divergence, statistics)
+            loss = loss + self._exact(hidden, head, samples, exact, divergence, statistics, advised)
         if listed:
             loss = loss + self._listed(hidden, head, samples, listed, divergence, statistics)
         return loss
@@ -138,24 +143,18 @@ class Objective:
         exact: Sequence[int],
         divergence: str,
         statistics: Statistics | None,
+        advised: bool,
     ) -> torch.Tensor:
         device, names = hidden.device, [samples[0].teachers[k] for k in exact]
         teachers = []
         for k, name in zip(exact, names, strict=True):
             their = self.heads[name]
             states = [_hidden(sample.teacher_targets[k]).to(device, their.weight.dtype) for sample in samples]
-            teachers.append(
-                TeacherHead(
-                    hidden=torch.cat(states),
-                    weight=their.weight,
-                    bias=their.bias,
-                    logit_scale=their.logit_scale,
-                    softcap=their.softcap,
-                )
-            )
+            teachers.append(TeacherHead.of(torch.cat(states), their))
+        weights = _tensor([advantage(sample) for sample in samples], device) if advised else None
         output = linear_divergence(
             hidden,
-            head.weight,
+            head,
             teachers,
             divergence=divergence,
             **self._shape(divergence),
@@ -163,10 +162,8 @@ class Objective:
             mix=_tensor([sample.token_mix(len(sample.teachers))[:, exact] for sample in samples], device),
             token_weight=_tensor([kl_weight(sample) for sample in samples], device),
             labels=_labels(samples, device),
+            logprob_weight=weights,
             temperature=self.temperature,
-            student_bias=head.bias,
-            student_logit_scale=head.logit_scale,
-            student_softcap=head.softcap,
             stats=statistics is not None,
             impl=self.impl,
             workspace_bytes=self.workspace_bytes,
@@ -175,6 +172,8 @@ class Objective:
         )
         if statistics is not None and output.stats is not None:
             statistics.add_divergence(names, samples, output.stats)
+            if weights is not None and output.logprob is not None:
+                statistics.add_logprob(output.logprob[weights != 0])
         return output.loss
 
     def _listed(
@@ -189,7 +188,7 @@ class Objective:
         """Teachers of which only the likeliest tokens are known; the rest is one tail bucket."""
         device = hidden.device
         loss = hidden.new_zeros((), dtype=torch.float32)
-        student = None
+        student, head = None, head.to(hidden.dtype)
         if statistics is not None:
             with torch.no_grad():
                 student = self._logprob(hidden, head, _labels(samples, device))
@@ -240,11 +239,8 @@ class Objective:
     def _logprob(self, hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> LogprobOutput:
         return linear_logprob(
             hidden,
-            head.weight,
+            head,
             labels,
-            bias=head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
             impl=self.impl,
             workspace_bytes=self.workspace_bytes,
             vocab_size=self.vocab_size,

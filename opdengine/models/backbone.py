@@ -11,13 +11,13 @@ import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from opd_kernels import LMHead as Head
 from opdengine.errors import ModelFileError
 from opdengine.models.batching import (
     changes_in_training,
@@ -40,32 +40,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 B = TypeVar("B")
-
-
-@dataclass(frozen=True)
-class Head:
-    """``logits = softcap(logit_scale * (hidden @ weight.T + bias))``.
-
-    Args:
-        weight: [V, d].
-        bias: [V] or None.
-        logit_scale: multiplies the logits.
-        softcap: c in c * tanh(logits / c), or None.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, d] -> [n, V]; for probes only."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def to(self, dtype: torch.dtype) -> Head:
-        """The same head in another dtype; gradients reach its parameters."""
-        return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
 
 
 def load_model(

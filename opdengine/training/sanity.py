@@ -29,17 +29,13 @@ def self_distillation_is_zero(
 ) -> None:
     """A student that is its own teacher has a loss of about 0 (hidden: [n, d]; group: over which the head is split)."""
     hidden = hidden.detach()[:64]
-    weight = head.weight.detach().to(hidden.dtype)
-    bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
     with torch.no_grad():
+        head = head.to(hidden.dtype)
         loss = linear_divergence(
             hidden,
-            weight,
-            [TeacherHead(hidden, weight, bias, head.logit_scale, head.softcap)],
+            head,
+            [TeacherHead.of(hidden, head)],
             divergence=divergence,
-            student_bias=bias,
-            student_logit_scale=head.logit_scale,
-            student_softcap=head.softcap,
             reduction="mean",
             vocab_size=vocab_size,
             impl=impl,

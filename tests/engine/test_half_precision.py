@@ -11,12 +11,11 @@ import pytest
 import torch
 from engine_helpers import loss_and_gradient, make_config, make_engine, make_samples
 
+from opd_kernels import heads
 from opdengine.data.prompts import load_prompts
-from opdengine.loss import objective
 from opdengine.models.backbone import Backbone, avoid_flash, load_model
 from opdengine.models.packing import pack
 from opdengine.rollout.transformers import TransformersSampler
-from opdengine.training import scoring
 from opdengine.training.build import halve_products
 from opdengine.types import Request, SamplingParams
 
@@ -25,18 +24,14 @@ IDS = np.arange(1, 30, dtype=np.int64)
 
 @pytest.fixture
 def dtypes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtype, torch.dtype]]:
-    """Of hidden states and head, of every call of the fused ops."""
+    """Of both factors of every product of the fused ops that gives logits."""
     seen = []
 
-    def noted(real: Any) -> Any:
-        def call(hidden: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-            seen.append((hidden.dtype, weight.dtype))
-            return real(hidden, weight, *args, **kwargs)
+    def noted(head: Any, hidden: Any, *rest: Any, real: Any = heads.write_product) -> None:
+        seen.append((hidden.dtype, head.weight.dtype))
+        real(head, hidden, *rest)
 
-        return call
-
-    for module, name in ((objective, "linear_divergence"), (objective, "linear_logprob"), (scoring, "linear_logprob")):
-        monkeypatch.setattr(module, name, noted(getattr(module, name)))
+    monkeypatch.setattr(heads, "write_product", noted)
     return seen
 
 

@@ -22,9 +22,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from triton_cases import *  # noqa: E402, F403
-from triton_cases import KINDS, REDUCTIONS, head  # noqa: E402
+from triton_cases import KINDS, REDUCTIONS  # noqa: E402
 
-from opd_kernels import TeacherHead, linear_divergence, linear_logprob, token_stats, topk_divergence  # noqa: E402
+from opd_kernels import TeacherHead, linear_divergence, linear_logprob, token_stats, topk_divergence, triton_impl  # noqa: E402
+from opd_kernels import table as fields  # noqa: E402
+from opd_kernels.chunk import Chunk, Task  # noqa: E402
+from opd_kernels.problem import STATS_ONLY  # noqa: E402
 from opd_kernels.triton_impl import TritonRowOps  # noqa: E402
 
 DEVICE = "cuda"
@@ -350,12 +353,24 @@ def test_more_than_2_to_the_31_logits():
     logits = z[some].double().requires_grad_()
     logp = logits.log_softmax(1)
     (want,) = torch.autograd.grad(logp.gather(1, labels[some, None]).sum(), logits)
-    ops, one = TritonRowOps(LARGE_VOCAB), torch.ones(LARGE_ROWS, device=DEVICE)
-    found = ops.student_rows(head(), z, labels, True, joint=False)
-    assert found.logprob is not None and found.entropy is not None
-    torch.testing.assert_close(found.logprob[some].double(), logp.gather(1, labels[some, None])[:, 0].detach())
-    torch.testing.assert_close(found.entropy[some].double(), -(logp.exp() * logp).sum(1).detach())
-    ops.logprob_gradient_rows(
-        z, labels, found, entropy=found.entropy, logprob_scale=one, entropy_scale=None, softcap=None, out=z
-    )
+    table = torch.zeros(1, fields.FIELDS, LARGE_ROWS, device=DEVICE)
+    table[0, fields.LABEL_SCALE] = -1.0
+    ops, chunk = TritonRowOps(Task(STATS_ONLY, full=True), LARGE_VOCAB), Chunk(z[None], table, labels, z)
+    ops.statistics(chunk)
+    found = fields.logprob(table, 0), fields.entropy(table, 0)
+    truth = logp.gather(1, labels[some, None])[:, 0], -(logp.exp() * logp).sum(1)
+    for mine, exact_ in zip(found, truth, strict=True):
+        torch.testing.assert_close(mine[some].double(), exact_.detach())
+    ops.logprob_gradient(chunk, None)
     torch.testing.assert_close(z[some].double(), want, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_one_read_is_what_the_stages_give(kind, teachers, monkeypatch):
+    """Many rows, whose programs wait for each other."""
+    call = (*student(), strangers(teachers))
+    options = {"divergence": kind, "workspace_bytes": 400 << 20, **masked(teachers)}
+    once = fused(*call, **options)
+    monkeypatch.setattr(triton_impl, "one_read", lambda *_: False)
+    assert_near(once, [x.double() for x in fused(*call, **options)], values=2e-6, gradients=2e-3)

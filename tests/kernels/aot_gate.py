@@ -30,69 +30,67 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 
 import choose_columns
 from gap_gemm import gap_kernel
-from one_read import OPTIONS, SETTINGS, one_read_kernel
 
 ARCHITECTURES = (80, 90, 100)
 KINDS = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
-# What a chunk of one row and one block makes constant.
-ONES = {"splits": 1, "table_stride": 1}
-FINISH = ("Z_BIAS", "Z_CAP", "Z_FLOOR", "T_BIAS", "T_CAP", "T_FLOOR")
+WIDE = {"SPLITS": 128, "BLOCK": rows.BLOCK}
+
+
+def needs(kind: str, mixture: bool, full: bool) -> dict:
+    """What the statistics are to give, as ``TritonRowOps`` asks for it."""
+    p, q = (full or (kind == own and not mixture) for own in ("reverse_kl", "forward_kl"))
+    return {"P": p, "Q": q, "DOTS": full or not (p or q), "FULL": full}
 
 
 def statistics() -> Iterator[dict]:
-    plain = dict.fromkeys(FINISH, False)
-    for student, teacher, cross, full in itertools.product((True, False), repeat=4):
-        if (student or teacher) and (teacher or not cross) and (student or not full or cross):
-            yield {"STUDENT": student, "TEACHER": teacher, "CROSS": cross, "FULL": full, **plain}
-    every = {"STUDENT": True, "TEACHER": True, "CROSS": True, "FULL": True}
-    yield {**every, **plain, **ONES}
-    yield {**every, **dict.fromkeys(FINISH, True)}
+    for teachers, kind, full in ((0, "jsd", True), (1, "reverse_kl", False), (2, "jsd", False), (2, "jsd", True)):
+        yield {"TEACHERS": teachers, "LABELS": full, **needs(kind, False, full)}
+    yield {"TEACHERS": 8, "LABELS": True, **needs("jsd", False, True)}
 
 
-def merges() -> Iterator[dict]:
-    for flags in statistics():
-        if not flags["Z_BIAS"]:
-            flags = {name: flags[name] for name in flags if name not in FINISH}
-            sizes = {"ROWS": 512, "SPLITS": 1} if "splits" in flags else {"ROWS": 4, "SPLITS": 128}
-            yield {**flags, "LABELS": flags["FULL"], "SIDE": 6, **sizes}
+def one_reads() -> Iterator[dict]:
+    for kind, mixture, teachers, full in (
+        *((kind, False, teachers, False) for kind in KINDS for teachers in (1, 2)),
+        ("reverse_kl", False, 0, True),
+        ("reverse_kl", False, 1, True),
+        ("jsd", False, 2, True),
+        ("reverse_kl", True, 2, False),
+        ("jsd", True, 3, False),
+        ("jsd", False, 3, True),
+    ):
+        terms = teachers > 0 and (mixture or kind not in KINDS[:2])
+        flags = {"KIND": kind, "MIXTURE": mixture, "TEACHERS": teachers, "TERMS": terms, **needs(kind, mixture, full)}
+        yield {**flags, "LABELS": full, "LABEL_TERM": full, "CAP": full, "WAIT": True, "WRITE": True, **WIDE}
+
+
+def rules(mixtures: bool) -> Iterator[dict]:
+    for kind, teachers in itertools.product(KINDS[0 if mixtures else 2 :], (1, 2, 8)):
+        yield {"KIND": kind, "MIXTURE": mixtures and teachers > 1, "TEACHERS": teachers, "BLOCK": rows.BLOCK}
 
 
 VARIANTS = {
-    "statistics_kernel": list(statistics()),
-    "merge_kernel": list(merges()),
-    "value_kernel": [{"KIND": "jsd", "SIDE": 6, **ONES}, *({"KIND": kind, "SIDE": 6} for kind in KINDS)],
-    "fold_kernel": [{"KIND": kind, "RAW": raw} for kind in (*KINDS, "mixture") for raw in (True, False)],
+    "one_read_kernel": [{**flags, "out_ptr": "*fp32" if flags["CAP"] else "*bf16"} for flags in one_reads()],
+    "statistics_kernel": [{**flags, "BLOCK": rows.BLOCK} for flags in statistics()],
+    "merge_kernel": [{**flags, "SPLITS": 128, "num_warps": 1} for flags in statistics()],
+    "terms_kernel": [
+        flags for flags in (*rules(False), *rules(True)) if flags["MIXTURE"] or flags["KIND"] in KINDS[2:]
+    ],
     "gradient_kernel": [
-        {"KIND": kind, "RAW": raw, "HAS_T": has_t, "CAP": cap, "out_ptr": out}
-        for kind in KINDS
-        for raw, has_t, cap, out in (
-            (True, False, False, "*bf16"),
-            (True, True, False, "*bf16"),
-            (False, True, False, "*bf16"),
-            (True, True, True, "*fp32"),
-        )
+        {**flags, "LABELS": cap, "CAP": cap, "out_ptr": out}
+        for flags in (*rules(False), *rules(True))
+        for cap, out in ((False, "*bf16"), (True, "*fp32"))
     ],
+    "finish_kernel": [{"BIAS": True, "CAP": True, "FLOOR": True, "BLOCK": rows.BLOCK}],
     "logprob_gradient_kernel": [
-        {"HAS_ENTROPY": False, "CAP": False, "out_ptr": "*bf16"},
-        {"HAS_ENTROPY": True, "CAP": True, "out_ptr": "*fp32"},
+        {"HAS_ENTROPY": False, "CAP": False, "out_ptr": "*bf16", "BLOCK": rows.BLOCK},
+        {"HAS_ENTROPY": True, "CAP": True, "out_ptr": "*fp32", "BLOCK": rows.BLOCK},
     ],
+    "scale_kernel": [{"BLOCK": 4096, "x_ptr": "*bf16"}],
 }
-"""Every way the row operations launch each kernel, as constants and pointer types that matter."""
+"""Ways in which the row operations launch each kernel, as constants and pointer types that matter."""
 
-POINTERS = {
-    "label_ptr": "*i64",
-    "ticket_ptr": "*i32",
-    "finite_ptr": "*i1",
-    "z_bias_ptr": "*bf16",
-    "t_bias_ptr": "*bf16",
-}
+POINTERS = {"label_ptr": "*i64", "ticket_ptr": "*i32", "bias_ptr": "*bf16"}
 SESSION = {
-    "one_read_kernel": [
-        {"KIND": kind, "TWO": two, "WAIT": True, "SPLITS": 128, "BLOCK": block, "num_warps": warps, "out_ptr": "*bf16"}
-        for block, warps in SETTINGS
-        for kind in ("reverse_kl", "forward_kl")
-        for two in (False, True)
-    ],
     "gap_kernel": [
         {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages, "pointers": "*bf16"}
         for config in gap_kernel.configs
@@ -105,9 +103,10 @@ SESSION = {
 }
 """The kernels that only the GPU session uses, at each of its settings."""
 
-NUMBERS = ("parameter", "cap", "z_cap", "t_cap", "z_factor", "t_factor")
-ALIGNED = ("width", "z_width", "t_width", "z_stride", "t_stride", "u_stride", "acc_stride", "out_stride")
-ALIGNED += ("stride",)
+NUMBERS = ("parameter", "cap", "factor")
+LARGE = ("logits_ptr", "out_ptr", "partial_ptr", "x_ptr")
+"""Pointers that are always aligned; the others are not specialised."""
+SESSION_ALIGNED = ("width", "z_width", "t_width", "stride")
 
 
 def kernels() -> dict[str, triton.JITFunction]:
@@ -116,22 +115,25 @@ def kernels() -> dict[str, triton.JITFunction]:
 
 
 def build(name: str, variant: dict, capability: int):
-    """The compiled kernel, with the divisibility that the launches of ``TritonRowOps`` have."""
-    session = {"one_read_kernel": one_read_kernel, "gap_kernel": gap_kernel.fn}
-    kernel, variant = {**kernels(), **vars(choose_columns), **session}[name], dict(variant)
-    options = {**(OPTIONS if name in SESSION else rows.OPTIONS)}
+    """The compiled kernel, with what the launches of ``TritonRowOps`` promise and nothing else."""
+    session = name in SESSION
+    kernel, variant = {**kernels(), **vars(choose_columns), "gap_kernel": gap_kernel.fn}[name], dict(variant)
+    options: dict = {"num_warps": 4} if session else rows.options(variant.get("TEACHERS", 0))
     options |= {key: variant.pop(key) for key in ("num_warps", "num_stages") if key in variant}
     pointers = variant.pop("pointers", None)
     signature, constants, hints = {}, {}, {}
     for index, argument in enumerate(kernel.arg_names):
-        if argument.isupper() or (argument in ONES and argument in variant):
+        aligned = argument in LARGE
+        if argument.isupper():
             signature[argument] = "constexpr"
-            constants[(index,)] = variant.pop(argument) if argument in variant else getattr(rows, argument)
+            constants[(index,)] = variant.pop(argument)
         elif argument.endswith("_ptr"):
             signature[argument] = variant.pop(argument, pointers or POINTERS.get(argument, "*fp32"))
+            aligned |= session
         else:
             signature[argument] = "fp32" if argument in NUMBERS else "i32"
-        if argument.endswith("_ptr") or argument in ALIGNED or (name, argument) == ("gap_kernel", "vocab"):
+            aligned |= session and (argument in SESSION_ALIGNED or (name, argument) == ("gap_kernel", "vocab"))
+        if aligned:
             hints[(index,)] = [["tt.divisibility", 16]]
     assert not variant, f"{name} has no arguments {sorted(variant)}"
     source = ASTSource(kernel, signature, constants, hints)
@@ -144,13 +146,16 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def measure(name: str, variant: dict, capability: int) -> dict:
-    """Registers, spilled bytes, shared bytes and global loads and stores of one variant."""
+    """Registers, spilled bytes, shared bytes, global loads and stores, and instructions for every logit of the
+    student: all in the kernel over what a thread holds, the merge of a row included."""
     compiled = build(name, variant, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "-res-usage", file.name)
         sass = tool("cuobjdump", "-sass", file.name)
+    found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", sass, re.M)
+    each = variant.get("BLOCK", 0) / 32 / compiled.metadata.num_warps or 1
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
     return {
         "kernel": name,
@@ -162,7 +167,8 @@ def measure(name: str, variant: dict, capability: int) -> dict:
         "loads": Counter(re.findall(r"\bLDG\.E[.\w]*", sass)),
         "stores": Counter(re.findall(r"\bSTG\.E[.\w]*", sass)),
         "tensor_cores": len(re.findall(r"\b(?:HGMMA|UTCHMMA|HMMA)\b", sass)),
-        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
+        "per_logit": len(found) / each,
+        "special_per_logit": sum(name.startswith("MUFU") for name in found) / each,
     }
 
 

@@ -19,17 +19,12 @@ sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "gpu")]
 import ceilings  # noqa: E402
 import choose_columns  # noqa: E402
 import gpu_rows  # noqa: E402
-import one_read_call  # noqa: E402
 from gap_gemm import gap_kernel  # noqa: E402
-from gpu_rows import two_reads  # noqa: E402
-from one_read import OneRead  # noqa: E402
 
 from opd_kernels import TeacherHead, linear_divergence, rows  # noqa: E402
 from opd_kernels.chunking import ChunkPlan  # noqa: E402
 from opd_kernels.compaction import Compactor  # noqa: E402
-from opd_kernels.reference import divergence_of  # noqa: E402
 from opd_kernels.selection import RowPlan  # noqa: E402
-from opd_kernels.types import Rule  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -42,32 +37,6 @@ def logits(count: int, vocab: int, seed: int) -> torch.Tensor:
     wide = torch.full((count, -(-vocab // 16) * 16 + 16), torch.nan)
     wide[:, :vocab] = 3 * torch.randn(count, vocab, generator=torch.Generator().manual_seed(seed))
     return wide[:, :vocab]
-
-
-@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl"])
-@pytest.mark.parametrize("teachers", [1, 2])
-@pytest.mark.parametrize("vocab", [16, 37, 150])
-def test_one_read(kind, teachers, vocab):
-    z, *theirs = (logits(3, vocab, seed) for seed in range(1 + teachers))
-    weight, scale = torch.tensor([[0.3, 1.2, 0.0], [0.9, 0.4, 0.7]])[:teachers], torch.tensor([0.5, 2.0, -1.0])
-    out = torch.full((3, 192), torch.nan)[:, :vocab]
-    kernel = OneRead(3, vocab, z, block=16)
-    kernel.launch(kind, z, theirs, weight, scale, out, wait=False)
-    kernel.ticket[0] = 0
-    value = kernel.launch(kind, z, theirs, weight, scale, out, wait=True)
-
-    exact = z.double().requires_grad_()
-    p = exact.log_softmax(1)
-    terms = [
-        w.double() * divergence_of(Rule(kind), p, t.double().log_softmax(1))
-        for w, t in zip(weight, theirs, strict=True)
-    ]
-    want = torch.stack(terms).sum(0)
-    (gradient,) = torch.autograd.grad((scale.double() * want).sum(), exact)
-    mine = torch.full((3, 192), torch.nan)[:, :vocab]
-    for found, d in ((value, out), (two_reads(kind, z, theirs, weight, scale, mine), mine)):
-        torch.testing.assert_close(found.double(), want.detach(), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(d.double(), gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_gap_product():
@@ -128,37 +97,7 @@ def test_ceilings_of_the_row_kernels(monkeypatch):
     monkeypatch.setattr(rows, "BLOCK", 2048)
     monkeypatch.setattr(gpu_rows, "DEVICE", "cpu")
     monkeypatch.setattr(ceilings, "median_ms", once)
-    assert set(ceilings.row_kernels(2, 515)["sweeps"]) >= {
-        "student and first teacher",
-        "another teacher and value, jsd",
-    }
-    for kind, teachers in (("reverse_kl", 1), ("forward_kl", 2)):
-        assert ceilings.one_read(2, 515, kind, teachers)["error"] <= 1e-3
-
-
-@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl"])
-@pytest.mark.parametrize("teachers", [1, 2])
-def test_calls_with_one_read(kind, teachers, monkeypatch):
-    """One block a row, so that nothing waits; several chunks, rows without weight."""
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(9, 8).requires_grad_(), torch.randn(37, 8).requires_grad_()
-    heads = [TeacherHead(torch.randn(9, 5 + k), torch.randn(37, 5 + k)) for k in range(teachers)]
-    options = {
-        "divergence": kind,
-        "token_weight": torch.arange(9) % 3 / 2,
-        "mix": torch.rand(9, teachers) + 0.1,
-        "temperature": 1.3,
-    }
-
-    def step(impl: str, **more) -> list[torch.Tensor]:
-        out = linear_divergence(hidden, weight, heads, impl=impl, **options, **more)
-        return [out.token_loss, *torch.autograd.grad(out.loss, (hidden, weight))]
-
-    chunks, plain = [], one_read_call.OneReadPass._chunk
-    monkeypatch.setattr(one_read_call.OneReadPass, "_chunk", lambda *a: (chunks.append(a[1:]), plain(*a)))
-    want = step("reference")
-    with one_read_call.one_read_calls(64, 4):
-        got = step("triton", workspace_bytes=16_000)
-    assert len(chunks) > 1
-    for mine, exact in zip(got, want, strict=True):
-        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert set(ceilings.row_kernels(2, 515)["sweeps"]) >= {"statistics, reverse_kl, K=1", "one read, jsd, K=2"}
+    for kind, teachers in (("reverse_kl", 1), ("jsd", 2)):
+        found = ceilings.one_read(2, 515, kind, teachers)
+        assert found["error"] <= 1e-3 and found["value_error"] <= 1e-4

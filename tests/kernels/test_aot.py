@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,10 +13,15 @@ import pytest
 
 from opd_kernels import rows
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
+
+from predictions import COUNTED, H100, H200, floor, seconds, table
+from problems import KINDS, S1, S2
+
 GATE = Path(__file__).with_name("aot_gate.py")
 KERNELS = Path(__file__).parents[2] / "kernels"
 OTHER_TRITON = "3.6.0"
-# Four programs of 128 threads share a multiprocessor's 65536 registers.
+# Four programs of 128 threads, or two of 256, share a multiprocessor's 65536 registers.
 MOST_REGISTERS = 128
 MOST_SHARED = 16 * 1024
 
@@ -31,27 +37,30 @@ def run_gate(*arguments: str, path: str = "") -> list[dict]:
 def buffers_read(result: dict) -> int:
     """[c, V] buffers that one variant reads."""
     variant = result["variant"]
-    if result["kernel"] == "statistics_kernel":
-        return variant["TEACHER"] + (variant["STUDENT"] or variant["CROSS"])
-    if result["kernel"] == "fold_kernel":
-        return 3 if variant["KIND"] in ("jsd", "skew_kl") else 2
-    if result["kernel"] == "gradient_kernel":
-        return 2 + variant["HAS_T"]
-    return {"value_kernel": 2, "logprob_gradient_kernel": 1, "merge_kernel": 0}[result["kernel"]]
+    one = {"logprob_gradient_kernel": 1, "finish_kernel": 1, "merge_kernel": 0, "scale_kernel": None}
+    return one.get(result["kernel"], 1 + variant.get("TEACHERS", 0))
 
 
 def check(results: list[dict]) -> None:
     assert results
-    wide = rows.BLOCK // (4 * 32 * rows.OPTIONS["num_warps"])
     for result in results:
+        variant, teachers = result["variant"], result["variant"].get("TEACHERS", 0)
         assert result["spilled"] == 0, result
-        assert result["registers"] <= MOST_REGISTERS, result
         assert result["shared"] <= MOST_SHARED, result
+        if teachers <= 2 and not variant.get("FULL"):
+            assert result["registers"] <= MOST_REGISTERS, result
         # Every logit comes in 16-byte loads, or wider ones on newer architectures.
-        if result["capability"] < 100:
-            assert result["loads"].get("LDG.E.128", 0) == wide * buffers_read(result), result
-        if result["variant"].get("out_ptr") == "*bf16":
-            assert set(result["stores"]) == {"STG.E.128"}, result
+        warps, read = rows.options(teachers)["num_warps"], buffers_read(result)
+        if result["capability"] < 100 and read is not None:
+            wide = rows.BLOCK // (4 * 32 * warps)
+            assert result["loads"].get("LDG.E.128", 0) == wide * read, result
+        if variant.get("out_ptr") == "*bf16" and warps == 4:
+            assert result["stores"].get("STG.E.128", 0) == rows.BLOCK // (8 * 32 * warps), result
+        limit = COUNTED.get((variant.get("KIND"), teachers))
+        plain = result["kernel"] == "one_read_kernel" and not variant["FULL"] and not variant["MIXTURE"]
+        if plain and limit is not None and result["capability"] == 90:
+            # What the predictions count with, on any version of the compiler.
+            assert result["per_logit"] <= 1.05 * limit[0] and result["special_per_logit"] <= 1.05 * limit[1], result
 
 
 @pytest.mark.parametrize(("capability", "quick"), [(80, True), (90, False), (100, True)])
@@ -61,18 +70,13 @@ def test_machine_code(capability, quick):
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_machine_code_of_the_gpu_session(capability):
-    """The one-read kernel loads each logit once and keeps it in registers; the GEMM runs on tensor cores."""
+    """The GEMMs run on tensor cores."""
     for result in run_gate("--session", "--quick", "--capability", str(capability)):
-        variant = result["variant"]
         if result["kernel"] in ("gap_kernel", "dropped_kernel"):
             assert result["tensor_cores"], result
         if result["kernel"] == "gap_kernel":
             continue  # some of its settings spill, and lose against the others
         assert result["spilled"] == 0 and result["registers"] <= MOST_REGISTERS, result
-        if result["kernel"] != "one_read_kernel":
-            continue
-        wide = variant["BLOCK"] // (4 * 32 * variant["num_warps"])
-        assert result["loads"]["LDG.E.128"] == wide * (2 + variant["TWO"]), result
 
 
 @pytest.mark.slow
@@ -83,3 +87,13 @@ def test_machine_code_on_the_oldest_triton(tmp_path):
     results = run_gate(path=str(tmp_path))
     assert {result["triton"] for result in results} == {OTHER_TRITON}
     check(results)
+
+
+def test_predicted_share_of_the_floor():
+    """The dense design is to reach 84 % on an H100, by counted bytes and instructions; the table is in the notes."""
+    assert floor(H100, S1) / seconds(H100, S1, "reverse_kl") >= 0.84
+    for device, shape, kind in itertools.product((H100, H200), (S1, S2), KINDS):
+        assert floor(device, shape) / seconds(device, shape, kind) >= 0.78, (device, shape.name, kind)
+    notes = (Path(__file__).parents[2] / "benchmarks" / "NOTES.md").read_text()
+    for line in table():
+        assert line in notes, "run benchmarks/gpu/predictions.py and put its table into benchmarks/NOTES.md"

@@ -235,7 +235,7 @@ def test_opcheck_divergence(make_case, reduction):
     given = library.flat(
         (*case.student, None, 1.0, None),
         case.teachers,
-        {"mix": None, "token_weight": None, "labels": case.labels, "group": None},
+        {"mix": None, "token_weight": None, "labels": case.labels, "group": None, "logprob_weight": None},
     )
     given |= {"divergence": "jsd", "jsd_beta": 0.3, "skew_alpha": 0.1, "teacher_reduction": "sum"}
     given |= {"reduction": reduction, "stats": True, "temperature": 1.0, "impl": "torch", "workspace_bytes": SMALL}

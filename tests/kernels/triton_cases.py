@@ -7,6 +7,7 @@ interpreted, so that a row has several blocks and an incomplete last one.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -22,10 +23,14 @@ from opd_kernels import (
     rows,
     selection,
     token_stats,
+    triton_impl,
     validation,
 )
-from opd_kernels.triton_impl import TritonRowOps, TritonRows
-from opd_kernels.types import Head, Rule
+from opd_kernels import table as table_fields
+from opd_kernels.chunk import Chunk, Task
+from opd_kernels.problem import Rule
+from opd_kernels.reference import divergence_of
+from opd_kernels.triton_impl import TritonRowOps
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -91,7 +96,8 @@ def solve(case: Case, impl: str, **options) -> list[Tensor]:
     upstream = torch.linspace(0.5, 1.5, max(1, out.loss.numel()), dtype=out.loss.dtype, device=DEVICE)
     gradients = torch.autograd.grad(out.loss, case.inputs(), upstream.view(out.loss.shape))
     statistics = [] if out.stats is None else [x for x in vars(out.stats).values() if x is not None]
-    return [out.loss.detach(), out.token_loss, *gradients, *statistics]
+    logprob = [] if out.logprob is None else [out.logprob]
+    return [out.loss.detach(), out.token_loss, *gradients, *logprob, *statistics]
 
 
 def assert_close(got: list[Tensor], want: list[Tensor], floor: float = 2e-6, lost: list[Tensor] | None = None) -> None:
@@ -366,49 +372,113 @@ def test_student_that_is_not_finite():
     assert solve(case, "triton", divergence="jsd")[0].isnan()
 
 
-def head(bias: Tensor | None = None) -> Head:
-    nothing = torch.empty(0, device=DEVICE)
-    return Head(nothing, nothing, bias, 1.0, None, 1.0, VOCAB)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_in_half_precision(kind, dtype):
-    """dZ rounded on the way out, into rows of another stride; columns beyond V are not read."""
+@pytest.mark.parametrize("whole", [False, True])
+def test_gradient_in_half_precision(kind, dtype, whole):
+    """dZ rounded on the way out, into rows of another stride, in stages and in one read; columns beyond V are
+    not read."""
     g = torch.Generator().manual_seed(1)
-    wide = torch.full((3, 4, 48 + (VOCAB // 16) * 16), torch.nan)
-    z, t, acc = wide.to(DEVICE)[..., :VOCAB]
-    z.copy_(torch.randn(4, VOCAB, generator=g))
-    acc.copy_(torch.randn(4, VOCAB, generator=g))
-    ops, rule, one = TritonRowOps(VOCAB), Rule(kind, 0.3, 0.2), torch.ones(4, device=DEVICE)
-    student = ops.student_rows(head(), z, None, False, joint=True)
-    result = ops.teacher_rows(
-        rule, head(), head(), z, acc, student, acc=acc, before=0, last=True, weight=one, labels=None, full=False
-    )
+    logits = torch.full((2, 4, 48 + (VOCAB // 16) * 16), torch.nan, device=DEVICE)[..., :VOCAB]
+    logits.copy_(torch.randn(2, 4, VOCAB, generator=g))
+    table = torch.zeros(2, table_fields.FIELDS, 4, device=DEVICE)
+    table[1, table_fields.WEIGHT], table[0, table_fields.SCALE] = 1.0, 2.0
     out = torch.full((4, 96 + (VOCAB // 16) * 16), torch.nan, dtype=dtype, device=DEVICE)[:, :VOCAB]
-    ops.gradient_rows(
-        rule,
-        z,
-        acc,
-        t,
-        student,
-        teachers=1,
-        acc_mean=torch.zeros_like(one) if result.acc_mean is None else result.acc_mean,
-        total_weight=one,
-        row_scale=2.0 * one,
-        softcap=None,
-        out=out,
-    )
-    logits = z.double().requires_grad_()
-    p, q = logits.log_softmax(1), acc.double().log_softmax(1)
-    reference = pytest.importorskip("opd_kernels.reference").divergence_of(rule, p, q)
-    (want,) = torch.autograd.grad(2.0 * reference.sum(), logits)
-    torch.testing.assert_close(result.value.double(), reference.detach(), rtol=1e-5, atol=1e-6)
+    task = Task(Rule(kind, 0.3, 0.2), gradient=True)
+    ops, chunk = TritonRowOps(task, VOCAB), Chunk(logits, table, None, out)
+    if whole:
+        ops.solve(chunk)
+    else:
+        ops.statistics(chunk)
+        if not task.one_sweep:
+            ops.terms(chunk)
+        ops.gradient(chunk)
+    z = logits[0].double().requires_grad_()
+    reference = divergence_of(task.rule, z.log_softmax(1), logits[1].double().log_softmax(1))
+    (want,) = torch.autograd.grad(2.0 * reference.sum(), z)
+    of = {"reverse_kl": table_fields.reverse_kl, "forward_kl": table_fields.forward_kl}
+    value = of[kind](table, 1) if kind in of else table[0, table_fields.VALUE]
+    torch.testing.assert_close(value.double(), reference.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.double(), want, rtol=1 / 100, atol=1e-6)
 
 
-def test_table_parts_are_views():
-    student = TritonRows.empty(5, torch.zeros(1, device=DEVICE), labels=True, full=True, pending=True)
-    part = student.part(2, 4)
-    part.lse.fill_(7.0)
-    assert student.lse[2:4].eq(7.0).all() and part.table.shape[1] == 2 and part.pending
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("teachers", [1, 3])
+def test_stages(kind, teachers, monkeypatch):
+    """What runs where the programs of a row do not fit on a device."""
+    monkeypatch.setattr(triton_impl, "one_read", lambda *_: False)
+    check(make(teachers), divergence=kind, stats=True, logprob_weight=LOGPROB_WEIGHT)
+    check(make(teachers), divergence=kind, teacher_reduction="mixture")
+
+
+LOGPROB_WEIGHT = torch.tensor([0.5, -1.0, 0.0, 2.0, 1.0, -0.3], device=DEVICE)
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_logprob_term(kind, softcap, reduction):
+    """In the same pass; one row has no divergence, one no log-prob, one neither."""
+    options = {
+        "divergence": kind,
+        "reduction": reduction,
+        "token_weight": torch.tensor([0.5, 2.0, 0.0, 0.0, 1.5, 0.3], device=DEVICE),
+        "logprob_weight": LOGPROB_WEIGHT,
+        "student_softcap": softcap,
+        "workspace_bytes": SMALL,
+    }
+    check(make(2, bias=True), **options)
+
+
+@pytest.mark.parametrize("parts", [(0, 5, 37), (0, 0, 37), (0, 16, 32, 37)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_parts_of_a_vocabulary(parts, kind, reduction):
+    """Shards run the same stages: their tables merge into that of the whole rows."""
+    case, labels = make(2), torch.tensor([0, 4, 5, 16, 36, 31], device=DEVICE)
+    logits = torch.stack([case.hidden @ case.weight.t(), *(t.hidden @ t.weight.t() for t in case.teachers)]).detach()
+    logits = logits[..., :37]
+    table = torch.zeros(3, table_fields.FIELDS, 6, device=DEVICE)
+    table[1:, table_fields.WEIGHT], table[0, table_fields.SCALE] = torch.tensor([[0.3], [0.7]], device=DEVICE), 1.0
+    table[0, table_fields.LABEL_SCALE] = 0.4
+    mixed, rule = reduction == "mixture", Rule(kind, 0.3, 0.2)
+    whole = padded(logits)
+    out = torch.full_like(whole[1], torch.nan)
+    ops = TritonRowOps(Task(rule, mixed, True, True, True), 37)
+    ops.solve(Chunk(whole, table, labels, out))
+    tables, chunks = [], []
+    for left, right in itertools.pairwise(parts):
+        here = (labels >= left) & (labels < right)
+        own = Task(rule, mixed, True, True, True, first_column=left, first_rank=left == right or left == 0)
+        chunk = Chunk(padded(logits[..., left:right]), table.clone(), torch.where(here, labels - left, -1), None)
+        chunk = replace(chunk, out=torch.full_like(chunk.logits[1], torch.nan))
+        chunks.append((TritonRowOps(own, right - left), chunk))
+        chunks[-1][0].statistics(chunk)
+        tables.append(chunk.table[:, : table_fields.MERGED].clone())
+    merged = table_fields.merge(torch.stack(tables))
+    sums = 0.0
+    for ops, chunk in chunks:
+        chunk.table[:, : table_fields.MERGED] = merged
+        if not ops.task.one_sweep:
+            ops.terms(chunk)
+        sums = sums + chunk.table[0, table_fields.VALUE : table_fields.MEAN + 1]
+    for ops, chunk in chunks:
+        chunk.table[0, table_fields.VALUE : table_fields.MEAN + 1] = sums
+        ops.gradient(chunk)
+    torch.testing.assert_close(torch.cat([chunk.out for _, chunk in chunks], 1), out, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(merged[1:], table[1:, : table_fields.MERGED], rtol=1e-4, atol=1e-5)
+
+
+def padded(logits: Tensor) -> Tensor:
+    """The same in rows that are a multiple of 16 elements long."""
+    heads, count, vocab = logits.shape
+    wide = logits.new_full((heads, count, max(16, -(-vocab // 16) * 16)), torch.nan)[..., :vocab]
+    return wide.copy_(logits)
+
+
+def test_scale_on_device():
+    x = torch.randn(5, 999, device=DEVICE).bfloat16()
+    for factor in (1.0, 1 / 3):
+        y = x.clone()
+        triton_impl.scale_on_device(y, torch.tensor(factor, device=DEVICE))
+        torch.testing.assert_close(y, (x.float() * factor).bfloat16(), rtol=1e-2, atol=0)
