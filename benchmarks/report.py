@@ -25,6 +25,8 @@ DEMO = ROOT / "benchmarks" / "results" / "demo.json"
 
 from findings import confidences, findings, opad_less, place
 
+from opdengine.tools.report import figure
+
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -129,32 +131,27 @@ def in_words(name: str) -> str:
 
 def draw_loss(results: list[tuple[str, dict[str, Any]]], file: Path) -> None:
     """Time of every provider over the time of the matrix products, one panel per device."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(results), 1, figsize=(9, 3.2 * len(results)), squeeze=False)
-    for axis, (device, found) in zip(axes[:, 0], results, strict=True):
-        cases = {name: case for name, case in found.items() if "ms" in case.get("gemms", {})}
-        providers = ["ours", *(n for n in PEERS if n != "gemms" and any("ms" in c.get(n, {}) for c in cases.values()))]
-        for offset, provider in enumerate(providers):
-            there = [(x, case) for x, case in enumerate(cases.values()) if "ms" in case.get(provider, {})]
-            width = 0.8 / len(providers)
-            axis.bar(
-                [x + width * offset for x, _ in there],
-                [case[provider]["ms"] / case["gemms"]["ms"] for _, case in there],
-                width,
-                label=PEERS.get(provider, provider),
-            )
-        axis.axhline(1.0, color="black", lw=0.8, ls="--")
-        axis.set_xticks([x + 0.3 for x in range(len(cases))], list(cases), fontsize=8)
-        axis.set_ylabel("time / matrix products")
-        axis.set_title(device, fontsize=10)
-        axis.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, dpi=140)
-    plt.close(figure)
+    with figure(file, (9, 3.2 * len(results)), rows=len(results)) as axes:
+        for axis, (device, found) in zip(axes, results, strict=True):
+            cases = {name: case for name, case in found.items() if "ms" in case.get("gemms", {})}
+            providers = [
+                "ours",
+                *(n for n in PEERS if n != "gemms" and any("ms" in c.get(n, {}) for c in cases.values())),
+            ]
+            for offset, provider in enumerate(providers):
+                there = [(x, case) for x, case in enumerate(cases.values()) if "ms" in case.get(provider, {})]
+                width = 0.8 / len(providers)
+                axis.bar(
+                    [x + width * offset for x, _ in there],
+                    [case[provider]["ms"] / case["gemms"]["ms"] for _, case in there],
+                    width,
+                    label=PEERS.get(provider, provider),
+                )
+            axis.axhline(1.0, color="black", lw=0.8, ls="--")
+            axis.set_xticks([x + 0.3 for x in range(len(cases))], list(cases), fontsize=8)
+            axis.set_ylabel("time / matrix products")
+            axis.set_title(device, fontsize=10)
+            axis.legend(frameon=False, fontsize=8)
 
 
 def agents() -> str:

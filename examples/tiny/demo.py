@@ -30,6 +30,7 @@ from rich.table import Table
 
 from opdengine.methods.debate.prompts import parse_confidence
 from opdengine.metrics import write_jsonl
+from opdengine.tools.report import curve, figure
 from opdengine.training.writer import read_metrics
 from tiny import task
 
@@ -233,33 +234,20 @@ def build_table(results: Mapping[str, Any]) -> Table:
 
 def draw(results: Mapping[str, Any], file: Path) -> None:
     """Accuracy over steps, one line per arm, a band of one standard deviation over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 1 + len(task.SKILLS), figsize=(14, 3.6), sharey=True)
     panels = [("mean of the skills", "eval/accuracy"), *((s, f"eval/accuracy/{s}") for s in task.SKILLS)]
-    for axis, (title, metric) in zip(axes, panels, strict=True):
-        for arm in arms():
-            curves = [r["curve"] for r in results["runs"] if r["arm"] == arm.name]
-            steps = [point["step"] for point in curves[0]]
-            values = np.array([[point[metric] for point in curve] for curve in curves])
-            mean = values.mean(axis=0)
-            (line,) = axis.plot(steps, mean, label=arm.title, lw=2.4 if arm.name == "mad_opd" else 1.4)
-            if len(curves) > 1:
-                spread = values.std(axis=0, ddof=1)
-                axis.fill_between(steps, mean - spread, mean + spread, alpha=0.15, color=line.get_color())
-        axis.set_title(title)
-        axis.set_xlabel("optimiser step")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("held-out accuracy")
-    axes[0].set_ylim(-0.02, 1.02)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=3, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
-    figure.savefig(file, dpi=140)
-    plt.close(figure)
+    with figure(file, (14, 3.6), columns=len(panels), legend_below=True, sharey=True) as axes:
+        for axis, (title, metric) in zip(axes, panels, strict=True):
+            for arm in arms():
+                runs = [r["curve"] for r in results["runs"] if r["arm"] == arm.name]
+                steps = [point["step"] for point in runs[0]]
+                values = np.array([[point[metric] for point in run] for run in runs])
+                spread = values.std(axis=0, ddof=1) if len(runs) > 1 else None
+                curve(axis, steps, values, arm.title, spread, 2.4 if arm.name == "mad_opd" else 1.4)
+            axis.set_title(title)
+            axis.set_xlabel("optimiser step")
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel("held-out accuracy")
+        axes[0].set_ylim(-0.02, 1.02)
 
 
 def show_debate(console: Console, folder: Path, seed: int) -> None:

@@ -26,6 +26,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from opdengine.tools.report import curve, figure
+
 HERE = Path(__file__).parent
 MODELS = HERE / "models"
 Problem = Callable[[random.Random], tuple[str, str, str]]
@@ -259,33 +261,20 @@ def headings(results: Mapping[str, Any]) -> list[str]:
 
 def draw(results: Mapping[str, Any], file: Path) -> None:
     """Accuracy over steps, one panel per skill; bands are 95 % intervals over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     metrics = columns(results)
-    figure, axes = plt.subplots(1, len(metrics), figsize=(4.6 * len(metrics), 3.8), sharey=True)
-    for number, arm in enumerate(results["arms"]):
-        curves = [r["curve"] for r in results["runs"] if r["arm"] == arm["name"]]
-        steps = [point["step"] for point in curves[0]]
-        for axis, metric in zip(axes, metrics, strict=True):
-            values = np.array([[point[metric] for point in curve] for curve in curves])
-            mean = values.mean(axis=0)
-            (line,) = axis.plot(steps, mean, label=arm["title"], lw=1.3 if number else 2.6)
-            if len(curves) > 1:
-                half = np.array([interval(column) for column in values.T])
-                axis.fill_between(steps, mean - half, mean + half, alpha=0.12, color=line.get_color())
-    for axis, title in zip(axes, metrics.values(), strict=True):
-        axis.set_title(title)
-        axis.set_xlabel("optimiser step")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("held-out accuracy")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=3, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0.08 + 0.05 * ((len(labels) + 2) // 3), 1, 1))
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    with figure(file, (4.6 * len(metrics), 3.8), columns=len(metrics), legend_below=True, sharey=True) as axes:
+        for number, arm in enumerate(results["arms"]):
+            curves = [r["curve"] for r in results["runs"] if r["arm"] == arm["name"]]
+            steps = [point["step"] for point in curves[0]]
+            for axis, metric in zip(axes, metrics, strict=True):
+                values = np.array([[point[metric] for point in run] for run in curves])
+                half = np.array([interval(column) for column in values.T]) if len(curves) > 1 else None
+                curve(axis, steps, values, arm["title"], half, 1.3 if number else 2.6)
+        for axis, title in zip(axes, metrics.values(), strict=True):
+            axis.set_title(title)
+            axis.set_xlabel("optimiser step")
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel("held-out accuracy")
 
 
 def main(study: Study, description: str, arguments: Sequence[str]) -> int:

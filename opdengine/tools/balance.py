@@ -31,6 +31,7 @@ from opdengine.config.fields import COUNT, TOP_K, TOP_P, Range
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import DataError, drop_long, load_prompts
 from opdengine.errors import ConfigError
+from opdengine.tools.report import figure, require_matplotlib
 from opdengine.training.run_folder import require_writable
 from opdengine.types import Prompt, Request, SamplingParams
 from opdengine.workers.printing import brief
@@ -354,35 +355,19 @@ def open_sampler(config: TrainConfig, tokenizer: Any) -> Any:
     return sampler
 
 
-def require_matplotlib() -> None:
-    """Raise ConfigError where the figure could not be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError('the histogram needs matplotlib: pip install "opdengine[demo]"') from error
-
-
 def draw(report: Mapping[str, Any], file: Path) -> None:
     """Histograms before and after, one panel per routing key."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     keys = report["keys"]
-    figure, axes = plt.subplots(1, len(keys), figsize=(4.2 * len(keys), 3.2), squeeze=False)
-    for axis, (key, found) in zip(axes[0], keys.items(), strict=True):
-        places = np.arange(len(found["before"]))
-        axis.bar(places - 0.2, found["before"], 0.4, label="before")
-        axis.bar(places + 0.2, found["after"], 0.4, label="after")
-        axis.set_title(f"{key or 'all prompts'} (shape: {found['shape']})", fontsize=10)
-        axis.set_xlabel(f"right answers of {report['rollouts']}")
-        axis.set_xticks(places)
-    axes[0][0].set_ylabel("prompts")
-    axes[0][0].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    with figure(file, (4.2 * len(keys), 3.2), columns=len(keys)) as axes:
+        for axis, (key, found) in zip(axes, keys.items(), strict=True):
+            places = np.arange(len(found["before"]))
+            axis.bar(places - 0.2, found["before"], 0.4, label="before")
+            axis.bar(places + 0.2, found["after"], 0.4, label="after")
+            axis.set_title(f"{key or 'all prompts'} (shape: {found['shape']})", fontsize=10)
+            axis.set_xlabel(f"right answers of {report['rollouts']}")
+            axis.set_xticks(places)
+        axes[0].set_ylabel("prompts")
+        axes[0].legend(frameon=False)
 
 
 def _number(id: str) -> int:

@@ -27,7 +27,7 @@ OPTIONAL = {
     "peft": ("LoRA students (lora:)", "pip install 'opdengine[train]'"),
     "flash-attn": ("faster attention on packed batches, GPU only", "pip install 'opdengine[flash-attn]'"),
     "tensorboard": ("report_to: [tensorboard]", "pip install 'opdengine[train]'"),
-    "matplotlib": ("the demo's figure", "pip install 'opdengine[demo]'"),
+    "matplotlib": ("figures of `balance` and of the demos", "pip install 'opdengine[demo]'"),
     "gguf": ("opdengine fetch: a small real model", "pip install 'opdengine[gguf]'"),
     "math-verify": ('the verifier "math"', "pip install 'opdengine[math]'"),
     "reasoning-gym": ("generated tasks and their verifier", "pip install 'opdengine[reasoning-gym]'"),

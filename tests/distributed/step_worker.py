@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +32,27 @@ from opdengine.models.sharding import whole, whole_weights
 from opdengine.training.build import build_engine
 from opdengine.training.diagnostics import gradient_diagnostics
 from opdengine.types import Batch, Prompt, Sample
+
+
+@contextmanager
+def counted_mail() -> Iterator[list[dict[str, Any]]]:
+    """What this rank gives the others to gather meanwhile: the sender, the bytes, and whether a sample is within."""
+    mail: list[dict[str, Any]] = []
+    gather = Ranks.gather
+
+    def counted(self: Ranks, value: Any) -> Any:
+        data, frame = pickle.dumps(value), sys._getframe(1)
+        while frame.f_code.co_filename.endswith("distributed.py") and frame.f_back is not None:
+            frame = frame.f_back
+        mail.append({"sender": Path(frame.f_code.co_filename).stem, "bytes": len(data),
+                     "sample": b"opdengine.types" in data, "prompt": b"What is" in data})  # fmt: skip
+        return gather(self, value)
+
+    Ranks.gather = counted  # type: ignore[method-assign, assignment]
+    try:
+        yield mail
+    finally:
+        Ranks.gather = gather  # type: ignore[method-assign]
 
 
 def drop_the_first(method: Method, count: int) -> None:
@@ -96,10 +119,13 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     tasks = load_tasks(config.environment, "train") if config.environment.name else load_prompts(config.train_data)
     prompts = tasks.prompts
     engine.diagnostics = gradient_diagnostics(method, prompts)
-    results = []
+    results, sent = [], []
     for step in range(2):
         batch = [prompts[(step * case["prompts"] + i) % len(prompts)] for i in range(case["prompts"])]
-        results.append(asyncio.run(engine.step(batch)))
+        with counted_mail() as mail:
+            results.append(asyncio.run(engine.step(batch)))
+        tokens = sum(len(sample.token_ids) for sample in results[-1].samples)
+        sent.append({"mail": mail, "samples": len(results[-1].samples), "tokens": tokens})
     if engine.episodes is not None:
         engine.episodes.close()
     return {
@@ -107,6 +133,7 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         "weights": {name: value.clone() for name, value in whole_weights(engine.student.model)},
         "metrics": [r.metrics for r in results],
         "head_rows": ranks.gather(engine.student.head_rows.weight.shape[0] if engine.student.has_split_head else 0),
+        "sent": [part for step in sent for part in ranks.gather(step)],
         "rollouts": [ranks.join([described(sample) for sample in r.samples]) for r in results],
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from opdengine.tools.report import figure
 from opdengine.training.evaluate import wilson
 
 SPLITS = ("valid_seen", "valid_unseen")
@@ -90,48 +91,40 @@ def build_table(results: Mapping[str, Any]) -> Table:
 
 def draw(results: Mapping[str, Any], file: Path) -> None:
     """Success of every arm with its interval; success while training; what the judge said over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     lines, runs = rows(results), results["runs"]
     judged = [run for run in runs if run["arm"] == "sage"]
     size = (15 if judged else 11, max(4.0, 0.42 * len(lines) + 1.2))
-    figure, axes = plt.subplots(1, 3 if judged else 2, figsize=size)
-    places = np.arange(len(lines))[::-1]
-    for offset, split in zip((0.18, -0.18), SPLITS, strict=True):
-        mean, low, high = np.array([row[split] for row in lines]).T
-        error = {"xerr": np.array([mean - low, high - mean]), "error_kw": {"lw": 1, "capsize": 2}}
-        axes[0].barh(places + offset, mean, 0.34, label=f"{split.removeprefix('valid_')} games", **error)
-    axes[0].set_yticks(places, [row["title"] for row in lines], fontsize=8)
-    axes[0].set_xlabel("games won, greedy (95 % interval)")
-    axes[0].set_xlim(0, 1)
-    axes[0].legend(frameon=False, fontsize=8)
-    for number, name in enumerate(dict.fromkeys(run["arm"] for run in runs)):
-        of_arm = [run for run in runs if run["arm"] == name]
-        curve = np.mean([run["curve"]["episodes/success"] for run in of_arm], axis=0)
-        window = min(5, len(curve))
-        smooth = np.convolve(curve, np.ones(window) / window, "valid")
-        axes[1].plot(
-            range(window, len(curve) + 1),
-            smooth,
-            label=of_arm[0]["title"],
-            color=f"C{number % 10}",
-            ls=("-", "--")[number // 10 % 2],
-            lw=1.2,
-        )
-    axes[1].set_xlabel("optimiser step (mean of the last five)")
-    axes[1].set_ylabel("episodes won while training")
-    axes[1].legend(frameon=False, fontsize=6)
-    if judged:
-        keys = [key for key in HEALTH if key in judged[0]["curve"]]
-        shares = [np.mean([run["curve"][key] for run in judged], axis=0) for key in keys]
-        axes[2].stackplot(range(1, len(shares[0]) + 1), shares, labels=[HEALTH[key] for key in keys])
-        axes[2].set_xlabel("optimiser step")
-        axes[2].set_ylabel("share of the student's turns")
-        axes[2].set_title(judged[0]["title"], fontsize=9)
-        axes[2].legend(frameon=False, fontsize=7, loc="lower left")
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    with figure(file, size, columns=3 if judged else 2) as axes:
+        places = np.arange(len(lines))[::-1]
+        for offset, split in zip((0.18, -0.18), SPLITS, strict=True):
+            mean, low, high = np.array([row[split] for row in lines]).T
+            error = {"xerr": np.array([mean - low, high - mean]), "error_kw": {"lw": 1, "capsize": 2}}
+            axes[0].barh(places + offset, mean, 0.34, label=f"{split.removeprefix('valid_')} games", **error)
+        axes[0].set_yticks(places, [row["title"] for row in lines], fontsize=8)
+        axes[0].set_xlabel("games won, greedy (95 % interval)")
+        axes[0].set_xlim(0, 1)
+        axes[0].legend(frameon=False, fontsize=8)
+        for number, name in enumerate(dict.fromkeys(run["arm"] for run in runs)):
+            of_arm = [run for run in runs if run["arm"] == name]
+            curve = np.mean([run["curve"]["episodes/success"] for run in of_arm], axis=0)
+            window = min(5, len(curve))
+            smooth = np.convolve(curve, np.ones(window) / window, "valid")
+            axes[1].plot(
+                range(window, len(curve) + 1),
+                smooth,
+                label=of_arm[0]["title"],
+                color=f"C{number % 10}",
+                ls=("-", "--")[number // 10 % 2],
+                lw=1.2,
+            )
+        axes[1].set_xlabel("optimiser step (mean of the last five)")
+        axes[1].set_ylabel("episodes won while training")
+        axes[1].legend(frameon=False, fontsize=6)
+        if judged:
+            keys = [key for key in HEALTH if key in judged[0]["curve"]]
+            shares = [np.mean([run["curve"][key] for run in judged], axis=0) for key in keys]
+            axes[2].stackplot(range(1, len(shares[0]) + 1), shares, labels=[HEALTH[key] for key in keys])
+            axes[2].set_xlabel("optimiser step")
+            axes[2].set_ylabel("share of the student's turns")
+            axes[2].set_title(judged[0]["title"], fontsize=9)
+            axes[2].legend(frameon=False, fontsize=7, loc="lower left")
