@@ -24,9 +24,6 @@ from opdengine.methods.room import Need, length
 from opdengine.teachers import Teacher
 from opdengine.types import Batch, Completion, Failure, Prompt, Request, Sample, SamplingParams, Turn
 
-_FAILED = Completion(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32), "teacher_failure", "")
-
-
 PAPER = Paper(
     arxiv=BASELINES.arxiv,
     defaults={

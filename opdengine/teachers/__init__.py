@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from opdengine.config.sections import TeacherConfig
     from opdengine.models.backbone import Head
 
 
@@ -80,3 +81,21 @@ class Teacher(Protocol):
     def counts(self) -> dict[str, float]:
         """Metrics of its calls since this was last asked: failures by reason, retries."""
         ...
+
+
+class Configured:
+    """What its settings say of a teacher."""
+
+    config: TeacherConfig
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self.config.key)
+
+    @property
+    def weight(self) -> float:
+        return self.config.weight

@@ -21,6 +21,7 @@ from opdengine.models.backbone import Backbone, Head, load_model
 from opdengine.models.chat import encode_answer, load_tokenizer
 from opdengine.models.rendering import thought_opening
 from opdengine.rollout.transformers import TransformersSampler
+from opdengine.teachers import Configured
 from opdengine.teachers.offload import Offload
 from opdengine.teachers.prefix import PrefixScorer
 from opdengine.teachers.server import ServedTeacher
@@ -31,7 +32,7 @@ from opdengine.types import Completion, Failure, Hidden, Message, Request, Sampl
 T = TypeVar("T")
 
 
-class LocalTeacher:
+class LocalTeacher(Configured):
     """A Hugging Face model as a frozen teacher.
 
     Args:
@@ -91,18 +92,6 @@ class LocalTeacher:
         if writer is not None:  # a server does not tell which weights it holds
             self.fingerprint += f" {writer.fingerprint}"
         self._place = Offload(model, self._device) if config.offload else None
-
-    @property
-    def name(self) -> str:
-        return self.config.name
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return tuple(self.config.key)
-
-    @property
-    def weight(self) -> float:
-        return self.config.weight
 
     @property
     def window(self) -> int | None:

@@ -21,6 +21,7 @@ from opdengine.models.chat import PROBES, encode_answer, encode_behind, stop_tok
 from opdengine.models.rendering import opening, thought_opening, turn_end
 from opdengine.models.surrogates import without_surrogates
 from opdengine.rollout.transformers import stream_key
+from opdengine.teachers import Configured
 from opdengine.teachers.echo import Echo
 from opdengine.teachers.endpoint import Answer, BadAnswer, Endpoint
 from opdengine.teachers.top_k import read_top_k
@@ -33,7 +34,7 @@ MOST_CHARACTERS = 500
 """Of one token, on average, in a text whose ids a server does not tell."""
 
 
-class ServedTeacher:
+class ServedTeacher(Configured):
     """A served model as a frozen teacher.
 
     Args:
@@ -70,18 +71,6 @@ class ServedTeacher:
             max_concurrency=config.max_concurrency,
             stop_on_failure=stop_on_failure,
         )
-
-    @property
-    def name(self) -> str:
-        return self.config.name
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return tuple(self.config.key)
-
-    @property
-    def weight(self) -> float:
-        return self.config.weight
 
     @property
     def fingerprint(self) -> str:
