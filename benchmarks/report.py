@@ -1,5 +1,5 @@
-"""Fill the tables of the README, of docs/*.md and of benchmarks/NOTES.md from committed result files, and
-draw the figures.
+"""Fill the tables of the README, of docs/ and of benchmarks/NOTES.md from committed result files and from the
+papers' settings, and draw the figures.
 
     python benchmarks/report.py            rewrite the pages and the figures in docs
     python benchmarks/report.py --check    fail if a page does not show the committed results
@@ -291,17 +291,41 @@ def study(name: str) -> str:
 TABLES |= {name: functools.partial(study, name) for name in STUDIES}
 
 
+def paper(method: str) -> str:
+    """What a run takes from a method's paper where it says nothing, and what the paper's own runs had."""
+    from opdengine.methods import PAPERS
+
+    found = PAPERS[method]
+    rows = [f"| `{name}` | {_plain(value)} | {where} |" for name, (value, where) in found.defaults.items()]
+    chosen = "; ".join(f"`{name}` {text}" for name, text in found.choices.items())
+    head = ["| taken where you say nothing | value | source |", "|---|---|---|"]
+    return "\n".join(
+        [*head, *rows, "", f"Not set, as they depend on data and machine; the paper's runs had: {chosen}."]
+    )
+
+
+def _plain(value: Any) -> str:
+    """A value as a configuration file has it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_plain, value))}]"
+    return ".inf" if value == float("inf") else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def render(text: str) -> str:
     """Text of a page with every table filled in.
 
     Raises:
         KeyError: a block names an unknown table.
     """
-    return BLOCK.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", text)
+
+    def filled(name: str) -> str:
+        return paper(name.removeprefix("paper_")) if name.startswith("paper_") else TABLES[name]()
+
+    return BLOCK.sub(lambda m: f"{m[1]}{filled(m[2])}\n{m[3]}", text)
 
 
 def main(arguments: list[str]) -> int:
-    pages = [ROOT / "README.md", ROOT / "benchmarks" / "NOTES.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [ROOT / "README.md", ROOT / "benchmarks" / "NOTES.md", *sorted((ROOT / "docs").rglob("*.md"))]
     before = [page.read_text() for page in pages]
     after = [render(text) for text in before]
     if "--check" in arguments:
