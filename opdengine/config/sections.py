@@ -206,7 +206,8 @@ class TeacherConfig(Section):
         url = getattr(self, endpoint)
         if url is not None:
             if re.search("[@?#]", url):
-                raise Refused("{key} holds a credential or a query; put the key's variable into api_key_env", endpoint)
+                remedy = "put the key's variable into api_key_env"
+                raise Refused(f"{{key}} holds a credential or a query; {remedy}", endpoint, url)
             need(is_address(url, ("http", "https")), endpoint, "give a URL such as http://host:8000/v1")
         if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
             raise Refused(

@@ -425,8 +425,9 @@ def _as_served(teacher: TeacherConfig) -> TeacherConfig:
     """How a teacher is called at its endpoint."""
     if teacher.base_url is not None:
         return teacher
+    here: dict[str, Any] = {"writer_base_url": None, "writer_model": None, "offload": False, "shard": False}
     model = teacher.writer_model or teacher.model
-    return replace(teacher, base_url=teacher.writer_base_url, model=model, tokenizer=teacher.model)
+    return replace(teacher, base_url=teacher.writer_base_url, model=model, tokenizer=teacher.model, **here)
 
 
 def teacher_tokenizer(config: TrainConfig, teacher: TeacherConfig) -> Any:

@@ -22,7 +22,7 @@ MUTANTS = [
     # (file, what stands there, what is put in its place, the test that must fail)
     ("methods/agent_baselines.py", "> settings.tau", "< settings.tau", f"{RULES}::test_entropy_aware_opd_doubles_the_weight_of_uncertain_tokens"),
     ("methods/agent_baselines.py", "1 + settings.alpha * uncertain", "settings.alpha * uncertain", f"{RULES}::test_entropy_aware_opd_doubles_the_weight_of_uncertain_tokens"),
-    ("config/method_sections.py", "tau: float = 0.8", "tau: float = 0.5", f"{RULES}::test_entropy_aware_opd_doubles_the_weight_of_uncertain_tokens"),
+    ("config/method_sections.py", "tau: Annotated[Real, Entropy] = 0.8", "tau: Annotated[Real, Entropy] = 0.5", f"{RULES}::test_entropy_aware_opd_doubles_the_weight_of_uncertain_tokens"),
     ("methods/policy_gradient.py", "np.abs(own) < self.max_gap", "np.abs(own) < np.inf", f"{RULES}::test_the_mask_of_gaps_looks_at_the_gap_and_not_at_what_is_shifted"),
     ("methods/policy_gradient.py", "np.abs(own) < self.max_gap", "np.abs(own + extra) < self.max_gap", f"{RULES}::test_the_mask_of_gaps_looks_at_the_gap_and_not_at_what_is_shifted"),
     ("loss/importance.py", "weight > 1 + high, weight", "weight > 1e9, weight", f"{RULES}::test_ppo_clips_at_0_8_and_1_28"),

@@ -16,6 +16,7 @@ from opdengine.config.train import ConfigError, TeacherConfig
 from opdengine.data.prompts import load_prompts
 from opdengine.errors import ProbeError
 from opdengine.teachers.local import LocalTeacher
+from opdengine.training.build import _as_served
 
 SAY = "written by the server <<CONFIDENCE=80>>"
 
@@ -89,3 +90,9 @@ def test_settings_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         make_config(models, prompt_file, tmp_path, teachers=[{"model": models["big"], **settings}])
+
+
+@pytest.mark.parametrize("place", [{"offload": True}, {"shard": True}, {}])
+def test_where_the_weights_here_lie_does_not_matter_at_the_endpoint(place: dict[str, Any]) -> None:
+    teacher = TeacherConfig("t", name="t", writer_base_url="http://h/v1", writer_model="served", **place)
+    assert _as_served(teacher) == TeacherConfig("served", name="t", base_url="http://h/v1", tokenizer="t")
