@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from opdengine.config.loading import from_mapping
 from opdengine.config.train import TrainConfig
 from opdengine.metrics import write_jsonl
-from opdengine.rollout.vllm import VLLMSampler, engine_environment
-from opdengine.rollout.vllm_base import _seed
+from opdengine.rollout.vllm.engine import engine_environment
+from opdengine.rollout.vllm.opening import open_child
+from opdengine.rollout.vllm.sampler import VLLMSampler, _seed
 from opdengine.training.run import train
 from opdengine.training.writer import read_metrics
 from opdengine.types import Request, SamplingParams
@@ -99,7 +101,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def sampler(model: str):
-    with VLLMSampler(model, dtype="float32", kv_cache_memory_bytes=KV_BYTES, max_model_len=WINDOW) as opened:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with open_child(model, tokenizer, dtype="float32", kv_cache_memory_bytes=KV_BYTES, max_model_len=WINDOW) as opened:
         yield opened
 
 

@@ -368,7 +368,7 @@ def doctor() -> int:
 
 
 def _serve(arguments: Sequence[str]) -> int:
-    from opdengine.rollout.vllm_server import serve
+    from opdengine.rollout.vllm.serve import serve
 
     example = "opdengine vllm-serve --model MODEL --port 8000"
     parser = Parser("opdengine vllm-serve", description=SERVE, example=example)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import selectors
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +14,8 @@ from opdengine.environments.answers import REASONS, read_answer
 from opdengine.environments.protocol import Broken, InfrastructureError, Observation, Step, Task
 from opdengine.metrics import Mean
 from opdengine.types import Message
-from opdengine.workers.process import WorkerEnded, WorkerProcess
+from opdengine.workers.process import WorkerProcess
+from opdengine.workers.talk import Talk, WorkerLost, hold
 
 logger = logging.getLogger(__name__)
 
@@ -188,42 +188,21 @@ class EnvironmentPool:
 
     def _ask(self, questions: Mapping[int, Mapping[str, Any]], kind: str) -> dict[int, Any]:
         """The answers of all slots; those that broke have lost their worker."""
-        deadline = time.monotonic() + self._timeouts[kind]
         answers: dict[int, Any] = {}
+
+        def ask(slot: int, question: Mapping[str, Any]) -> Talk[None]:
+            try:
+                answers[slot] = read_answer((yield self._workers[slot], question, self._timeouts[kind]), kind)
+            except WorkerLost as lost:
+                answers[slot] = Broken(lost.reason, f"{kind!r}: {lost.detail}")
+
         try:
-            with selectors.DefaultSelector() as selector:
-                for slot, question in questions.items():
-                    self._workers[slot].ask(question)
-                    selector.register(self._workers[slot].socket, selectors.EVENT_READ | selectors.EVENT_WRITE, slot)
-                while len(answers) < len(questions):
-                    ready = selector.select(max(deadline - time.monotonic(), 0.0))
-                    for key, events in ready:
-                        answer = self._advance(self._workers[key.data], events, kind)
-                        if answer is not None:
-                            answers[key.data] = answer
-                            selector.unregister(key.fileobj)
-                        elif not self._workers[key.data].sending:
-                            selector.modify(key.fileobj, selectors.EVENT_READ, key.data)
-                    if not ready and time.monotonic() >= deadline:
-                        break
+            hold(ask(slot, question) for slot, question in questions.items())
         except BaseException:
             _end({slot: self._workers.pop(slot) for slot in questions if slot not in answers})
             raise
-        late = Broken("timeout", f"no answer to {kind!r} within {self._timeouts[kind]:g} s")
-        answers |= {slot: late for slot in questions if slot not in answers}
-        broken = {slot: answer for slot, answer in answers.items() if isinstance(answer, Broken)}
-        answers |= self._lose(broken)
+        answers |= self._lose({slot: answer for slot, answer in answers.items() if isinstance(answer, Broken)})
         return {slot: answers[slot] for slot in questions}
-
-    @staticmethod
-    def _advance(worker: WorkerProcess, events: int, kind: str) -> Any:
-        try:
-            if events & selectors.EVENT_WRITE:
-                worker.send()
-            answer = worker.receive() if events & selectors.EVENT_READ else None
-        except WorkerEnded:
-            return Broken("crash", "the environment's process ended")
-        return None if answer is None else read_answer(answer, kind)
 
     def _lose(self, broken: Mapping[int, Broken]) -> dict[int, Broken]:
         """End the workers of these slots, count why and add what they printed last."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import socket
 import traceback
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 from opdengine.environments.protocol import Observation, Step
 from opdengine.environments.registry import load_environment
 from opdengine.workers.isolation import leave_network
+from opdengine.workers.talk import answer_questions
 
 Answer = dict[str, Any]
 
@@ -20,33 +18,31 @@ Answer = dict[str, Any]
 def serve(channel: int) -> None:
     """Answer until the owner hangs up.
 
-    The first line is the configuration (``name``, ``options``, ``network``, ``max_observation_chars``); its
+    The first question is the configuration (``name``, ``options``, ``network``, ``max_observation_chars``); its
     answer is ``{"ready": {"isolated": bool}}``. Then come ``{"reset": [seed, task]}``, ``{"step": message}`` and
     ``{"close": null}``; an answer is ``{"observation": ...}``, ``{"step": ...}`` or
-    ``{"broken": [reason, detail]}``. Each has the ``number`` of its question.
+    ``{"broken": [reason, detail]}``.
 
     Args:
         channel: file descriptor of the socket to the owner.
     """
-    with socket.socket(fileno=channel) as owner, owner.makefile("rb") as lines:
+    environment: Any = None
+    limit = 0
 
-        def say(answer: Answer) -> None:
-            owner.sendall(_encode({**answer, "number": request["number"]}))
-
-        request = config = json.loads(lines.readline())
+    def answer(question: Mapping[str, Any]) -> Answer | None:
+        nonlocal environment, limit
+        if environment is not None:
+            return None if "close" in question else _answer(environment, question, limit)
         try:
-            isolated = not config["network"] and leave_network()
-            environment = load_environment(config["name"])(**config["options"])
+            isolated = not question["network"] and leave_network()
+            environment = load_environment(question["name"])(**question["options"])
+            limit = question["max_observation_chars"]
         except (Exception, SystemExit) as error:
-            say(_broken("start", error))
-            return
-        say({"ready": {"isolated": isolated}})
-        for line in lines:
-            request = json.loads(line)
-            if "close" in request:
-                break
-            _start_log_anew()
-            say(_answer(environment, request, config["max_observation_chars"]))
+            return _broken("start", error)
+        return {"ready": {"isolated": isolated}}
+
+    answer_questions(channel, answer)
+    if environment is not None:
         environment.close()
 
 
@@ -86,16 +82,6 @@ def _scalar(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} in an answer of the environment; use plain data")
 
 
-def _encode(answer: Answer) -> bytes:
-    return json.dumps(answer).encode() + b"\n"
-
-
 def _broken(reason: str, error: BaseException) -> Answer:
     trace = "".join(traceback.format_exception(error))[-4000:]
     return {"broken": [reason, f"{type(error).__name__}: {error}\n{trace}"]}
-
-
-def _start_log_anew() -> None:
-    """Standard output and error go to a file in the worker's folder; it holds the last question's only."""
-    with contextlib.suppress(OSError):
-        os.ftruncate(1, 0)

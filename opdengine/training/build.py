@@ -31,7 +31,7 @@ from opdengine.models.lora import add_adapter, architecture, base_of, freeze_hea
 from opdengine.models.rendering import thought_opening
 from opdengine.models.sharding import Sharded
 from opdengine.rollout import Sampler
-from opdengine.rollout.weight_names import find_naming
+from opdengine.rollout.vllm.weight_names import find_naming
 from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.server import ServedTeacher
 from opdengine.teachers.shard import Session
@@ -294,9 +294,9 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
     if config.use_vllm:
         find_naming(architecture(config.model), config.trust_remote_code)  # refuses before an engine starts
     if config.use_vllm and config.vllm_mode == "server":
-        from opdengine.rollout.vllm_client import VLLMServerSampler
+        from opdengine.rollout.vllm.opening import open_server
 
-        return VLLMServerSampler(
+        return open_server(
             config.vllm_server_base_url,
             tokenizer,
             dtype=dtype,
@@ -307,9 +307,9 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
         )
     size = config.vllm_tensor_parallel_size
     if config.use_vllm and ranks.world_size > 1 and size > 1:
-        from opdengine.rollout.vllm_group import VLLMGroupSampler
+        from opdengine.rollout.vllm.opening import open_shared
 
-        return VLLMGroupSampler(
+        return open_shared(
             architecture(config.model),
             tokenizer,
             ranks=ranks,
@@ -324,10 +324,11 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
             stop_ids=stop_ids,
         )
     if config.use_vllm:
-        from opdengine.rollout.vllm import VLLMSampler
+        from opdengine.rollout.vllm.opening import open_child
 
-        return VLLMSampler(
+        return open_child(
             architecture(config.model),
+            tokenizer,
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
             seed=config.seed,

@@ -27,7 +27,7 @@ from opdengine.models.backbone import check_model_path, load_model, read_window
 from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.models.checkpoint import restore_optimizer, write_model
 from opdengine.models.rendering import thought_opening
-from opdengine.rollout.vllm import require_vllm
+from opdengine.rollout.vllm.engine import require_vllm
 from opdengine.training.build import build_engine, check_ranks, require_updates, student_dtype, teacher_tokenizer
 from opdengine.training.diagnostics import gradient_diagnostics
 from opdengine.training.evaluate import (

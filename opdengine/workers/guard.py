@@ -3,7 +3,7 @@
 A program of the standard library alone, run by path: ``python -P guard.py '{"channel": FD, ...}'``. It forks
 the worker and waits until the worker ends, the owner closes the channel or the owner is gone (killed
 included). Then it kills every process that descends from the worker, daemons too, since orphans are handed
-to the guard (Linux: PR_SET_CHILD_SUBREAPER), and removes the worker's folder.
+to the guard (Linux: PR_SET_CHILD_SUBREAPER), and removes the worker's folder. A command is first told to end.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import runpy
 import select
 import signal
 import sys
+import time
 from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-OWNER_SECONDS = 1.0
+OWNER_SECONDS, LEAVE_SECONDS = 1.0, 10.0
 TIDY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tidy.py")
 HANG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
@@ -31,8 +32,9 @@ def main(config: dict[str, Any]) -> int:
 
     Args:
         config: ``channel`` (file descriptor of the socket to the owner), ``owner`` (its process id),
-            ``folder`` (removed at the end), ``path`` (the owner's ``sys.path``), ``module`` (its ``serve`` is
-            called in the worker with the channel).
+            ``folder`` (removed at the end), ``left`` (folders, removed as well if the owner is gone), ``path`` (the
+            owner's ``sys.path``), ``module`` (its ``serve`` is called in the worker with the channel), ``command``
+            (executed instead).
 
     Returns:
         The worker's exit code; 128 plus the signal that ended it.
@@ -51,23 +53,43 @@ def main(config: dict[str, Any]) -> int:
         os.close(ended)
         os.close(tell)
         _become_worker(config, guard)
-    code = None
+    code, hung_up = None, False
     try:
         waiting = select.poll()
         waiting.register(config["channel"], HANG_UP)
         waiting.register(ended, select.POLLIN)
-        while code is None and os.getppid() == config["owner"]:
+        while code is None and not hung_up and os.getppid() == config["owner"]:
             events = dict(waiting.poll(OWNER_SECONDS * 1000))
             if ended in events:
                 os.read(ended, 4096)
             code = _reap(worker)
-            if events.get(config["channel"], 0) & HANG_UP:
-                break
+            hung_up = bool(events.get(config["channel"], 0) & HANG_UP)
     finally:
+        if config["command"] and code is None:
+            _let_leave(worker)
         _kill_children()
-        with contextlib.suppress(OSError):  # the owner removes what is left, and says so
-            tidy["remove_folder"](config["folder"])
+        gone = bool(config["left"]) and _is_gone(config["owner"], OWNER_SECONDS if hung_up else 0.0)
+        for folder in (config["folder"], *(config["left"] if gone else ())):
+            with contextlib.suppress(OSError):  # the owner removes what is left, and says so
+                tidy["remove_folder"](folder)
     return 128 + signal.SIGKILL if code is None else code
+
+
+def _let_leave(worker: int) -> None:
+    """Tell it to end and give it the time."""
+    with contextlib.suppress(OSError):
+        os.kill(worker, signal.SIGTERM)
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while _reap(worker) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _is_gone(owner: int, seconds: float) -> bool:
+    """Whether the owner is gone, or is within so many seconds: its end of the channel closes a moment before."""
+    deadline = time.monotonic() + seconds
+    while os.getppid() == owner and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return os.getppid() != owner
 
 
 def _become_worker(config: dict[str, Any], guard: int) -> NoReturn:
@@ -78,6 +100,8 @@ def _become_worker(config: dict[str, Any], guard: int) -> NoReturn:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if config["command"]:
+        os.execvp(config["command"][0], config["command"])
     sys.path[:] = config["path"]
     importlib.import_module(config["module"]).serve(config["channel"])
     sys.stdout.flush()

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opdengine.workers import guard
@@ -35,38 +35,49 @@ class WorkerProcess:
     Args:
         line_limit: most bytes of one answer.
         module: its ``serve(channel)`` is what the worker runs.
+        command: a program that it runs instead, which is asked nothing; its end begins with SIGTERM.
+        environment: of the worker, complete; None: this process's, and its folder for temporary files.
+        left: folders of the owner, removed as well when that is killed.
+        log: file of what it prints; None: in its folder.
 
     Raises:
         OSError: the system has no room for another process; nothing is left of it.
     """
 
-    def __init__(self, line_limit: int, module: str = "opdengine.environments.worker") -> None:
+    def __init__(
+        self,
+        line_limit: int = 0,
+        module: str = "opdengine.environments.worker",
+        *,
+        command: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        left: Sequence[str] = (),
+        log: str | None = None,
+    ) -> None:
         self._limit = line_limit
         self._number = 0
         self._outgoing = bytearray()
         self._incoming = bytearray()
         self.folder = tempfile.mkdtemp(prefix="opdengine-env-")
+        self._log_file = log or os.path.join(self.folder, "output.log")
+        if environment is None:
+            environment = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **os.environ, "TMPDIR": self.folder}
         try:
-            self._start(module)
+            self._start({"module": module, "command": list(command), "left": list(left)}, environment)
         except BaseException:
             remove_folder(self.folder)
             raise
 
-    def _start(self, module: str) -> None:
+    def _start(self, task: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         self.socket, theirs = socket.socketpair()
-        config = {
-            "channel": theirs.fileno(),
-            "owner": os.getpid(),
-            "folder": self.folder,
-            "path": sys.path,
-            "module": module,
-        }
-        self._log = open(os.path.join(self.folder, "output.log"), "a+b")  # noqa: SIM115 - closed by end()
+        place = {"channel": theirs.fileno(), "owner": os.getpid(), "folder": self.folder, "path": sys.path}
+        config = {**place, **task}
+        self._log = open(self._log_file, "a+b")  # noqa: SIM115 - closed by end()
         with theirs:
             # A session of its own: an interrupt from the keyboard is the owner's to handle.
             self._guard = subprocess.Popen(
                 [sys.executable, "-u", "-P", guard.__file__, json.dumps(config)],
-                env={"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **os.environ, "TMPDIR": self.folder},
+                env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -134,8 +145,12 @@ class WorkerProcess:
             return {"broken": ["error", f"a line that is no answer to the question: {self._incoming[:200]!r}"]}
         return answer
 
+    def interrupt(self) -> None:
+        """Say that the answer is not wanted any more; it must still be waited for, but may say so, too."""
+        self._outgoing += b"\n"
+
     def say_goodbye(self) -> None:
-        """Ask the environment to close itself; :meth:`wait` gives it the time."""
+        """Ask the worker to close itself; :meth:`wait` gives it the time."""
         self.ask({"close": None})
         with contextlib.suppress(WorkerEnded):
             self.send()
@@ -166,6 +181,10 @@ class WorkerProcess:
         except OSError as error:
             logger.warning("the folder of a worker could not be removed: %s", error)
         return code
+
+    def poll(self) -> int | None:
+        """The worker's exit code if it has ended, see :meth:`end`."""
+        return self._guard.poll()
 
     def wait(self, seconds: float) -> None:
         """Give the worker time to leave by itself."""

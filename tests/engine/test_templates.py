@@ -30,7 +30,8 @@ from opdengine.models.chat import (
 from opdengine.models.rendering import arguments_form, opening, render, turn_end
 from opdengine.models.surrogates import without_surrogates
 from opdengine.rollout.transformers import TransformersSampler
-from opdengine.rollout.vllm_base import VLLMBase
+from opdengine.rollout.vllm.engine import Sampled
+from opdengine.rollout.vllm.sampler import VLLMSampler
 from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.server import ServedTeacher
 from opdengine.training.build import build_sampler
@@ -201,20 +202,30 @@ def test_the_thought_that_a_teachers_template_opens_is_known(models: dict[str, s
                 assert teacher.opening == (opens if think else "")
 
 
-class Recorded(VLLMBase):
-    """Notes what an engine is asked."""
+class Recorded:
+    """An engine that notes what it is asked."""
 
-    info = SimpleNamespace(window=100, vocabulary=300)  # type: ignore[assignment]
+    name, replaceable = "the engine", False
+    stamp_of_all = ""
 
-    def _sample(
+    def describe(self) -> Any:
+        return SimpleNamespace(window=100, vocabulary=300, dtype="float32", logprobs_mode="processed_logprobs")
+
+    def held(self) -> str:
+        return self.stamp_of_all
+
+    def stamp(self, name: str) -> None: ...
+
+    def load(self, policy: Any, name: str) -> None:
+        self.stamp_of_all = name
+
+    def generate(
         self, prompts: Sequence[np.ndarray], seeds: Sequence[Sequence[int]], sampling: Mapping[str, Any]
-    ) -> tuple[int, list[Any]]:
+    ) -> list[Sampled]:
         self.asked = sampling
-        return 0, [(np.array([1]), np.array([0.0]), "stop", "")]
+        return [Sampled(frozenset([self.stamp_of_all]), np.array([1]), np.array([0.0]), "stop")]
 
-    def _load(self, policy: Any) -> None: ...
-
-    def _distrust(self) -> None: ...
+    def sleep(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -224,14 +235,14 @@ def test_vllm_is_told_the_ends(
 ) -> None:
     folder, tokenizer = base
     ends = list(stop_token_ids(tokenizer))
-    sampler = Recorded([], ends)
-    sampler.generate([Request("a", (1, 2))], SamplingParams(max_tokens=4))
-    assert sampler.asked["stop_token_ids"] == ends and len(ends) == 2
+    engine = Recorded()
+    VLLMSampler(engine, tokenizer, [], stop_ids=ends).generate([Request("a", (1, 2))], SamplingParams(max_tokens=4))
+    assert engine.asked["stop_token_ids"] == ends and len(ends) == 2
     model = AutoModelForCausalLM.from_pretrained(folder)
     made: dict[str, Any] = {}
-    for place in ("vllm.VLLMSampler", "vllm_client.VLLMServerSampler"):
-        monkeypatch.setattr(f"opdengine.rollout.{place}", lambda *a, **settings: made.update(settings))
-        mode = {"vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:1"} if "client" in place else {}
+    for place in ("open_child", "open_server"):
+        monkeypatch.setattr(f"opdengine.rollout.vllm.opening.{place}", lambda *a, **settings: made.update(settings))
+        mode = {"vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:1"} if "server" in place else {}
         made.clear()
         build_sampler(
             make_config({**models, "student": folder}, "d", tmp_path, use_vllm=True, **mode), model, tokenizer

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from server_helpers import Server
     from vllm_helpers import VLLMServer
 
-    from opdengine.rollout.vllm import VLLMSampler
-    from opdengine.rollout.vllm_base import VLLMBase
-    from opdengine.rollout.vllm_client import VLLMServerSampler
+    from opdengine.rollout.vllm.sampler import VLLMSampler
 
 
 @pytest.fixture(scope="session")
@@ -61,10 +59,10 @@ def server(path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLM
 
 
 @pytest.fixture(scope="session")
-def served(server: VLLMServer, byte_tokenizer: Any) -> Iterator[VLLMServerSampler]:
-    from opdengine.rollout.vllm_client import VLLMServerSampler
+def served(server: VLLMServer, byte_tokenizer: Any) -> Iterator[VLLMSampler]:
+    from opdengine.rollout.vllm.opening import open_server
 
-    with VLLMServerSampler(server.url, byte_tokenizer, dtype="float32") as sampler:
+    with open_server(server.url, byte_tokenizer, dtype="float32") as sampler:
         yield sampler
 
 
@@ -77,9 +75,9 @@ def colocated(shared: VLLMSampler, model: Any) -> VLLMSampler:
 
 
 @pytest.fixture(params=["colocate", "server"])
-def sampler(request: pytest.FixtureRequest, model: Any) -> VLLMBase:
+def sampler(request: pytest.FixtureRequest, model: Any) -> VLLMSampler:
     """A sampler of either mode, holding the saved weights."""
-    chosen: VLLMBase = request.getfixturevalue({"colocate": "shared", "server": "served"}[request.param])
+    chosen: VLLMSampler = request.getfixturevalue({"colocate": "shared", "server": "served"}[request.param])
     if chosen.policy_version != 0:
         chosen.load_policy(0, model.state_dict().items())
     return chosen
@@ -88,7 +86,7 @@ def sampler(request: pytest.FixtureRequest, model: Any) -> VLLMBase:
 @pytest.fixture(scope="session")
 def description(models: dict[str, str]) -> dict[str, Any]:
     """What a fake server says of itself."""
-    from opdengine.rollout.vllm_extension import model_weights
+    from opdengine.rollout.vllm.weight_names import model_weights
 
     shapes, tied = model_weights(models["student"], False)
     return {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from opdengine.distributed import Ranks
-from opdengine.rollout.http_client import JSONClient
+from opdengine.rollout.vllm.http_client import JSONClient
 from opdengine.types import Request, SamplingParams
 
 SCRIPT = Path(__file__).with_name("fake_server.py")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from hostile_http import REASONS, hostile_server, mutations
 
-from opdengine.rollout.engine_process import EngineError
-from opdengine.rollout.http_client import GarbledError, HTTPError, JSONClient, SilentError, UnreachableError
-from opdengine.rollout.vllm_client import VLLMServerSampler
-from opdengine.rollout.vllm_extension import EngineInfo
+from opdengine.rollout.vllm.engine import EngineError, EngineInfo
+from opdengine.rollout.vllm.http_client import GarbledError, HTTPError, JSONClient, SilentError, UnreachableError
+from opdengine.rollout.vllm.opening import open_server
+from opdengine.rollout.vllm.remote import ServerEngine
 from opdengine.workers.printing import harmless
 
 NO_JSON = ("huge_integer", "deep", "deep_inside", "not_utf8", "html", "gzip_bomb", "zlib_charset")
@@ -48,14 +47,13 @@ def test_every_answer_ends_in_time_and_in_one_error(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["drip", "endless_continue"])
 def test_a_sampler_gives_up_a_server_that_never_comes_to_an_end(kind: str, tokenizer: Any) -> None:
     with hostile_server(kind) as address, pytest.raises(EngineError, match=r"hangs: .* gave no answer in 1 s"):
-        VLLMServerSampler(address, tokenizer, response_timeout=1.0)
+        open_server(address, tokenizer, response_timeout=1.0)
 
 
-def sampler() -> VLLMServerSampler:
+def engine() -> ServerEngine:
     """One that has never asked anybody."""
-    made = object.__new__(VLLMServerSampler)
-    made._client = JSONClient("http://127.0.0.1:9")
-    made.info = SimpleNamespace(vocabulary=300)  # type: ignore[assignment]
+    made = ServerEngine("http://127.0.0.1:9")
+    made._vocabulary = 300
     return made
 
 
@@ -72,7 +70,7 @@ ANSWER = {
 
 
 def test_samples_from_any_answer() -> None:
-    made = sampler()
+    made = engine()
     stamps, ids, logprobs, reason = made._read(ANSWER, 4)
     assert (stamps, ids.tolist(), reason) == ({"a-1"}, [5, 6], "stop")
     np.testing.assert_array_equal(logprobs, np.float32([-1.5, np.nan]))
@@ -96,13 +94,13 @@ DESCRIPTION = {
 
 
 def test_descriptions_of_any_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = sampler()
+    made = engine()
     answers: list[Any] = [DESCRIPTION]
     monkeypatch.setattr(made, "_ask", lambda *_: [answers[-1]])
-    assert made._describe() == EngineInfo(**{**DESCRIPTION["results"][0], "shapes": {"w": (3, 4)}})  # type: ignore[arg-type]
+    assert made.describe() == EngineInfo(**{**DESCRIPTION["results"][0], "shapes": {"w": (3, 4)}})  # type: ignore[arg-type]
     for answers[-1] in mutations(DESCRIPTION):
         try:
-            info = made._describe()
+            info = made.describe()
         except EngineError as error:
             assert "does not describe itself" in str(error) and len(str(error)) < 700  # noqa: PT017
             continue

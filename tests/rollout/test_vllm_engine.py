@@ -18,7 +18,9 @@ from vllm_helpers import after, alive, open_sampler, requests, same, save_model,
 
 from opdengine.config.train import LoRAConfig
 from opdengine.models.lora import add_adapter, base_of, policy
-from opdengine.rollout.vllm import EngineDiedError, EngineError, VLLMSampler
+from opdengine.rollout.vllm.engine import EngineDiedError, EngineError
+from opdengine.rollout.vllm.opening import open_child
+from opdengine.rollout.vllm.sampler import VLLMSampler
 from opdengine.types import SamplingParams
 
 pytestmark = pytest.mark.vllm
@@ -44,8 +46,8 @@ def test_untied_model_updates_and_closing_leaves_nothing(tmp_path: Path) -> None
         assert worst_gap(old, prompts, results) > 0.1
     assert sum(f.suffix == ".safetensors" for d in before for f in Path(d).iterdir()) == 1
     sampler.sleep()
-    sampler.wake()
-    pid = sampler._process.pid
+    sampler._engine.wake()
+    pid = sampler._engine.pid
     sampler.close()
     sampler.close()
     assert not alive(pid)
@@ -86,12 +88,12 @@ def test_refused_policy_leaves_the_previous_one(colocated: VLLMSampler, model: A
         ([*good.items(), ("module.lm_head.weight", good["lm_head.weight"])], "no weight 'module"),
         ({**good, name: good[name][:-1]}.items(), "has shape"),
     ]
-    pid = colocated._process.pid
+    pid = colocated._engine.pid
     for weights, message in cases:
         with pytest.raises(ValueError, match=message):
             colocated.load_policy(9, weights)
     assert colocated.policy_version == 0
-    assert colocated._process.pid == pid
+    assert colocated._engine.pid == pid
     results = colocated.generate(requests(), SamplingParams(max_tokens=8))
     assert worst_gap(model, requests(), results) < 1e-4
 
@@ -100,18 +102,18 @@ def test_a_waking_engine_finds_the_memory_that_the_trainer_has_freed(
     colocated: VLLMSampler, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log: list[str] = []
-    call = colocated._process.call
+    call = colocated._engine.call
 
     def noted(operation: str, *arguments: Any) -> Any:
         log.append(operation)
         return call(operation, *arguments)
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("empty"))
-    monkeypatch.setattr(colocated._process, "call", noted)
+    monkeypatch.setattr(colocated._engine, "call", noted)
     few = SamplingParams(max_tokens=2)
     colocated.generate(requests(), few)
     for _ in range(2):
-        colocated._asleep = True  # on a CPU nothing sleeps
+        colocated._engine._asleep = True  # on a CPU nothing sleeps
         colocated.load_policy(0, model.state_dict().items())
         colocated.generate(requests(), few)
     assert log == ["generate", *["empty", "load", "empty", "wake", "generate"] * 2]
@@ -127,12 +129,12 @@ def test_killed_engine_is_replaced_with_the_same_policy(colocated: VLLMSampler, 
     train(model)
     colocated.load_policy(1, model.state_dict().items())
     expected = colocated.generate(requests(), LONG)
-    pid, restarts = colocated._process.pid, colocated.restarts
+    pid, restarts = colocated._engine.pid, colocated.restarts
     assert pid is not None
     after(0.3, lambda: os.kill(pid, signal.SIGKILL))
     results = colocated.generate(requests(), LONG)
     assert (colocated.restarts, colocated.policy_version) == (restarts + 1, 1)
-    assert colocated._process.pid != pid
+    assert colocated._engine.pid != pid
     assert same(results, expected)
     assert worst_gap(model, requests(), [row[:2] for row in results]) < 1e-4
 
@@ -140,11 +142,11 @@ def test_killed_engine_is_replaced_with_the_same_policy(colocated: VLLMSampler, 
 def test_engine_that_dies_twice_in_a_call_is_an_error(colocated: VLLMSampler, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def die(operation: str, payload: Any, timeout: float) -> None:
+    def die(operation: str, arguments: Any) -> None:
         asked.append(operation)
         raise EngineDiedError("killed")
 
-    monkeypatch.setattr(colocated._process, "call", die)
+    monkeypatch.setattr(colocated._engine, "call", die)
     with pytest.raises(EngineDiedError, match="killed"):
         colocated.generate(requests(), SamplingParams(max_tokens=4))
     assert asked == ["generate", "generate"]
@@ -153,37 +155,37 @@ def test_engine_that_dies_twice_in_a_call_is_an_error(colocated: VLLMSampler, mo
 def test_stale_policy_is_detected_and_replaced(colocated: VLLMSampler, model: Any) -> None:
     train(model)
     colocated.load_policy(1, model.state_dict().items())
-    colocated.policy_version = 2
-    with pytest.raises(EngineError, match="policy 1 instead of 2"):
-        colocated.generate(requests(), SamplingParams(max_tokens=4))
-    colocated.policy_version = 1
+    restarts = colocated.restarts
+    colocated._engine.load(None, "other")
+    colocated._engine._held = colocated._stamp  # the first answer says that it is another one
     results = colocated.generate(requests(), SamplingParams(max_tokens=4))
     assert worst_gap(model, requests(), results) < 1e-4
+    assert colocated.restarts == restarts + 1
 
 
 def test_interrupted_call_leaves_no_request_behind(colocated: VLLMSampler) -> None:
     few = SamplingParams(max_tokens=8, n=2)
     expected = colocated.generate(requests(), few)
-    pid, restarts = colocated._process.pid, colocated.restarts
+    pid, restarts = colocated._engine.pid, colocated.restarts
     after(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         colocated.generate(requests(8, 4), LONG)
     begin = time.monotonic()
     assert same(colocated.generate(requests(), few), expected)
     assert time.monotonic() - begin < 5
-    assert (colocated._process.pid, colocated.restarts) == (pid, restarts)
+    assert (colocated._engine.pid, colocated.restarts) == (pid, restarts)
 
 
 def test_silent_engine_is_stopped(colocated: VLLMSampler) -> None:
-    pid = colocated._process.pid
+    pid = colocated._engine.pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
-    colocated.response_timeout, usual = 1.0, colocated.response_timeout
+    colocated._engine.response_timeout, usual = 1.0, colocated._engine.response_timeout
     try:
         with pytest.raises(EngineError, match="no answer to 'generate'"):
             colocated.generate(requests(), SamplingParams(max_tokens=4))
     finally:
-        colocated.response_timeout = usual
+        colocated._engine.response_timeout = usual
     assert not alive(pid)
 
 
@@ -192,10 +194,12 @@ def test_engine_leaves_with_its_parent(path: str, work: str) -> None:
     """Whatever the parent was doing; the engine sees its end of the pipe close before the parent is gone."""
     script = textwrap.dedent(f"""
         import time
-        from opdengine.rollout.vllm import VLLMSampler
+        from transformers import AutoTokenizer
+        from opdengine.rollout.vllm.opening import open_child
         from opdengine.types import Request, SamplingParams
-        sampler = VLLMSampler({path!r}, dtype="float32", kv_cache_memory_bytes=64 << 20)
-        print(sampler._process.pid, *sampler._folders, flush=True)
+        tokenizer = AutoTokenizer.from_pretrained({path!r})
+        sampler = open_child({path!r}, tokenizer, dtype="float32", kv_cache_memory_bytes=64 << 20)
+        print(sampler._engine.pid, *sampler._folders, flush=True)
         prompts = [Request(str(i), (1, 2, 3)) for i in range(500)]
         {work}
     """)
@@ -219,4 +223,4 @@ def test_engine_leaves_with_its_parent(path: str, work: str) -> None:
 
 def test_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"(?s)failed in 'start'.*config\.json"):
-        open_sampler(str(tmp_path))
+        open_child(str(tmp_path), None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opdengine.environments.episodes import Episodes, Job, turns_of
-from opdengine.rollout.vllm import VLLMSampler
+from opdengine.rollout.vllm.sampler import VLLMSampler
 from opdengine.types import Prompt, SamplingParams
 from tiny.agents.house import House
 

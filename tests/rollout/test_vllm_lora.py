@@ -15,9 +15,8 @@ from vllm_helpers import open_sampler, requests, same, train, worst_gap
 
 from opdengine.config.train import LoRAConfig
 from opdengine.models.lora import LowRank, add_adapter, base_of, policy
-from opdengine.rollout.policy_file import check_low_rank, pack_low_rank, read_policy, write_policy
-from opdengine.rollout.vllm import VLLMSampler
-from opdengine.rollout.vllm_base import VLLMBase
+from opdengine.rollout.vllm.policy_file import check_low_rank, pack_low_rank, read_policy, write_policy
+from opdengine.rollout.vllm.sampler import VLLMSampler
 from opdengine.types import SamplingParams
 
 LONGER_THAN_A_CACHE_BLOCK = 280
@@ -36,7 +35,7 @@ def inodes(folders: list[str]) -> dict[int, int]:
 
 
 @pytest.mark.vllm
-def test_every_update_of_an_adapter_is_exact(sampler: VLLMBase, student: Any, path: str) -> None:
+def test_every_update_of_an_adapter_is_exact(sampler: VLLMSampler, student: Any, path: str) -> None:
     """Of fused groups (q, k, v) only one member is adapted."""
     prompts = requests(4, LONGER_THAN_A_CACHE_BLOCK)
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -64,7 +63,7 @@ def whole(student: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.vllm
-def test_an_adapter_may_follow_full_weights_and_the_other_way(sampler: VLLMBase, student: Any, path: str) -> None:
+def test_an_adapter_may_follow_full_weights_and_the_other_way(sampler: VLLMSampler, student: Any, path: str) -> None:
     full = train(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), seed=5)
     train(student)
     for version, model in enumerate((full, student, full, student), start=1):
@@ -78,8 +77,8 @@ def test_a_killed_engine_gets_base_and_adapter_again(colocated: VLLMSampler, stu
     colocated.load_policy(1, *policy(student))
     expected = colocated.generate(requests(), SAMPLING)
     restarts = colocated.restarts
-    assert colocated._process.pid is not None
-    os.kill(colocated._process.pid, signal.SIGKILL)
+    assert colocated._engine.pid is not None
+    os.kill(colocated._engine.pid, signal.SIGKILL)
     assert same(colocated.generate(requests(), SAMPLING), expected)
     assert colocated.restarts == restarts + 1
 

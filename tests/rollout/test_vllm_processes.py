@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM
 from vllm_helpers import VLLMServer, alive, members_of, requests, same, save_model, train, worst_gap
 
 from opdengine.distributed import Ranks
-from opdengine.rollout.engine_process import EngineError
-from opdengine.rollout.http_client import JSONClient
-from opdengine.rollout.vllm_client import VLLMServerSampler
-from opdengine.rollout.vllm_group import VLLMGroupSampler
+from opdengine.rollout.vllm.engine import EngineError
+from opdengine.rollout.vllm.http_client import JSONClient
+from opdengine.rollout.vllm.opening import open_server, open_shared
+from opdengine.rollout.vllm.sampler import VLLMSampler
 from opdengine.training.writer import read_metrics
 from opdengine.types import SamplingParams
 
@@ -136,19 +136,19 @@ def test_two_processes_share_one_engine_over_both(settings: dict[str, Any], alon
 
 def test_weights_are_given_back_while_another_rank_samples(server: VLLMServer, byte_tokenizer: Any, model: Any) -> None:
     """The server forgets the policy under the first rank's requests, and the second one gives it back."""
-    samplers: dict[int, VLLMServerSampler] = {}
+    samplers: dict[int, VLLMSampler] = {}
     long, short = SamplingParams(max_tokens=200, n=32, seed=4), SamplingParams(max_tokens=8, seed=1)
     train(model)
 
     def forget() -> None:
-        while not samplers[0]._client._open:
+        while not samplers[0]._engine._client._open:
             time.sleep(0.01)
         client = JSONClient(server.url)
         client.call("/collective_rpc", {"method": "load_policy_file"}, 60)
         client.call("/update_weight_version", {"new_version": "default"})
 
     def work(ranks: ThreadRanks) -> tuple[float, bool, int]:
-        with VLLMServerSampler(server.url, byte_tokenizer, dtype="float32", ranks=ranks) as sampler:
+        with open_server(server.url, byte_tokenizer, dtype="float32", ranks=ranks) as sampler:
             samplers[ranks.rank] = sampler
             sampler.load_policy(1, model.state_dict().items())
             expected = sampler.generate(requests(8), long) if ranks.is_first else []
@@ -175,11 +175,11 @@ def test_a_group_engine_follows_the_trainer_and_leaves_nothing(
         monkeypatch.setenv(name, value)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     params = SamplingParams(max_tokens=8, seed=1)
-    sampler = VLLMGroupSampler(path, byte_tokenizer, ranks=Ranks(), size=1, dtype="float32", max_num_seqs=64)
+    sampler = open_shared(path, byte_tokenizer, ranks=Ranks(), size=1, dtype="float32", max_num_seqs=64)
     with sampler:
-        assert sampler._server is not None
-        group = sampler._server.process.pid
-        socket_file = Path(sampler._server.url.removeprefix("unix:"))
+        assert sampler._engine.own is not None
+        group = sampler._engine.own.process.pid
+        socket_file = Path(sampler._engine.own.url.removeprefix("unix:"))
         assert socket_file.is_socket() and socket_file.parent.stat().st_mode & 0o077 == 0
         for version in (1, 2):
             sampler.load_policy(version, train(model, version).state_dict().items())
@@ -196,11 +196,11 @@ def test_a_group_engine_leaves_with_its_parent(path: str) -> None:
     script = textwrap.dedent(f"""
         from transformers import AutoTokenizer
         from opdengine.distributed import Ranks
-        from opdengine.rollout.vllm_group import VLLMGroupSampler
+        from opdengine.rollout.vllm.opening import open_shared
         from opdengine.types import Request, SamplingParams
         tokenizer = AutoTokenizer.from_pretrained({path!r})
-        sampler = VLLMGroupSampler({path!r}, tokenizer, ranks=Ranks(), size=1, dtype="float32", max_num_seqs=64)
-        print(sampler._server.process.pid, flush=True)
+        sampler = open_shared({path!r}, tokenizer, ranks=Ranks(), size=1, dtype="float32", max_num_seqs=64)
+        print(sampler._engine.own.process.pid, flush=True)
         prompts = [Request(str(i), (1, 2, 3)) for i in range(500)]
         sampler.generate(prompts, SamplingParams(max_tokens=120, n=8))
     """)

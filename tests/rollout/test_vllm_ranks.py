@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -27,18 +28,17 @@ from opdengine.config.train import LoRAConfig
 from opdengine.distributed import PeerError, Ranks
 from opdengine.models.checkpoint import list_checkpoints
 from opdengine.models.lora import add_adapter, policy
-from opdengine.rollout import vllm_client, vllm_group
-from opdengine.rollout.engine_process import EngineDiedError, EngineError
-from opdengine.rollout.vllm_client import VLLMServerSampler
-from opdengine.rollout.vllm_extension import PolicyLoader
-from opdengine.rollout.vllm_group import VLLMGroupSampler
+from opdengine.rollout.vllm import opening, remote
+from opdengine.rollout.vllm.engine import EngineDiedError, EngineError
+from opdengine.rollout.vllm.extension import PolicyLoader
+from opdengine.rollout.vllm.opening import open_server, open_shared
 from opdengine.training.build import _gpus
 from opdengine.training.writer import read_metrics
 
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_client, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ class Counted:
 
 def test_one_rank_sends_the_weights_and_all_check_the_same_stamp(server: Server, tokenizer: Any, student: Any) -> None:
     def work(ranks: ThreadRanks) -> tuple[Any, ...]:
-        with VLLMServerSampler(server.url, tokenizer, ranks=ranks) as sampler:
+        with open_server(server.url, tokenizer, ranks=ranks) as sampler:
             read = []
             for version in (0, 1):
                 weights = Counted(student.state_dict().items())
@@ -83,7 +83,7 @@ def test_one_rank_sends_the_weights_and_all_check_the_same_stamp(server: Server,
 
 def test_another_rank_may_own_the_server(server: Server, tokenizer: Any, student: Any) -> None:
     def work(ranks: ThreadRanks) -> str:
-        with VLLMServerSampler(server.url, tokenizer, ranks=ranks, owner=1) as sampler:
+        with open_server(server.url, tokenizer, ranks=ranks, owner=1) as sampler:
             sampler.load_policy(3, student.state_dict().items())
             assert bool(sampler._folders) == (ranks.rank == 1)
             return sampler._stamp
@@ -98,7 +98,7 @@ def test_a_base_is_read_once_on_every_rank(server: Server, tokenizer: Any, stude
 
     def work(ranks: ThreadRanks) -> list[int]:
         read = []
-        with VLLMServerSampler(server.url, tokenizer, ranks=ranks) as sampler:
+        with open_server(server.url, tokenizer, ranks=ranks) as sampler:
             for version in (0, 1, 2):
                 counted = Counted(items)
                 sampler.load_policy(version, counted, low_rank)
@@ -117,7 +117,7 @@ def test_a_restarted_server_gets_the_policy_back_once(
     servers = [server]
 
     def work(ranks: ThreadRanks) -> tuple[Any, ...]:
-        with VLLMServerSampler(server.url, tokenizer, ranks=ranks) as sampler:
+        with open_server(server.url, tokenizer, ranks=ranks) as sampler:
             sampler.load_policy(4, student.state_dict().items())
             before = ids(sampler.generate(REQUESTS, PARAMS))
             ranks.settle()
@@ -141,7 +141,7 @@ def test_a_rank_without_files_gives_the_policy_back(serve: Callable[..., Server]
     server = serve()
 
     def work(ranks: ThreadRanks) -> list[list[int]]:
-        with VLLMServerSampler(server.url, tokenizer, ranks=ranks) as sampler:
+        with open_server(server.url, tokenizer, ranks=ranks) as sampler:
             sampler.load_policy(4, student.state_dict().items())
             ranks.settle()
             if not ranks.is_first:
@@ -159,7 +159,7 @@ def test_weights_that_are_refused_end_the_update_on_all_ranks(server: Server, to
     bad = {**good, "model.norm.weight": torch.zeros(3)}
 
     def work(ranks: ThreadRanks) -> tuple[Any, ...]:
-        with VLLMServerSampler(server.url, tokenizer, ranks=ranks) as sampler:
+        with open_server(server.url, tokenizer, ranks=ranks) as sampler:
             sampler.load_policy(0, good.items())
             expected = ids(sampler.generate(REQUESTS, PARAMS))
             weights = Counted(bad.items())
@@ -179,7 +179,7 @@ def test_an_update_that_fails_half_way_leaves_no_stamp(server: Server, tokenizer
     server.post("/fault", {"kind": "cache", "version": 1})
 
     def work(ranks: ThreadRanks) -> tuple[dict[str, Any], ...]:
-        with VLLMServerSampler(server.url, tokenizer, ranks=ranks) as sampler:
+        with open_server(server.url, tokenizer, ranks=ranks) as sampler:
             sampler.load_policy(0, student.state_dict().items())
             with pytest.raises((EngineError, PeerError), match="did not reset its prefix cache"):
                 sampler.load_policy(1, student.state_dict().items())
@@ -196,7 +196,7 @@ def test_an_update_that_fails_half_way_leaves_no_stamp(server: Server, tokenizer
 
 def test_a_server_that_is_refused_is_refused_on_all_ranks(serve: Callable[..., Server], tokenizer: Any) -> None:
     server = serve(logprobs_mode="raw_logprobs")
-    found = on_ranks(2, lambda ranks: VLLMServerSampler(server.url, tokenizer, ranks=ranks))
+    found = on_ranks(2, lambda ranks: open_server(server.url, tokenizer, ranks=ranks))
     assert isinstance(found[0], EngineError) and isinstance(found[1], PeerError)
     assert all("logprobs_mode is raw_logprobs" in str(error) for error in found)
 
@@ -275,8 +275,8 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, description: dict[
         started.append({"extra": extra, **options})
         return [sys.executable, str(SCRIPT), str(file), extra[extra.index("--uds") + 1]], dict(os.environ)
 
-    monkeypatch.setattr(vllm_group, "server_command", command)
-    monkeypatch.setattr(vllm_group, "require_vllm", lambda otherwise: None)
+    monkeypatch.setattr(remote, "server_command", command)
+    monkeypatch.setattr(opening, "require_vllm", lambda otherwise: None)
     return started
 
 
@@ -285,15 +285,15 @@ def test_every_group_has_one_engine_of_its_own(
 ) -> None:
     def work(ranks: ThreadRanks) -> tuple[Any, ...]:
         devices = str(ranks.rank - ranks.rank % 2)
-        sampler = VLLMGroupSampler(models["student"], tokenizer, ranks=ranks, size=2, devices=devices)
+        sampler = open_shared(models["student"], tokenizer, ranks=ranks, size=2, devices=devices)
         with sampler:
             weights = Counted(student.state_dict().items())
             sampler.load_policy(1, weights)
             sampled = [ids(sampler.generate(REQUESTS, PARAMS)) for _ in range(1 + ranks.rank)]
-            state = sampler._client.call("/state", {})
+            state = sampler._engine._client.call("/state", {})
             ranks.settle()
-        owned = None if sampler._server is None else sampler._server.process.poll()
-        return sampler._client.base_url, state, weights.read, sampled[-1], owned
+        owned = None if sampler._engine.own is None else sampler._engine.own.process.poll()
+        return sampler._engine._client.base_url, state, weights.read, sampled[-1], owned
 
     found = on_ranks(4, work)
     urls, states, read, sampled, owned = zip(*found, strict=True)
@@ -311,12 +311,12 @@ def test_an_engine_that_dies_ends_its_group_with_its_log(
     commands: list[dict[str, Any]], tokenizer: Any, student: Any, models: dict[str, str]
 ) -> None:
     def work(ranks: ThreadRanks) -> str:
-        with VLLMGroupSampler(models["student"], tokenizer, ranks=ranks, size=2) as sampler:
+        with open_shared(models["student"], tokenizer, ranks=ranks, size=2) as sampler:
             sampler.load_policy(1, student.state_dict().items())
             ranks.settle()
-            if sampler._server is not None:
-                Path(sampler._server.log).write_text("out of memory")
-                sampler._server.process.kill()
+            if sampler._engine.own is not None:
+                Path(sampler._engine.own.log).write_text("out of memory")
+                os.kill(sampler._engine.own.process.pid, signal.SIGKILL)
             with pytest.raises(EngineDiedError) as found:
                 sampler.generate(REQUESTS, PARAMS)
             ranks.settle()
@@ -331,8 +331,8 @@ def test_an_engine_that_cannot_start_is_refused_on_all_ranks(
     commands: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tokenizer: Any, models: dict[str, str]
 ) -> None:
     broken = [sys.executable, "-c", "import sys; sys.exit('no such GPU')"]
-    monkeypatch.setattr(vllm_group, "server_command", lambda *a, **k: (broken, dict(os.environ)))
-    found = on_ranks(2, lambda ranks: VLLMGroupSampler(models["student"], tokenizer, ranks=ranks, size=2))
+    monkeypatch.setattr(remote, "server_command", lambda *a, **k: (broken, dict(os.environ)))
+    found = on_ranks(2, lambda ranks: open_shared(models["student"], tokenizer, ranks=ranks, size=2))
     assert isinstance(found[0], EngineError) and isinstance(found[1], PeerError)
     assert all("ended with exit code 1 before it was ready" in str(e) and "no such GPU" in str(e) for e in found)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from opdengine.errors import ConfigError
 from opdengine.models.backbone import load_model
 from opdengine.models.lora import policy
-from opdengine.rollout.weight_names import as_in_checkpoint, checkpoint_names, find_naming
+from opdengine.rollout.vllm.weight_names import as_in_checkpoint, checkpoint_names, find_naming
 
 TEXT: dict[str, Any] = {
     "vocab_size": 160, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -19,8 +19,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from opdengine.rollout.http_client import JSONClient
-from opdengine.rollout.vllm import VLLMSampler
+from opdengine.rollout.vllm.http_client import JSONClient
+from opdengine.rollout.vllm.opening import open_child
+from opdengine.rollout.vllm.sampler import VLLMSampler
 from opdengine.types import Completion, Request
 
 WINDOW = 320
@@ -63,7 +64,7 @@ def save_model(folder: Path, tied: bool, family: str = "qwen3") -> str:
 
 def open_sampler(path: str, **options: Any) -> VLLMSampler:
     settings = {"dtype": "float32", "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
-    return VLLMSampler(path, **{**settings, **options})
+    return open_child(path, PreTrainedTokenizerFast.from_pretrained(path), **{**settings, **options})
 
 
 class VLLMServer:

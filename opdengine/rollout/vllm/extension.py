@@ -1,51 +1,26 @@
 """What runs inside vLLM's own workers (``worker_extension_cls``): description and weight updates.
 
-Both ways to run vLLM share it: the child process of :mod:`opdengine.rollout.vllm_worker` calls it in
-place, a server through ``/collective_rpc``. Arguments and answers are plain JSON values.
+Both kinds of engine share it: a child process calls it in place, a server through ``/collective_rpc``. Arguments and
+answers are plain JSON values.
+
+vLLM's own interface for updates (``start_weight_update`` to ``finish_weight_update``) is not used: the ways that it
+comes with need GPUs, and none of them knows weights as a base and low-rank factors, or adds those in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from opdengine.rollout.policy_file import read_policy
-from opdengine.rollout.weight_names import as_in_checkpoint, model_weights
-
-__all__ = ["WORKER_EXTENSION", "EngineInfo", "PolicyLoader", "as_in_checkpoint", "model_weights"]
-
-
-@dataclass(frozen=True)
-class EngineInfo:
-    """What an engine says of itself once it has started.
-
-    Args:
-        is_cpu: whether this is a CPU build of vLLM.
-        window: most tokens of prompt and completion together.
-        vocabulary: number of rows of the embedding.
-        shapes: name -> shape of the model's whole ``state_dict``, in its order.
-        tied: name -> name of the weight that it shares its storage with.
-        model: folder or hub name that was loaded at start.
-        dtype: of the weights in the engine.
-        logprobs_mode: which log-probs it returns.
-    """
-
-    is_cpu: bool
-    window: int
-    vocabulary: int
-    shapes: Mapping[str, tuple[int, ...]]
-    tied: Mapping[str, str]
-    model: str
-    dtype: str
-    logprobs_mode: str
+from opdengine.rollout.vllm.policy_file import read_policy
+from opdengine.rollout.vllm.weight_names import as_in_checkpoint, model_weights
 
 
 class PolicyLoader:
     """Mixed into vLLM's workers."""
 
     def describe_engine(self: Any) -> dict[str, Any]:
-        """The fields of :class:`EngineInfo`."""
+        """The fields of :class:`~opdengine.rollout.vllm.engine.EngineInfo`."""
         from vllm.platforms import current_platform
 
         config = self.vllm_config.model_config
