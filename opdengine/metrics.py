@@ -48,9 +48,9 @@ def merge(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a small JSONL file, whole or not at all."""
+    """Write a small JSONL file, whole or not at all; a value that JSON does not have (a date, say) becomes its text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     partial.write_text(text, "utf-8", errors="backslashreplace")  # a lone surrogate stays an escape of JSON
     partial.replace(path)

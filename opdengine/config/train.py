@@ -291,6 +291,9 @@ class TrainConfig(Section):
     """keep the newest so many checkpoints; None keeps all."""
     log_completions: Resumable[Flag] = True
     """write rollouts and debates of each step as JSONL."""
+    log_tokens: Resumable[Choice[Literal["none", "sample", "all"]]] = "sample"
+    """with ``log_completions``, also write token ids, log-probs, weights and advantages: of no rollout ("none"), of 8 of
+    each step ("sample"), or of "all", from which the loss of every step can be recomputed."""
     report_to: Resumable[Listed[Text]] = field(default_factory=list)
     """besides metrics.jsonl: "tensorboard"."""
     run_name: Resumable[Text] = ""
@@ -351,6 +354,7 @@ def _check_loss(config: TrainConfig) -> None:
         "loss_impl",
         "with vocab_parallel_head it is 'torch'",
     )
+    need(config.log_completions or config.log_tokens != "all", "log_tokens", "it belongs to log_completions: true")
     for tracker in config.report_to:
         need(tracker == "tensorboard", "report_to", "only 'tensorboard' is known; [] is metrics.jsonl alone")
 

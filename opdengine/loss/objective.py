@@ -172,8 +172,10 @@ class Objective:
         )
         if statistics is not None and output.stats is not None:
             statistics.add_divergence(names, samples, output.stats)
+            statistics.add_loss(samples, output.token_loss)
             if weights is not None and output.logprob is not None:
-                statistics.add_logprob(output.logprob[weights != 0])
+                rows = weights.nonzero().squeeze(1)
+                statistics.add_logprob(samples, output.logprob[rows], rows)
         return output.loss
 
     def _listed(
@@ -218,7 +220,8 @@ class Objective:
             if statistics is not None and student is not None:
                 width = head.weight.shape[0] if self.vocab_size is None else self.vocab_size
                 kl = output.token_loss if divergence == "reverse_kl" else None
-                statistics.add_listed(samples[0].teachers[k], logprobs, width, student.logprob, kl)
+                statistics.add_listed(samples[0].teachers[k], logprobs, width, student.logprob, kl, samples)
+                statistics.add_loss(samples, output.token_loss, k)
         return loss
 
     def _advantage(
@@ -228,12 +231,13 @@ class Objective:
         device = hidden.device
         weights = _tensor([advantage(sample) for sample in samples], device)
         labels = _labels(samples, device)
+        rows = None
         if not bool((weights != 0).all()):
             rows = weights.nonzero().squeeze(1)
             hidden, labels, weights = hidden.index_select(0, rows), labels[rows], weights[rows]
         logprob = self._logprob(hidden, head, labels).logprob
         if statistics is not None:
-            statistics.add_logprob(logprob.detach())
+            statistics.add_logprob(samples, logprob.detach(), rows)
         return -(weights * logprob).sum()
 
     def _logprob(self, hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> LogprobOutput:

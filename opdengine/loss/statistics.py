@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,9 +13,18 @@ from opdengine.types import Sample
 
 
 class Statistics:
-    """Collects per-token statistics over the micro-batches of a step."""
+    """Collects per-token statistics over the micro-batches of a step.
 
-    def __init__(self) -> None:
+    Args:
+        keep: ids of the samples (of all ranks) whose statistics are also kept token by token, for the log.
+
+    Attributes:
+        tokens: id of a sample -> float32 [T] or [T, K] by name; NaN where nothing was computed.
+    """
+
+    def __init__(self, keep: Collection[str] = ()) -> None:
+        self.keep = frozenset(keep)
+        self.tokens: dict[str, dict[str, np.ndarray]] = {}
         self._values: dict[str, list[np.ndarray]] = {}
 
     def add_divergence(self, names: Sequence[str], samples: Sequence[Sample], stats: TokenStats) -> None:
@@ -26,15 +35,46 @@ class Statistics:
         for k, name in enumerate(names):
             self._extend(f"teacher_kl/{name}", stats.reverse_kl[:, k])
             self._extend(f"teacher_entropy/{name}", stats.teacher_entropy[:, k])
+            self._note(samples, "teacher_logprob", stats.teacher_logprob, k, name)
+            self._note(samples, "teacher_entropy", stats.teacher_entropy, k, name)
+            self._note(samples, "teacher_top1", stats.teacher_top1_prob, k, name)
+            self._note(samples, "reverse_kl", stats.reverse_kl, k, name)
+        self._note(samples, "student_logprob", stats.student_logprob)
+        self._note(samples, "student_entropy", stats.student_entropy)
         self._difference(samples, stats.student_logprob)
+
+    def add_loss(self, samples: Sequence[Sample], token_loss: torch.Tensor, teacher: int | None = None) -> None:
+        """Keep the divergence of every token, before its weight, for the log.
+
+        Args:
+            samples: whose targets the rows are.
+            token_loss: [T], to all teachers, or to one; NaN where nothing was computed.
+            teacher: index of that one, whose weight in the sum is the sample's mix.
+        """
+        for sample, rows in self._kept(samples):
+            own = token_loss[rows].detach().float().cpu().numpy()
+            noted = self.tokens.setdefault(sample.id, {})
+            if teacher is not None:
+                own = np.nan_to_num(noted.get("divergence", np.zeros_like(own))) + np.nan_to_num(own) * (
+                    sample.token_mix(len(sample.teachers))[:, teacher].astype(np.float32)
+                )
+            noted["divergence"] = own
 
     def add_student(self, samples: Sequence[Sample], logprob: torch.Tensor, entropy: torch.Tensor) -> None:
         """Note the student's own statistics where no exact divergence does."""
         self._extend("student_entropy", entropy)
+        self._note(samples, "student_logprob", logprob)
+        self._note(samples, "student_entropy", entropy)
         self._difference(samples, logprob)
 
     def add_listed(
-        self, name: str, logprobs: torch.Tensor, vocab: int, student: torch.Tensor, kl: torch.Tensor | None
+        self,
+        name: str,
+        logprobs: torch.Tensor,
+        vocab: int,
+        student: torch.Tensor,
+        kl: torch.Tensor | None,
+        samples: Sequence[Sample] = (),
     ) -> None:
         """Note what is known of a teacher's truncated list.
 
@@ -44,6 +84,7 @@ class Statistics:
             vocab: width of the whole distribution.
             student: [T] log p(target).
             kl: [T] lower bound of the reverse KL, where it was computed.
+            samples: whose targets these are.
         """
         self._extend("gap", logprobs[:, 0] - student)
         if kl is not None:
@@ -53,11 +94,25 @@ class Statistics:
         tail = (1 - known.sum(1)).clamp(min=1e-12)
         unlisted = (vocab - torch.isfinite(logprobs).sum(1)).clamp(min=1).double()
         rest = tail * (unlisted.log() - tail.log())
-        self._extend(f"teacher_entropy/{name}", rest - torch.xlogy(known, known).sum(1))
+        entropy = rest - torch.xlogy(known, known).sum(1)
+        self._extend(f"teacher_entropy/{name}", entropy)
+        noted = {"teacher_logprob": logprobs[:, 0], "teacher_entropy": entropy, "teacher_top1": known.amax(1)}
+        for field, values in {**noted, "reverse_kl": kl}.items():
+            self._note(samples, field, None if values is None else values[:, None], 0, name)
 
-    def add_logprob(self, logprob: torch.Tensor) -> None:
-        """Note the log-probs of targets that have an advantage."""
+    def add_logprob(self, samples: Sequence[Sample], logprob: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Note the log-probs of targets that have an advantage.
+
+        Args:
+            samples: whose targets these are.
+            logprob: [n].
+            rows: int64 [n] which of the targets they are; None for all.
+        """
         self._extend("target_logprob", logprob)
+        if rows is not None and self.keep:
+            count = sum(len(sample.target_ids) for sample in samples)
+            logprob = logprob.new_full((count,), float("nan")).index_copy(0, rows, logprob)
+        self._note(samples, "student_logprob", logprob)
 
     def add_measured(self, sample: Sample) -> None:
         """Note what was measured before the update, for steps in which no divergence tells it."""
@@ -70,6 +125,36 @@ class Statistics:
                 self._extend(f"teacher_kl/{name}", sample.student_logprob - sample.teacher_logprob[:, k])
             if sample.teacher_entropy is not None:
                 self._extend(f"teacher_entropy/{name}", sample.teacher_entropy[:, k])
+
+    def _kept(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, slice]]:
+        """The samples to keep token by token, and which rows are their targets."""
+        start = 0
+        for sample in samples if self.keep else ():
+            stop = start + len(sample.target_ids)
+            if sample.id in self.keep:
+                yield sample, slice(start, stop)
+            start = stop
+
+    def _note(
+        self,
+        samples: Sequence[Sample],
+        name: str,
+        values: torch.Tensor | None,
+        column: int = 0,
+        teacher: str = "",
+        over: bool = False,
+    ) -> None:
+        """Keep [T], or of a teacher's [T, k] one column, token by token; a known value stays, unless ``over``."""
+        if values is None:
+            return
+        for sample, rows in self._kept(samples):
+            own = (values[rows, column] if teacher else values[rows]).detach().float().cpu().numpy()
+            noted = self.tokens.setdefault(sample.id, {})
+            shape = (len(own), len(sample.teachers)) if teacher else own.shape
+            place = noted.setdefault(name, np.full(shape, np.nan, dtype=np.float32))
+            if teacher:
+                place = place[:, sample.teachers.index(teacher)]
+            place[:] = np.where(~np.isnan(own) if over else np.isnan(place), own, place)
 
     def _difference(self, samples: Sequence[Sample], logprob: torch.Tensor | None) -> None:
         """Trainer minus sampler log-prob of the sampled tokens, where the sampler's are known."""
@@ -92,9 +177,10 @@ class Statistics:
 
     def join(self, ranks: Ranks) -> None:
         """Have the values of all ranks."""
-        parts = ranks.gather({name: self.get(name) for name in self._values})
+        parts = ranks.gather(({name: self.get(name) for name in self._values}, self.tokens))
         self._values = {}
-        for part in parts:
+        for part, tokens in parts:
+            self.tokens |= tokens
             for name, values in part.items():
                 self._extend(name, values)
 

@@ -159,6 +159,8 @@ def evaluate_episodes(
                     "success": r.info["success"],
                     "score": r.info["score"],
                     "end": r.stop_reason,
+                    "prompt": [dict(m) for m in r.prompt.messages],
+                    "answer": r.prompt.answer,
                     "messages": [dict(m) for t in r.turns for m in t.messages],
                 }
                 for r in rollouts

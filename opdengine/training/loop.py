@@ -25,6 +25,7 @@ from opdengine.training.run_folder import InputFiles
 from opdengine.training.signals import Interrupts
 from opdengine.training.step import Engine
 from opdengine.training.step_result import StepResult
+from opdengine.training.token_log import Pieces, write_tokens
 from opdengine.training.writer import MetricsWriter, NoWriter
 from opdengine.types import Batch
 
@@ -94,6 +95,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.position = self.stream.state_dict()
         config, engine = self.engine.config, self.engine
+        self.pieces = Pieces(engine.tokenizer)
         self.watch = Watch(
             engine.method.checks,
             self.folder,
@@ -174,7 +176,18 @@ class Loop:
             if _due(step, config.logging_steps) or len(line) > len(result.metrics):
                 self.writer.write(step, line)
             if config.log_completions and self.engine.ranks.is_first:
-                _log_completions(self.folder, step, result)
+                self._log_completions(result)
+
+    def _log_completions(self, result: StepResult) -> None:
+        name = f"step_{self.step}"
+        write_jsonl(self.folder / "rollouts" / f"{name}.jsonl", result.completions)
+        if result.tokens:
+            write_tokens(self.folder / "tokens" / f"{name}.npz", result.tokens, self.pieces)
+        verdicts = [dict(r) for r in result.records if "verdict" in r]
+        debates = [dict(r) for r in result.records if "verdict" not in r]
+        for kind, records in (("debates", debates), ("verdicts", verdicts)):
+            if records:
+                write_jsonl(self.folder / kind / f"{name}.jsonl", records)
 
     def _write_bad(self, result: StepResult) -> None:
         """Keep what made a step's numbers go wrong."""
@@ -220,12 +233,3 @@ class Loop:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _log_completions(folder: Path, step: int, result: StepResult) -> None:
-    write_jsonl(folder / "rollouts" / f"step_{step}.jsonl", result.completions)
-    verdicts = [dict(r) for r in result.records if "verdict" in r]
-    debates = [dict(r) for r in result.records if "verdict" not in r]
-    for name, records in (("debates", debates), ("verdicts", verdicts)):
-        if records:
-            write_jsonl(folder / name / f"step_{step}.jsonl", records)

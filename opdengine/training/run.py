@@ -189,10 +189,11 @@ def _evaluation(
             result = evaluate(engine.sampler, held_out, engine.encode, grader, answer_params(config), engine.ranks)
             metrics = result.metrics()
             rows = [
-                {"prompt_id": p.id, "score": score, "text": text}
+                {"prompt_id": p.id, "data_source": p.key, "score": score, "text": text,
+                 "prompt": [dict(message) for message in p.messages], "answer": p.answer}
                 for p, scores, texts in zip(held_out, result.scores.tolist(), result.texts, strict=True)
                 for score, text in zip(scores, texts, strict=True)
-            ]
+            ]  # fmt: skip
         else:
             return {}
         with engine.ranks.agree():

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 """Locked by the process that writes to the folder."""
 
-LOGS = ("rollouts", "debates", "verdicts", "evaluations", "bad_steps")
-"""Folders with one file for each step, ``step_N.jsonl``."""
+LOGS = ("rollouts", "tokens", "debates", "verdicts", "evaluations", "bad_steps")
+"""Folders with one file for each step, ``step_N.jsonl`` (of tokens ``step_N.npz``)."""
 
 ABANDONED = "abandoned"
 """Where what was done after a step goes when a run is continued from there although later checkpoints exist."""
@@ -139,7 +139,8 @@ class RunFolder:
         killed meanwhile, or before its next checkpoint, continues from where it was sent back to.
         """
         step = self.state.get("step", -1)
-        logs = [f for name in LOGS for f in (self.path / name).glob("step_*.jsonl") if _step_of_log(f) > step]
+        files = [f for name in LOGS for f in (self.path / name).glob("step_*") if f.suffix in (".jsonl", ".npz")]
+        logs = [f for f in files if _step_of_log(f) > step]
         later = [c for c in list_checkpoints(self.path / "checkpoints") if step_of(c) > step]
         if self.checkpoint is None or not later:
             for file in logs:

@@ -38,6 +38,7 @@ from opdengine.training.optimizer_step import (
 )
 from opdengine.training.scoring import Measurer, score
 from opdengine.training.step_result import StepResult, step_result
+from opdengine.training.token_log import logged
 from opdengine.types import Batch, Prompt, Request, Sample, SamplingParams, Turn
 from opdengine.verifiers.grader import Grader
 
@@ -281,7 +282,10 @@ class Engine:
             batch: weighed.
             found: further metrics, the same on all ranks.
         """
-        statistics, bad = Statistics(), list[Mapping[str, Any]]()
+        config, bad = self.config, list[Mapping[str, Any]]()
+        of_tokens = config.log_tokens if config.log_completions else "none"
+        shown = logged(batch.samples, of_tokens, self.ranks.world_size)
+        statistics = Statistics(self.ranks.join([sample.id for sample in shown]))
         # Without a divergence the loss itself tells nothing of the teachers.
         if not self.ranks.sum(sum(bool(np.any(sample.kl_weight)) for sample in batch)):
             for sample in batch:
@@ -291,7 +295,7 @@ class Engine:
         for teacher in self.teachers:
             batch.metrics |= teacher.counts()
         updated = {**(found or {}), **updated}
-        return step_result(batch, self.ranks, statistics, updated, bad, self.config.log_completions)
+        return step_result(batch, self.ranks, statistics, updated, bad, config.log_completions, shown)
 
     def _update(
         self, samples: Sequence[Sample], statistics: Statistics, bad: list[Mapping[str, Any]]

@@ -11,7 +11,11 @@ import numpy as np
 from opdengine.distributed import Ranks
 from opdengine.loss.statistics import Statistics
 from opdengine.metrics import mean, merge
-from opdengine.types import Batch, Sample
+from opdengine.training.token_log import Arrays, token_arrays
+from opdengine.types import Batch, Sample, Turn
+
+TOLD = ("action", "failure", "observation", "reward", "stop_reason")
+"""What a log keeps of what an environment told about a turn."""
 
 
 @dataclass
@@ -24,6 +28,7 @@ class StepResult:
         records: debates and verdicts, of all processes.
         completions: rows for the log of what was sampled, of all processes; empty where nothing is logged.
         bad: one record per sample of a step whose loss or gradient was not finite; else empty.
+        tokens: of the completions whose tokens are logged, their place among all and their arrays.
     """
 
     metrics: dict[str, float]
@@ -31,6 +36,7 @@ class StepResult:
     records: Sequence[Mapping[str, Any]] = ()
     completions: Sequence[Mapping[str, Any]] = ()
     bad: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    tokens: Sequence[tuple[int, Arrays]] = ()
 
 
 def step_result(
@@ -40,6 +46,7 @@ def step_result(
     updated: Mapping[str, float],
     bad: Sequence[Mapping[str, Any]],
     log_completions: bool,
+    shown: Sequence[Sample] = (),
 ) -> StepResult:
     """Merge what every process knows of a step. All processes call this.
 
@@ -50,20 +57,27 @@ def step_result(
         updated: metrics of the optimiser step, the same on all processes.
         bad: records of a step that was not finite.
         log_completions: whether what was sampled is logged.
+        shown: samples of this process whose tokens are logged, the first ones.
     """
     counted = {**batch.metrics, **{f"dropped/{reason}": float(count) for reason, count in batch.dropped.items()}}
     counted |= {"completions/kept": float(len(batch)), "completions/sampled": float(len(batch.samples))}
     counted |= lengths_and_rewards(batch.samples)
     rows = [completion_row(sample) for sample in batch.samples] if log_completions else []
     tokens = sum(len(sample.target_ids) for sample in batch.samples)
-    parts = ranks.gather((counted, dict(batch.timing), batch.records, rows, tokens))
+    arrays = [token_arrays(sample, statistics.tokens.get(sample.id)) for sample in shown]
+    parts = ranks.gather((counted, dict(batch.timing), batch.records, rows, tokens, arrays))
     metrics = merge([part[0] for part in parts])
     phases = sorted({phase for _, timing, *_ in parts for phase in timing})
     seconds = {f"timing/{phase}": max(timing.get(phase, 0.0) for _, timing, *_ in parts) for phase in phases}
     metrics |= {**seconds, **updated, **summarise(statistics)}
     metrics["perf/tokens_per_second"] = sum(part[4] for part in parts) / sum(seconds.values())
     records = [record for part in parts for record in part[2]]
-    return StepResult(metrics, batch.samples, records, [row for part in parts for row in part[3]], bad)
+    rows = [row for part in parts for row in part[3]]
+    starts = np.cumsum([0] + [len(part[3]) for part in parts])
+    placed = [
+        (int(start) + i, own) for start, part in zip(starts, parts, strict=False) for i, own in enumerate(part[5])
+    ]
+    return StepResult(metrics, batch.samples, records, rows, bad, placed)
 
 
 def lengths_and_rewards(samples: Sequence[Sample]) -> dict[str, float]:
@@ -91,8 +105,12 @@ def summarise(statistics: Statistics) -> dict[str, float]:
 
 
 def completion_row(sample: Sample) -> dict[str, Any]:
-    """What the log of rollouts says of a sample."""
-    return {
+    """What the log of rollouts says of a sample; all of it can be written as JSON or as text.
+
+    ``turns`` is there where the student acted in an environment: what was said after the prompt, in order, and of
+    the student's turns what came of them.
+    """
+    row = {
         "id": sample.id,
         "prompt_id": sample.prompt.id,
         "data_source": sample.prompt.key,
@@ -101,4 +119,21 @@ def completion_row(sample: Sample) -> dict[str, Any]:
         "stop_reason": sample.stop_reason,
         "reward": sample.reward,
         "policy_version": sample.policy_version,
+        "prompt": [dict(message) for message in sample.prompt.messages],
+        "answer": sample.prompt.answer,
+        "drop": sample.drop,
+        "group": sample.group,
+        "trajectory": sample.trajectory,
+        "teachers": [context.teacher for context in sample.contexts],
     }
+    if sample.prompt.tools:
+        row["tools"] = [dict(tool) for tool in sample.prompt.tools]
+    if any(turn.messages for turn in sample.turns):
+        row["turns"] = [_turn_row(turn) for turn in sample.turns[1:]]
+        row |= {name: sample.info[name] for name in ("success", "score") if name in sample.info}
+    return row
+
+
+def _turn_row(turn: Turn) -> dict[str, Any]:
+    told = {name: turn.info[name] for name in TOLD if name in turn.info}
+    return {"role": turn.role, "messages": [dict(message) for message in turn.messages], **told}
