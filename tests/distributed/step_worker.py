@@ -31,6 +31,7 @@ from opdengine.models.chat import load_tokenizer
 from opdengine.models.sharding import whole, whole_weights
 from opdengine.training.build import build_engine
 from opdengine.training.diagnostics import gradient_diagnostics
+from opdengine.training.token_log import recompute_loss
 from opdengine.types import Batch, Prompt, Sample
 
 
@@ -132,6 +133,7 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         "gradients": gradients,
         "weights": {name: value.clone() for name, value in whole_weights(engine.student.model)},
         "metrics": [r.metrics for r in results],
+        "recomputed": [recompute_loss(arrays for _, arrays in r.tokens) for r in results],
         "head_rows": ranks.gather(engine.student.head_rows.weight.shape[0] if engine.student.has_split_head else 0),
         "sent": [part for step in sent for part in ranks.gather(step)],
         "rollouts": [ranks.join([described(sample) for sample in r.samples]) for r in results],

@@ -136,6 +136,7 @@ def settings(case: dict[str, Any], models: dict[str, str], prompt_file: str, fol
         "warmup_ratio": 0.0,
         "adam_epsilon": 1e-2,
         "max_steps": 2,
+        "log_tokens": "all",
         **case["config"],
     }
 
@@ -147,6 +148,14 @@ def test_a_step_does_not_depend_on_the_number_of_processes(found: dict[int, Any]
     same_steps(one, many, CASES[case].get("tolerance", 1e-4))
     assert len({len(targets) for _, _, targets in one["rollouts"][0]}) > 1 or case.endswith(("debate", "written"))
     assert bool(one["gradients"]) == (case != "nothing_left")
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_follows_from_the_tokens_that_all_processes_log(found: dict[int, Any], case: str, world: int) -> None:
+    of_case = found[world][case]
+    losses = [metrics.get("loss", 0.0) for metrics in of_case["metrics"]]
+    assert of_case["recomputed"] == pytest.approx(losses, rel=1e-4, abs=1e-7)
 
 
 def test_the_cases_are_what_they_say(found: dict[int, Any]) -> None:

@@ -60,7 +60,7 @@ def assert_same_run(whole: Path, other: Path, steps: int) -> None:
         same = {name for name in a if not name.startswith(("timing/", "perf/", "debate/generated", "debate/cached"))}
         assert {name: a[name] for name in same} == {name: b[name] for name in same}
     for log in LOGS:
-        files = [{p.name: p.read_text() for p in (folder / log).glob("*")} for folder in (whole, other)]
+        files = [{p.name: p.read_bytes() for p in (folder / log).glob("*")} for folder in (whole, other)]
         assert files[0] == files[1], log
     assert not [p for p in other.rglob("*") if "partial" in p.name or p.name.startswith(".step")]
 

@@ -1,0 +1,120 @@
+"""The report in a real browser (Debian's chromium, without a window): ``make test-browser``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_runs import write_agent_run, write_run
+
+from opdengine.tools.report import write_report
+
+pytestmark = pytest.mark.browser
+TABS = ("overview", "curves", "rollouts", "debates", "evaluations", "dropped", "settings")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'opdengine[browser]'")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no browser is installed: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("report")
+    runs = [write_run(root / "plain"), write_run(root / "evil", evil=True), write_agent_run(root / "agent")]
+    write_report(runs, root / "report.html")
+    return root / "report.html"
+
+
+@pytest.fixture(params=[(1280, "light"), (400, "dark")], ids=["wide", "narrow"])
+def page(request: pytest.FixtureRequest, browser: Any, report: Path) -> Iterator[Any]:
+    """An open page; at the end it has said nothing in the console, and nothing foreign has run."""
+    width, scheme = request.param
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page, said = context.new_page(), []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda asked: said.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None)
+    page.goto(f"file://{report}")
+    yield page
+    assert said == []
+    assert page.evaluate("window.harmed") is None
+    context.close()
+
+
+def test_every_part_opens_and_fits_the_width(page: Any) -> None:
+    for tab in TABS:
+        page.locator(f"nav a[href='#{tab}']").click()
+        page.wait_for_selector(f"nav a[href='#{tab}'][aria-current]")
+        assert page.locator("main > *").count() > 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"], tab
+    assert page.evaluate("document.documentElement.dataset.theme") == (
+        "light" if page.viewport_size["width"] == 1280 else "dark"
+    )
+
+
+def test_curves_are_drawn_compared_and_filtered(page: Any) -> None:
+    page.goto(page.url.split("#")[0] + "#curves")
+    page.wait_for_selector("canvas")
+    page.get_by_role("searchbox").fill("loss")
+    assert page.locator("h3").all_inner_texts() == ["loss"]
+    page.wait_for_selector(".u-legend")
+    assert page.locator(".u-legend .u-series").count() == 4  # steps and three runs
+    page.locator(".chip").nth(1).click()
+    page.wait_for_selector(".u-legend")
+    assert page.locator(".u-legend .u-series").count() == 3
+
+
+def test_rollouts_are_filtered_and_their_tokens_tell_numbers(page: Any) -> None:
+    page.goto(page.url.split("#")[0] + "#rollouts")
+    everything = page.locator(".list button").count()
+    page.locator("select[name=show]").select_option("drop:balance")
+    dropped = page.locator(".list button").count()
+    assert 0 < dropped < everything
+    assert "left out before the teachers judged" in page.locator(".detail").inner_text()
+    page.locator("select[name=show]").select_option("tokens")
+    page.locator("select[name=run]").select_option("0")
+    detail = page.locator(".detail").first.inner_text()
+    assert "question" in detail and "expected" in detail
+    page.locator("select[name=colour]").select_option("advantage")
+    page.locator(".tokens span").nth(3).hover()
+    facts = page.locator(".facts").inner_text()
+    assert "advantage" in facts and "small: share 0.75" in facts and '" word1" 50 %' in facts
+    tints = {span.get_attribute("style") for span in page.locator(".tokens span").all()[:20]}
+    assert len(tints) > 3
+    page.get_by_role("searchbox").fill("no such text")
+    assert "No rollout fits" in page.locator("main").inner_text()
+
+
+def test_turns_have_their_verdicts_in_the_margin(page: Any) -> None:
+    page.goto(page.url.split("#")[0] + "#rollouts")
+    page.locator("select[name=run]").select_option("2")
+    turns = page.locator(".turn")
+    assert "go kitchen" in turns.nth(0).inner_text() and "skip" in turns.nth(0).locator("aside").inner_text()
+    assert "You are in the kitchen." in turns.nth(1).inner_text()
+    assert "unparseable" in turns.nth(2).locator("aside").inner_text()
+
+
+def test_debates_drops_and_settings(page: Any) -> None:
+    page.goto(page.url.split("#")[0] + "#debates")
+    assert "round 2" in page.locator(".detail").inner_text() and "0.6" in page.locator(".detail").inner_text()
+    page.goto(page.url.split("#")[0] + "#dropped")
+    assert (
+        "balance" in page.locator("table:not(.u-legend)").inner_text()
+        and "(25 %)" in page.locator("table:not(.u-legend)").inner_text()
+    )
+    page.goto(page.url.split("#")[0] + "#settings")
+    table = page.locator("table:not(.u-legend)").inner_text()
+    assert "learning_rate" in table and "teachers.0.model" not in table
+    page.get_by_label("only what differs").uncheck()
+    assert "teachers.0.model" in page.locator("table:not(.u-legend)").inner_text()
