@@ -294,6 +294,8 @@ class TrainConfig(Section):
     log_tokens: Resumable[Choice[Literal["none", "sample", "all"]]] = "sample"
     """with ``log_completions``, also write token ids, log-probs, weights and advantages: of no rollout ("none"), of 8
     of each step ("sample"), or of "all", from which the loss of every step can be recomputed."""
+    print_completions_steps: Resumable[CountOrNone] = 0
+    """show one completion every so many steps, where the run is watched; 0 is never."""
     report_to: Resumable[Listed[Text]] = field(default_factory=list)
     """besides metrics.jsonl: "tensorboard"."""
     run_name: Resumable[Text] = ""

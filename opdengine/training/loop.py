@@ -138,7 +138,7 @@ class Loop:
                         result.metrics["timing/step"] = now - last
                         last = now
                         line = await self._report(result)
-                        bar.advance(number, line, self.metrics)
+                        bar.advance(number, line, self.metrics, result.samples)
             self.watch.finish(self.step)
         except OSError as error:
             if error.errno in FULL:

@@ -152,6 +152,8 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
         if config.lora is not None and config.lora.merge_final and ranks.is_first:
             merged = load_model(str(final), dtype=student_dtype(config), trust_remote_code=config.trust_remote_code)
             write_model(folder.path / "merged", merged, Ranks(), tokenizer.save_pretrained)
+        for line in bar.summary(folder.path) if progress else ():
+            logger.info("%s", line)
     finally:
         folder.release()
         writer.close()

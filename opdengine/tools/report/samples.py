@@ -154,7 +154,8 @@ def rollouts(folder: Path, texts: Texts, budget: Budget) -> dict[str, Any]:
         verdicts = _verdicts(folder, step)
         for place, (line, row) in enumerate(rows_of(files[step], ROWS, FIRST)):
             taken.append((place, step, line, _rollout(step, row, texts, verdicts)))
-    shown, unread = [], []
+    shown: list[dict[str, Any]] = []
+    unread: list[str] = []
     tokens: dict[int, TokenLog | None] = {}
     for _, step, line, row in sorted(taken, key=lambda item: item[:3]):
         if step not in tokens:
