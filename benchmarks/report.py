@@ -25,7 +25,7 @@ DEMO = ROOT / "benchmarks" / "results" / "demo.json"
 
 from findings import confidences, findings, opad_less, place
 
-from opdengine.tools.report import figure
+from opdengine.tools.figures import figure
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from opdengine.methods.debate.prompts import parse_confidence
 from opdengine.metrics import write_jsonl
-from opdengine.tools.report import curve, figure
+from opdengine.tools.figures import curve, figure
 from opdengine.training.writer import read_metrics
 from tiny import task
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from opdengine.tools.report import curve, figure
+from opdengine.tools.figures import curve, figure
 
 HERE = Path(__file__).parent
 MODELS = HERE / "models"

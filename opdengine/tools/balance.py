@@ -31,7 +31,7 @@ from opdengine.config.fields import COUNT, TOP_K, TOP_P, Range
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import DataError, drop_long, load_prompts
 from opdengine.errors import ConfigError
-from opdengine.tools.report import figure, require_matplotlib
+from opdengine.tools.figures import figure, require_matplotlib
 from opdengine.training.run_folder import require_writable
 from opdengine.types import Prompt, Request, SamplingParams
 from opdengine.workers.printing import brief

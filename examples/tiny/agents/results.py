@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from opdengine.tools.report import figure
+from opdengine.tools.figures import figure
 from opdengine.training.evaluate import wilson
 
 SPLITS = ("valid_seen", "valid_unseen")
