@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from opdengine.models.rendering import (
     text_of,
     turn_end,
 )
+from opdengine.models.thoughts import TAG
 from opdengine.types import Message
 from opdengine.workers.printing import brief
 
@@ -39,6 +41,7 @@ __all__ = [
     "stop_token_ids",
     "text_of",
     "text_of_completion",
+    "thought_marks",
     "vocabulary_size",
     "written",
 ]
@@ -200,9 +203,21 @@ def append_answer(sampled: Sequence[int], answer: Sequence[int]) -> list[int]:
 
 
 def text_of_completion(tokenizer: Any, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
-    """What a completion says, without the token that ended it, special or not, and without special tokens."""
-    said = ids[:-1] if len(ids) and ids[-1] in stop_ids else ids
-    return str(tokenizer.decode(said, skip_special_tokens=True))
+    """What a completion says, without the token that ended it, special or not, and without special tokens.
+
+    Those around thoughts stay: without them nobody could tell the thought from the answer.
+    """
+    said = list(ids[:-1] if len(ids) and ids[-1] in stop_ids else ids)
+    marks = thought_marks(tokenizer)
+    parts = [list(part) for _, part in groupby(said, key=lambda i: marks.get(i, ""))]
+    texts = [marks[p[0]] * len(p) if p[0] in marks else tokenizer.decode(p, skip_special_tokens=True) for p in parts]
+    return "".join(map(str, texts))
+
+
+def thought_marks(tokenizer: Any) -> dict[int, str]:
+    """The special tokens that begin and end thoughts, as of Magistral and Command A; most models have ordinary ones."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {i: token.content for i, token in added.items() if token.special and TAG.fullmatch(token.content)}
 
 
 def vocabulary_size(tokenizer: Any) -> int:

@@ -17,7 +17,14 @@ import numpy as np
 from opdengine.config.sections import TeacherConfig
 from opdengine.data.templates import Reader
 from opdengine.errors import ConfigError, ProbeError
-from opdengine.models.chat import PROBES, encode_answer, encode_behind, stop_token_ids
+from opdengine.models.chat import (
+    PROBES,
+    encode_answer,
+    encode_behind,
+    stop_token_ids,
+    text_of_completion,
+    thought_marks,
+)
 from opdengine.models.rendering import opening, thought_opening, turn_end
 from opdengine.models.surrogates import without_surrogates
 from opdengine.rollout.transformers import stream_key
@@ -57,9 +64,9 @@ class ServedTeacher(Configured):
         self._reader = Reader(f"teacher {config.name!r}", tokenizer, config.chat_template_kwargs)
         self.opening = thought_opening(tokenizer, config.chat_template_kwargs)
         self.window: int | None = None
-        ends = stop_token_ids(tokenizer, template_kwargs=config.chat_template_kwargs)
+        self._ends = stop_token_ids(tokenizer, template_kwargs=config.chat_template_kwargs)
         # A server stops at the eos token by itself, but need not know the end of a turn.
-        more = [i for i in ends if i != tokenizer.eos_token_id]
+        more = [i for i in self._ends if i != tokenizer.eos_token_id]
         self._stops: dict[str, Any] = {"stop_token_ids": more} if more else {}
         self._echo: Echo | None = None
         self.endpoint = Endpoint(
@@ -263,6 +270,8 @@ class ServedTeacher(Configured):
             raise BadAnswer("wrong_ids", f"no token ids: {brief(ids, 80)}")
         elif len(ids) > params.max_tokens:
             raise BadAnswer("wrong_ids", f"{len(ids)} token ids for max_tokens={params.max_tokens}: {ids[:8]}")
+        if thought_marks(self.tokenizer).keys() & set(ids):  # which the server may have left out of the text
+            text = text_of_completion(self.tokenizer, ids, self._ends)
         unknown = np.full(len(ids), np.nan, dtype=np.float32)
         return Completion(np.array(ids, dtype=np.int64), unknown, stop, text)
 

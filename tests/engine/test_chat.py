@@ -10,8 +10,19 @@ from typing import Any
 import pytest
 from engine_helpers import PROMPTS, make_config, make_engine
 
+from opdengine.config.train import TeacherConfig
 from opdengine.data.prompts import load_prompts
-from opdengine.models.chat import encode_chat, load_tokenizer, require_same_tokenizer, text_of
+from opdengine.models.chat import (
+    encode_chat,
+    load_tokenizer,
+    require_same_tokenizer,
+    text_of,
+    text_of_completion,
+    thought_marks,
+)
+from opdengine.models.thoughts import answer_part
+from opdengine.teachers.server import ServedTeacher
+from opdengine.types import Request, SamplingParams
 from opdengine.verifiers import load_verifier
 
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}]
@@ -34,6 +45,25 @@ CONVERSATION = [
 def strict(models: dict[str, str]) -> Any:
     """A tokenizer whose template, like many, prints only plain strings."""
     return load_tokenizer(models["student"], chat_template=TEMPLATE)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_marks_of_thoughts_stay_in_a_text_also_where_they_are_special_tokens(
+    models: dict[str, str], special: bool
+) -> None:
+    tokenizer = load_tokenizer(models["student"])
+    tokenizer.add_tokens(["[THINK]", "[/THINK]"], special_tokens=special)
+    eos = tokenizer.eos_token
+    ids = tokenizer.encode(f"[THINK]is it 4?[/THINK]It is{eos} 5.{eos}", add_special_tokens=False)
+    assert set(thought_marks(tokenizer).values()) == ({"[THINK]", "[/THINK]"} if special else set())
+    text = text_of_completion(tokenizer, ids, [tokenizer.eos_token_id])
+    assert text == "[THINK]is it 4?[/THINK]It is 5."
+    assert answer_part(text) == "It is 5."
+    assert text_of_completion(tokenizer, [], [1]) == ""
+    served = ServedTeacher(TeacherConfig("m", name="t", base_url="http://127.0.0.1:1/v1"), tokenizer, len(tokenizer))
+    told = {"text": "is it 4?It is 5." if special else text, "finish_reason": "stop", "token_ids": ids}
+    answer = served._completion(Request("a", (1,)), SamplingParams(max_tokens=99), {"choices": [told]})
+    assert answer.text == text
 
 
 def test_parts_tools_and_tool_results_are_rendered(strict: Any) -> None:
