@@ -57,7 +57,7 @@ def reference() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(cls: type[Section], place: str) -> Iterator[str]:
+def _table(cls: Any, place: str) -> Iterator[str]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         info = fields_of(cls)[field.name]
