@@ -190,7 +190,7 @@ def test_a_late_line_is_not_the_next_grade() -> None:
 def test_workers_that_never_come_to_work_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "deadly.py"
     file.write_text(
-        "import os, sys\nif 'opdengine.verifiers.worker' in sys.modules: os._exit(0)\n"
+        "import os, sys\nif 'opdengine.verifiers.worker' in sys.modules: os.kill(os.getpid(), 9)\n"
         "def verify(text, answer, messages): return 1.0\n"
     )
     monkeypatch.delitem(sys.modules, "opdengine.verifiers.worker", raising=False)
