@@ -1,4 +1,8 @@
-"""Sections of the configuration that belong to a method, checked when they are read."""
+"""Sections of the configuration that belong to a method, one for each paper.
+
+They stand here and not in the methods' files because :class:`opdengine.config.train.TrainConfig` names them as types:
+what a method reads (``config.sage.alpha``) is known to a type checker, and this room imports no method.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What a section of settings is: a frozen pydantic dataclass whose fields carry type, bounds, help and marks.
 
-The text below a field is its help (``opdengine settings``, ``docs/settings.md``).
+The text below a field is its help (``opdengine settings``, ``docs/settings.md``); :data:`Resumable` and
+:class:`Elsewhere` are marks. A new setting is one such field, and has to be used by something.
 """
 
 from __future__ import annotations
