@@ -117,6 +117,8 @@ class Pieces:
         if token in self._known:
             return self._known[token]
         name = self.tokenizer.convert_ids_to_tokens(token)
+        if name is None:  # a padding row of the head
+            return f"[{token}]"
         text = str(self.tokenizer.decode([token]))
         # SentencePiece leaves out the space before the first word of what it decodes.
         return f" {text}" if str(name).startswith("\u2581") and not text.startswith(" ") else text

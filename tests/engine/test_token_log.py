@@ -176,6 +176,23 @@ def test_what_a_served_teacher_lists_is_kept(models: dict[str, str], prompt_file
         assert np.isfinite(found["teacher_logprob"]).all() and np.isfinite(found["reverse_kl"]).all()
 
 
+def test_a_piece_is_what_the_token_adds_to_a_text(tokenizer: Any) -> None:
+    class SentencePiece:
+        """Leaves out the first blank when it decodes."""
+
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return ["\u2581the", "re"][token]
+
+        def decode(self, ids: list[int]) -> str:
+            return ["the", "re"][ids[0]]
+
+    assert Pieces(SentencePiece())([0, 1]) == {0: " the", 1: "re"}
+    ids = tokenizer("a lazy dog").input_ids
+    pieces = Pieces(tokenizer)
+    assert "".join(pieces(ids)[token] for token in ids) == "a lazy dog"
+    assert pieces([10**6]) == {10**6: "[1000000]"}
+
+
 def test_tokens_belong_to_completions(models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="log_tokens='all' is not possible; it belongs to log_completions: true"):
         make_config(models, prompt_file, tmp_path, log_tokens="all")

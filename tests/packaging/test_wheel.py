@@ -34,7 +34,8 @@ def test_wheel_holds_only_the_two_packages(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names}
     assert {t for t in top if not t.endswith(".dist-info")} == {"opdengine", "opd_kernels"}
-    for file in ("opdengine/py.typed", "opd_kernels/py.typed", "opdengine/methods/mad_opd.py"):
+    page = [f"opdengine/tools/report/{name}" for name in ("page.html", "views.js", "vendor/LICENSE.uPlot")]
+    for file in ("opdengine/py.typed", "opd_kernels/py.typed", "opdengine/methods/mad_opd.py", *page):
         assert file in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

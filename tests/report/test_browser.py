@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from report_runs import write_agent_run, write_run
 
+from opdengine.metrics import write_jsonl
 from opdengine.tools.report import write_report
+from tiny import demo, task
 
 pytestmark = pytest.mark.browser
 TABS = ("overview", "curves", "rollouts", "debates", "evaluations", "dropped", "settings")
@@ -38,8 +44,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=[(1280, "light"), (400, "dark")], ids=["wide", "narrow"])
 def page(request: pytest.FixtureRequest, browser: Any, report: Path) -> Iterator[Any]:
+    """The page of runs written by hand, wide and light or narrow and dark."""
+    yield from opened(browser, report, *request.param)
+
+
+def opened(browser: Any, report: Path, width: int, scheme: str) -> Iterator[Any]:
     """An open page; at the end it has said nothing in the console, and nothing foreign has run."""
-    width, scheme = request.param
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page, said = context.new_page(), []
     page.on("console", lambda message: said.append(message.text))
@@ -118,3 +128,41 @@ def test_debates_drops_and_settings(page: Any) -> None:
     assert "learning_rate" in table and "teachers.0.model" not in table
     page.get_by_label("only what differs").uncheck()
     assert "teachers.0.model" in page.locator("table:not(.u-legend)").inner_text()
+
+
+@pytest.fixture(scope="module")
+def demo_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled demo's models: a few steps of MAD-OPD and of MT-OPD."""
+    root = tmp_path_factory.mktemp("demo")
+    write_jsonl(root / "data.jsonl", [row for skill in task.SKILLS for row in task.prompts("train", skill, 6)])
+    shared = {
+        "model": demo.STUDENT, "teachers": [{"model": demo.CONVERT}, {"model": demo.COMPILE}], "dtype": "float32",
+        "train_data": [str(root / "data.jsonl")], "eval_data": [str(root / "data.jsonl")], "eval_max_prompts": 4,
+        "verifier": f"{demo.HERE / 'task.py'}:verify", "max_completion_length": 14, "max_steps": 3,
+        "per_device_train_batch_size": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0,
+    }  # fmt: skip
+    arms = {"mad_opd": {"debate": demo._debate(rounds=2)}, "mt_opd": {"divergence": "jsd"}}
+    for method, own in arms.items():
+        settings = {**shared, **own, "method": method, "output_dir": str(root / method)}
+        (root / f"{method}.yaml").write_text(yaml.safe_dump(settings))
+        command = [sys.executable, "-m", "opdengine", "train", "--config", str(root / f"{method}.yaml")]
+        subprocess.run(command, check=True, timeout=400, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    write_report([root / method for method in arms], root / "report.html")
+    return root / "report.html"
+
+
+def test_a_run_of_the_demo_is_shown_whole(browser: Any, demo_report: Path) -> None:
+    for page in opened(browser, demo_report, 1280, "light"):
+        page.wait_for_selector("canvas")
+        assert page.locator("main .card h2").all_inner_texts()[:2] == [" mad_opd", " mt_opd"]
+        page.locator("nav a[href='#rollouts']").click()
+        assert page.locator(".list button").count() == 24
+        assert "Debate of its teachers" in page.locator(".detail").inner_text()
+        offered = page.locator("select[name=colour] option").all_inner_texts()
+        assert any("gap" in name for name in offered) and any("KL" in name for name in offered)
+        page.locator(".tokens span").first.click()
+        assert "teacher_convert: KL" in page.locator(".facts").inner_text()
+        page.locator("nav a[href='#evaluations']").click()
+        assert "expected answer" in page.locator(".detail").inner_text().lower()
+        page.locator("nav a[href='#settings']").click()
+        assert "divergence" in page.locator("main").inner_text() and "jsd" in page.locator("main").inner_text()
