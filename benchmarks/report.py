@@ -297,7 +297,7 @@ def paper(method: str) -> str:
 
     found = PAPERS[method]
     rows = [f"| `{name}` | {_plain(value)} | {where} |" for name, (value, where) in found.defaults.items()]
-    chosen = "; ".join(f"`{name}` {text}" for name, text in found.choices.items())
+    chosen = "; ".join(f"`{name}` {text}" for name, text in found.choices.items()).replace("<", "&lt;")
     head = ["| taken where you say nothing | value | source |", "|---|---|---|"]
     return "\n".join(
         [*head, *rows, "", f"Not set, as they depend on data and machine; the paper's runs had: {chosen}."]
