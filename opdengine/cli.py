@@ -332,7 +332,7 @@ def _balance(config: TrainConfig, options: argparse.Namespace) -> int:
     for key, found in report["keys"].items():
         _say(f"{key or 'all prompts'}: shape {found['shape']}, {found['before']} -> {found['after']}")
     counts = f"{report['prompts_before']} -> {report['prompts_after']} prompts"
-    _say(f"{counts}: {settings.output}, {settings.beside('.png')}")
+    _say(f"{counts}: {settings.output}, {settings.path_with('.png')}")
     return 0
 
 

@@ -127,7 +127,7 @@ class Ranks:
         """Largest of the ranks' values."""
         return max(self.gather(value))
 
-    def settle(self, error: Exception | None = None) -> None:
+    def raise_on_all_ranks(self, error: Exception | None = None) -> None:
         """Go on only if no rank failed.
 
         Args:
@@ -142,13 +142,13 @@ class Ranks:
             return
         if error is not None and (lost := _lost(error, self.timeout)):
             raise lost from error  # there is nobody to agree with
-        settled = isinstance(error, PeerError)  # by an agreement within this one
-        reports = self.gather(None if error is None or settled else (type(error), str(error)))
+        already_agreed = isinstance(error, PeerError)  # by an agreement within this one
+        reports = self.gather(None if error is None or already_agreed else (type(error), str(error)))
         failed = [(rank, *report) for rank, report in enumerate(reports) if report is not None]
         if not failed:
             return
         rank, kind, message = failed[0]
-        if error is not None and (settled or rank == self.rank):
+        if error is not None and (already_agreed or rank == self.rank):
             raise error
         # The first rank's error decides, so that all ranks do the same about it.
         raise PeerError(f"rank {rank} failed ({kind.__name__}): {message}", kind) from error
@@ -159,9 +159,9 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            self.settle(error)
+            self.raise_on_all_ranks(error)
         else:
-            self.settle()
+            self.raise_on_all_ranks()
 
     def in_turn(self, work: Callable[[], T]) -> T:
         """Call what needs much of the host's memory for a while: on each machine one rank after the other.
@@ -186,16 +186,16 @@ class Ranks:
         try:
             result = await work
         except Exception as error:
-            await self._beside(error)
+            await self._raise_in_thread(error)
             raise
-        await self._beside(None)
+        await self._raise_in_thread(None)
         return result
 
-    async def _beside(self, error: Exception | None) -> None:
+    async def _raise_in_thread(self, error: Exception | None) -> None:
         if self.world_size == 1:
-            self.settle(error)
+            self.raise_on_all_ranks(error)
         else:
-            await asyncio.to_thread(self.settle, error)
+            await asyncio.to_thread(self.raise_on_all_ranks, error)
 
 
 @contextmanager

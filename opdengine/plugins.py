@@ -104,10 +104,10 @@ def _hint(error: BaseException, place: str) -> str:
     """What to do about a module that is not found."""
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return ""
-    beside = Path(place).expanduser().resolve().parent
+    folder = Path(place).expanduser().resolve().parent
     top = error.name.split(".")[0]
-    if place.endswith(".py") and any((beside / name).exists() for name in (f"{top}.py", top)):
-        return f"; it lies beside that file: set PYTHONPATH={beside}"
+    if place.endswith(".py") and any((folder / name).exists() for name in (f"{top}.py", top)):
+        return f"; it lies beside that file: set PYTHONPATH={folder}"
     if not place.endswith(".py") and place.split(".")[0] == top:
         return "; install it, set PYTHONPATH to the folder that holds it, or write path/to/file.py:name"
     return ""

@@ -32,7 +32,7 @@ class NotSelected(Exception):
 
 @dataclass(frozen=True)
 class Format:
-    """How the rows of one kind of data set are read.
+    """The layout of the rows of one kind of data set.
 
     Args:
         columns: our name -> dotted places in the row; the first that is there counts.
@@ -92,7 +92,7 @@ def find_format(name: str) -> Format:
 
 
 def look_up(row: Any, place: str) -> Any:
-    """What lies at a dotted place, None if nothing does; JSON text is read on the way."""
+    """Return the value at a dotted place, or None; JSON text is read on the way."""
     for part in place.split("."):
         if isinstance(row, str):
             try:

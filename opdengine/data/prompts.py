@@ -287,6 +287,6 @@ class ScheduledStream:
 
 
 def _stems(paths: Sequence[str]) -> list[str]:
-    """What the ids of rows without an id start with: the file's name, numbered where it is shared."""
+    """Return how the ids of rows without an id start: with the file's name, numbered where it is shared."""
     stems = [Path(path).stem for path in paths]
     return [stem if stems.count(stem) == 1 else f"{stem}#{i}" for i, stem in enumerate(stems)]

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl
 from opdengine.workers.plain import encode
 
 GENERATED = "reasoning_gym:"
-"""What the paths of generated tasks begin with."""
+"""The paths of generated tasks begin with this."""
 
 SPLITS = ("train", "eval")
 EVAL_SHARE = 5

@@ -16,7 +16,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 """Who may speak in a chat; which of them a chat template knows is found out by rendering."""
 
 SPOKEN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""What a message may hold in place of content."""
+"""A message may hold one of these in place of content."""
 
 CHAT_TEXT = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
 MESSAGE_TEXT = re.compile(r"""\s*\{\s*"(role|content)"\s*:""")

@@ -1,4 +1,4 @@
-"""What chat templates leave out: found by rendering with and without, before it could go missing in silence."""
+"""This module finds what a chat template leaves out, by rendering with and without it, before a run loses it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Reader:
         return encode_chat(self.tokenizer, messages, tools, self.template_kwargs)
 
     def left_out(self, messages: Sequence[Message], tools: Tools = ()) -> str:
-        """What the template leaves out of such a chat: "" if nothing; chats of the same shape are looked at once."""
+        """Return what the template leaves out of such a chat, or ""; chats of the same shape are examined once."""
         shape = (
             *((m.get("role"), bool(text_of(m.get("content")).strip()), bool(m.get("tool_calls"))) for m in messages),
             bool(tools),
@@ -66,7 +66,7 @@ class Reader:
         return self._known[shape]
 
     def lost(self, messages: Sequence[Message], tools: Tools = ()) -> str:
-        """What keeps the model from reading a chat in full: an error of the template, or what it leaves out."""
+        """Return why the model cannot read a chat in full: an error of the template, or what it leaves out."""
         try:
             render(self.tokenizer, messages, tools, self.template_kwargs)
             return self.left_out(messages, tools)
@@ -74,7 +74,7 @@ class Reader:
             return str(error).removeprefix("the chat template ")
 
     def unread(self, prompts: Iterable[Prompt]) -> dict[str, str]:
-        """What cannot be read, by the prompt's id."""
+        """Return the prompts that cannot be read, as id -> reason."""
         found = {}
         for prompt in prompts:
             if self.keys and prompt.key not in self.keys:
@@ -160,7 +160,7 @@ def readable(prompts: PromptSet, readers: Sequence[Reader], *, skip_bad_rows: bo
 
 
 def check_templates(readers: Sequence[Reader], *, converses: bool, judges: bool = False) -> None:
-    """What is known of templates without data.
+    """Return what is known of templates without data.
 
     Args:
         readers: the student, then the teachers.

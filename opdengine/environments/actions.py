@@ -1,4 +1,4 @@
-"""What a student's message asks the environment to do; whatever it holds, nothing here raises.
+"""This module reads the action out of a student's message; whatever the message holds, nothing here raises.
 
 Formats: a bare action; ReAct lines (arXiv 2210.03629); search tags as in SAGE-OPD (arXiv 2606.19659, App. C);
 tool calls in the markup of the Hermes and Qwen chat templates. Thoughts in ``<think>`` are put aside first.
@@ -24,7 +24,7 @@ CALL, CALL_END = "<tool_call>", "</tool_call>"
 
 @dataclass(frozen=True)
 class Action:
-    """What to execute, or why there is nothing to execute.
+    """An action to execute, or the reason why there is none.
 
     Args:
         name: the action's text; for search "search" or "answer"; for a tool call the tool's name.

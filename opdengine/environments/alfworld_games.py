@@ -61,7 +61,7 @@ class Room:
     things: tuple[str, ...]
 
     def places(self, thing: str) -> tuple[Receptacle, ...]:
-        """Where such a thing may lie."""
+        """Return the receptacles where such a thing may lie."""
         fits = _knowledge().fits
         if thing == LAMP:
             return tuple(r for r in self.receptacles if r.kind in LAMP_PLACES)
@@ -70,7 +70,7 @@ class Room:
 
 @dataclass(frozen=True)
 class _Knowledge:
-    """What the package knows: where things fit, what can be done to them, what opens, what can be carried."""
+    """The package's knowledge: where things fit, what can be done to them, what opens, what can be carried."""
 
     fits: Mapping[str, frozenset[str]]
     actions: Mapping[str, frozenset[str]]
@@ -80,7 +80,7 @@ class _Knowledge:
 
 
 def package_folder() -> Path:
-    """Where the ``alfworld`` package lies, without importing it.
+    """Return the folder of the ``alfworld`` package without importing it.
 
     Raises:
         ImportError: it is not installed; names the pip command.

@@ -1,4 +1,4 @@
-"""What a worker's lines of JSON must be: read strictly, since anything may come out of a process that went wrong."""
+"""A worker's lines of JSON are read strictly here, since a process that went wrong may print anything."""
 
 from __future__ import annotations
 

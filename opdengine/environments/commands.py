@@ -1,4 +1,4 @@
-"""What the environments of text commands share: ReAct messages in, observations and command lists out."""
+"""Environments of text commands share this base: ReAct messages in, observations and command lists out."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def optional(module: str, extra: str) -> Any:
 
 @dataclass(frozen=True)
 class View:
-    """What an engine shows: after a reset, and after each command.
+    """The text and state that an engine shows after a reset and after each command.
 
     Args:
         observation: its text.
@@ -106,7 +106,7 @@ class CommandEnvironment:
 
     name: str
     rules: str
-    """What the system message says about the world and its commands."""
+    """Return what the system message says about the world and its commands."""
     demonstration: str = ""
     """An example that the system message ends with."""
     options: CommandOptions

@@ -1,4 +1,4 @@
-"""What an environment is: chat messages in, chat messages out, with Gymnasium's words.
+"""An environment takes chat messages and answers with chat messages; the words are Gymnasium's.
 
 A class is an environment when it has the methods of :class:`Environment`; nothing need be inherited.
 One object plays one episode at a time and lives in a worker process of its own
@@ -62,7 +62,7 @@ def check_number(name: str, value: Any, most: float = math.inf) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """What came of one message of the student.
+    """The answer of an environment to one message of the student.
 
     Args:
         messages: the environment's answer ("user" or "tool" messages); may be empty at the end.

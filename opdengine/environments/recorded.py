@@ -81,7 +81,7 @@ class Record:
 
     @property
     def turns(self) -> list[int]:
-        """Where the assistant's turns stand in the messages."""
+        """Return the places of the assistant's turns in the messages."""
         return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
 
 

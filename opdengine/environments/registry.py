@@ -29,7 +29,7 @@ POOL_OPTIONS = ("network",)
 """Options that are for :class:`opdengine.environments.pool.EnvironmentPool` and not for an environment's class."""
 
 MOST = 1e12
-"""Of any number in the options of a built-in environment."""
+"""The bound of any number in the options of a built-in environment."""
 
 METHODS = ("tasks", "reset", "step", "close")
 

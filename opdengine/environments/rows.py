@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def checked_rows(path: str, check: Callable[[str, Mapping[str, Any]], T], *, skip_bad_rows: bool = False) -> list[T]:
-    """What ``check`` makes of each row of a file.
+    """Return what ``check`` makes of each row of a file.
 
     Args:
         path: as :func:`opdengine.data.prompts.read_rows` reads it.

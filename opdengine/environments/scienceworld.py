@@ -73,7 +73,7 @@ REFUSALS = re.compile(
     r"|isn't open| is already (open|closed|activated|deactivated|connected)|appears broken| is empty, so"
     r"|does not contain any liquids|doesn't appear to go anywhere|can't be poured| aren't able to move)"
 )
-"""How the simulator begins to say that it did not do what it was told."""
+"""The simulator's answer begins like this where it did not do what it was told."""
 
 RULES = """You do a science experiment in a house with several rooms and a garden. Each turn you give one command and
 read what comes of it. Focus only on what the task names: to focus on anything else ends the experiment in failure.
@@ -212,7 +212,7 @@ class ScienceWorld(CommandEnvironment):
         )
 
     def _gold(self) -> str:
-        """Of the simulator's own solution, which is known from the start of the episode only."""
+        """Return the simulator's own solution, which is known from the start of the episode only."""
         if self._way is None:
             self._load(gold=True)
             self._way = list(self._engine.get_gold_action_sequence())

@@ -11,7 +11,7 @@ STATES = ("open", "closed", "locked")
 
 
 class World:
-    """What can be seen of the world.
+    """The part of the world that can be seen.
 
     Args:
         facts: propositions of the engine, with the names that the commands use.
@@ -26,7 +26,7 @@ class World:
         self._room = next(place for thing, place in self._facts["at"] if thing == "P")
 
     def tell(self, command: str) -> str:
-        """What came of a command that was executed."""
+        """Return what came of a command that was executed."""
         verb, _, rest = command.partition(" ")
         if verb in ("look", "go"):
             return self.here()
@@ -49,7 +49,7 @@ class World:
         return "\n".join(lines)
 
     def carried(self) -> str:
-        """What the player holds."""
+        """Return the things that the player holds."""
         held = sorted(thing for thing, place in self._facts["in"] if place == "I")
         return f"You carry: {_list(held)}." if held else "You carry nothing."
 

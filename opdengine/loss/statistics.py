@@ -28,7 +28,7 @@ class Statistics:
         self._values: dict[str, list[np.ndarray]] = {}
 
     def add_divergence(self, names: Sequence[str], samples: Sequence[Sample], stats: TokenStats) -> None:
-        """Note what the fused op returned as statistics of these samples."""
+        """Add the statistics that the fused op returned for these samples."""
         self._extend("student_entropy", stats.student_entropy)
         if stats.gap is not None:
             self._extend("gap", stats.gap)
@@ -61,7 +61,7 @@ class Statistics:
             noted["divergence"] = own
 
     def add_student(self, samples: Sequence[Sample], logprob: torch.Tensor, entropy: torch.Tensor) -> None:
-        """Note the student's own statistics where no exact divergence does."""
+        """Add the student's own statistics where no exact divergence adds them."""
         self._extend("student_entropy", entropy)
         self._note(samples, "student_logprob", logprob)
         self._note(samples, "student_entropy", entropy)
@@ -76,7 +76,7 @@ class Statistics:
         kl: torch.Tensor | None,
         samples: Sequence[Sample] = (),
     ) -> None:
-        """Note what is known of a teacher's truncated list.
+        """Add what is known from a teacher's truncated list.
 
         Args:
             name: of the teacher.
@@ -101,7 +101,7 @@ class Statistics:
             self._note(samples, field, None if values is None else values[:, None], 0, name)
 
     def add_logprob(self, samples: Sequence[Sample], logprob: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-        """Note the log-probs of targets that have an advantage.
+        """Add the log-probs of targets that have an advantage.
 
         Args:
             samples: whose targets these are.
@@ -115,7 +115,7 @@ class Statistics:
         self._note(samples, "student_logprob", logprob)
 
     def add_measured(self, sample: Sample) -> None:
-        """Note what was measured before the update, for steps in which no divergence tells it."""
+        """Add what was measured before the update, for steps that compute no divergence."""
         if sample.student_logprob is None:
             return
         if sample.sampler_logprob is not None:
@@ -176,7 +176,7 @@ class Statistics:
         self._values.setdefault(name, []).append(flat[~np.isnan(flat)])
 
     def join(self, ranks: Ranks) -> None:
-        """Have the values of all ranks."""
+        """Replace the values of this rank by those of all ranks."""
         parts = ranks.gather(({name: self.get(name) for name in self._values}, self.tokens))
         self._values = {}
         for part, tokens in parts:

@@ -2,7 +2,7 @@
 
 Instead of gathering the head [V, d] and reducing its gradient, the ranks gather the hidden states of a
 micro-batch. No rank needs a whole head of the student for the update, nor its gradient, and the products
-are the same ones, shared differently. It pays where V is large beside the tokens of a micro-batch, and
+are the same ones, shared differently. It pays where V is large compared with the tokens of a micro-batch, and
 less with tied embeddings, whose matrix is still gathered to look the tokens up.
 """
 
@@ -25,7 +25,7 @@ from opdengine.types import Hidden, Prompt, Sample, TeacherTargets, Turn
 
 @dataclass(frozen=True)
 class VocabParallel:
-    """What the ranks exchange for a loss over a split vocabulary.
+    """The exchange between ranks for a loss over a split vocabulary.
 
     Args:
         ranks: all of them hold rows of the head, in their order.
@@ -148,7 +148,7 @@ class _JoinRows(torch.autograd.Function):
 
 
 def without_tokens(sample: Sample) -> Sample:
-    """What the loss needs of a sample, as it travels: no prompt, and hidden states go by a collective of their own."""
+    """Return the part of a sample that travels to other ranks: no prompt, and hidden states travel separately."""
     none = np.zeros(0, dtype=np.int64)
     targets = Turn("assistant", sample.target_ids, sample.sampler_logprob, trains=True)
     return Sample(

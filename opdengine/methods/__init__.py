@@ -1,4 +1,4 @@
-"""The methods by name. Each is one small file that reads beside its paper."""
+"""This module maps the names of methods to their classes. Each class stands in one file, to be read with its paper."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ METHODS: dict[str, type[Method]] = {
 }
 
 PAPERS = {name: method.paper for name, method in METHODS.items() if method.paper is not None}
-"""What a run takes where it says nothing. Baselines have the settings of the method that they are compared with; plain
-"opd" is a baseline of every paper and has none."""
+"""The settings that a run takes from its paper where the user sets none. A baseline has the settings of the method that
+it is compared with; plain "opd" is a baseline of every paper and has none."""
 
 
 def build_method(config: TrainConfig) -> Method:

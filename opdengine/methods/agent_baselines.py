@@ -1,4 +1,4 @@
-"""What SAGE-OPD is compared with beside plain OPD over all turns (arXiv 2606.19659, appendix A).
+"""The baselines that SAGE-OPD is compared with, in addition to plain OPD (arXiv 2606.19659, appendix A).
 
 TCOD trains on the first turns of every trajectory, more of them as training goes on (equation 25); its loss is
 the mean over the tokens of these turns, as if the trajectories ended there.
@@ -48,7 +48,7 @@ class TCOD(OPD):
         batch.metrics["tcod/turns_kept"] = Mean(kept / max(count, 1), count)
 
     def weigh(self, batch: Batch) -> None:
-        """The mean over the tokens of turns with weight: of the step, or of each sample (``loss_normalization``)."""
+        """Take the mean over tokens of turns with weight, of the step or of each sample (``loss_normalization``)."""
         super().weigh(batch)
         scope: Literal["batch", "trajectory"] = "batch" if self.config.loss_normalization == "token" else "trajectory"
         normalise(batch, self.ranks, SageConfig(normalization_scope=scope))
@@ -62,7 +62,7 @@ class EntropyOPD(OPD):
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """Where all tokens lie on one side of tau the method does nothing."""
+        """The run warns where all tokens lie on one side of tau, because the method then does nothing."""
         alike = Check(
             "entropy_aware/alike",
             "entropy_aware/tokens",

@@ -31,7 +31,7 @@ from opdengine.teachers import Teacher
 from opdengine.types import Batch, Prompt, Sample
 
 TOLERANCE = 1e-6
-"""Of a share and of a count: what only rounding has moved beyond a bound has reached it."""
+"""A share or a count that misses a bound by less than this has reached it: only rounding lies between."""
 
 
 PAPER = Paper(
@@ -57,7 +57,7 @@ PAPER = Paper(
         "weight_decay": "unstated",
     },
 )
-"""Those of schedule and selection are the defaults of :class:`opdengine.config.method_sections.CaMOPDConfig`."""
+"""The paper's schedule and selection are the defaults of :class:`opdengine.config.method_sections.CaMOPDConfig`."""
 
 
 class CaMOPD(Method):
@@ -79,7 +79,7 @@ class CaMOPD(Method):
         return "domain" if prompt.key in self.settings.domain else "general"
 
     def schedule(self, step: int) -> Mapping[str, float]:
-        """Equation 5, or the mixture of the two branches."""
+        """Return the shares of equation 5, or those of a mixture of the two branches."""
         n = self.settings.n_general
         if self.settings.schedule == "mixed":
             return {"general": n / (n + 1), "domain": 1 / (n + 1)}
@@ -99,25 +99,25 @@ class CaMOPD(Method):
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """What of gaps and selection can come to nothing."""
+        """The ways in which gaps and selection can fail without an error."""
         return (*CHECKS, *selection_checks(self.settings))
 
     def room(self, prompt: Prompt) -> list[Need]:
-        """What the branch's teachers read."""
+        """The tokens that the branch's teachers read."""
         return plain_room(self.config, prompt, self.teachers_of(prompt))
 
     def weigh(self, batch: Batch) -> None:
-        """Equation 9 on the rollouts that equations 6 to 8 select."""
+        """Select rollouts by equations 6 to 8 and weigh their tokens by equation 9."""
         self.choose(batch)
         scale = {"general": self.settings.r_g, "domain": self.settings.r_d}
         self.gradient.weigh(batch, self.ranks, scale=[scale[self.stream_of(s.prompt)] for s in batch])
 
     def weigh_alike(self, batch: Batch) -> None:
-        """The loss of every rollout as if all were selected and r_g = r_d = 1, for the gradient diagnostics."""
+        """Weigh every rollout as if all were selected and r_g = r_d = 1, for the gradient diagnostics."""
         self.gradient.weigh(batch, self.ranks)
 
     def choose(self, batch: Batch) -> None:
-        """Drop what is not selected, branch by branch over the whole step."""
+        """Drop the rollouts that are not selected, branch by branch over the whole step."""
         c, samples = self.settings, list(batch)
         gap = [gap_of(sample) for sample in samples]
         kinds = {"general": (c.score_g, c.rho_g), "domain": (c.score_d, c.rho_d)}

@@ -1,6 +1,6 @@
-"""What falls apart without an error is said aloud, once; a run that trains nothing ends with a failure.
+"""A method that fails without an error is warned about once; a run that trains nothing ends with a failure.
 
-A method declares what it counts and from which share on that means trouble (:class:`Check`, in its recipe).
+A method declares what it counts and from which share on that means trouble (:class:`Check`).
 Counts are those of all processes, so all come to the same end; the first one speaks.
 """
 
@@ -51,7 +51,7 @@ class Check:
     share: float = 0.5
 
     def counts(self, metrics: Mapping[str, float]) -> tuple[float, float]:
-        """How many failed, of how many."""
+        """Return how many failed, and of how many."""
         return _count(metrics, self.failed), metrics.get(self.total, 0.0)
 
     def fires(self, metrics: Mapping[str, float]) -> bool:
@@ -102,7 +102,7 @@ GENERAL = (
         "try the verifier alone on some of them, or raise verifier_timeout", ROLLOUTS,
     ),
 )  # fmt: skip
-"""Of every method."""
+"""The checks of every method."""
 
 
 @dataclass

@@ -47,10 +47,10 @@ BASELINES = Paper(
         "max_steps": "one epoch: 234 for code, 125 for tool use",
     },
 )
-"""What all arms of the paper share."""
+"""The settings that all arms of the paper share."""
 
 PAPER = replace(BASELINES, choices={**BASELINES.choices, "debate.prompts": "code, tools"})
-"""Other settings of the debate are the defaults of :class:`opdengine.config.method_sections.DebateConfig`."""
+"""The paper's debate is the default of :class:`opdengine.config.method_sections.DebateConfig`."""
 
 
 class MADOPD(Method):

@@ -1,4 +1,4 @@
-"""What a method of distillation is. The training loop knows this class and no paper.
+"""This module defines what a method of distillation is. The training loop knows this class and no paper.
 
 A paper overrides what it changes, in one file. In a step the hooks are called in the order in which they stand here;
 each changes the samples of a :class:`opdengine.types.Batch` in place.
@@ -24,17 +24,17 @@ from opdengine.types import Batch, Message, Prompt, Sample, TeacherContext
 MEASURES = frozenset(
     {"student_logprob", "teacher_logprob", "teacher_top1", "teacher_entropy", "policy_logratio", "sampler_logratio"}
 )
-"""What :attr:`Method.needs` may name: fields of a sample that are measured before the update."""
+"""The names that :attr:`Method.needs` may hold: fields of a sample that are measured before the update."""
 
 MAX_TEACHERS = 8
 
 
 class Contexts(Protocol):
-    """Chooses under which contexts and with which weights teachers judge; may ask them to write."""
+    """An object that chooses what teachers read and how they are weighted. It may ask them to write."""
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """What of them can come to nothing."""
+        """The ways in which these contexts can fail without an error."""
         ...
 
     async def __call__(self, batch: Batch, teachers: Sequence[Teacher]) -> None:
@@ -42,7 +42,7 @@ class Contexts(Protocol):
         ...
 
     def room(self, prompt: Prompt, teachers: Sequence[Teacher]) -> list[Need]:
-        """What they ask of the teachers' windows."""
+        """The tokens that the teachers' windows must hold for one prompt."""
         ...
 
 
@@ -88,11 +88,11 @@ class Method:
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """Shares of a step's counts from which on the method has fallen apart."""
+        """The ways in which the method can fail without an error; the run warns at the first step that shows one."""
         return self.contexts.checks
 
     def room(self, prompt: Prompt) -> list[Need]:
-        """What the method asks of the teachers' windows for one prompt; all of it must fit."""
+        """The tokens that the teachers' windows must hold for one prompt; all of them must fit."""
         return self.contexts.room(prompt, self.teachers)
 
     # Which data a step draws.

@@ -1,4 +1,4 @@
-"""What a paper sets for a run of its method: declared in the method's file, taken where the user says nothing.
+"""A paper's settings are declared in its method's file and taken where the user sets nothing.
 
 A default is a setting that decides what is learned: the loss, how the student is sampled, the optimiser. Lengths, batch
 and steps depend on data and machine; a run keeps its own and is told the paper's.
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from opdengine.config.train import TrainConfig
 
 UNSTATED = "unstated"
-"""How the source of a default begins that the paper leaves open; what follows says why it is this value."""
+"""The source of a default begins with this word where the paper leaves it open; the rest says why it is this value."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Paper:
         return filled
 
     def report(self, config: TrainConfig, processes: int = 1) -> list[str]:
-        """What a run has of the paper, what it has otherwise, and what it has to choose itself; one line each.
+        """Say which settings of a run are the paper's, which differ, and which it has to choose itself; one line each.
 
         Args:
             config: of the run.

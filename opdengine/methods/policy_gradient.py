@@ -25,7 +25,7 @@ from opdengine.types import Batch, Sample
 logger = logging.getLogger(__name__)
 
 MEASURES = frozenset({"student_logprob", "teacher_logprob", "teacher_entropy"})
-"""What gaps are made of; the entropy shows a dead teacher."""
+"""The measures that a gap needs. The entropy is there because it shows a dead teacher."""
 
 RATIOS = {"none": "", "truncated": "sampler_logratio", "band": "sampler_logratio", "clip": "policy_logratio"}
 """The ratio of each kind of importance weight: a field of :class:`opdengine.types.Sample`.
@@ -139,7 +139,7 @@ CHECKS = (
         "ratio is known and their weight is 1", "set advantage.importance to none if that is meant",
     ),
 )  # fmt: skip
-"""Of methods with a :class:`PolicyGradient`."""
+"""The checks of every method that has a :class:`PolicyGradient`."""
 
 
 def gap_of(sample: Sample) -> np.ndarray:

@@ -49,7 +49,7 @@ Query = tuple[Sample, int, Turn, tuple[Message, ...]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is decided about one turn.
+    """The decision about one turn.
 
     Args:
         label: "skip", "weak", "strong", "det_fail" (without asking), or why no answer could be used:
@@ -143,13 +143,13 @@ class Judge:
 
 
 def answer_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Of how many turns the judge was asked, and of how many it gave no verdict, by reason."""
+    """Count the turns that the judge was asked about, and those without a verdict by reason."""
     lost = Counter(v.label for v in verdicts if v.label not in LABELS)
     return {"sage/asked": float(len(verdicts)), **{f"sage/unanswered/{label}": float(n) for label, n in lost.items()}}
 
 
 def judge_checks(config: SageConfig) -> tuple[Check, ...]:
-    """Turns of which the judge says nothing weigh ``judge_fallback``: of too many that is another method."""
+    """The run warns where many turns have no verdict: they weigh ``judge_fallback``, which makes it another method."""
     asked, fallback = "sage/asked", f"and weigh sage.judge_fallback={config.judge_fallback}"
     return (
         Check(
@@ -199,7 +199,7 @@ def turn_metrics(verdicts: Sequence[Verdict], places: Sequence[int]) -> dict[str
 
 
 def _info_before(sample: Sample, index: int) -> Mapping[str, Any]:
-    """What the environment reported last before a turn."""
+    """Return what the environment reported last before a turn."""
     earlier = [t.info for t in sample.turns[:index] if t.role == "assistant"]
     return earlier[-1] if earlier else sample.info
 
@@ -215,6 +215,6 @@ def _history(sample: Sample, chat: Sequence[Message]) -> str:
 
 
 def _seed(query: Query) -> int:
-    """Of the judge's sampling, where its temperature is not 0: another one for every turn of every step."""
+    """Return the seed of the judge's sampling: another one for every turn of every step."""
     sample, index, *_ = query
     return zlib.crc32(f"{sample.policy_version}:{sample.id}:{index}".encode())

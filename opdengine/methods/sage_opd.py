@@ -54,7 +54,8 @@ PAPER = Paper(
         "max_grad_norm": "unstated",
     },
 )
-"""Judge, confidence, normalisation: the defaults of :class:`opdengine.config.method_sections.SageConfig`."""
+"""The paper's judge, confidence and normalisation are the defaults of
+:class:`opdengine.config.method_sections.SageConfig`."""
 
 
 class SAGEOPD(Method):
@@ -76,11 +77,11 @@ class SAGEOPD(Method):
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """What of debates and verdicts can come to nothing."""
+        """The ways in which debates and verdicts can fail without an error."""
         return (*super().checks, *judge_checks(self.settings))
 
     def room(self, prompt: Prompt) -> list[Need]:
-        """What the teachers read, and the judge's question."""
+        """The tokens that the teachers read, and those of the judge's question."""
         needs = super().room(prompt)
         judge = route(self.teachers, prompt.key)[0]
         return [*needs, self.judge.need(prompt, judge)] if self.settings.use_judge else needs
@@ -114,13 +115,13 @@ class SAGEOPD(Method):
         ]  # fmt: skip
 
     def select(self, batch: Batch) -> None:
-        """For the controls: give the weights of the step to other turns of it."""
+        """Give the weights of the step to other turns of it, where a control asks for that."""
         if self.settings.intervention != "judge":
             move_weights(batch, self.ranks, self.settings.intervention, self.config.seed)
 
     def weigh(self, batch: Batch) -> None:
         """kl_weight = Z s_t on every token of turn t (or that weight on its advantage; see ``sage.kl_mode``)."""
-        super().weigh(batch)
+        super().weigh(batch)  # kl_weight is i_t now
         if self.settings.use_confidence:
             for sample in batch:
                 assert sample.kl_weight is not None

@@ -36,7 +36,8 @@ from opdengine.metrics import Mean, mean
 from opdengine.types import Batch, Sample
 
 ROUNDING = 1e-9
-"""Of a product of a count and a ratio: 33 / 0.55 is 60, not the 59 that binary numbers make of it."""
+"""This much is added before a product of a count and a ratio is rounded down: 33 / 0.55 is 60, and binary numbers make
+it slightly less."""
 
 LEAST_KEPT = 0.25
 """Share of each kind that :func:`narrowing` never removes."""
@@ -69,7 +70,7 @@ PAPER = Paper(
         "max_steps": "about 50",
     },
 )
-"""Those of balance and margin are the defaults of :class:`opdengine.config.method_sections.UniOPDConfig`."""
+"""The paper's balance and margin are the defaults of :class:`opdengine.config.method_sections.UniOPDConfig`."""
 
 
 class UniOPD(Method):
@@ -91,7 +92,7 @@ class UniOPD(Method):
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """What of debates, gaps and outcomes can come to nothing."""
+        """The ways in which debates, gaps and outcomes can fail without an error."""
         return (*super().checks, *CHECKS, *outcome_checks(self.settings))
 
     def is_correct(self, sample: Sample) -> bool:
@@ -111,7 +112,7 @@ class UniOPD(Method):
                 batch.metrics[name] = mean(labels)
 
     def weigh(self, batch: Batch) -> None:
-        """Gaps as advantages, plus the outcome's term."""
+        """Set the gaps as advantages and add the outcome's term."""
         samples, settings = list(batch), self.settings
         gap = [gap_of(sample) for sample in samples]
         # Episodes with a weight of 0 on every turn were not judged: they have no return.
@@ -211,7 +212,7 @@ def need_groups(config: TrainConfig) -> None:
 
 
 def balanced_counts(correct: int, incorrect: int, ratio: float) -> tuple[int, int]:
-    """How many of each kind to keep for ``correct : incorrect = ratio : 1``; never adds, never empties a set.
+    """Return how many of each kind to keep for ``correct : incorrect = ratio : 1``; never adds, never empties a set.
 
     A set of one kind is kept whole, as is one that is too small for the ratio. Ratio 0 keeps
     only incorrect ones, infinity only correct ones (where there are any).
@@ -314,7 +315,7 @@ def margin(correct: np.ndarray, incorrect: np.ndarray, statistic: str) -> float:
 
 
 def shifts(returns: np.ndarray, correct: np.ndarray, delta: float, statistic: str, direction: str) -> np.ndarray:
-    """What to add to every token of each sample so that the margin is ``delta`` (equation 11).
+    """Return what is added to every token of each sample so that the margin is ``delta`` (equation 11).
 
     Args:
         returns: float [N].
@@ -365,7 +366,7 @@ def narrowing(returns: np.ndarray, correct: np.ndarray, delta: float, statistic:
 
 
 def consistency(returns: np.ndarray, correct: np.ndarray, groups: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Does the teacher rank correct above incorrect answers of a prompt? Shares of groups and of pairs."""
+    """Return how often the teacher ranks correct above incorrect answers of a prompt: shares of groups and of pairs."""
     kinds = {"all_correct": 0, "all_wrong": 0, "consistent": 0, "violated": 0}
     inverted = pairs = 0
     for members in groups:

@@ -111,7 +111,7 @@ def avoid_flash(model: Any) -> None:
 
 
 def choose_attention(wanted: str, device: str | torch.device) -> str:
-    """What "auto" stands for on a device: flash-attn on a GPU where it is installed, else SDPA."""
+    """Return what "auto" means on a device: flash-attn on a GPU where it is installed, else SDPA."""
     if wanted != "auto":
         return wanted
     has_flash = torch.device(device).type == "cuda" and importlib.util.find_spec("flash_attn") is not None
@@ -130,7 +130,7 @@ def read_window(path: str, *, trust_remote_code: bool = False) -> int | None:
 
 
 def read_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype | None:
-    """What a model's weights are stored in, from its configuration alone; None if it does not say."""
+    """Return the dtype of a model's weights from its configuration alone; None if it names none."""
     config = read_config(architecture(path), trust_remote_code)
     return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
 
@@ -200,11 +200,11 @@ class Backbone:
             )
         self._scale, self._softcap = _head_constants(model.config.get_text_config())
         self.regimes = ONE_REGIME
-        self.within(self._prove_head)
-        self.regimes = self.within(self._find_regimes)
-        self.layout = self.within(self._choose_layout)
+        self.with_weights(self._prove_head)
+        self.regimes = self.with_weights(self._find_regimes)
+        self.layout = self.with_weights(self._choose_layout)
         trained = any(p.requires_grad for p in model.parameters())
-        self.has_dropout = trained and self.within(self._changes_in_training)
+        self.has_dropout = trained and self.with_weights(self._changes_in_training)
 
     @property
     def device(self) -> torch.device:
@@ -236,8 +236,8 @@ class Backbone:
         bias = getattr(layer, "bias", None)
         return Head(layer.weight.to_local(), None if bias is None else bias.to_local(), self._scale, self._softcap)
 
-    def within(self, function: Callable[[], T]) -> T:
-        """Call what uses the weights. Where ranks split them, the head is whole meanwhile."""
+    def with_weights(self, function: Callable[[], T]) -> T:
+        """Call a function that uses the weights. Where ranks split them, the head is whole during the call."""
         if self.sharded is None or self._whole:
             return function()
         self._whole = True
@@ -265,8 +265,8 @@ class Backbone:
         batch = pack([np.zeros(2, dtype=np.int64)], max_tokens=2, layout="padded")[0]
         return self.hidden(batch, [np.array([1])])
 
-    def nothing(self, hidden: torch.Tensor) -> torch.Tensor:
-        """0, whose gradient of every parameter is 0, from the result of :meth:`idle`."""
+    def without_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return a loss of 0 from the result of :meth:`idle`; its gradient is 0 for every parameter."""
         if self.has_split_head:  # its gradient is none of this pass's
             return 0.0 * hidden.float().sum()
         return 0.0 * self.head.logits(hidden.to(self.head.weight.dtype)).float().sum()
@@ -305,7 +305,7 @@ class Backbone:
 
         Those of a whole step would fill a GPU; the loss takes those of a micro-batch back.
         """
-        return self.within(lambda: self._score(sequences, target_positions))
+        return self.with_weights(lambda: self._score(sequences, target_positions))
 
     def _score(self, sequences: Sequence[np.ndarray], target_positions: Sequence[np.ndarray]) -> list[torch.Tensor]:
         result: list[torch.Tensor | None] = [None] * len(sequences)
@@ -361,7 +361,7 @@ class Backbone:
 
     @contextmanager
     def _head_in_place(self) -> Iterator[None]:
-        """The model's own forward pass can be run within; for this a split head is put together."""
+        """Return a context in which the model's own forward pass can run; a split head is put together for it."""
         layer = self.model.get_output_embeddings()
         split = dict(layer.named_parameters(recurse=False)) if self.has_split_head else {}
         for name, parameter in split.items():

@@ -203,7 +203,7 @@ def append_answer(sampled: Sequence[int], answer: Sequence[int]) -> list[int]:
 
 
 def text_of_completion(tokenizer: Any, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
-    """What a completion says, without the token that ended it, special or not, and without special tokens.
+    """Return the text of a completion, without special tokens and without the token that ended it.
 
     Those around thoughts stay: without them nobody could tell the thought from the answer.
     """

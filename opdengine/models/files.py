@@ -181,7 +181,7 @@ def _predicts_later(name: str, config: Any) -> bool:
 
 
 def _saved_as(model: Any) -> str:
-    """Of which class the model was saved, if it was another."""
+    """Return the class that the model was saved as, if it was another."""
     saved = getattr(model.config, "architectures", None) or []
     return f" (it was saved as {saved[0]})" if saved and saved[0] != type(model).__name__ else ""
 

@@ -190,7 +190,7 @@ def architecture(path: str) -> str:
 
 
 def policy(model: Any) -> tuple[Iterable[tuple[str, torch.Tensor]], LowRank | None]:
-    """What a sampler needs: the whole model by its ``state_dict`` names, and what an adapter adds.
+    """Return what a sampler needs: the whole model by its ``state_dict`` names, and what an adapter adds.
 
     Returns:
         All weights (of the base, which never change, where there is an adapter; nothing is read before

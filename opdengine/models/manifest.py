@@ -1,4 +1,4 @@
-"""What a checkpoint consists of, with hashes, so that damage is noticed before anything is trained on it.
+"""A manifest lists the files of a checkpoint with hashes, so that damage is noticed before anything is trained on it.
 
 Large files are hashed in parts, in threads, while the system still writes them to the disk: the hash of a
 file of one part is what ``sha256sum`` prints.
@@ -47,7 +47,7 @@ def flush(path: Path) -> None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None where nothing is.
+    """Return what is wrong with a checkpoint, with the name of the file; None where it is whole.
 
     Of one without a manifest, which earlier versions wrote, only the form of the files can be checked.
     """

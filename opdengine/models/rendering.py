@@ -1,4 +1,4 @@
-"""What a chat template prints: the text of a chat, what opens an answer and what ends it."""
+"""This module finds out what a chat template prints: the text of a chat, what opens an answer and what ends it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def apply_template(
     what: str = "a chat",
     **how: Any,
 ) -> Any:
-    """What the chat template makes of a chat.
+    """Return the text that the chat template makes of a chat.
 
     Args:
         what: is rendered, for the error.
@@ -106,7 +106,7 @@ def render(
 
 
 def arguments_form(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> str:
-    """How the chat template takes the arguments of tool calls: as a "mapping", or as "text" of JSON.
+    """Return how the chat template takes the arguments of tool calls: as a "mapping", or as "text" of JSON.
 
     A template that writes JSON would quote a text once more; one that pastes text would print a mapping in Python's
     words. "" where neither comes out right: then they are handed over as they are.
@@ -162,7 +162,7 @@ def _call_with_arguments(call: Any, form: str) -> Any:
 
 
 def opening(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> str:
-    """What stands between the words of a user and the answer."""
+    """Return the text between the words of a user and the answer."""
     text = render(tokenizer, [{"role": "user", "content": MARK}], (), template_kwargs)
     return text.rpartition(MARK)[2]
 

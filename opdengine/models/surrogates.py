@@ -7,7 +7,7 @@ from typing import Any
 
 
 def surrogate_in(text: str) -> int | None:
-    """Where a text holds a code point that UTF-8 cannot write; None: nowhere."""
+    """Return the place of the first code point that UTF-8 cannot write; None where there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

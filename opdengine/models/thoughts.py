@@ -9,12 +9,12 @@ _ANGLED = "|".join(map(re.escape, NAMES))
 _OPENING = rf"<(?:{_ANGLED})>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>"
 _CLOSING = rf"</(?:{_ANGLED})>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>"
 TAG = re.compile(rf"(?P<close>{_CLOSING})|(?P<open>{_OPENING})", re.IGNORECASE)
-"""What models write around their thoughts: ``<think>`` of most, ``[THINK]`` of Magistral and others."""
+"""The marks that models write around their thoughts: ``<think>`` of most, ``[THINK]`` of Magistral and others."""
 QUOTES = "\"'`"
 
 
 def answer_part(text: str) -> str | None:
-    """What stands behind the last thought, or None if that has no end: then there is no answer yet.
+    """Return the text behind the last thought, or None if the thought has no end, so that there is no answer yet.
 
     A thought may begin before the text (many chat templates open it): whatever stands before a closing tag
     belongs to one. A tag in quotes, as in a program that reads such text, is no tag, except that any closing tag

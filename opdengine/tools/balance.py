@@ -88,7 +88,7 @@ class BalanceSettings:
                 raise ConfigError(f"--{name} {brief(getattr(self, name))} is not possible; {remedy}")
         require_writable("--output", str(self.output.parent))
 
-    def beside(self, ending: str) -> Path:
+    def path_with(self, ending: str) -> Path:
         """A file next to the output."""
         return self.output.with_suffix(ending)
 
@@ -292,7 +292,7 @@ def balance(config: TrainConfig, settings: BalanceSettings, progress: Callable[[
 
         try:
             counts = pass_counts(
-                data.prompts, sample, grade, settings.beside(".counts.jsonl"), header, settings.chunk, progress
+                data.prompts, sample, grade, settings.path_with(".counts.jsonl"), header, settings.chunk, progress
             )
         finally:
             if sampler is not None:
@@ -305,8 +305,8 @@ def balance(config: TrainConfig, settings: BalanceSettings, progress: Callable[[
             ", ".join(f"{name} {count:g}" for name, count in failures.items() if count),
         )
     report = {**write(data.prompts, counts, settings, config.seed), "dropped": dict(data.dropped), "verifier": failures}
-    settings.beside(".report.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(report, settings.beside(".png"))
+    settings.path_with(".report.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(report, settings.path_with(".png"))
     return report
 
 

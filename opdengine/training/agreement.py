@@ -17,7 +17,7 @@ from opdengine.rollout.transformers import penalise, truncate
 from opdengine.types import Sample, SamplingParams
 
 ROLLOUTS, TOKENS = 2, 128
-"""How much is compared in a step: the logits of these tokens are held at a time."""
+"""At most this many tokens of a step are compared, since all their logits are held at the same time."""
 
 
 def processed_differences(

@@ -423,7 +423,7 @@ def serve_teachers(config: TrainConfig, tokenizers: Sequence[Any], *, judges: bo
 
 
 def _as_served(teacher: TeacherConfig) -> TeacherConfig:
-    """How a teacher is called at its endpoint."""
+    """Return the settings by which a teacher is called at its endpoint."""
     if teacher.base_url is not None:
         return teacher
     here: dict[str, Any] = {"writer_base_url": None, "writer_model": None, "offload": False, "shard": False}

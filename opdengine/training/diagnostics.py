@@ -40,7 +40,7 @@ def coherence(gradients: np.ndarray) -> float:
 
 
 def coherence_gain(gradients: np.ndarray, chosen: np.ndarray, draws: int, seed: Sequence[int]) -> dict[str, float]:
-    """Coherence of all, and what the chosen ones gain on it, in percent, beside random choices.
+    """Return the coherence of all gradients, and by how many percent the chosen ones and random choices exceed it.
 
     Args:
         gradients: float [n, d].
@@ -84,7 +84,7 @@ def probed_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def gradient_diagnostics(method: Method, prompts: Sequence[Prompt]) -> Coherence | None:
-    """What ``camopd.diagnose_steps`` asks for; None for every other method, and where it is 0."""
+    """Return the diagnostics that ``camopd.diagnose_steps`` asks for; None where it is 0, and for other methods."""
     if not isinstance(method, CaMOPD) or not method.settings.diagnose_steps:
         return None
     return Coherence(method, prompts)
@@ -106,7 +106,7 @@ def sample_gradients(engine: Engine, samples: Sequence[Sample], dimensions: int,
         return objective(hidden, gathered or student.head, [sample])
 
     def idle() -> torch.Tensor:
-        return student.nothing(student.idle())
+        return student.without_tokens(student.idle())
 
     weighty = ranks.join([(ranks.rank, place, sample.has_weight) for place, sample in enumerate(samples)])
     rows = np.zeros((len(weighty), dimensions))
@@ -114,7 +114,7 @@ def sample_gradients(engine: Engine, samples: Sequence[Sample], dimensions: int,
     for row, (owner, place, has_weight) in zip(rows, weighty, strict=True):
         if not has_weight:
             continue
-        loss = student.within(partial(loss_of, samples[place]) if owner == ranks.rank else idle)
+        loss = student.with_weights(partial(loss_of, samples[place]) if owner == ranks.rank else idle)
         # A split model reduces its gradients in a whole backward pass only.
         loss.backward(inputs=parameters if student.sharded is None else None)
         row[:] = sketch([whole(p.grad) for p in parameters if p.grad is not None], dimensions, seed)
@@ -144,7 +144,7 @@ class Coherence:
     async def __call__(self, engine: Engine, batch: Batch) -> Mapping[str, float]:
         metrics = {}
         if due := [branch for branch in self.method.streams if self.is_due(branch, batch.number)]:
-            metrics = await engine.in_background(self.selection, engine, due, batch)
+            metrics = await engine.run_in_thread(self.selection, engine, due, batch)
         if batch.number % self.settings.diagnose_steps == 0:
             metrics |= await self.opposition(engine)
         return metrics
@@ -177,8 +177,8 @@ class Coherence:
         means = []
         for branch in self.method.streams:
             batch = await engine.ranks.agreed(self.probe(engine, self.probes.get(branch, [])))
-            await engine.in_background(engine.measure, batch)
-            gradients = await engine.in_background(self.gradients, engine, list(batch))
+            await engine.run_in_thread(engine.measure, batch)
+            gradients = await engine.run_in_thread(self.gradients, engine, list(batch))
             means.append(gradients.sum(axis=0) / max(len(gradients), 1))
         dot = float(means[0] @ means[1])
         lengths = [float(np.linalg.norm(mean)) for mean in means]
@@ -187,7 +187,7 @@ class Coherence:
         return {"branches/dot": dot, "branches/cosine": dot / (lengths[0] * lengths[1])}
 
     async def probe(self, engine: Engine, prompts: Sequence[Prompt]) -> Batch:
-        """This rank's share of the prompts, answered and judged."""
+        """Sample and score this rank's share of the prompts."""
         batch = await engine.alone(engine.rollout(prompts, PROBE_NUMBER))
         await engine.alone(engine.annotate(batch))
         await engine.score(batch)

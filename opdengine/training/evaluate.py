@@ -80,7 +80,7 @@ def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def turn_params(config: TrainConfig) -> SamplingParams:
-    """How an evaluated turn is sampled where its temperature is not 0.
+    """Return how an evaluated turn is sampled where its temperature is not 0.
 
     The same for every command. A repetition penalty belongs to the rollouts of training: over an episode it would
     punish the words of the prompt.
@@ -94,7 +94,7 @@ def turn_params(config: TrainConfig) -> SamplingParams:
 
 
 def answer_params(config: TrainConfig) -> SamplingParams:
-    """How evaluation prompts are answered: greedily, or as the student is sampled at ``eval_temperature``."""
+    """Return how evaluation prompts are answered: greedily, or as in training at ``eval_temperature``."""
     greedy = config.eval_temperature == 0
     return SamplingParams(
         max_tokens=config.max_completion_length,
@@ -202,7 +202,7 @@ def warn_of_overlap(held_out: Mapping[str, Sequence[Prompt]], trained: Sequence[
 
 
 def _content(prompt: Prompt) -> str:
-    """What makes a prompt or a task the same as another one, whatever its id."""
+    """Return the content of a prompt or a task, by which two are the same whatever their ids."""
     return json.dumps([prompt.messages, prompt.tools, prompt.extra.get("task")], sort_keys=True, default=str)
 
 

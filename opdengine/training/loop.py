@@ -32,7 +32,7 @@ from opdengine.types import Batch
 logger = logging.getLogger(__name__)
 
 RESUMABLE = (ServiceError, TeacherError, ProbeError, FloatingPointError, NothingTrainedError)
-"""What ends a step before anything wrong has reached the weights."""
+"""The errors that end a step before anything wrong has reached the weights."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -43,7 +43,7 @@ async def prepared(
     """Batches ``start + 1`` to ``stop`` in order, with up to ``ahead`` more in preparation.
 
     A batch is begun no earlier than when batch ``number - ahead - 1`` has been finished, so it is updated
-    at most ``ahead`` versions after it was sampled. With ``ahead`` 0 nothing runs beside the consumer.
+    at most ``ahead`` versions after it was sampled. With ``ahead`` 0 nothing runs while the consumer works.
 
     Yields:
         The batch's number, the batch, and the state of the stream after it was drawn.
@@ -196,7 +196,7 @@ class Loop:
                 write_jsonl(self.folder / "bad_steps" / f"step_{self.step}.jsonl", result.bad)
 
     async def _measure(self, step: int) -> dict[str, float]:
-        return await self.engine.in_background(self.measure, step)
+        return await self.engine.run_in_thread(self.measure, step)
 
     def rescue(self, reason: str) -> None:
         """Keep the last finished step: its weights are whole whatever failed after it."""

@@ -84,12 +84,12 @@ def backward(student: Backbone, batches: Iterable[MicroBatch], loss_of: LossOf) 
     def run(batch: MicroBatch) -> torch.Tensor:
         if batch.packed is None:
             hidden = student.idle()
-            return student.nothing(hidden) + loss_of(hidden[:0], [])
+            return student.without_tokens(hidden) + loss_of(hidden[:0], [])
         return loss_of(student.hidden(batch.packed, batch.positions), batch.samples)
 
     losses = []
     for batch in student.in_step(batches):
-        loss = student.within(partial(run, batch or MicroBatch()))
+        loss = student.with_weights(partial(run, batch or MicroBatch()))
         loss.backward()
         losses.append(loss.item())
     return losses

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a finished run is and how it ended."""
+    """The folder of a finished run and its last metrics."""
 
     output_dir: Path
     final_model: Path
@@ -110,7 +110,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     saved = folder.state
     stream = _open_stream(config, method, prompts, saved)
     _seed_everything(config.seed)
-    ranks.settle()  # everything that can be refused has been, on every rank
+    ranks.raise_on_all_ranks()  # everything that can be refused has been, on every rank
     for line in method.paper.report(config, ranks.world_size) if method.paper is not None else ():
         logger.info(line)
     engine = build_engine(config, method, tokenizer, folder.checkpoint, ranks, tokenizers)

@@ -34,13 +34,13 @@ LOGS = ("rollouts", "tokens", "debates", "verdicts", "evaluations", "bad_steps")
 """Folders with one file for each step, ``step_N.jsonl`` (of tokens ``step_N.npz``)."""
 
 ABANDONED = "abandoned"
-"""Where what was done after a step goes when a run is continued from there although later checkpoints exist."""
+"""This folder takes everything after a step where a run is continued from there although later checkpoints exist."""
 
 OWN = ("config.yaml", "metrics.jsonl", "checkpoints", "final")
-"""What shows that a folder holds a run."""
+"""A folder that holds one of these files holds a run."""
 
 TRAINED = ("checkpoints/*", "checkpoints/.*.partial", "rollouts/*", "final", "merged")
-"""What shows that a run has finished a step, besides its metrics."""
+"""A run with one of these, or with metrics, has finished a step."""
 
 
 class RunFolder:
@@ -202,7 +202,7 @@ class RunFolder:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the checkpoint to resume from holds; empty for a new run."""
+        """Return the state of the checkpoint to resume from; empty for a new run."""
         return {} if self.checkpoint is None else read_state(self.checkpoint)
 
 

@@ -1,4 +1,4 @@
-"""What teachers (and the student) say about the samples of a step, before anything is weighed."""
+"""Teachers and student score the samples of a step here, before the method weighs them."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class Measurer:
     def _teachers(
         self, samples: Sequence[Sample], wanted: Sequence[str], top1_temperature: float
     ) -> dict[tuple[int, str], dict[str, np.ndarray]]:
-        """What is read off every teacher, by sample and teacher; one pass over each head."""
+        """Return the statistics of every teacher, by sample and teacher, in one pass over each head."""
         columns: dict[tuple[int, str], dict[str, np.ndarray]] = {}
         parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
         for i, sample in enumerate(samples):
@@ -219,7 +219,7 @@ class Measurer:
 
 
 OWN = ("student_logprob", "policy_logratio", "sampler_logratio")
-"""What needs the student alone."""
+"""The measures that need the student only."""
 READ = ("teacher_logprob", "teacher_entropy", "teacher_top1")
 MOST_ROWS = 32768
 """Hidden states that are on the device at a time (those of one sample always are)."""
@@ -239,7 +239,7 @@ def _pieces(parts: Sequence[tuple[Sample, torch.Tensor]]) -> list[list[tuple[Sam
 
 
 def _read_list(targets: TopK, vocabulary: int) -> dict[str, np.ndarray]:
-    """What is known from a truncated list: the entropy is an upper bound, reached by a flat tail."""
+    """Return the statistics of a truncated list. The entropy is an upper bound, which a flat tail reaches."""
     logprobs = targets.logprobs.astype(np.float64)
     known = np.exp(logprobs)
     tail = np.clip(1 - known.sum(axis=1), 1e-12, None)

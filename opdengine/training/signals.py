@@ -57,7 +57,7 @@ class Interrupts:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """What must not be cut in two; all ranks enter and leave it together.
+        """Guard a part of the run that must not be cut in two; all ranks enter and leave it together.
 
         Raises:
             Interrupted: at the end, if a signal came meanwhile (on several ranks: since the last time, on any).

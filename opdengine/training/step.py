@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 class Diagnostics(Protocol):
-    """Measures something beside the update; changes nothing. All processes ask it at once."""
+    """Measures a weighed batch without changing it. All processes call it at the same time."""
 
     async def __call__(self, engine: Engine, batch: Batch) -> Mapping[str, float]:
         """Metrics of a weighed batch, the same on all processes."""
@@ -73,7 +73,7 @@ class Engine:
         ranks: the processes that share the prompts of every batch.
         session: of the teachers whose weights are split over the ranks.
         vocabulary: splits the loss over the ranks by vocabulary; None splits it by rows.
-        diagnostics: measures beside the updates, where asked.
+        diagnostics: measures weighed batches, where asked; None measures nothing.
         version: optimiser steps taken.
     """
 
@@ -125,10 +125,10 @@ class Engine:
         self.check_versions(batch)
         self.method.select(batch)
         await self.ranks.agreed(self.score(batch))
-        await self.in_background(self.measure, batch)
+        await self.run_in_thread(self.measure, batch)
         self.weigh(batch)
         found = await self.diagnose(batch)
-        result = await self.in_background(self.update, batch, found)
+        result = await self.run_in_thread(self.update, batch, found)
         for sample in batch.samples:  # hidden states would stay in memory until the samples are gone
             sample.teacher_targets = ()
         return result
@@ -139,7 +139,7 @@ class Engine:
         with batch.timed("sync"):
             async with self._turn:
                 if self.sampler.policy_version != self.version:
-                    load = self.in_background(self.sampler.load_policy, self.version, *policy(self.student.model))
+                    load = self.run_in_thread(self.sampler.load_policy, self.version, *policy(self.student.model))
                     await self.ranks.agreed(load)
         return {"timing/sync": batch.timing["sync"]}
 
@@ -153,7 +153,7 @@ class Engine:
                 return await self.write(prompts, batch)
             async with self._turn:  # in the order of the batches, and not between weights and version
                 work = self.sample if self.episodes is None else self.play
-                await self.in_background(work, prompts, batch)
+                await self.run_in_thread(work, prompts, batch)
         return batch
 
     async def write(self, prompts: Sequence[Prompt], batch: Batch) -> Batch:
@@ -242,13 +242,13 @@ class Engine:
             batch.metrics |= sanity.fresh(versions, self.version, self.config.max_staleness)
 
     async def score(self, batch: Batch) -> None:
-        """What every teacher says about its contexts; see :func:`opdengine.training.scoring.score`."""
+        """Set every teacher's targets; see :func:`opdengine.training.scoring.score`."""
         with batch.timed("score"):
             async with self.calls():
                 await score(batch, self.teachers, self.vocab_size)
 
     def measure(self, batch: Batch) -> None:
-        """The statistics that the method needs; nothing is run where it needs none."""
+        """Measure the statistics that the method needs; no model runs where it needs none."""
         c, method = self.config, self.method
         if not method.needs:
             return
@@ -258,15 +258,15 @@ class Engine:
             self.student, heads, self.vocab_size, c.loss_impl, c.workspace_bytes, self.sampling_params(), self.version
         )
         with batch.timed("score"):
-            self.student.within(lambda: measurer(list(batch), method.needs, method.top1_temperature))
+            self.student.with_weights(lambda: measurer(list(batch), method.needs, method.top1_temperature))
 
     def weigh(self, batch: Batch) -> None:
-        """The method's weights, and the loss denominators of the whole step."""
+        """Set the method's weights, then the loss denominators of the whole step."""
         self.method.weigh(batch)
         set_scales(list(batch), self.config.loss_normalization, self.ranks)
 
     async def diagnose(self, batch: Batch) -> Mapping[str, float]:
-        """What is measured beside the update, where asked."""
+        """Return the metrics of the diagnostics, where there are any."""
         if self.diagnostics is None:
             return {}
         with batch.timed("diagnose"):
@@ -326,11 +326,11 @@ class Engine:
             self.sampler.sleep()
 
     def calls(self) -> AbstractAsyncContextManager[None]:
-        """Teachers are called within; all ranks come here equally often."""
+        """Return a context in which teachers can be called; all ranks enter it equally often."""
         return nullcontext() if self.session is None else self.session.open()
 
     async def alone(self, work: Awaitable[T]) -> T:
-        """What no rank waits for, unless teachers are split: the others would wait for a rank that failed here."""
+        """Await work that no rank waits for, unless teachers are split: then all ranks learn of a failure here."""
         return await (work if self.session is None else self.ranks.agreed(work))
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -338,7 +338,7 @@ class Engine:
         return encode_chat(self.tokenizer, prompt.messages, prompt.tools, self.config.chat_template_kwargs)
 
     def sampling_params(self) -> SamplingParams:
-        """How the student is sampled in training."""
+        """Return how the student is sampled in training."""
         c = self.config
         return SamplingParams(
             max_tokens=c.max_completion_length,
@@ -366,8 +366,8 @@ class Engine:
             workspace_bytes=c.workspace_bytes,
         )
 
-    async def in_background(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call what blocks: in a thread when batches overlap, so that the next ones go on."""
+    async def run_in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a blocking function; in a thread where batches overlap, so that the next ones go on meanwhile."""
         if not self.config.max_staleness:
             return function(*arguments)
 
@@ -385,7 +385,7 @@ class Engine:
             return self.vocabulary.loss(objective, self.student, statistics, self._check_once)
 
         def loss_of(hidden: torch.Tensor, members: Sequence[Sample]) -> torch.Tensor:
-            head = self.student.head  # whole within a pass only
+            head = self.student.head  # only whole during a pass
             self._check_once(hidden, head, members)
             return objective(hidden, head, members, statistics)
 
@@ -400,7 +400,7 @@ class Engine:
         self.probed = True
 
     def _check(self, statistics: Statistics, samples: Sequence[Sample]) -> dict[str, float]:
-        """The checks that need the statistics of the step; returns what they measured."""
+        """Run the checks that need the statistics of the step; return what they measured."""
         sanity.teachers_are_alive(statistics, [t.name for t in self.teachers], self.vocab_size)
         if self.method.writes:
             return {}
@@ -414,7 +414,9 @@ class Engine:
         if len(known) and same and self.config.divergence_temperature == 1.0:
             return known
         self.student.model.eval()
-        differences = self.student.within(lambda: processed_differences(self.student, samples, params, self.vocab_size))
+        differences = self.student.with_weights(
+            lambda: processed_differences(self.student, samples, params, self.vocab_size)
+        )
         self.student.model.train()
         return np.concatenate(self.ranks.gather(differences))
 

@@ -1,4 +1,4 @@
-"""What a step has to say, merged over all processes."""
+"""The metrics and records of a step are merged over all processes here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOLD = ("action", "failure", "observation", "reward", "stop_reason")
 
 @dataclass
 class StepResult:
-    """What one step did.
+    """The metrics, samples and records of one step.
 
     Args:
         metrics: of the step, over all processes.

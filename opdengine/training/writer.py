@@ -65,7 +65,7 @@ class MetricsWriter:
 
 
 class NoWriter:
-    """Of the ranks that do not write."""
+    """The writer of ranks that do not write."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Leave it to the first rank."""

@@ -1,4 +1,4 @@
-r"""What stands in the last ``\boxed{...}`` of a text."""
+r"""This module reads the last ``\boxed{...}`` of a text."""
 
 from __future__ import annotations
 

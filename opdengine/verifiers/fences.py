@@ -88,7 +88,7 @@ def _blocks(text: str) -> Iterator[Block]:
 
 
 def _blocks_within_lines(text: str) -> Iterator[Block]:
-    """Blocks between pairs of fences that stand anywhere; what is within one line is no block."""
+    """Return the blocks between pairs of fences that stand anywhere; code inside one line is no block."""
     parts = text.split(MARKS)
     for number in range(1, len(parts), 2):
         info, *lines = LINE_END.split(parts[number])
@@ -106,7 +106,7 @@ def _without_last_end(lines: Sequence[str]) -> Sequence[str]:
 
 
 def _is_opening(fence: re.Match[str]) -> bool:
-    """Whether it is more than code within a line: behind a fence of backticks there is no backtick."""
+    """Whether it is more than code inside a line: behind a fence of backticks there is no backtick."""
     return fence["marks"][0] == "~" or "`" not in fence["info"]
 
 

@@ -97,7 +97,7 @@ def _readable(text: str) -> str:
 
 
 def _last_words(text: str) -> str:
-    """What stands behind the last "answer is" or the last line break."""
+    """Return the text behind the last "answer is" or the last line break."""
     text = text.rstrip()
     line = text[text.rfind("\n") + 1 :]
     begins = [found.end() for found in LEAD_IN.finditer(line) if found.end() < len(line)]

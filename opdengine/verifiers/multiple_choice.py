@@ -20,7 +20,7 @@ from opdengine.verifiers.boxes import last_box
 from opdengine.verifiers.score import NO_ANSWER, Reasoned
 
 FEWEST_LETTERS = 10
-"""Where the prompt lists no options, A to J may be letters of options; the reference's may always."""
+"""These may be letters of options where the prompt lists none; the reference's letter may always."""
 WINDOW = 100
 """Most characters between the word that announces an answer and its letter."""
 NEAR = 20

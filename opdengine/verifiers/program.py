@@ -36,7 +36,7 @@ NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
 
 @dataclass(frozen=True)
 class CodeTests:
-    """What a program must do; the ``answer`` of a prompt, as a mapping or as JSON text of one.
+    """The tests of a program: the ``answer`` of a prompt, as a mapping or as JSON text of one.
 
     Args:
         inputs: standard inputs, or lists of arguments where there is an ``entry``.
@@ -146,7 +146,7 @@ def extract_program(text: str, tests: CodeTests) -> str:
 
 
 class _Clock:
-    """What is left of the time for one program."""
+    """Return the seconds that are left for one program."""
 
     def __init__(self, case: float, total: float) -> None:
         self._case, self._end = case, time.monotonic() + total
@@ -157,7 +157,7 @@ class _Clock:
 
 
 def _run_program(session: Session, code: str, tests: CodeTests, clock: _Clock) -> str:
-    """What is wrong with a program on standard input and output; empty if nothing."""
+    """Return what is wrong with a program on standard input and output; empty if it is right."""
     for number, (given, expected) in enumerate(zip(tests.inputs, tests.outputs, strict=True), start=1):
         answer = session.run(code, str(given), clock.seconds())
         if "failed" in answer:
@@ -170,7 +170,7 @@ def _run_program(session: Session, code: str, tests: CodeTests, clock: _Clock) -
 
 
 def _call_function(session: Session, code: str, tests: CodeTests, clock: _Clock) -> str:
-    """What is wrong with the values that a function returns; empty if nothing."""
+    """Return what is wrong with the values that a function returns; empty if they are right."""
     answer = session.start("functions", code, clock.seconds())
     for number, (given, expected) in enumerate(zip(tests.inputs, tests.outputs, strict=True), start=1):
         if wrong := _trouble(answer):
@@ -189,7 +189,7 @@ def _call_function(session: Session, code: str, tests: CodeTests, clock: _Clock)
 
 
 def _run_test(session: Session, judge: Session, code: str, tests: CodeTests, clock: _Clock) -> str:
-    """What a test says about functions that live in another sandbox than itself; empty if nothing.
+    """Return what a test says about functions that live in another sandbox than itself; empty if it passes.
 
     The test runs in ``judge``, the program in ``session``; calls and plain values are handed from one to the other
     here, so that the program sees neither the test nor what is expected.

@@ -1,4 +1,4 @@
-"""What a verifier says about one completion, and how long and where it may work."""
+"""The score of one completion, and how long and where a verifier may work."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Score:
 
 @dataclass(frozen=True)
 class VerifierSettings:
-    """How verifiers run.
+    """The settings by which verifiers run.
 
     Args:
         timeout: seconds that one completion may take.
@@ -63,7 +63,7 @@ NO_ANSWER = Reasoned(0.0, "the thought has no end, so there is no answer")
 
 
 def as_score(result: Any, source: str = "the verifier") -> Score:
-    """What a verifier returned, checked: a number in [0, 1] or a :class:`Score` of one.
+    """Check what a verifier returned: a number in [0, 1] or a :class:`Score` of one.
 
     True and False, and numbers and arrays of one element of numpy and torch, are numbers; text is not.
 

@@ -290,7 +290,7 @@ def test_update_leaves_the_event_loop_free(engine_at: Callable[..., Engine]) -> 
 
     async def work() -> None:
         ticker = asyncio.create_task(tick())
-        assert await engine.in_background(lambda: time.sleep(0.2) or threading.current_thread().name) != "MainThread"
+        assert await engine.run_in_thread(lambda: time.sleep(0.2) or threading.current_thread().name) != "MainThread"
         ticker.cancel()
 
     asyncio.run(work())

@@ -152,7 +152,7 @@ def test_weights_are_given_back_while_another_rank_samples(server: VLLMServer, b
             samplers[ranks.rank] = sampler
             sampler.load_policy(1, model.state_dict().items())
             expected = sampler.generate(requests(8), long) if ranks.is_first else []
-            ranks.settle()
+            ranks.raise_on_all_ranks()
             if ranks.is_first:
                 found = sampler.generate(requests(8), long)
                 return worst_gap(model, requests(8), [row[:1] for row in found]), same(found, expected), 0

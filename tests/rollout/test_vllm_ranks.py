@@ -120,13 +120,13 @@ def test_a_restarted_server_gets_the_policy_back_once(
         with open_server(server.url, tokenizer, ranks=ranks) as sampler:
             sampler.load_policy(4, student.state_dict().items())
             before = ids(sampler.generate(REQUESTS, PARAMS))
-            ranks.settle()
+            ranks.raise_on_all_ranks()
             if ranks.is_first:
                 server.stop()
                 servers.append(serve(server.port))
-            ranks.settle()
+            ranks.raise_on_all_ranks()
             after = ids(sampler.generate(REQUESTS, PARAMS))
-            ranks.settle()
+            ranks.raise_on_all_ranks()
             sampler.load_policy(5, student.state_dict().items())
             return before == after, sampler.policy_version, sampler._stamp
 
@@ -143,7 +143,7 @@ def test_a_rank_without_files_gives_the_policy_back(serve: Callable[..., Server]
     def work(ranks: ThreadRanks) -> list[list[int]]:
         with open_server(server.url, tokenizer, ranks=ranks) as sampler:
             sampler.load_policy(4, student.state_dict().items())
-            ranks.settle()
+            ranks.raise_on_all_ranks()
             if not ranks.is_first:
                 server.post("/fault", {"kind": "restart", "after": 2})  # in the middle of a batch
                 return [ids(sampler.generate(REQUESTS, PARAMS)) for _ in range(2)] + [ranks.gather(sampler.restarts)]
@@ -184,9 +184,9 @@ def test_an_update_that_fails_half_way_leaves_no_stamp(server: Server, tokenizer
             with pytest.raises((EngineError, PeerError), match="did not reset its prefix cache"):
                 sampler.load_policy(1, student.state_dict().items())
             failed = server.post("/state", {})
-            ranks.settle()
+            ranks.raise_on_all_ranks()
             sampler.generate(REQUESTS, PARAMS)
-            ranks.settle()
+            ranks.raise_on_all_ranks()
             return failed, server.post("/state", {})
 
     for failed, after in on_ranks(2, work):
@@ -291,7 +291,7 @@ def test_every_group_has_one_engine_of_its_own(
             sampler.load_policy(1, weights)
             sampled = [ids(sampler.generate(REQUESTS, PARAMS)) for _ in range(1 + ranks.rank)]
             state = sampler._engine._client.call("/state", {})
-            ranks.settle()
+            ranks.raise_on_all_ranks()
         owned = None if sampler._engine.own is None else sampler._engine.own.process.poll()
         return sampler._engine._client.base_url, state, weights.read, sampled[-1], owned
 
@@ -313,13 +313,13 @@ def test_an_engine_that_dies_ends_its_group_with_its_log(
     def work(ranks: ThreadRanks) -> str:
         with open_shared(models["student"], tokenizer, ranks=ranks, size=2) as sampler:
             sampler.load_policy(1, student.state_dict().items())
-            ranks.settle()
+            ranks.raise_on_all_ranks()
             if sampler._engine.own is not None:
                 Path(sampler._engine.own.log).write_text("out of memory")
                 os.kill(sampler._engine.own.process.pid, signal.SIGKILL)
             with pytest.raises(EngineDiedError) as found:
                 sampler.generate(REQUESTS, PARAMS)
-            ranks.settle()
+            ranks.raise_on_all_ranks()
             return str(found.value)
 
     for message in on_ranks(2, work):

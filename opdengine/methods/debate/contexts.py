@@ -76,7 +76,7 @@ class DebateContexts:
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """What of a debate can come to nothing."""
+        """The ways in which a debate can fail without an error."""
         return debate_checks(self.config)
 
     def room(self, prompt: Prompt, teachers: Sequence[Teacher]) -> list[Need]:
@@ -157,7 +157,7 @@ DEBATES = "debates/step_{step}.jsonl"
 
 
 def debate_checks(debate: DebateConfig) -> tuple[Check, ...]:
-    """What of a debate can come to nothing."""
+    """The ways in which a debate can fail without an error."""
     states = (
         "debates did not take place (debate_too_long: the next turn might not fit a teacher's window; teacher_failure: "
         "every teacher's call failed), and their rollouts were dropped"
@@ -194,7 +194,7 @@ def debate_checks(debate: DebateConfig) -> tuple[Check, ...]:
 
 
 def contexts_of(config: TrainConfig) -> Contexts:
-    """Under what a method lets its teachers judge: the plain prompt, or a debate (``contexts: debate``)."""
+    """Return the contexts that a configuration names: the plain prompt, or a debate (``contexts: debate``)."""
     if config.contexts == "plain":
         return PlainContexts(config)
     need_teachers(config, 2)
@@ -202,7 +202,7 @@ def contexts_of(config: TrainConfig) -> Contexts:
 
 
 def debate_contexts(config: TrainConfig) -> DebateContexts:
-    """The debate of the configuration; a bad prompt family is an error now, not at the first debate."""
+    """Return the debate of a configuration. A bad prompt family is an error now, not at the first debate."""
     debate = config.debate
     contexts = DebateContexts(
         debate, Path(debate.cache_dir or Path(config.output_dir) / "debate_cache"), config.max_completion_length

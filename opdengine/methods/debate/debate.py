@@ -65,7 +65,7 @@ class Debate:
 
 @dataclass
 class _Talk:
-    """What was said so far. A debate of more rounds continues it.
+    """The turns that were said so far. A debate of more rounds continues them.
 
     Args:
         rounds: ``rounds[r][k]`` is expert k's text of round r + 1.
@@ -79,7 +79,7 @@ class _Talk:
     failed: str = ""
 
     def is_done(self, rounds: int) -> bool:
-        """Whether nothing more is to be said for a debate of so many rounds."""
+        """Whether a debate of so many rounds is over."""
         return bool(self.failed) or len(self.rounds) >= rounds
 
 

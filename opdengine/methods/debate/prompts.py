@@ -1,4 +1,4 @@
-"""What the debating teachers are told: prompt families, the transcript and the confidence tag.
+"""This module holds what debating teachers are told: prompt families, the transcript and the confidence tag.
 
 The content follows MAD-OPD (arXiv 2605.01347, section 4.1 and the released prompts); the wording
 is ours. A family is data, so a configuration file can bring its own.

@@ -165,7 +165,7 @@ class VLLMSampler:
             EngineError: the engine could not load them.
         """
         with self._lock:
-            self._ranks.settle()  # nobody samples any more
+            self._ranks.raise_on_all_ranks()  # nobody samples any more
             with self._ranks.agree():
                 left = self._to_read(weights, low_rank)
                 try:
