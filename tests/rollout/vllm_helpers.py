@@ -90,7 +90,7 @@ class VLLMServer:
                 start_new_session=True,
             )
 
-    def wait(self, seconds: float = 180) -> None:
+    def wait(self, seconds: float = 600) -> None:
         """Until it answers."""
         client, deadline = JSONClient(self.url), time.monotonic() + seconds
         while True:
