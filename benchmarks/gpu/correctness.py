@@ -58,11 +58,14 @@ def ignored_rows(problem: Problem, kind: str) -> dict[str, Any]:
     return {"ours": found, "passed": max(found["hidden"], found["weight"]) <= LIMIT}
 
 
-def compacted(problem: Problem, kind: str, tolerance: float) -> dict[str, Any]:
+def sampled(problem: Problem, kind: str, share: float) -> dict[str, Any]:
+    """Within three times the noise that the op predicts."""
     _, exact = providers.float64(problem, kind)
-    _, gradients = providers.ours(problem, kind, backward_tolerance=tolerance)()
+    out, gradients = providers.output(problem, kind, vocab_sample=share)
     found = providers.error(gradients, exact)
-    return {"tolerance": tolerance, "ours": found, "passed": max(found.values()) <= LIMIT + 10 * tolerance}
+    predicted = {"hidden": float(out.sampling.hidden_noise), "weight": float(out.sampling.weight_noise)}
+    passed = all(found[name] <= LIMIT + 3 * predicted[name] for name in found)
+    return {"share": share, "ours": found, "predicted": predicted, "passed": passed}
 
 
 def cases(smoke: bool, seed: int) -> Iterator[Case]:
@@ -78,10 +81,10 @@ def cases(smoke: bool, seed: int) -> Iterator[Case]:
     for kind in KINDS:
         yield f"{kind}, two teachers", lambda kind=kind: compare(make(two), kind, ["ours", "eager"])
         yield f"{kind}, ignored rows and odd V", lambda kind=kind: ignored_rows(make(odd), kind)
-    for tolerance in (1e-3, 1e-2):
+    for kind in ("reverse_kl", "jsd"):
         yield (
-            f"compacted backward, tolerance {tolerance}",
-            lambda tolerance=tolerance: compacted(peaked(one, device, dtype, seed=seed), "reverse_kl", tolerance),
+            f"{kind}, a fifth of the columns",
+            lambda kind=kind: sampled(peaked(one, device, dtype, seed=seed), kind, 0.2),
         )
     for name, sigma in SIGMAS.items():
         for kind in KINDS:

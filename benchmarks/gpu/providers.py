@@ -33,17 +33,23 @@ def describe(found: BaseException) -> str:
     return f"{type(found).__name__}: {found}"[:300]
 
 
+def output(problem: Problem, kind: str, **options: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    """What our op returns, and the gradients of its loss."""
+    out = linear_divergence(
+        problem.hidden,
+        problem.weight,
+        problem.teachers,
+        divergence=kind,
+        token_weight=problem.token_weight,
+        **options,
+    )
+    return out, torch.autograd.grad(out.loss, (problem.hidden, problem.weight))
+
+
 def ours(problem: Problem, kind: str, **options: Any) -> Step:
     def step():
-        out = linear_divergence(
-            problem.hidden,
-            problem.weight,
-            problem.teachers,
-            divergence=kind,
-            token_weight=problem.token_weight,
-            **options,
-        )
-        return out.loss, torch.autograd.grad(out.loss, (problem.hidden, problem.weight))
+        out, gradients = output(problem, kind, **options)
+        return out.loss, gradients
 
     return step
 

@@ -9,7 +9,7 @@ from typing import Any
 import providers
 import torch
 from measure import launches, median_ms, release, rotate, summary, temporary_bytes
-from problems import KINDS, PEAKS, S1, S2, S3, S4, S5, S6, S7, Problem, Shape, peaked, strangers
+from problems import KINDS, S1, S2, S3, S4, S5, S6, S7, Problem, Shape, peaked, strangers
 
 from opd_kernels.chunking import DEFAULT_WORKSPACE_BYTES
 
@@ -139,18 +139,6 @@ def memory(shape: Shape, kind: str) -> dict[str, Any]:
     return {"ours": {"peak_bytes": temporary_bytes(step, problem.gradient_bytes)}}
 
 
-def fused_choice_step(problem: Problem, tolerance: float) -> Step:
-    from choose_columns import fused_choice
-
-    plain = providers.ours(problem, "reverse_kl", backward_tolerance=tolerance)
-
-    def step():
-        with fused_choice():
-            return plain()
-
-    return step
-
-
 def workspaces(shape: Shape, ceiling: float | None, smoke: bool) -> dict[str, Any]:
     """Ours at several budgets: what larger chunks would buy."""
     problem = strangers(shape, *setting())
@@ -159,17 +147,14 @@ def workspaces(shape: Shape, ceiling: float | None, smoke: bool) -> dict[str, An
     return measure(problem, steps, ceiling, **rounds_of(smoke))
 
 
-def compaction(shape: Shape, live: int, exponent: float, ceiling: float | None, smoke: bool) -> dict[str, Any]:
-    """The compacted backward on distributions like those of trained models."""
-    problem = peaked(shape, *setting(), live=live, exponent=exponent)
-    tolerances = (0.0, 3e-4, 1e-3, 1e-2)
-    steps = {f"ours, tolerance {t}": providers.ours(problem, "reverse_kl", backward_tolerance=t) for t in tolerances}
-    if problem.device == "cuda":
-        steps |= {f"ours, tolerance {t}, fused choice": fused_choice_step(problem, t) for t in tolerances[1:]}
+def sampled(shape: Shape, kind: str, ceiling: float | None, smoke: bool) -> dict[str, Any]:
+    """Gradients from sampled columns on distributions like those of trained models, beside dense ones."""
+    problem = peaked(shape, *setting())
+    shares = (0.0, 0.05, 0.1, 0.2)
+    steps = {f"ours, share {share}": providers.ours(problem, kind, vocab_sample=share) for share in shares}
     rounds = {"warmups": 1, "rounds": 2} if smoke else {"warmups": 3, "rounds": 10}
-    out = measure(problem, {"gemms": providers.gemms(problem, "reverse_kl"), **steps}, ceiling, **rounds)
-    dense = steps["ours, tolerance 0.0"]()[1]
-    exact = tuple(x.double() for x in dense)
+    out = measure(problem, {"gemms": providers.gemms(problem, kind), **steps}, ceiling, **rounds)
+    exact = tuple(x.double() for x in steps["ours, share 0.0"]()[1])
     for name, step in steps.items():
         if "error" not in out[name]:
             out[name]["error_against_dense"] = providers.error(step()[1], exact)
@@ -189,11 +174,8 @@ def cases(smoke: bool, ceiling: float | None) -> Iterator[Case]:
     for shape in (one, two):
         yield f"{shape.name} workspaces", lambda s=shape: workspaces(s, ceiling, smoke)
     yield "S6 memory", lambda: memory(long, "reverse_kl")
-    for live, exponent in PEAKS:
-        yield (
-            f"S1 compacted, {live} live columns, exponent {exponent}",
-            lambda live=live, exponent=exponent: compaction(one, live, exponent, ceiling, smoke),
-        )
+    for shape, kind in ((one, "reverse_kl"), (one, "jsd"), (two, "reverse_kl")):
+        yield f"{shape.name} {kind}, sampled", lambda s=shape, kind=kind: sampled(s, kind, ceiling, smoke)
     for shape in (short, narrow, llama):
         yield f"{shape.name} reverse_kl", lambda s=shape: compare(s, "reverse_kl", peers[:4], ceiling, smoke)
 

@@ -64,7 +64,7 @@ class LinearDivergence(nn.Module):
         options: any other keyword argument of ``linear_divergence`` that is not per token:
             ``jsd_beta``, ``skew_alpha``, ``teacher_reduction``, ``temperature``, ``stats``, ``impl``,
             ``workspace_bytes``, ``vocab_size``, ``student_logit_scale``, ``student_softcap``,
-            ``backward_tolerance``, ``group``.
+            ``group``; not ``vocab_sample``, whose seed differs in every step.
     """
 
     def __init__(

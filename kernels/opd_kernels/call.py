@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .driver import Outcome, Scales, run_divergence
+from .driver import Outcome, Scales
 from .heads import Wants
 from .problem import Problem
 from .row_ops import choose_impl, has_triton
+from .run import run_divergence
 from .selection import RowPlan, plan_rows
 from .types import LMHead, TeacherHead, TokenStats
 from .validation import check_impl, make_problem, make_student
@@ -87,13 +88,19 @@ def loss_scales(problem: Problem) -> Scales:
     return Scales(weight * share, None if labels is None else labels * share)
 
 
-def reduce_loss(problem: Problem, outcome: Outcome, scales: Scales) -> Tensor:
-    """Loss of per-token values, which are NaN where they do not count."""
+def reduce_loss(problem: Problem, outcome: Outcome, scales: Scales) -> tuple[Tensor, Tensor]:
+    """(loss of per-token values, which are NaN where they do not count; its standard error)."""
     computed = (scales.divergence != 0) & (problem.mix > 0).any(1)
+    some, error = outcome.some, scales.divergence.new_zeros(())
+    if some is not None:
+        computed = computed & some.chosen
     weighted = torch.where(computed, outcome.token_loss * scales.divergence, 0.0)
+    if some is not None:
+        error = some.error(weighted)
+        weighted = weighted * (some.exact * (some.total / some.count))
     if scales.logprob is not None and outcome.logprob is not None:
         weighted = weighted - torch.where(scales.logprob != 0, outcome.logprob * scales.logprob, 0.0)
-    return weighted if problem.reduction == "none" else weighted.sum()
+    return weighted if problem.reduction == "none" else weighted.sum(), error
 
 
 class LinearDivergence(torch.autograd.Function):
@@ -107,10 +114,10 @@ class LinearDivergence(torch.autograd.Function):
         loss, outcome = solve(problem, scales, wants)
         ctx.gradients = outcome if wants and problem.reduction != "none" else None
         ctx.problem, ctx.scales = replace(problem, stats=False), scales
-        ctx.dropped = None if ctx.gradients or outcome.stats is None else outcome.stats.dropped_mass
+        ctx.report = outcome.report if problem.reduction == "none" else None
         ctx.save_for_backward(hidden, weight, bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        extras: list[Tensor | None] = [outcome.token_loss, outcome.logprob]
+        extras: list[Tensor | None] = [outcome.token_loss, outcome.logprob, outcome.report]
         if outcome.stats is not None:
             extras += [getattr(outcome.stats, f.name) for f in fields(TokenStats)]
         ctx.mark_non_differentiable(*(x for x in extras if x is not None))
@@ -127,8 +134,8 @@ class LinearDivergence(torch.autograd.Function):
             hidden, weight, bias = ctx.saved_tensors
             student = ctx.problem.student.with_tensors(hidden, weight, bias)
             outcome = recompute(replace(ctx.problem, student=student), ctx.scales, grad_loss, ctx.wants)
-            if ctx.dropped is not None and outcome.dropped is not None:
-                ctx.dropped.copy_(outcome.dropped)
+            if ctx.report is not None and outcome.sampling is not None:
+                ctx.report[:3] = outcome.sampling
         else:
             _scale_gradients(outcome, grad_loss)
         return *cast_gradients(ctx, outcome), None, None
@@ -185,7 +192,11 @@ def solve(problem: Problem, scales: Scales, wants: Wants) -> tuple[Tensor, Outco
     rows = plan_rows(problem.mix, problem.mix_is_uniform, problem.token_weight, problem.logprob_weight)
     with exact_products(problem.mix.device):
         outcome = run_divergence(problem, rows, scales, wants if problem.reduction != "none" else Wants())
-    return reduce_loss(problem, outcome, scales), outcome
+    loss, error = reduce_loss(problem, outcome, scales)
+    if problem.sampling is not None and wants:
+        unknown = error.new_full((3,), float("nan"))
+        outcome.report = torch.cat([unknown if outcome.sampling is None else outcome.sampling, error[None]])
+    return loss, outcome
 
 
 def recompute(problem: Problem, scales: Scales, grad_loss: Tensor, wants: Wants) -> Outcome:
@@ -195,4 +206,4 @@ def recompute(problem: Problem, scales: Scales, grad_loss: Tensor, wants: Wants)
     rows: RowPlan = plan_rows(problem.mix, problem.mix_is_uniform, scales.divergence, scales.logprob)
     labels = None if scales.logprob is None else problem.labels
     with exact_products(problem.mix.device):
-        return run_divergence(replace(problem, labels=labels, stats=False), rows, scales, wants)
+        return run_divergence(replace(problem, labels=labels, stats=False), rows, scales, wants, values=False)

@@ -99,6 +99,10 @@ class RowOps(Protocol):
     def statistics(self, chunk: Chunk) -> None:
         """The fields up to ``MERGED`` of the columns that are here."""
 
+    def squares(self, chunk: Chunk, factor: Tensor, out: Tensor, fresh: bool) -> None:
+        """Add to ``out`` [V] the sums over the rows of ``factor`` [c] p^2; with ``fresh``, where every column is
+        here, after ``statistics``."""
+
     def terms(self, chunk: Chunk) -> None:
         """VALUE and MEAN of the columns that are here; the statistics are those of the whole rows."""
 

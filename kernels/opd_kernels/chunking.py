@@ -55,7 +55,7 @@ class ChunkPlan:
             up-cast).
         gradient_rows: rows of dZ gathered in the weight's dtype before the gradient GEMMs (0: dZ
             stays in place).
-        block_bytes: what a compacted backward may use for one block of columns.
+        block_bytes: what sampled gradients may use for one block of columns.
     """
 
     chunk_rows: int
@@ -79,6 +79,7 @@ def plan_chunks(
     workspace_bytes: int,
     fixed_bytes: int = 0,
     block_bytes: int = 0,
+    block_rows: int = 0,
 ) -> ChunkPlan:
     """Largest chunks whose temporaries fit ``workspace_bytes``.
 
@@ -93,9 +94,10 @@ def plan_chunks(
         dtype: compute dtype.
         device: where the work runs.
         workspace_bytes: the budget.
-        fixed_bytes: part of it that a compacted backward needs; 0 without one.
+        fixed_bytes: part of it that sampled gradients need; 0 without them.
         block_bytes: most that it may use for a block of columns, an eighth of the budget if that is
             less.
+        block_rows: rows that share a sample of columns; a CPU's chunk has as many if they fit.
 
     Raises:
         ValueError: one row does not fit; states the bytes that are needed.
@@ -104,9 +106,8 @@ def plan_chunks(
     widest = max(hidden_sizes)
     logits_row = buffers * vocab * item + 4 * widest * item + ROW_OVERHEAD_BYTES
     scratch_row = scratch_tiles * vocab * item
-    # Besides dZ: hidden states and results in half precision, the product in ``dtype``, of which a
-    # compacted one has two where rows are grouped.
-    gradient_row = 2 * vocab + (4 + (2 if fixed_bytes else 1) * item) * widest if half_gradient else 0
+    # Besides dZ: hidden states and results in half precision, the product in ``dtype``.
+    gradient_row = 2 * vocab + (4 + item) * widest if half_gradient else 0
     weight_row = widest * item if upcast else 0
 
     minimum = logits_row + scratch_row + gradient_row + weight_row + fixed_bytes
@@ -126,7 +127,9 @@ def plan_chunks(
     if upcast:
         weight_rows = max(1, min(vocab, WEIGHT_TILE_BYTES // weight_row, budget // 4 // weight_row))
         budget -= weight_rows * weight_row
-    most = min(rows, max(CPU_CHUNK_ROWS, CPU_CHUNK_ELEMENTS // vocab)) if device.type == "cpu" else rows
+    most = rows
+    if device.type == "cpu":
+        most = min(rows, max(CPU_CHUNK_ROWS, CPU_CHUNK_ELEMENTS // vocab, block_rows))
     step = CUDA_TILE_ROWS if device.type == "cuda" else 1
     # In half precision dZ of all rows is one block where that leaves room for chunks that fill the products
     # (the weight gradient is then one product); else it gathers about four chunks of logits.

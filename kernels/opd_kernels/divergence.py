@@ -12,7 +12,7 @@ from torch import Tensor
 from . import library
 from .call import LinearDivergence, prepare, student_arguments, wanted
 from .reference import reference_divergence
-from .types import DivergenceOutput, LMHead, TeacherHead, TokenStats
+from .types import DivergenceOutput, LMHead, SampleReport, TeacherHead, TokenStats
 
 __all__ = ["from_trl_beta", "linear_divergence"]
 
@@ -39,7 +39,8 @@ def linear_divergence(
     student_bias: Tensor | None = None,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
-    backward_tolerance: float = 0.0,
+    vocab_sample: float = 0.0,
+    sample_seed: int = 0,
     group: Any = None,
 ) -> DivergenceOutput:
     """Weighted divergence between a student p and teachers q_k, without ever holding [N, V] logits.
@@ -50,10 +51,10 @@ def linear_divergence(
     are constants.
 
     On a GPU the host waits for the device a few times a call, to check values and to select rows, and
-    never for a chunk; with ``backward_tolerance`` also for every block of rows whose columns are chosen.
+    never for a chunk.
     Forward and backward can be captured in a CUDA graph, where nothing is read: values are not checked,
     every teacher works on every row, rows of weight 0 have to be finite and have a ``token_loss``, each
-    row needs a teacher with "mixture", and a tolerance is refused. Warm up with the same shapes and no
+    row needs a teacher with "mixture", and ``vocab_sample`` is refused. Warm up with the same shapes and no
     weight of 0, so that no kernel is compiled within the capture.
 
     Args:
@@ -96,11 +97,14 @@ def linear_divergence(
         student_bias: [V] or None; a -inf entry switches its column off (see ``types.FLOOR``).
         student_logit_scale: positive factor of the student's logits.
         student_softcap: positive cap of the student's logits, or None.
-        backward_tolerance: share of each row's gradient that may be dropped, in [0, 1), measured in
-            the 1-norm of d loss / d logits: columns whose gradients are small in every row of a
-            chunk are left out of the gradient GEMMs (``compaction`` states the bounds that follow).
-            0 computes every column. The share that was dropped is ``stats.dropped_mass``; with
-            reduction "none" the backward pass fills it in.
+        vocab_sample: share of the vocabulary, in [0, 1), from which gradients are computed: unbiased, with a noise
+            that ``sampling`` in the result predicts; 0 computes them from every column. Every block of 256 rows
+            draws its own columns, likelier where its gradient is larger. With "reverse_kl" to the sum of teachers
+            the teachers work in the drawn columns only: ``loss`` is then estimated from a uniform sample of the
+            rows (half the share of them, at least 32), and ``token_loss`` and what ``stats`` say about teachers
+            are NaN on the others. Other divergences have exact values and statistics. Calls without a gradient
+            and impl="reference" are exact.
+        sample_seed: of the draw; give every step another one. The same seed draws the same again.
         group: ``torch.distributed.ProcessGroup`` whose ranks each hold consecutive vocabulary rows
             of the student's and of every teacher's weight (and bias), split at the same ids; uneven
             shards are allowed, and padding beyond ``vocab_size`` on the last ranks. Everything else
@@ -110,7 +114,7 @@ def linear_divergence(
             ranks must call the op and its backward pass. See ``shards``.
 
     Returns:
-        ``DivergenceOutput``: ``loss``, ``token_loss``, ``stats`` and ``logprob``, in float32 (float64 for
+        ``DivergenceOutput``: ``loss``, ``token_loss``, ``stats``, ``logprob`` and ``sampling``, in float32 (float64 for
         float64 inputs). A student with NaN or inf gives a NaN loss.
 
     Raises:
@@ -134,7 +138,8 @@ def linear_divergence(
         "impl": impl,
         "workspace_bytes": workspace_bytes,
         "vocab_size": vocab_size,
-        "backward_tolerance": backward_tolerance,
+        "vocab_sample": vocab_sample,
+        "sample_seed": sample_seed,
         "group": group,
     }
     if torch.compiler.is_compiling() and impl != "reference":
@@ -142,8 +147,9 @@ def linear_divergence(
     problem = prepare(student, teachers, **options)
     if problem.impl == "reference":
         return reference_divergence(problem)
-    loss, token_loss, logprob, *found = LinearDivergence.apply(hidden, weight, bias, problem, wants)
-    return DivergenceOutput(loss, token_loss, TokenStats(*found) if stats else None, logprob)
+    loss, token_loss, logprob, report, *found = LinearDivergence.apply(hidden, weight, bias, problem, wants)
+    sampling = None if report is None else SampleReport(*report.unbind())
+    return DivergenceOutput(loss, token_loss, TokenStats(*found) if stats else None, logprob, sampling)
 
 
 def from_trl_beta(beta: float) -> dict[str, Any]:

@@ -11,6 +11,7 @@ statistic follow from the table, once, after the last chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ from torch import Tensor
 from . import table as fields
 from .chunk import Chunk, Task
 from .chunking import ChunkPlan, plan_chunks, spans
-from .compaction import Compactor, block_bytes, scratch_bytes
-from .heads import HeadGradient, ShardGradient, Wants, gather, half_gradient, needs_upcast
+from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast
 from .problem import KL, STATS_ONLY, Head, Problem
 from .row_ops import make_row_ops, row_layout
+from .sampling import BLOCK_ROWS, Sampler, block_bytes, scratch_bytes
 from .selection import RowPlan, Run, capturing
 from .table import ARG, DOT, LABEL_SCALE, LOG, MEAN, MERGED, SCALE, VALUE, WEIGHT
 from .types import TokenStats
@@ -38,10 +39,30 @@ class Scales:
         return Scales(self.divergence * factor, None if self.logprob is None else self.logprob * factor)
 
 
+@dataclass(frozen=True)
+class SomeRows:
+    """A uniform sample of the rows that have a teacher: ``chosen`` [N] of them, ``count`` of ``total``; ``exact``
+    is a scalar, NaN where a student's logits are not finite on any row and else 1."""
+
+    chosen: Tensor
+    count: int
+    total: int
+    exact: Tensor
+
+    def error(self, values: Tensor) -> Tensor:
+        """Standard error of ``total / count`` times the sum of the chosen ``values`` [N], which are 0 elsewhere."""
+        if self.count in (1, self.total):
+            return values.new_zeros(()) if self.count == self.total else values.new_full((), float("nan"))
+        spread = (values.square().sum() - values.sum().square() / self.count) / (self.count - 1)
+        left = (1 - self.count / self.total) / self.count
+        return self.total * (spread.clamp(min=0.0) * left).sqrt()
+
+
 @dataclass
 class Outcome:
     """Per-token losses [N] and log-probs of the labels (NaN where not computed), and the gradients that were
-    asked for; ``dropped`` [N] where a tolerance may drop some of them."""
+    asked for. With sampled columns also the first three numbers of a ``SampleReport`` and all four of them, and,
+    where values were computed for some rows only, which."""
 
     token_loss: Tensor
     stats: TokenStats | None
@@ -49,7 +70,9 @@ class Outcome:
     hidden: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
-    dropped: Tensor | None = None
+    sampling: Tensor | None = None
+    some: SomeRows | None = None
+    report: Tensor | None = None
 
 
 class Workspace:
@@ -67,44 +90,13 @@ class Workspace:
         if plan.gradient_rows:
             self.gradient = like.new_empty(plan.gradient_rows, width, dtype=half)[:, :vocab]
 
-
-def run_divergence(problem: Problem, rows: RowPlan, scales: Scales | None, wants: Wants) -> Outcome:
-    """Solve ``problem`` for the rows of ``rows``.
-
-    Args:
-        problem: the validated call.
-        rows: what is computed.
-        scales: read only when a gradient is wanted.
-        wants: the gradients to compute. With shards those of weight and bias are of this rank's shard, that of
-            the hidden states is summed over the ranks.
-
-    Raises:
-        ValueError: a teacher's logits hold NaN or inf; names the teacher and the first row.
-    """
-    like = problem.student.hidden.new_empty(0, dtype=problem.compute_dtype)
-    nothing = like.new_full((problem.rows,), float("nan"))
-    outcome = Outcome(nothing, None, None if problem.logprob_weight is None else nothing.clone())
-    if problem.stats:
-        outcome.stats = TokenStats.empty(
-            problem.rows, len(problem.teachers), problem.labels is not None, like, problem.backward_tolerance > 0
-        )
-    shards = problem.shards
-    gradient: HeadGradient = (
-        HeadGradient(problem.student, wants, rows, problem.compute_dtype)
-        if shards is None
-        else ShardGradient(problem.student, wants, rows, problem.compute_dtype, shards)
-    )
-    if rows.count:
-        _Pass(problem, rows, scales, wants, outcome, gradient, like).run()
-    if outcome.stats is not None:
-        outcome.stats.fill_gap()
-        if outcome.stats.dropped_mass is not None and outcome.dropped is not None:
-            outcome.stats.dropped_mass.copy_(outcome.dropped)
-    outcome.hidden, outcome.weight, outcome.bias = gradient.finish()
-    return outcome
+    @property
+    def storage(self) -> torch.dtype | None:
+        """dtype in which dZ is gathered, None where it is used at once."""
+        return None if self.gradient is None else self.gradient.dtype
 
 
-class _Pass:
+class Pass:
     """One traversal of the chunks; holds what every step of it needs."""
 
     def __init__(
@@ -118,18 +110,33 @@ class _Pass:
         like: Tensor,
     ) -> None:
         self.problem, self.rows, self.outcome = problem, rows, outcome
-        self.task = make_task(problem, wants)
-        heads = (problem.student, *problem.teachers)
-        self.workspace = make_workspace(problem, heads, rows, wants, like)
-        vocab = problem.student.vocab
-        self.ops = make_row_ops(problem.impl, self.task, self.workspace.plan.tile_rows, vocab, like)
+        self.task = self.task_of(problem, wants)
+        self.workspace = make_workspace(problem, rows, wants, like, self.buffers(rows))
+        plan, student = self.workspace.plan, problem.student
+        self.ops = make_row_ops(problem.impl, self.task, plan.tile_rows, student.vocab, like)
         self.labels = self._labels()
-        compactor = None
-        if problem.backward_tolerance and wants:
-            compactor = Compactor(problem.backward_tolerance, rows, problem.rows, self.workspace.plan, like)
-            outcome.dropped = compactor.dropped
-        self.sink = GradientSink(self.workspace, gradient, problem.student, rows, compactor)
-        self.table = self._table(self.sink.scaled(scales) if scales and wants else None, like)
+        self.sampler = None
+        if problem.sampling is not None and wants:
+            self.sampler = Sampler(problem.sampling, student, problem.shards, plan, like)
+        self.gradient = gradient
+        self.sink = GradientSink(self.workspace, gradient, student, rows, self.sampler)
+        self.table = self._table(self._scaled(scales) if scales and wants else None, like)
+
+    @staticmethod
+    def task_of(problem: Problem, wants: Wants) -> Task:
+        """What the row operations are to compute."""
+        return make_task(problem, wants)
+
+    @staticmethod
+    def buffers(rows: RowPlan) -> int:
+        """[c, V] buffers of logits."""
+        return 1 + rows.most_teachers()
+
+    def _scaled(self, scales: Scales) -> Scales:
+        """What the gradient's storage wants its factors to be."""
+        storage = self.workspace.storage if self.sampler is None else self.sampler.operand
+        factor = self.gradient.choose_scale(storage, scales.divergence, scales.logprob)
+        return scales if factor is None else scales.times(factor)
 
     def _labels(self) -> Tensor | None:
         """[n] column of each computed row's label, -1 where another rank holds it."""
@@ -148,7 +155,7 @@ class _Pass:
         table = like.new_zeros(self.workspace.logits.shape[0], fields.FIELDS, rows.count)
         mix = gather(problem.mix, rows.index, 0, rows.count)
         for run in rows.runs:
-            for head, k in enumerate(run.names, 1):
+            for head, k in zip(range(1, len(table)), run.names, strict=False):
                 table[head, WEIGHT, run.start : run.stop] = mix[run.start : run.stop, k]
         if scales is not None:
             table[0, SCALE] = gather(scales.divergence, rows.index, 0, rows.count) * problem.student.factor
@@ -214,22 +221,13 @@ class _Pass:
 
     def _report(self, run: Run) -> None:
         """Losses and statistics of a run, from its table."""
-        rows, outcome, stats = self.rows, self.outcome, self.outcome.stats
+        self._report_student(run)
+        put, stats = partial(self._put, run), self.outcome.stats
         table = self.table[: 1 + len(run.names), :, run.start : run.stop]
-
-        def put(target: Tensor | None, values: Tensor, column: int | None = None) -> None:
-            if target is not None:
-                rows.scatter(target, values, run.start, run.stop, column)
-
         if run.names and self.task.kind != STATS_ONLY.kind:
-            put(outcome.token_loss, self._value(table))
-        if self.labels is not None:
-            put(outcome.logprob, fields.logprob(table, 0))
+            put(self.outcome.token_loss, self._value(table))
         if stats is None:
             return
-        put(stats.student_entropy, fields.entropy(table, 0))
-        if self.labels is not None:
-            put(stats.student_logprob, fields.logprob(table, 0))
         for head, k in enumerate(run.names, 1):
             put(stats.teacher_entropy, fields.entropy(table, head), k)
             put(stats.teacher_top1_prob, (-table[head, LOG]).exp(), k)
@@ -238,6 +236,20 @@ class _Pass:
             put(stats.forward_kl, fields.forward_kl(table, head), k)
             if self.labels is not None:
                 put(stats.teacher_logprob, fields.logprob(table, head), k)
+
+    def _report_student(self, run: Run) -> None:
+        """What a run says about the student alone."""
+        stats, table = self.outcome.stats, self.table[:1, :, run.start : run.stop]
+        if stats is not None:
+            self._put(run, stats.student_entropy, fields.entropy(table, 0))
+        if self.labels is not None:
+            self._put(run, self.outcome.logprob, fields.logprob(table, 0))
+            self._put(run, None if stats is None else stats.student_logprob, fields.logprob(table, 0))
+
+    def _put(self, run: Run, target: Tensor | None, values: Tensor, column: int | None = None) -> None:
+        """Write the values of a run's rows to their places."""
+        if target is not None:
+            self.rows.scatter(target, values, run.start, run.stop, column)
 
     def _value(self, table: Tensor) -> Tensor:
         """[m] divergence of the rows of ``table``."""
@@ -300,16 +312,11 @@ class GradientSink:
         gradient: HeadGradient,
         head: Head,
         rows: RowPlan,
-        compactor: Compactor | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self.workspace, self.gradient, self.head, self.rows = workspace, gradient, head, rows
-        self.compactor = compactor
+        self.sampler = sampler
         self.start = self.stop = 0
-
-    def scaled(self, scales: Scales) -> Scales:
-        """What the gradient's storage wants its factors to be."""
-        factor = self.gradient.choose_scale(self.workspace.gradient, scales.divergence, scales.logprob)
-        return scales if factor is None else scales.times(factor)
 
     def reserve(self, in_place: Tensor) -> Tensor:
         """Where dZ of the next chunk goes; ``in_place`` [c, V] is a buffer of it."""
@@ -338,10 +345,10 @@ class GradientSink:
         self.start = self.stop
 
     def _add(self, dz: Tensor, hidden: Tensor, start: int, stop: int) -> None:
-        if self.compactor is None:
+        if self.sampler is None:
             self.gradient.add(dz, hidden, start, stop, self.workspace.tile)
         else:
-            self.compactor.add(self.gradient, dz, hidden, start, stop, self.workspace.tile)
+            self.sampler.add(self.gradient, dz, hidden, start, stop)
 
 
 def make_task(problem: Problem, wants: Wants) -> Task:
@@ -359,19 +366,21 @@ def make_task(problem: Problem, wants: Wants) -> Task:
     )
 
 
-def make_workspace(problem: Problem, heads: tuple[Head, ...], rows: RowPlan, wants: Wants, like: Tensor) -> Workspace:
-    """Plan the chunks of ``problem`` and allocate their buffers. The plan depends on nothing that differs
+def make_workspace(problem: Problem, rows: RowPlan, wants: Wants, like: Tensor, buffers: int) -> Workspace:
+    """Plan the chunks of ``problem`` and allocate their ``buffers``. The plan depends on nothing that differs
     between ranks: they must agree on the chunks."""
     student, shards = problem.student, problem.shards
-    halves = bool(wants) and half_gradient(student.weight, like.dtype)
+    heads = (student, *problem.teachers)
+    sampling = problem.sampling if wants else None
+    sampled = sampling is not None and problem.teachers_sampled
+    halves = bool(wants) and half_gradient(student.weight, like.dtype) and not sampled
     upcasts = [needs_upcast(head.weight, like.dtype) for head in heads]
     widths = tuple(head.weight.shape[1] for head in heads)
     columns, scratch_tiles = row_layout(problem.impl, student.vocab if shards is None else shards.widest)
     fixed = blocks = 0
-    if problem.backward_tolerance and wants:
+    if sampling is not None:
         scratch_tiles += 1
-        fixed, blocks = scratch_bytes(student.vocab, like.itemsize), block_bytes(like.device)
-    buffers = 1 + rows.most_teachers()
+        fixed, blocks = scratch_bytes(sampling.share, columns, rows.count, like.itemsize), block_bytes(like.device)
     plan = plan_chunks(
         rows=rows.count,
         vocab=columns,
@@ -385,9 +394,7 @@ def make_workspace(problem: Problem, heads: tuple[Head, ...], rows: RowPlan, wan
         workspace_bytes=problem.workspace_bytes,
         fixed_bytes=fixed,
         block_bytes=blocks,
+        block_rows=0 if sampling is None else BLOCK_ROWS,
     )
     width, _ = row_layout(problem.impl, student.vocab)
     return Workspace(plan, student.vocab, like, buffers, max(widths), width, student.weight.dtype)
-
-
-__all__ = ["GradientSink", "Outcome", "Scales", "Workspace", "make_workspace", "run_divergence"]

@@ -135,10 +135,10 @@ class HeadGradient:
         if wants.bias:
             self.bias = head.hidden.new_zeros(head.weight.shape[0], dtype=compute_dtype)
 
-    def choose_scale(self, buffer: Tensor | None, *factors: Tensor | None) -> Tensor | None:
-        """The power of two that dZ is multiplied with where ``buffer``, its storage, is float16; chosen on the
-        device from the rows' ``factors`` [N] in the loss. The gradients are divided by it again."""
-        if buffer is None or buffer.dtype != torch.float16:
+    def choose_scale(self, storage: torch.dtype | None, *factors: Tensor | None) -> Tensor | None:
+        """The power of two that dZ is multiplied with where its ``storage`` is float16; chosen on the device from
+        the rows' ``factors`` [N] in the loss. The gradients are divided by it again."""
+        if storage != torch.float16:
             return None
         largest = torch.stack([x.abs().amax() for x in factors if x is not None]).amax() * self.head.factor
         _, exponent = torch.frexp(largest)  # an upper bound of log2
@@ -168,17 +168,20 @@ class HeadGradient:
         else:
             self.hidden[self.index[start:stop]] = rows.to(self.hidden.dtype)
 
-    def add_weight_rows(self, dz: Tensor, hidden: Tensor, index: Tensor | None, start: int, stop: int) -> None:
-        """Add the vocabulary rows ``index`` [k], or ``start:stop``, from ``dz`` [c, k] and
-        ``hidden`` [c, d] of its dtype."""
+    def add_weight_rows(self, dz: Tensor, hidden: Tensor, index: Tensor) -> Tensor:
+        """Add the vocabulary rows ``index`` [k] from ``dz`` [c, k] and ``hidden`` [c, d] of its dtype; returns what
+        was added, [k, d]."""
         if self.weight is None:
             self.weight = dz.new_zeros(self.head.weight.shape, dtype=self.dtype)
-        if index is None:
-            accumulate(dz.t(), hidden, self.weight[start:stop])
-        elif dz.dtype == self.dtype:
-            self.weight.index_add_(0, index, torch.mm(dz.t(), hidden))
-        else:
-            self.weight.index_add_(0, index, torch.mm(dz.t(), hidden, out_dtype=self.dtype))
+        same = dz.dtype == self.dtype
+        own = torch.mm(dz.t(), hidden) if same else torch.mm(dz.t(), hidden, out_dtype=self.dtype)
+        self.weight.index_add_(0, index, own)
+        return own
+
+    def add_bias_columns(self, dz: Tensor, index: Tensor) -> None:
+        """Add the columns ``index`` [k] of dZ, ``dz`` [c, k]."""
+        if self.bias is not None:
+            self.bias.index_add_(0, index, dz.sum(0, dtype=self.dtype))
 
     def _add_hidden(self, dz: Tensor, start: int, stop: int, tile: Tensor | None) -> None:
         assert self.hidden is not None

@@ -146,7 +146,7 @@ class LabelSets:
             workspace, like, tile_rows = self._workspace(rows.count, wants)
             ops = make_row_ops(self.impl, self._task(True), tile_rows, self.head.vocab, like)
             sink = GradientSink(workspace, gradient, self.head, rows)
-            upstream = upstream.scaled(gradient.choose_scale(workspace.gradient, *upstream.parts()))
+            upstream = upstream.scaled(gradient.choose_scale(workspace.storage, *upstream.parts()))
             for start, stop in spans(rows.count, workspace.plan.chunk_rows):
                 z = workspace.logits[:, : stop - start]
                 hidden = gather(self.head.hidden, rows.index, start, stop)

@@ -7,8 +7,8 @@ and eager calls run the same code on the same tensors. Checks that read data rai
 function runs. ``impl="reference"`` is plain torch and is not wrapped.
 
 Gradients that are known in forward are outputs of the forward op, scaled in backward; for
-``reduction="none"`` and log-probs a backward op recomputes the logits (and ``stats.dropped_mass``,
-which eager fills in during that backward pass, stays NaN).
+``reduction="none"`` and log-probs a backward op recomputes the logits (and the noise of sampled
+columns, which eager fills in during that backward pass, stays NaN).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .heads import Wants
 from .label_sets import LabelSets, Upstream
 from .logprob_call import STATS_OPTIONS, compute_stats, prepare_logprob
 from .problem import Problem
-from .types import DivergenceOutput, LogprobOutput, TeacherHead, TokenStats
+from .types import DivergenceOutput, LogprobOutput, SampleReport, TeacherHead, TokenStats
 from .validation import check_constant
 
 NO_GRADIENTS = (False, False, False)
@@ -42,7 +42,7 @@ HEADS = (
 )
 RULE = (
     "str divergence, float jsd_beta, float skew_alpha, str teacher_reduction, str reduction, bool stats, "
-    "float backward_tolerance, Tensor? logprob_weight"
+    "float vocab_sample, int sample_seed, Tensor? logprob_weight"
 )
 RUN = "float temperature, str impl, int? workspace_bytes, int? vocab_size, str group_name"
 DIVERGENCE = f"{HEADS}, {RULE}, {RUN}, bool[] wants"
@@ -78,8 +78,8 @@ def names_of(arguments: str) -> list[str]:
 
 
 def run_divergence(given: Arguments) -> list[Tensor]:
-    """[loss, token_loss, log-probs (or empty), statistics (all or none of them, absent ones empty), three
-    gradients]."""
+    """[loss, token_loss, log-probs (or empty), report of the sampling (or empty), statistics (all or none of them,
+    absent ones empty), three gradients]."""
     problem = problem_of(given)
     loss, outcome = solve(problem, loss_scales(problem), Wants(*given["wants"]))
     logprob = loss.new_empty(0) if outcome.logprob is None else outcome.logprob
@@ -88,6 +88,7 @@ def run_divergence(given: Arguments) -> list[Tensor]:
         loss,
         outcome.token_loss,
         logprob,
+        loss.new_empty(0) if outcome.report is None else outcome.report,
         *found,
         *gradients_of(outcome, given["student_hidden"], given["student_weight"], given["group_name"]),
     ]
@@ -100,7 +101,13 @@ def fake_divergence(given: Arguments) -> list[Tensor]:
     gradients = empty_gradients(given, NO_GRADIENTS if whole else given["wants"])
     loss = hidden.new_empty((rows,) if whole else (), dtype=dtype)
     logprob = hidden.new_empty(0 if given["logprob_weight"] is None else rows, dtype=dtype)
-    return [loss, hidden.new_empty(rows, dtype=dtype), logprob, *found, *gradients]
+    report = hidden.new_empty(4 if reports(given) else 0, dtype=dtype)
+    return [loss, hidden.new_empty(rows, dtype=dtype), logprob, report, *found, *gradients]
+
+
+def reports(given: Arguments) -> bool:
+    """Whether the noise of sampled columns is reported."""
+    return given["vocab_sample"] > 0 and any(given["wants"])
 
 
 def run_divergence_backward(given: Arguments) -> list[Tensor]:
@@ -218,9 +225,10 @@ def divergence(
     """``linear_divergence`` through its op; ``options`` are its other keyword arguments."""
     given = {**flat(student, teachers, options), "wants": [wants.hidden, wants.weight, wants.bias]}
     out = linear_divergence_op(*[given[name] for name in names_of(DIVERGENCE)])
-    found = unpack_stats(out[3:-3], given) if given["stats"] else None
+    found = unpack_stats(out[4:-3], given) if given["stats"] else None
     logprob = None if given["logprob_weight"] is None else out[2].detach()
-    return DivergenceOutput(out[0], out[1].detach(), found, logprob)
+    report = SampleReport(*out[3].detach().unbind()) if reports(given) else None
+    return DivergenceOutput(out[0], out[1].detach(), found, logprob, report)
 
 
 def stats(student: StudentArguments, teachers: Sequence[TeacherHead], options: dict[str, Any]) -> TokenStats:
@@ -348,13 +356,10 @@ def present(found: TokenStats, like: Tensor) -> list[Tensor]:
 def empty_stats(given: Arguments) -> list[Tensor]:
     like = given["student_hidden"].new_empty(0, dtype=compute_dtype(given))
     rows, teachers = given["student_hidden"].shape[0], len(given["teacher_hidden"])
-    dropped = given.get("backward_tolerance", 0.0) > 0
-    return present(TokenStats.empty(rows, teachers, given["labels"] is not None, like, dropped), like)
+    return present(TokenStats.empty(rows, teachers, given["labels"] is not None, like), like)
 
 
 def unpack_stats(values: Sequence[Tensor], given: Arguments) -> TokenStats:
     absent = () if given["labels"] is not None else ("student_logprob", "teacher_logprob", "gap")
-    if not given.get("backward_tolerance", 0.0) > 0:
-        absent = (*absent, "dropped_mass")
     pairs = zip(STATISTICS, values, strict=True)
     return TokenStats(**{name: None if name in absent else value.detach() for name, value in pairs})  # type: ignore[arg-type]

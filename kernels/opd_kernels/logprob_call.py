@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from .call import cast_gradients, exact_products
-from .driver import run_divergence
 from .heads import Wants
 from .label_sets import LabelSets, SingleLabel, Upstream
 from .problem import STATS_ONLY, Problem
 from .reference import reference_divergence
 from .row_ops import choose_impl
+from .run import run_divergence
 from .selection import plan_rows
 from .types import TokenStats
 from .validation import (
@@ -34,7 +34,8 @@ STATS_OPTIONS: dict[str, Any] = {
     "teacher_reduction": "sum",
     "reduction": "sum",
     "stats": True,
-    "backward_tolerance": 0.0,
+    "vocab_sample": 0.0,
+    "sample_seed": 0,
     "logprob_weight": None,
 }
 """The options of ``prepare`` that statistics do not depend on."""

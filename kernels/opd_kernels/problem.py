@@ -64,6 +64,14 @@ STATS_ONLY = Rule("stats")
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """Gradients from a sample of the columns, see ``sampling``: the expected ``share`` of them, and the ``seed``."""
+
+    share: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class Problem:
     """Validated arguments of one call.
 
@@ -76,7 +84,7 @@ class Problem:
         logprob_weight: [N] in the compute dtype, or None: the loss has -logprob_weight * log p(label) too.
         impl: whose row operations run, "torch" or "triton".
         shards: how the vocabulary is split over ranks, or None when this process holds all of it.
-        backward_tolerance: see ``compaction``; 0 for dense gradients.
+        sampling: how columns are sampled for the gradients, or None for all of them.
     """
 
     student: Head
@@ -94,8 +102,14 @@ class Problem:
     compute_dtype: torch.dtype
     impl: str = "torch"
     shards: Shards | None = None
-    backward_tolerance: float = 0.0
+    sampling: Sampling | None = None
 
     @property
     def rows(self) -> int:
         return self.student.hidden.shape[0]
+
+    @property
+    def teachers_sampled(self) -> bool:
+        """Whether a sampled gradient needs the teachers' logits at the sampled columns only: that of the reverse KL
+        to every teacher is p (g - E_p[g]), without their normalisers."""
+        return self.sampling is not None and self.rule.kind == "reverse_kl" and not self.mixture

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .problem import Head, Problem, Rule
-from .types import FLOOR, DivergenceOutput, LogprobOutput, TokenStats
+from .types import FLOOR, DivergenceOutput, LogprobOutput, SampleReport, TokenStats
 
 
 def reference_divergence(problem: Problem) -> DivergenceOutput:
@@ -64,7 +64,9 @@ def reference_divergence(problem: Problem) -> DivergenceOutput:
     else:
         loss = weighted.sum()
     stats = _stats(problem, active, student.detach(), teachers, pairs) if problem.stats else None
-    return DivergenceOutput(loss, token_loss, stats, logprob)
+    exact = loss.detach().new_tensor([1.0, 0.0, 0.0, 0.0])
+    report = None if problem.sampling is None or not loss.requires_grad else SampleReport(*exact.unbind())
+    return DivergenceOutput(loss, token_loss, stats, logprob, report)
 
 
 def reference_logprob(head: Head, labels: Tensor, tail: bool = False) -> LogprobOutput:
@@ -125,9 +127,7 @@ def _stats(
     problem: Problem, active: Tensor, student: Tensor, teachers: list[Tensor], pairs: list[Tensor]
 ) -> TokenStats:
     labels = problem.labels
-    stats = TokenStats.empty(problem.rows, len(teachers), labels is not None, student, problem.backward_tolerance > 0)
-    if stats.dropped_mass is not None:
-        stats.dropped_mass[active] = 0.0
+    stats = TokenStats.empty(problem.rows, len(teachers), labels is not None, student)
     stats.student_entropy[active] = -(student.exp() * student).sum(1)
     if labels is not None and stats.student_logprob is not None:
         stats.student_logprob[active] = student.gather(1, labels[active, None])[:, 0]

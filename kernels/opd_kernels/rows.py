@@ -55,10 +55,12 @@ from .rows_math import (
 
 # Small programs: about four of them share a multiprocessor, so that some load while others reduce.
 BLOCK = 2048
+ROWS = 32
+"""Rows that a program of ``squares_kernel`` adds up."""
 MANY_TEACHERS = 3
 """Teachers from which a program has twice the warps: it holds a row's logits of all of them."""
 NUMBERS = ["rows", "splits", "vocab", "slot_stride", "stride", "head_stride", "field_stride", "out_stride", "first"]
-VECTORS = ["label_ptr", "table_ptr", "entropy_scale_ptr", "bias_ptr"]
+VECTORS = ["label_ptr", "table_ptr", "entropy_scale_ptr", "bias_ptr", "factor_ptr"]
 
 
 def options(teachers: int) -> dict[str, int | bool]:
@@ -181,6 +183,32 @@ def merge_kernel(
         LABELS,
         SPLITS,
     )
+
+
+@kernel
+def squares_kernel(
+    logits_ptr,
+    table_ptr,
+    factor_ptr,
+    partial_ptr,
+    rows,
+    splits,
+    vocab,
+    stride,
+    field_stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sums [parts, splits * BLOCK] over ROWS rows each of factor p^2."""
+    part, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
+    cols, stored, valid = columns(split, vocab, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(ROWS):
+        row = tl.minimum(part * ROWS + i, rows - 1)
+        z = load(logits_ptr, 0, 0, row, stride, cols, stored, valid)
+        p = probability(z, table_ptr, row, 0, 0, field_stride)
+        total += tl.where(part * ROWS + i < rows, tl.load(factor_ptr + row), 0.0) * p * p
+    tl.store(partial_ptr + (part * splits + split) * BLOCK + tl.arange(0, BLOCK), total)
 
 
 @triton.jit

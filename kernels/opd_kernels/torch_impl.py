@@ -58,6 +58,16 @@ class TorchRowOps:
         for tile in self._tiles(chunk):
             self._statistics(tile)
 
+    def squares(self, chunk: Chunk, factor: Tensor, out: Tensor, fresh: bool) -> None:
+        done = 0
+        for tile in self._tiles(chunk):
+            if fresh:
+                self._statistics(tile)
+            own = factor[done : done + tile.rows] * (-2.0 * tile.table[0, LOG]).exp()
+            done += tile.rows
+            squares = torch.square(self._e(tile, 0), out=self._scratch(1, tile))
+            torch.addmv(out, squares.t(), own, out=out)
+
     def terms(self, chunk: Chunk) -> None:
         chunk.table[0, VALUE : MEAN + 1] = 0.0
         for tile in self._tiles(chunk):

@@ -96,6 +96,32 @@ class TritonRowOps:
                 **self._statistics(chunk),
             )
 
+    def squares(self, chunk: Chunk, factor: Tensor, out: Tensor, fresh: bool) -> None:
+        if fresh:
+            self.statistics(chunk)
+        if self.vocab == 0:
+            return
+        parts = triton.cdiv(chunk.rows, rows.ROWS)
+        partial = chunk.table.new_empty(parts, self.splits * self.block)
+        logits, table = self._logits(chunk), self._table(chunk)
+        self._launch(
+            rows.squares_kernel,
+            parts,
+            0,
+            chunk.logits,
+            logits_ptr=logits["logits_ptr"],
+            stride=logits["stride"],
+            table_ptr=table["table_ptr"],
+            field_stride=table["field_stride"],
+            factor_ptr=factor,
+            partial_ptr=partial,
+            rows=chunk.rows,
+            vocab=self.vocab,
+            ROWS=rows.ROWS,
+            BLOCK=self.block,
+        )
+        out += partial.sum(0)[: self.vocab]
+
     def terms(self, chunk: Chunk) -> None:
         if self.vocab == 0 or chunk.teachers == 0:
             chunk.table[0, VALUE : MEAN + 1] = 0.0

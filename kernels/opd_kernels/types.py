@@ -91,8 +91,6 @@ class TokenStats:
         top1_agreement: [N, K] 1.0 where student and teacher share the arg max, else 0.0.
         reverse_kl: [N, K] KL(p || q_k).
         forward_kl: [N, K] KL(q_k || p).
-        dropped_mass: [N] share of the row's gradient that ``backward_tolerance`` dropped, in the
-            1-norm of d loss / d logits; None without a tolerance.
     """
 
     student_logprob: Tensor | None
@@ -104,18 +102,15 @@ class TokenStats:
     top1_agreement: Tensor
     reverse_kl: Tensor
     forward_kl: Tensor
-    dropped_mass: Tensor | None = None
 
     @classmethod
-    def empty(cls, rows: int, teachers: int, labels: bool, like: Tensor, dropped: bool = False) -> TokenStats:
+    def empty(cls, rows: int, teachers: int, labels: bool, like: Tensor) -> TokenStats:
         """Statistics of ``rows`` tokens, all NaN: nothing is computed yet."""
 
         def unset(name: str) -> Tensor | None:
             if name in ("student_logprob", "teacher_logprob", "gap") and not labels:
                 return None
-            if name == "dropped_mass" and not dropped:
-                return None
-            shape = (rows,) if name.startswith("student_") or name == "dropped_mass" else (rows, teachers)
+            shape = (rows,) if name.startswith("student_") else (rows, teachers)
             return like.new_full(shape, float("nan"))
 
         return cls(**{f.name: unset(f.name) for f in fields(cls)})  # type: ignore[arg-type]
@@ -124,6 +119,27 @@ class TokenStats:
         """``gap`` from the two log-probs; NaN where either is."""
         if self.gap is not None and self.teacher_logprob is not None and self.student_logprob is not None:
             torch.sub(self.teacher_logprob, self.student_logprob[:, None], out=self.gap)
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """What a gradient from sampled columns is worth; scalars in the dtype of the loss.
+
+    The noise is that of one draw in the 2-norm, over the size of the exact gradient: predicted from the draw
+    itself. NaN where there is no such gradient, or none yet (``reduction="none"``, which fills it in with the
+    backward pass).
+
+    Attributes:
+        columns: share of the columns that was drawn.
+        hidden_noise: of the hidden states' gradient.
+        weight_noise: of the weight's.
+        loss_error: standard error of ``loss``; 0 where the loss is exact.
+    """
+
+    columns: Tensor
+    hidden_noise: Tensor
+    weight_noise: Tensor
+    loss_error: Tensor
 
 
 @dataclass(frozen=True)
@@ -136,12 +152,14 @@ class DivergenceOutput:
         token_loss: [N] detached, before ``token_weight``; NaN where nothing was computed.
         stats: the statistics when ``stats=True``, else None.
         logprob: [N] detached log p(label) with ``logprob_weight``, else None; NaN where nothing was computed.
+        sampling: with ``vocab_sample``, where a gradient is wanted; else None.
     """
 
     loss: Tensor
     token_loss: Tensor
     stats: TokenStats | None = None
     logprob: Tensor | None = None
+    sampling: SampleReport | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .chunking import default_workspace_bytes
-from .problem import Head, Problem, Rule
+from .problem import Head, Problem, Rule, Sampling
 from .selection import capturing
 from .shards import Shards, check_group, make_shards
 from .types import DIVERGENCES, IMPLS, MAX_TEACHERS, REDUCTIONS, TEACHER_REDUCTIONS, TeacherHead
@@ -31,13 +31,17 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}={value!r} must be a finite number greater than 0")
 
 
-def check_tolerance(tolerance: float) -> None:
-    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
-    if not number or not (math.isfinite(tolerance) and 0 <= tolerance < 1):
+def make_sampling(share: float, seed: int) -> Sampling | None:
+    """Check ``vocab_sample`` and ``sample_seed``; None for a share of 0."""
+    number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if not number or not (math.isfinite(share) and 0 <= share < 1):
         raise ValueError(
-            f"backward_tolerance={tolerance!r} must lie in [0, 1): the share of a row's gradient mass that may be "
-            "dropped, 0 for none"
+            f"vocab_sample={share!r} must lie in [0, 1): the share of the columns from which gradients are computed, "
+            "0 for all of them"
         )
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"sample_seed={seed!r} must be an integer: another one in every step")
+    return Sampling(float(share), seed) if share else None
 
 
 def check_matrix(name: str, tensor: object, dims: str) -> Tensor:
@@ -353,26 +357,23 @@ def make_problem(
     workspace_bytes: int | None,
     vocab_size: int | None,
     group: Any = None,
-    backward_tolerance: float = 0.0,
+    vocab_sample: float = 0.0,
+    sample_seed: int = 0,
 ) -> Problem:
     """Validate everything and return the normalised problem."""
     check_choice("teacher_reduction", teacher_reduction, TEACHER_REDUCTIONS)
     check_choice("reduction", reduction, REDUCTIONS)
     rule = make_rule(divergence, jsd_beta, skew_alpha)
-    check_tolerance(backward_tolerance)
+    sampling = make_sampling(vocab_sample, sample_seed)
     budget = make_workspace_bytes(workspace_bytes, student.hidden.device)
-    settings = (rule, teacher_reduction, reduction, stats, labels is None, logprob_weight is None, budget)
+    settings = (rule, teacher_reduction, reduction, stats, labels is None, logprob_weight is None, budget, sampling)
     heads, shards = split_vocabularies((student, *make_teachers(teachers, student)), vocab_size, group, settings)
     student, *others = heads
-    if shards is not None and backward_tolerance:
-        raise ValueError(
-            f"backward_tolerance={backward_tolerance} needs the whole vocabulary in one process: pass 0 with a group"
-        )
     dtype, device = compute_dtype_of((student, *others)), student.hidden.device
-    if backward_tolerance and capturing(device):
+    if sampling is not None and capturing(device):
         raise ValueError(
-            f"backward_tolerance={backward_tolerance} chooses columns by their values, which cannot be read while a "
-            "CUDA graph is captured: pass 0"
+            f"vocab_sample={vocab_sample}: every replay of a CUDA graph would draw the same columns: pass 0 while one "
+            "is captured"
         )
     rows = student.hidden.shape[0]
     weights, uniform = make_mix(mix, rows, len(others), dtype, device)
@@ -404,7 +405,7 @@ def make_problem(
         workspace_bytes=budget,
         compute_dtype=dtype,
         shards=shards,
-        backward_tolerance=float(backward_tolerance),
+        sampling=sampling,
     )
 
 

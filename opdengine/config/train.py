@@ -278,6 +278,10 @@ class TrainConfig(Section):
     """implementation of the fused loss: "auto", "triton", "torch" or "reference"."""
     workspace_bytes: Resumable[Maybe[Annotated[Integer, Range(1, 2**50)]]] = None
     """byte budget for temporaries of the fused loss."""
+    vocab_sample: Annotated[Real, Range(0, 1, open_high=True)] = 0.0
+    """share of the vocabulary from which the gradient of an exact divergence is computed: unbiased, and several times
+    cheaper; 0 is all of it. The metric `gradient_noise` is the distance of a micro-batch's gradient from the exact one,
+    as a share of it. With the reverse KL the loss and the teachers' statistics come from a sample of the rows."""
     seed: Seed = 0
     """of data order, sampling and initialisation."""
 
@@ -357,6 +361,13 @@ def _check_loss(config: TrainConfig) -> None:
         "with vocab_parallel_head it is 'torch'",
     )
     need(config.log_completions or config.log_tokens != "all", "log_tokens", "it belongs to log_completions: true")
+    sampled = config.vocab_sample > 0
+    need(not sampled or config.loss_impl != "reference", "vocab_sample", "loss_impl 'reference' computes every column")
+    need(
+        not sampled or (config.method != "mt_seqkd" and any(teacher.base_url is None for teacher in config.teachers)),
+        "vocab_sample",
+        "it is for divergences to local teachers, and none judges here: use 0",
+    )
     for tracker in config.report_to:
         need(tracker == "tensorboard", "report_to", "only 'tensorboard' is known; [] is metrics.jsonl alone")
 

@@ -6,6 +6,7 @@ op only sums; so the loss and its gradient do not depend on how a step is cut in
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,8 @@ class Objective:
         temperature: divides both sides' logits in the divergence; log p(target) is the model's own.
         vocab_size: valid leading columns of every head.
         impl, workspace_bytes: of the fused op.
+        vocab_sample: share of the columns from which gradients of exact divergences are computed; 0 is all.
+        draw: names the draw of the columns; another one in every step.
         group: process group over which all heads are split by vocabulary, or None.
     """
 
@@ -68,6 +71,8 @@ class Objective:
     vocab_size: int | None = None
     impl: str = "auto"
     workspace_bytes: int | None = None
+    vocab_sample: float = 0.0
+    draw: str = ""
     group: Any = None
 
     def __call__(
@@ -168,15 +173,24 @@ class Objective:
             impl=self.impl,
             workspace_bytes=self.workspace_bytes,
             vocab_size=self.vocab_size,
+            vocab_sample=self.vocab_sample,
+            sample_seed=self._seed(samples),
             group=self.group,
         )
         if statistics is not None and output.stats is not None:
             statistics.add_divergence(names, samples, output.stats)
             statistics.add_loss(samples, output.token_loss)
+            if output.sampling is not None:
+                statistics.add_noise(output.sampling.hidden_noise)
             if weights is not None and output.logprob is not None:
                 rows = weights.nonzero().squeeze(1)
                 statistics.add_logprob(samples, output.logprob[rows], rows)
         return output.loss
+
+    def _seed(self, samples: Sequence[Sample]) -> int:
+        """Of the draw for these samples, wherever they are computed."""
+        text = "\n".join([self.draw, *(sample.id for sample in samples)])
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
     def _listed(
         self,

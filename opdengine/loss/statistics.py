@@ -114,6 +114,10 @@ class Statistics:
             logprob = logprob.new_full((count,), float("nan")).index_copy(0, rows, logprob)
         self._note(samples, "student_logprob", logprob)
 
+    def add_noise(self, noise: torch.Tensor) -> None:
+        """Note the relative noise of a gradient from sampled columns."""
+        self._extend("gradient_noise", noise)
+
     def add_measured(self, sample: Sample) -> None:
         """Add what was measured before the update, for steps that compute no divergence."""
         if sample.student_logprob is None:

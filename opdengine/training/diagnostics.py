@@ -95,7 +95,8 @@ def sample_gradients(engine: Engine, samples: Sequence[Sample], dimensions: int,
 
     The student's ``grad`` fields are empty afterwards.
     """
-    objective, student, ranks = engine.objective(), engine.student, engine.ranks
+    # One sample's gradient, and no noise in it.
+    objective, student, ranks = replace(engine.objective(), vocab_sample=0.0), engine.student, engine.ranks
     student.model.eval()
     parameters = probed_parameters(student.model)
     gathered = student.head if student.has_split_head else None  # no rank can ask for it alone

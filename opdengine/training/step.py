@@ -364,6 +364,8 @@ class Engine:
             vocab_size=self.vocab_size,
             impl=c.loss_impl,
             workspace_bytes=c.workspace_bytes,
+            vocab_sample=c.vocab_sample,
+            draw=f"{c.seed} {self.version}",
         )
 
     async def run_in_thread(self, function: Callable[..., T], *arguments: Any) -> T:

@@ -97,6 +97,7 @@ def lengths_and_rewards(samples: Sequence[Sample]) -> dict[str, float]:
 def summarise(statistics: Statistics) -> dict[str, float]:
     """Metrics of a whole step from the statistics of the loss."""
     metrics = statistics.means("teacher_kl/") | statistics.means("student_entropy")
+    metrics |= statistics.means("gradient_noise")
     gap = statistics.get("gap")
     if len(gap):
         metrics["gap/mean"] = float(gap.mean())

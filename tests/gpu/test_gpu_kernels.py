@@ -134,20 +134,22 @@ def test_small_divergences(kind, sigma, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("masked", [False, True])
-def test_compacted_backward(kind, masked):
-    """Peaked rows, a few different ones, in several blocks of dZ: most columns are dropped."""
-    (hidden, weight), some, tolerance = student(), torch.arange(ROWS, device=DEVICE) % 16, 1e-2
+@pytest.mark.parametrize("masked_rows", [False, True])
+def test_sampled_gradients(kind, masked_rows):
+    """Peaked rows, a few different ones, in several blocks: as far from the exact gradient as is predicted."""
+    (hidden, weight), some = student(), torch.arange(ROWS, device=DEVICE) % 16
     hidden = (4.0 * hidden[some]).detach().requires_grad_()
     teachers = [replace(t, hidden=4.0 * t.hidden[some]) for t in strangers(2)]
     options = {"divergence": kind}
-    if masked:
+    if masked_rows:
         options["token_weight"] = torch.arange(ROWS, device=DEVICE) % 3 / 2
     call = (hidden, weight, teachers)
-    out = linear_divergence(*call, stats=True, backward_tolerance=tolerance, workspace_bytes=200 << 20, **options)
-    assert 0 < out.stats.dropped_mass.nan_to_num().max() <= tolerance
-    got = [out.token_loss, *torch.autograd.grad(out.loss, (hidden, weight))]
-    assert_near(got, exact(*call, **options), values=2e-5, gradients=1e-2 + 3 * tolerance)
+    out = linear_divergence(*call, vocab_sample=0.2, workspace_bytes=400 << 20, **options)
+    noise = (out.sampling.hidden_noise, out.sampling.weight_noise)
+    got = torch.autograd.grad(out.loss, (hidden, weight))
+    for mine, want, predicted in zip(got, exact(*call, **options)[1:], noise, strict=True):
+        error = (mine.double() - want).norm() / want.norm()
+        assert 0.5 * predicted < error + 1e-2 and error < 2.0 * predicted + 1e-2
 
 
 def test_float16():
@@ -233,14 +235,14 @@ def test_host_waits_as_often_for_many_chunks_as_for_one():
     assert counts[0] == counts[1] <= 8, counts
 
 
-@pytest.mark.parametrize("tolerance", [0.0, 1e-2])
-def test_deterministic_algorithms(tolerance):
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_deterministic_algorithms(share):
     """Nothing refuses to run, and two calls agree to the last bit."""
     (hidden, weight), teachers = student(), strangers(2)
     hidden = (4.0 * hidden[torch.arange(ROWS, device=DEVICE) % 16]).detach().requires_grad_()
     torch.use_deterministic_algorithms(True)
     try:
-        one, two = (fused(hidden, weight, teachers, backward_tolerance=tolerance, **masked(2)) for _ in range(2))
+        one, two = (fused(hidden, weight, teachers, vocab_sample=share, **masked(2)) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(False)
     for mine, other in zip(one, two, strict=True):

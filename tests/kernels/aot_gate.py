@@ -28,7 +28,6 @@ from opd_kernels import rows
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 
-import choose_columns
 from gap_gemm import gap_kernel
 
 ARCHITECTURES = (80, 90, 100)
@@ -85,6 +84,7 @@ VARIANTS = {
         {"HAS_ENTROPY": False, "CAP": False, "out_ptr": "*bf16", "BLOCK": rows.BLOCK},
         {"HAS_ENTROPY": True, "CAP": True, "out_ptr": "*fp32", "BLOCK": rows.BLOCK},
     ],
+    "squares_kernel": [{"ROWS": rows.ROWS, "BLOCK": rows.BLOCK}],
     "scale_kernel": [{"BLOCK": 4096, "x_ptr": "*bf16"}],
 }
 """Ways in which the row operations launch each kernel, as constants and pointer types that matter."""
@@ -94,11 +94,6 @@ SESSION = {
     "gap_kernel": [
         {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages, "pointers": "*bf16"}
         for config in gap_kernel.configs
-    ],
-    "mass_kernel": [{"BLOCK": choose_columns.BLOCK, "dz_ptr": "*bf16"}],
-    "score_kernel": [{"BLOCK": choose_columns.BLOCK, "ROWS": 256, "dz_ptr": "*bf16"}],
-    "dropped_kernel": [
-        {"ROWS": 16, "COLUMNS": 128, "TILES": 64, "LEVELS": 16, "dz_ptr": "*bf16", "below_ptr": "*u8"},
     ],
 }
 """The kernels that only the GPU session uses, at each of its settings."""
@@ -117,7 +112,7 @@ def kernels() -> dict[str, triton.JITFunction]:
 def build(name: str, variant: dict, capability: int):
     """The compiled kernel, with what the launches of ``TritonRowOps`` promise and nothing else."""
     session = name in SESSION
-    kernel, variant = {**kernels(), **vars(choose_columns), "gap_kernel": gap_kernel.fn}[name], dict(variant)
+    kernel, variant = {**kernels(), "gap_kernel": gap_kernel.fn}[name], dict(variant)
     options: dict = {"num_warps": 4} if session else rows.options(variant.get("TEACHERS", 0))
     options |= {key: variant.pop(key) for key in ("num_warps", "num_stages") if key in variant}
     pointers = variant.pop("pointers", None)

@@ -37,7 +37,13 @@ def run_gate(*arguments: str, path: str = "") -> list[dict]:
 def buffers_read(result: dict) -> int:
     """[c, V] buffers that one variant reads."""
     variant = result["variant"]
-    one = {"logprob_gradient_kernel": 1, "finish_kernel": 1, "merge_kernel": 0, "scale_kernel": None}
+    one = {
+        "logprob_gradient_kernel": 1,
+        "finish_kernel": 1,
+        "merge_kernel": 0,
+        "scale_kernel": None,
+        "squares_kernel": 1,
+    }
     return one.get(result["kernel"], 1 + variant.get("TEACHERS", 0))
 
 
@@ -70,13 +76,9 @@ def test_machine_code(capability, quick):
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_machine_code_of_the_gpu_session(capability):
-    """The GEMMs run on tensor cores."""
-    for result in run_gate("--session", "--quick", "--capability", str(capability)):
-        if result["kernel"] in ("gap_kernel", "dropped_kernel"):
-            assert result["tensor_cores"], result
-        if result["kernel"] == "gap_kernel":
-            continue  # some of its settings spill, and lose against the others
-        assert result["spilled"] == 0 and result["registers"] <= MOST_REGISTERS, result
+    """The GEMM runs on tensor cores; some of its settings spill, and lose against the others."""
+    results = run_gate("--session", "--quick", "--capability", str(capability))
+    assert results and all(result["tensor_cores"] for result in results)
 
 
 @pytest.mark.slow

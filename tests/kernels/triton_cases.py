@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from opd_kernels import (
-    DivergenceOutput,
     TeacherHead,
     driver,
     linear_divergence,
@@ -213,51 +212,41 @@ def test_widths(vocab):
         check(case, divergence=kind, stats=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("teachers", [1, 2])
-@pytest.mark.parametrize("budget", [None, SMALL])
-def test_compacted_backward(kind, teachers, budget):
-    """Gradient errors within the bounds that ``compaction`` states, on rows that are peaked, have no
-    teacher or no weight."""
-    case, tolerance = make(teachers, spread=4.0), 0.1
-    mix = torch.tensor([[0.3, 0.5], [0.9, 0.4], [0.7, 0.0], [0.0, 0.0], [0.2, 0.9], [1.0, 2.0]])
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("budget", [None, 3 * SMALL])
+def test_sampled_gradients_are_those_of_torch(kind, budget):
+    """The same columns are drawn, on rows without a teacher or weight and with a label, too."""
+    case = make(2, spread=4.0)
     options = {
         "divergence": kind,
-        "mix": mix[:, :teachers].to(DEVICE),
+        "mix": torch.tensor([[0.3, 0.5], [0.9, 0.4], [0.7, 0.0], [0.0, 0.0], [0.2, 0.9], [1.0, 2.0]], device=DEVICE),
         "token_weight": torch.tensor([0.5, 2.0, 0.0, 1.0, 1.5, 0.3], device=DEVICE),
+        "labels": case.labels,
+        "logprob_weight": torch.tensor([0.5, 0.0, 0.0, -0.2, 0.0, 0.1], device=DEVICE),
+        "student_softcap": 9.0,
+        "stats": True,
+        "vocab_sample": 0.3,
+        "sample_seed": 5,
+        "workspace_bytes": budget,
     }
 
-    def step(case: Case, impl: str, **more) -> tuple[DivergenceOutput, Tensor, Tensor]:
-        out = linear_divergence(case.hidden, case.weight, case.teachers, impl=impl, **options, **more)
-        return out, *torch.autograd.grad(out.loss, (case.hidden, case.weight))
+    def step(impl: str) -> tuple[Tensor, ...]:
+        out = linear_divergence(case.hidden, case.weight, case.teachers, impl=impl, **options)
+        noise = (out.sampling.hidden_noise, out.sampling.weight_noise)
+        return out.loss, out.stats.student_entropy, *noise, *torch.autograd.grad(out.loss, (case.hidden, case.weight))
 
-    out, dx, dw = step(case, "triton", backward_tolerance=tolerance, stats=True, workspace_bytes=budget)
-    wide = case.double()
-    exact, exact_dx, exact_dw = step(wide, "reference")
-    torch.testing.assert_close(out.loss.double(), exact.loss, rtol=2e-5, atol=2e-6)
-    dropped = out.stats.dropped_mass
-    assert torch.equal(dropped.isnan(), out.token_loss.isnan())
-    dropped = dropped.nan_to_num().double()
-    assert 0 < dropped.max() <= tolerance
-    # The 1-norm of d loss / d logits, by a student whose head is the identity.
-    wide.hidden = (wide.hidden @ wide.weight.t()).detach().requires_grad_()
-    wide.weight = torch.eye(VOCAB, dtype=torch.float64, device=DEVICE).requires_grad_()
-    mass = step(wide, "reference")[1].abs().sum(1)
-    hidden, weight = case.hidden.detach().double(), case.weight.detach().double()
-    allowed = dropped * mass * weight.norm(dim=1).max()
-    assert ((dx - exact_dx).norm(dim=1) <= allowed + 1e-4 * exact_dx.norm() + 2e-6).all()
-    allowed = (dropped * mass * hidden.norm(dim=1)).sum()
-    assert (dw - exact_dw).norm(dim=1).sum() <= allowed + 1e-4 * exact_dw.norm() + 2e-6
+    for mine, other in zip(step("triton"), step("torch"), strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-4, atol=2e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("tolerance", [0.0, 0.1])
-def test_smallest_workspace(tolerance):
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_smallest_workspace(share):
     """The bytes that the error names are enough."""
     case = make(2)
     with pytest.raises(ValueError, match=r"pass workspace_bytes >= \d+$") as error:
-        solve(case, "triton", workspace_bytes=1, backward_tolerance=tolerance)
+        solve(case, "triton", workspace_bytes=1, vocab_sample=share)
     enough = int(str(error.value).split()[-1])
-    solve(case, "triton", workspace_bytes=enough, backward_tolerance=tolerance)
+    solve(case, "triton", workspace_bytes=enough, vocab_sample=share)
 
 
 def near_teacher(case: Case, sigma: float, seed: int = 3) -> TeacherHead:

@@ -155,6 +155,26 @@ def check_heads(splits):
             )
 
 
+def check_sampled(splits):
+    """Unbiased, and the same hidden gradient on every rank."""
+    for split, kind in itertools.product(splits, ("reverse_kl", "jsd")):
+        world = World(split, 2, seed=5, bias=True)
+        options = {"divergence": kind, "mix": world.mix, "labels": world.labels}
+        options["logprob_weight"] = torch.linspace(-1, 1, ROWS, dtype=torch.float64)
+        _, exact = divergence(world, None, **options)
+        draws = []
+        for seed in range(60):
+            _, gradients = divergence(world, dist.group.WORLD, vocab_sample=0.4, sample_seed=seed, **options)
+            draws.append(gradients)
+            everyone = shards.gather_from(dist.group.WORLD, gradients[0])
+            assert all(torch.equal(x, gradients[0]) for x in everyone)
+        for place, truth in enumerate(exact):
+            every = torch.stack([gradients[place] for gradients in draws])
+            if every.numel():
+                error = (every.mean(0) - truth).norm()
+                assert error <= 2.5 * (every.var(0).sum() / len(every)).sqrt() + 1e-12, (split, kind, place, error)
+
+
 def check_float32(splits):
     for kind in KINDS:
         world = World(splits[0], 2, dtype=torch.float32, seed=3)
@@ -358,6 +378,7 @@ def check_errors(splits):
 CHECKS = [
     check_divergences,
     check_heads,
+    check_sampled,
     check_float32,
     check_bfloat16,
     check_stats,

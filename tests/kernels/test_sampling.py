@@ -1,0 +1,260 @@
+"""Gradients from sampled columns: unbiased against float64, with the noise that is predicted, in every setting."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from opd_kernels import TeacherHead, linear_divergence
+from opd_kernels.sampling import inclusion, uniforms
+
+KINDS = ["reverse_kl", "forward_kl", "jsd", "skew_kl"]
+ROWS, VOCAB, WIDTH, SHARE, SEEDS = 24, 1024, 12, 0.1, 120
+
+
+def peaked(teachers: int = 1, dtype=torch.float64, rows=ROWS, vocab=VOCAB, width=WIDTH):
+    """Rows whose student and teachers agree on a few live columns, drawn by Zipf's law."""
+    g = torch.Generator().manual_seed(3)
+    zipf = torch.arange(1, vocab + 1).double().reciprocal()
+    columns = torch.multinomial(zipf.expand(rows, -1), 6, generator=g)
+    weight = torch.randn(vocab, width, generator=g, dtype=torch.float64) / width**0.5
+    strength = 4.0 + 3 * torch.rand(rows, 6, generator=g, dtype=torch.float64)
+    hidden = (torch.linalg.pinv(weight[columns]) @ strength[..., None])[..., 0]
+
+    def teacher():
+        nudge = 0.3 * torch.randn(rows, width, generator=g, dtype=torch.float64)
+        return TeacherHead((hidden + nudge).to(dtype), weight.to(dtype))
+
+    heads = [teacher() for _ in range(teachers)]
+    return hidden.to(dtype).clone().requires_grad_(), weight.to(dtype).clone().requires_grad_(), heads
+
+
+def gradients(hidden, weight, teachers, **options):
+    out = linear_divergence(hidden, weight, teachers, **options)
+    loss = out.loss
+    if options.get("reduction") == "none":
+        loss = (loss * torch.linspace(-1, 2, len(loss), dtype=loss.dtype)).sum()
+    asked = [x for x in (hidden, weight, options.get("student_bias")) if x is not None and x.requires_grad]
+    return out, torch.autograd.grad(loss, asked)
+
+
+def labelled():
+    g = torch.Generator().manual_seed(5)
+    advantage = torch.randn(ROWS, generator=g)
+    advantage[::4] = 0.0
+    return {"labels": torch.randint(0, VOCAB, (ROWS,), generator=g), "logprob_weight": advantage}
+
+
+def masked(teachers: int):
+    weight, mix = torch.linspace(0.2, 3, ROWS), torch.full((ROWS, teachers), 1.0 / teachers)
+    weight[::3], mix[1], mix[4:9, 0] = 0.0, 0.0, 0.0
+    return {"token_weight": weight, "mix": mix}
+
+
+OPTIONS = {
+    "plain": {},
+    "mean": {"reduction": "mean", **masked(2)},
+    "none": {"reduction": "none"},
+    "mixture": {"teacher_reduction": "mixture"},
+    "masked and routed": masked(2),
+    "labels": {**labelled(), **masked(2)},
+    "softcap": {"student_softcap": 20.0, "temperature": 0.5, "student_logit_scale": 1.3},
+    "blocks": {"workspace_bytes": 900_000},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_mean_over_seeds_is_the_dense_gradient_and_the_noise_as_predicted(kind, name):
+    """The distance of the mean from the exact gradient is below twice its expectation for independent draws: a bias
+    of a fifth of the noise would be seen."""
+    problem, options = peaked(2), {"divergence": kind, **OPTIONS[name]}
+    _, exact = gradients(*problem, **options)
+    draws, predicted = [], []
+    for seed in range(SEEDS):
+        out, found = gradients(*problem, vocab_sample=SHARE, sample_seed=seed, **options)
+        draws.append(found)
+        predicted.append((out.sampling.hidden_noise.item(), out.sampling.weight_noise.item()))
+    for place, truth in enumerate(exact):
+        every = torch.stack([draw[place] for draw in draws])
+        size, variance = truth.norm().item(), every.var(0).sum().item()
+        noise = math.sqrt(variance) / size
+        assert 1e-4 < noise < 1.0
+        distance = (every.mean(0) - truth).norm().item()
+        # The squared distance of the mean has the expectation variance / SEEDS; a few components dominate it.
+        assert distance < 2.0 * math.sqrt(variance / SEEDS), (distance, math.sqrt(variance / SEEDS))
+        mean_prediction = math.sqrt(sum(p[place] ** 2 for p in predicted) / SEEDS)
+        assert 0.75 < mean_prediction / noise < 1.33
+
+
+def test_few_columns_are_unbiased_too():
+    """Where E_p[g] comes from ten columns, without the term for columns that meet themselves the mean would be off."""
+    problem = peaked()
+    _, exact = gradients(*problem)
+    every = torch.stack([gradients(*problem, vocab_sample=0.01, sample_seed=seed)[1][0] for seed in range(400)])
+    assert (every.mean(0) - exact[0]).norm() < 1.5 * (every.var(0).sum() / len(every)).sqrt()
+
+
+def test_bias_gradient_is_unbiased():
+    hidden, weight, teachers = peaked()
+    bias = torch.zeros(VOCAB, dtype=torch.float64, requires_grad=True)
+    _, (_, _, exact) = gradients(hidden, weight, teachers, student_bias=bias)
+    every = torch.stack(
+        [
+            gradients(hidden, weight, teachers, student_bias=bias, vocab_sample=SHARE, sample_seed=seed)[1][2]
+            for seed in range(SEEDS)
+        ]
+    )
+    assert (every.mean(0) - exact).norm() < 2.0 * (every.var(0).sum() / SEEDS).sqrt()
+
+
+def test_the_loss_is_estimated_from_some_rows_and_says_how_well():
+    hidden, weight, teachers = peaked(1, rows=400)
+    exact = linear_divergence(hidden, weight, teachers, stats=True)
+    found, within = [], 0
+    for seed in range(60):
+        out = linear_divergence(hidden, weight, teachers, vocab_sample=SHARE, sample_seed=seed, stats=True)
+        found.append(out.loss.item())
+        within += abs(out.loss.item() - exact.loss.item()) < 2.5 * out.sampling.loss_error.item()
+        known = ~out.token_loss.isnan()
+        assert known.sum() == 32
+        torch.testing.assert_close(out.token_loss[known], exact.token_loss[known])
+        torch.testing.assert_close(out.stats.student_entropy, exact.stats.student_entropy)
+        torch.testing.assert_close(out.stats.forward_kl[known], exact.stats.forward_kl[known])
+        assert out.stats.forward_kl[~known].isnan().all()
+    values = torch.tensor(found)
+    assert abs(values.mean() - exact.loss.item()) < 4 * values.std() / math.sqrt(len(found))
+    assert within >= 50
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_other_divergences_have_exact_values(kind):
+    problem = peaked(2)
+    exact = linear_divergence(*problem, divergence=kind, stats=True)
+    out = linear_divergence(*problem, divergence=kind, stats=True, vocab_sample=SHARE)
+    assert torch.equal(out.loss, exact.loss) and torch.equal(out.stats.reverse_kl, exact.stats.reverse_kl)
+    assert out.sampling.loss_error == 0
+
+
+def test_log_probs_of_labels_are_exact():
+    problem, options = peaked(2), {**labelled(), **masked(2)}
+    exact = linear_divergence(*problem, **options)
+    out = linear_divergence(*problem, vocab_sample=SHARE, **options)
+    torch.testing.assert_close(out.logprob, exact.logprob, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seed_draws_the_same_again(kind):
+    problem = peaked(2)
+    first, again, other = (
+        gradients(*problem, divergence=kind, vocab_sample=SHARE, sample_seed=seed)[1] for seed in (7, 7, 8)
+    )
+    for x, y, z in zip(first, again, other, strict=True):
+        assert torch.equal(x, y) and not torch.equal(x, z)
+
+
+def test_no_gradient_no_sample():
+    problem = peaked()
+    exact = linear_divergence(*problem, stats=True)
+    with torch.no_grad():
+        out = linear_divergence(*problem, stats=True, vocab_sample=SHARE)
+    assert out.sampling is None and torch.equal(out.loss, exact.loss)
+    assert not out.stats.reverse_kl.isnan().any()
+    reference, _ = gradients(*problem, vocab_sample=SHARE, impl="reference")
+    assert reference.sampling.columns == 1 and reference.sampling.hidden_noise == 0
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_frozen_parts(kind, frozen):
+    hidden, weight, teachers = peaked()
+    _, both = gradients(hidden, weight, teachers, divergence=kind, vocab_sample=SHARE)
+    place = ("hidden", "weight").index(frozen)
+    parts = [x.detach().requires_grad_(i != place) for i, x in enumerate((hidden, weight))]
+    out, (got,) = gradients(*parts, teachers, divergence=kind, vocab_sample=SHARE)
+    torch.testing.assert_close(got, both[1 - place])
+    assert (out.sampling.hidden_noise.isnan(), out.sampling.weight_noise.isnan()) == (place == 0, place == 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl"])
+def test_narrow_dtypes(dtype, kind):
+    problem = peaked(dtype=dtype)
+    _, exact = gradients(*problem, divergence=kind)
+    out, got = gradients(*problem, divergence=kind, vocab_sample=0.3)
+    assert out.sampling.hidden_noise.dtype == torch.float32
+    for mine, theirs, noise in zip(got, exact, (out.sampling.hidden_noise, out.sampling.weight_noise), strict=True):
+        assert mine.dtype == dtype
+        assert (mine - theirs).double().norm() <= (3 * noise + 0.02) * theirs.double().norm()
+
+
+def test_padded_vocabulary():
+    hidden, weight, teachers = peaked()
+    _, (_, got) = gradients(hidden, weight, teachers, vocab_size=1000, vocab_sample=SHARE)
+    assert got[1000:].abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+def test_nan_reaches_the_gradient_and_the_loss(kind):
+    hidden, weight, teachers = peaked(rows=100)
+    with torch.no_grad():
+        hidden[50, 0] = math.nan
+    out, got = gradients(hidden, weight, teachers, divergence=kind, vocab_sample=SHARE)
+    assert out.loss.isnan() and got[0][50].isnan().any()
+
+
+def test_a_broken_teacher_is_named():
+    hidden, weight, teachers = peaked(rows=100)
+    teachers[0].hidden[70, 0] = math.nan
+    with pytest.raises(ValueError, match=r"teachers\[0\] has NaN or inf logits, first at row 70"):
+        linear_divergence(hidden, weight, teachers, vocab_sample=SHARE)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"vocab_sample": 1.0}, "vocab_sample=1.0 must lie in"),
+        ({"vocab_sample": -0.1}, "vocab_sample=-0.1 must lie in"),
+        ({"vocab_sample": True}, "vocab_sample=True must lie in"),
+        ({"vocab_sample": 0.1, "sample_seed": 0.5}, "sample_seed=0.5 must be an integer"),
+    ],
+)
+def test_bad_settings_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        linear_divergence(*peaked(), **options)
+
+
+def test_products_shrink_to_the_share():
+    """Counted FLOPs: the student's logits, a tenth of the rest, and the values of 32 rows."""
+    problem = peaked(dtype=torch.float32, rows=256, vocab=4096, width=32)
+    counted = []
+    for options in ({}, {"vocab_sample": SHARE}):
+        with FlopCounterMode(display=False) as counter:
+            gradients(*problem, **options)
+        counted.append(counter.get_total_flops())
+    assert counted[1] / counted[0] < (1 + 3 * 1.1 * SHARE + 2 * 32 / 256 + 0.05) / 4
+
+
+def test_inclusion_probabilities():
+    score = torch.rand(500, generator=torch.Generator().manual_seed(0)).double() ** 8
+    pi = inclusion(score, 50.0)
+    assert pi.sum().item() == pytest.approx(50.0) and pi.max() <= 1 and pi.min() >= 0
+    free = pi < 1
+    assert (pi[free] / score[free]).std() < 1e-9 * (pi[free] / score[free]).mean()
+    few = torch.zeros(500).double()
+    few[:3] = 1.0
+    assert inclusion(few, 50.0)[:3].eq(1).all() and inclusion(few, 50.0)[3:].eq(0).all()
+
+
+def test_random_numbers_are_uniform_and_independent():
+    ids = torch.arange(100_000)
+    x, y, z = uniforms(ids, 1, 0), uniforms(ids, 2, 0), uniforms(ids, 1, 256)
+    assert x.min() >= 0 and x.max() < 1
+    counts = torch.histc(x, 100, 0, 1)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 160  # chi-squared with 99 degrees of freedom: 1 in 10,000
+    for other in (y, z, x.roll(1)):
+        assert abs(torch.corrcoef(torch.stack([x, other]))[0, 1]) < 0.015
+    assert torch.equal(x[500:600], uniforms(ids[500:600], 1, 0))
