@@ -23,7 +23,7 @@ from opdengine.config.train import TrainConfig
 from opdengine.metrics import write_jsonl
 from opdengine.models.chat import load_tokenizer
 from opdengine.models.checkpoint import restore_optimizer, save_checkpoint
-from opdengine.training.build import build_optimizer, build_scheduler
+from opdengine.training.optimizer import build_optimizer, build_scheduler
 from tiny import task
 from tiny.demo import STUDENT
 

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -189,22 +189,10 @@ def architecture(path: str) -> str:
     return path
 
 
-def policy(model: Any) -> tuple[Iterable[tuple[str, torch.Tensor]], LowRank | None]:
-    """Return what a sampler needs: the whole model by its ``state_dict`` names, and what an adapter adds.
-
-    Returns:
-        All weights (of the base, which never change, where there is an adapter; nothing is read before
-        it is asked for), and the adapter's factors or None.
-    """
-    if not is_adapted(model):
-        return whole_weights(model), None
-    return _base_weights(model), {name: factors for name, factors in _factors(model)}
-
-
 def fingerprint(model: Any) -> str:
     """Identifies the weights of a base, with or without adapter, by 256 values of each."""
     parts = []
-    for name, tensor in _base_weights(model):  # one whole tensor at a time, where they are split over ranks
+    for name, tensor in base_weights(model):  # one whole tensor at a time, where they are split over ranks
         flat = tensor.detach().reshape(-1)
         chosen = torch.arange(SAMPLES, device=flat.device) * flat.numel() // SAMPLES
         values = flat[chosen] if flat.numel() else flat
@@ -237,13 +225,13 @@ def _refuse_embeddings(model: Any, targets: object) -> None:
             )
 
 
-def _base_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def base_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in whole_weights(base_of(model)):
         if ".lora_" not in name:
             yield name.replace(".base_layer", ""), tensor
 
 
-def _factors(model: Any) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+def adapter_factors(model: Any) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
     for name, layer in base_of(model).named_modules():
         if not hasattr(layer, "lora_A"):
             continue

@@ -28,7 +28,7 @@ from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.models.checkpoint import restore_optimizer, write_model
 from opdengine.models.rendering import thought_opening
 from opdengine.rollout.vllm.engine import require_vllm
-from opdengine.training.build import build_engine, check_ranks, require_updates, student_dtype, teacher_tokenizer
+from opdengine.training.build import build_engine, check_ranks, student_dtype, teacher_tokenizer
 from opdengine.training.diagnostics import gradient_diagnostics
 from opdengine.training.evaluate import (
     answer_params,
@@ -39,6 +39,7 @@ from opdengine.training.evaluate import (
     warn_of_overlap,
 )
 from opdengine.training.loop import Loop
+from opdengine.training.optimizer import require_updates
 from opdengine.training.progress import Progress
 from opdengine.training.run_folder import InputFiles, RunFolder, require_writable
 from opdengine.training.signals import Interrupted, Interrupts

@@ -22,7 +22,7 @@ from opdengine.loss.vocab_parallel import VocabParallel
 from opdengine.methods.method import Method
 from opdengine.models.backbone import Backbone, Head
 from opdengine.models.chat import encode_chat
-from opdengine.models.lora import policy
+from opdengine.models.policy import policy
 from opdengine.rollout import Sampler
 from opdengine.teachers import Teacher
 from opdengine.teachers.shard import Session

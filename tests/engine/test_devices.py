@@ -23,7 +23,7 @@ from opdengine.teachers import local
 from opdengine.teachers.prefix import PrefixScorer
 from opdengine.training import scoring
 from opdengine.training import step as engine_module
-from opdengine.training.build import build_optimizer
+from opdengine.training.optimizer import build_optimizer
 from opdengine.training.step import Engine
 from opdengine.types import Batch, Hidden, Prompt, Sample, TeacherContext
 

@@ -29,7 +29,8 @@ from opdengine.methods import build_method
 from opdengine.models.backbone import Backbone, load_model
 from opdengine.models.chat import load_tokenizer
 from opdengine.models.checkpoint import list_checkpoints
-from opdengine.models.lora import add_adapter, architecture, base_of, load_adapter, merge_adapter, policy, save_model
+from opdengine.models.lora import add_adapter, architecture, base_of, load_adapter, merge_adapter, save_model
+from opdengine.models.policy import policy
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.training.build import build_engine
 from opdengine.training.run import train

@@ -17,7 +17,7 @@ from opdengine.config.train import ConfigError
 from opdengine.errors import NothingTrainedError, ServiceError
 from opdengine.methods.checks import GENERAL, Check, Watch, stall_of
 from opdengine.models.checkpoint import list_checkpoints
-from opdengine.training.build import build_optimizer
+from opdengine.training.optimizer import build_optimizer
 from opdengine.training.run import train
 from opdengine.training.step import Engine
 from opdengine.training.writer import read_metrics

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from vllm_helpers import after, alive, open_sampler, requests, same, save_model, train, worst_gap
 
 from opdengine.config.train import LoRAConfig
-from opdengine.models.lora import add_adapter, base_of, policy
+from opdengine.models.lora import add_adapter, base_of
+from opdengine.models.policy import policy
 from opdengine.rollout.vllm.engine import EngineDiedError, EngineError
 from opdengine.rollout.vllm.opening import open_child
 from opdengine.rollout.vllm.sampler import VLLMSampler

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from vllm_helpers import open_sampler, requests, same, train, worst_gap
 
 from opdengine.config.train import LoRAConfig
-from opdengine.models.lora import LowRank, add_adapter, base_of, policy
+from opdengine.models.lora import LowRank, add_adapter, base_of
+from opdengine.models.policy import policy
 from opdengine.rollout.vllm.policy_file import check_low_rank, pack_low_rank, read_policy, write_policy
 from opdengine.rollout.vllm.sampler import VLLMSampler
 from opdengine.types import SamplingParams

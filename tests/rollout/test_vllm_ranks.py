@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM
 from opdengine.config.train import LoRAConfig
 from opdengine.distributed import PeerError, Ranks
 from opdengine.models.checkpoint import list_checkpoints
-from opdengine.models.lora import add_adapter, policy
+from opdengine.models.lora import add_adapter
+from opdengine.models.policy import policy
 from opdengine.rollout.vllm import opening, remote
 from opdengine.rollout.vllm.engine import EngineDiedError, EngineError
 from opdengine.rollout.vllm.extension import PolicyLoader

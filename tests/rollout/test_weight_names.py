@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from opdengine.errors import ConfigError
 from opdengine.models.backbone import load_model
-from opdengine.models.lora import policy
+from opdengine.models.policy import policy
 from opdengine.rollout.vllm.weight_names import as_in_checkpoint, checkpoint_names, find_naming
 
 TEXT: dict[str, Any] = {

@@ -1,0 +1,59 @@
+"""AdamW and the learning-rate schedule are built from the settings of a run here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from opdengine.config.train import TrainConfig
+from opdengine.errors import ConfigError
+
+
+def build_optimizer(config: TrainConfig, model: Any) -> torch.optim.AdamW:
+    """AdamW; norms and biases are not decayed. On a GPU it is fused: else a step needs as much memory again."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    plain = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    if not decayed and not plain:
+        raise ConfigError(
+            f"the student {config.model!r} has no parameter to train (freeze_head={config.freeze_head}, "
+            f"lora={config.lora}); train all of its weights, or an adapter on layers that it has"
+        )
+    return torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=any(p.is_cuda for p in decayed) or None,
+    )
+
+
+def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning-rate schedule by its transformers name."""
+    from transformers import get_scheduler
+
+    schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=round(config.warmup_ratio * config.max_steps),
+        num_training_steps=config.max_steps,
+    )
+    return schedule
+
+
+def require_updates(config: TrainConfig) -> None:
+    """Raise ConfigError where the learning rate is 0 in every step, so that no weight would move."""
+    rate = config.learning_rate
+    if rate > 0:
+        schedule = build_scheduler(config, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate))
+        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+        if any(schedule.lr_lambdas[0](step) > 0 for step in range(config.max_steps)):
+            return
+    raise ConfigError(
+        f"learning_rate={rate} with lr_scheduler_type={config.lr_scheduler_type!r}, warmup_ratio="
+        f"{config.warmup_ratio} and max_steps={config.max_steps} is 0 in every step, so nothing would be trained; "
+        "raise learning_rate or max_steps, lower warmup_ratio, or measure a model with opdengine eval"
+    )
