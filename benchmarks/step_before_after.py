@@ -1,13 +1,11 @@
-"""Seconds of whole steps of two checkouts of this repository, measured in one run, in turns.
+"""Seconds of whole steps of two checkouts of this repository, measured in one run, step by step in turns.
 
-python benchmarks/step_before_after.py --before FOLDER --after FOLDER [--rounds 9] [--clock cpu] [--save FILE]
+python benchmarks/step_before_after.py --before FOLDER --after FOLDER [--steps 60] [--save FILE]
 
-Each checkout trains the bundled tiny models by its own command line, each round in a process of its own. What is
-compared is ``timing/step`` of the steps after the first ones, from the run's own log: wall seconds from one step's
-end to the next one's, everything included; with ``--clock cpu`` processor seconds of the process, which other
-programs on the machine do not stretch. A round runs both checkouts one after the other, the first one first in
-every second round; its ratio is that of their medians, and the verdict is the median of the rounds' ratios, so that a
-machine that slows down for a while slows both.
+Both checkouts train the bundled tiny models by their own command lines at once, but only one of them runs at a time:
+when it has written the line of a step to its log, it is stopped and the other one goes on. Two times are taken of each
+step: wall seconds from going on to the line, and processor seconds from line to line, which other programs on the
+machine hardly stretch. The ratio is the median over pairs of steps; the verdict is that of the processor seconds.
 """
 
 from __future__ import annotations
@@ -15,10 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,21 @@ from tiny.demo import _debate
 
 WARM_UP = 3
 ALLOWED = 1.03
-CLOCKS = {"wall": "", "cpu": "time.perf_counter = time.process_time; "}
-WORKER = "import sys, time; {clock}from opdengine.cli import main; sys.exit(main(sys.argv[1:]))"
+WORKER = """
+import sys, time
+time.perf_counter = time.process_time  # what timing/step is measured by
+from opdengine.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
-def settings(method: str, data: Path, output: Path, models: Path, steps: int) -> dict[str, Any]:
+def settings(method: str, data: Path, output: Path, steps: int) -> dict[str, Any]:
     """A run that spends its time in steps: no evaluation, no checkpoint."""
+    models = ROOT / "examples" / "tiny" / "models"
     return {
         "model": str(models / "student"),
         "dtype": "float32",
-        "teachers": [
-            {"model": str(models / f"teacher_{skill}"), "dtype": "float32"} for skill in ("convert", "compile")
-        ],
+        "teachers": [{"model": str(models / f"teacher_{s}"), "dtype": "float32"} for s in ("convert", "compile")],
         "method": method,
         "train_data": [str(data)],
         "output_dir": str(output),
@@ -62,67 +65,107 @@ def settings(method: str, data: Path, output: Path, models: Path, steps: int) ->
     }
 
 
-def step_seconds(checkout: Path, config: Path, output: Path, clock: str) -> list[float]:
-    """``timing/step`` of a run of one checkout, after the warm-up."""
-    places = os.pathsep.join([str(checkout), str(checkout / "kernels")])
-    done = subprocess.run(
-        [sys.executable, "-c", WORKER.format(clock=CLOCKS[clock]), "train", "--config", str(config)],
-        env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        cwd=output.parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"{checkout} does not train:\n{done.stderr[-3000:]}")
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [row["timing/step"] for row in rows if row["step"] > WARM_UP]
+class Run:
+    """One checkout that trains, and stands still unless it is its turn.
+
+    Args:
+        checkout: of the repository.
+        name: of its files.
+        method: that it trains by.
+        folder: for its files, with the data.
+        steps: that it may be asked for.
+    """
+
+    def __init__(self, checkout: Path, name: str, method: str, folder: Path, steps: int) -> None:
+        output = folder / f"{method}_{name}"
+        config, self.log, self.errors = (
+            output.with_suffix(".json"),
+            output / "metrics.jsonl",
+            output.with_suffix(".log"),
+        )
+        config.write_text(json.dumps(settings(method, folder / "train.jsonl", output, steps)))
+        places = os.pathsep.join([str(checkout), str(checkout / "kernels")])
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", WORKER, "train", "--config", str(config)],
+                env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                cwd=folder, stdout=errors, stderr=errors,
+            )  # fmt: skip
+        self.step(WARM_UP)
+
+    def lines(self) -> list[str]:
+        """The lines of its log."""
+        return self.log.read_text().splitlines() if self.log.is_file() else []
+
+    def step(self, number: int) -> float:
+        """Go on until the log has the line of a step; the wall seconds that takes."""
+        start = time.perf_counter()
+        self.process.send_signal(signal.SIGCONT)
+        while len(self.lines()) < number:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the run has ended early:\n{self.errors.read_text()[-3000:]}")
+            time.sleep(5e-4)
+        seconds = time.perf_counter() - start
+        self.process.send_signal(signal.SIGSTOP)
+        return seconds
+
+    def processor_seconds(self) -> list[float]:
+        """Of every step after the warm-up."""
+        return [json.loads(line)["timing/step"] for line in self.lines()[WARM_UP:]]
+
+    def end(self) -> None:
+        """End it where it stands."""
+        self.process.kill()
+        self.process.wait()
 
 
-def compare(method: str, checkouts: dict[str, Path], options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Medians of both checkouts, and the ratio after/before of every round."""
-    rounds, steps = options.rounds, options.steps
-    data = folder / "train.jsonl"
-    rows = [row for skill in task.SKILLS for row in task.prompts("train", skill, 16 * steps, seed=5)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    seconds: dict[str, list[float]] = {name: [] for name in checkouts}
-    for number in range(rounds):
-        for name in sorted(checkouts, reverse=number % 2 == 1):
-            output = folder / f"{method}_{name}_{number}"
-            config = folder / "run.yaml"
-            config.write_text(json.dumps(settings(method, data, output, ROOT / "examples/tiny/models", steps)))
-            taken = statistics.median(step_seconds(checkouts[name], config, output, options.clock))
-            seconds[name].append(taken)
-            print(f"{method} round {number}, {name}: {1e3 * taken:.1f} ms a step", flush=True)
-    ratios = [after / before for before, after in zip(seconds["before"], seconds["after"], strict=True)]
-    return {
-        "step_s": {name: statistics.median(values) for name, values in seconds.items()},
-        "ratio": statistics.median(ratios),
-        "ratios": [round(ratio, 4) for ratio in ratios],
-        "steps": steps - WARM_UP,
-    }
+def compare(method: str, checkouts: dict[str, Path], steps: int) -> dict[str, dict[str, float]]:
+    """By clock: the median seconds of both checkouts and the ratio after / before."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        rows = [row for skill in task.SKILLS for row in task.prompts("train", skill, 600, seed=5)]
+        (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        runs: dict[str, Run] = {}
+        wall: dict[str, list[float]] = {name: [] for name in checkouts}
+        try:
+            for name, checkout in checkouts.items():
+                runs[name] = Run(checkout, name, method, folder, WARM_UP + steps + 1)
+            for number in range(WARM_UP + 1, WARM_UP + steps + 1):
+                for name in sorted(runs, reverse=number % 2 == 1):  # who is first changes
+                    wall[name].append(runs[name].step(number))
+            processor = {name: run.processor_seconds() for name, run in runs.items()}
+        finally:
+            for run in runs.values():
+                run.end()
+    found = {}
+    for clock, seconds in (("wall", wall), ("processor", processor)):
+        ratios = [after / before for before, after in zip(seconds["before"], seconds["after"], strict=False)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        found[clock] = {name: statistics.median(values) for name, values in seconds.items()}
+        found[clock] |= {"ratio": middle, "quartile_1": low, "quartile_3": high}
+    return found
 
 
 def main() -> int:
-    """Compare, print a line for each method, and fail where a step has become more than 3 % slower."""
+    """Compare, print two lines for each method, and fail where a step has become more than 3 % slower."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True, help="a checkout")
     parser.add_argument("--after", type=Path, required=True, help="another one")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=20, help="of each run")
     parser.add_argument("--methods", nargs="+", default=["mt_opd", "mad_opd"])
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--steps", type=int, default=60, help="of each run")
     parser.add_argument("--save", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     checkouts = {"before": options.before.resolve(), "after": options.after.resolve()}
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for method in options.methods:
-            found[method] = compare(method, checkouts, options, Path(folder))
-    for method, figures in found.items():
-        verdict = "ok" if figures["ratio"] <= ALLOWED else f"more than {ALLOWED - 1:.0%} slower"
-        print(f"{method}: after/before {figures['ratio']:.3f} (rounds {min(figures['ratios'])} to "
-              f"{max(figures['ratios'])}): {verdict}")  # fmt: skip
+    found = {method: compare(method, checkouts, options.steps) for method in options.methods}
+    for method, clocks in found.items():
+        for clock, f in clocks.items():
+            print(f"{method}, {clock} time: {1e3 * f['before']:.1f} ms before, {1e3 * f['after']:.1f} ms after, ratio "
+                  f"{f['ratio']:.3f} (quartiles {f['quartile_1']:.3f} and {f['quartile_3']:.3f})")  # fmt: skip
+    slower = [method for method, clocks in found.items() if clocks["processor"]["ratio"] > ALLOWED]
+    print(f"more than {ALLOWED - 1:.0%} slower: {', '.join(slower)}" if slower else "ok")
     if options.save:
-        options.save.write_text(json.dumps({"clock": options.clock, "results": found}, indent=1) + "\n")
-    return int(any(figures["ratio"] > ALLOWED for figures in found.values()))
+        options.save.write_text(json.dumps({"steps": options.steps, "results": found}, indent=1) + "\n")
+    return int(bool(slower))
 
 
 if __name__ == "__main__":
