@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from opd_kernels import LMHead as Head
 from opd_kernels import LogprobOutput, TeacherHead, linear_divergence, linear_logprob, topk_divergence
 from opdengine.distributed import Ranks
 from opdengine.loss.statistics import Statistics
-from opdengine.models.backbone import Head
 from opdengine.types import Hidden, Sample, TeacherTargets, TopK
 
 LossOf = Callable[[torch.Tensor, Sequence[Sample]], torch.Tensor]

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
+from opd_kernels import LMHead as Head
 from opdengine.distributed import Ranks
 from opdengine.loss.objective import LossOf, Objective
 from opdengine.loss.statistics import Statistics
-from opdengine.models.backbone import Backbone, Head
+from opdengine.models.backbone import Backbone
 from opdengine.types import Hidden, Prompt, Sample, TeacherTargets, Turn
 
 

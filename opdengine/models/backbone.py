@@ -208,7 +208,8 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.trunk.get_input_embeddings().weight.device
+        place: torch.device = self.trunk.get_input_embeddings().weight.device
+        return place
 
     @property
     def window(self) -> int | None:
@@ -242,7 +243,7 @@ class Backbone:
             return function()
         self._whole = True
         try:
-            result = self.sharded(function)
+            result: T = self.sharded(function)
         finally:
             self._whole = False
         if not (isinstance(result, torch.Tensor) and result.requires_grad):
@@ -291,7 +292,7 @@ class Backbone:
                 **self.options,
             )
         # With float32 parameters the last norm gives float32 under autocast, too; the head would follow.
-        states = output.last_hidden_state.flatten(0, 1)
+        states: torch.Tensor = output.last_hidden_state.flatten(0, 1)
         return states.to(torch.bfloat16) if self.bf16 else states
 
     def hidden(self, batch: Packed, target_positions: Sequence[np.ndarray]) -> torch.Tensor:
@@ -392,7 +393,8 @@ class Backbone:
         return self._observe(lambda: find_regimes(self.model, self._states))
 
     def _states(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return self.forward(Packed((), ids, positions, ())).unflatten(0, tuple(ids.shape))
+        states: torch.Tensor = self.forward(Packed((), ids, positions, ())).unflatten(0, tuple(ids.shape))
+        return states
 
     def _choose_layout(self) -> str:
         """Packed input if the model treats it exactly like separate sequences, else padded, else alone.

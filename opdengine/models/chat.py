@@ -222,7 +222,7 @@ def thought_marks(tokenizer: Any) -> dict[int, str]:
 
 def vocabulary_size(tokenizer: Any) -> int:
     """Number of ids that the tokenizer can produce (heads may be padded beyond it)."""
-    return max(tokenizer.get_vocab().values()) + 1
+    return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def stop_token_ids(

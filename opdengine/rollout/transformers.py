@@ -58,7 +58,8 @@ class TransformersSampler:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        place: torch.device = self.model.get_input_embeddings().weight.device
+        return place
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
         """See :class:`opdengine.rollout.Sampler`."""

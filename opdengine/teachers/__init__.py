@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from opd_kernels import LMHead as Head
     from opdengine.config.sections import TeacherConfig
-    from opdengine.models.backbone import Head
 
 
 class TeacherError(ServiceError):

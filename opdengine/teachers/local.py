@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from opd_kernels import LMHead as Head
 from opdengine.config.sections import TeacherConfig
 from opdengine.data.templates import Reader
-from opdengine.models.backbone import Backbone, Head, load_model
+from opdengine.models.backbone import Backbone, load_model
 from opdengine.models.chat import encode_answer, load_tokenizer
 from opdengine.models.rendering import thought_opening
 from opdengine.rollout.transformers import TransformersSampler

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from opdengine.models.backbone import Backbone, Head
+from opd_kernels import LMHead as Head
+from opdengine.models.backbone import Backbone
 from opdengine.rollout.transformers import penalise, truncate
 from opdengine.types import Sample, SamplingParams
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from opd_kernels import LMHead as Head
 from opd_kernels import TeacherHead, linear_divergence
 from opdengine.errors import ProbeError
 from opdengine.loss.importance import ratio
 from opdengine.loss.statistics import Statistics
 from opdengine.metrics import Mean
-from opdengine.models.backbone import Head
 from opdengine.types import SamplingParams
 
 MOST_OUTSIDE = 0.25

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from opd_kernels import LMHead as Head
 from opd_kernels import linear_logprob
 from opdengine.errors import ProbeError
-from opdengine.models.backbone import Backbone, Head
+from opdengine.models.backbone import Backbone
 from opdengine.teachers import Teacher
 from opdengine.training.agreement import processed_rows
 from opdengine.types import Batch, Failure, Hidden, Sample, SamplingParams, TeacherContext, TeacherTargets, TopK

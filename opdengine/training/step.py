@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
+from opd_kernels import LMHead as Head
 from opdengine.config.train import TrainConfig
 from opdengine.distributed import Ranks
 from opdengine.environments.episodes import Episodes, Job, episode_metrics
@@ -20,7 +21,7 @@ from opdengine.loss.objective import LossOf, Objective, set_scales
 from opdengine.loss.statistics import Statistics
 from opdengine.loss.vocab_parallel import VocabParallel
 from opdengine.methods.method import Method
-from opdengine.models.backbone import Backbone, Head
+from opdengine.models.backbone import Backbone
 from opdengine.models.chat import encode_chat
 from opdengine.models.policy import policy
 from opdengine.rollout import Sampler

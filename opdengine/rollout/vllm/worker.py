@@ -160,6 +160,6 @@ def _cpu_kv_bytes(config: Mapping[str, Any]) -> int:
     heads = getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
     width = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     window = config["max_model_len"] or hf.max_position_embeddings
-    sequence = 2 * hf.num_hidden_layers * heads * width * 4 * window
+    sequence: int = 2 * hf.num_hidden_layers * heads * width * 4 * window
     wanted = min(sequence * config["max_num_seqs"], MAX_CPU_KV_BYTES)
     return max(wanted, sequence, MIN_CPU_KV_BYTES)
