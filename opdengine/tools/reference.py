@@ -64,7 +64,7 @@ def _table(cls: Any, place: str) -> Iterator[str]:
         if not place and field.name in GROUPS:
             yield from ["", f"## {GROUPS[field.name]}", TABLE]
         name = f"`{field.name}`" + (" ↻" if RESUMABLE in info.metadata else "")
-        section = section_in(cls, field.name)  # type: ignore[arg-type]  # to mypy a dataclass of pydantic has no hash
+        section = section_in(cls, field.name)
         kind = _kind(hints[field.name], range_of(info)) if section is None else _link(section, hints[field.name])
         default = "" if section is not None else _default(field, place)
         cells = [name, kind, default, _code(" ".join((info.description or "").split()))]

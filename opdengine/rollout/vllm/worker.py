@@ -162,4 +162,4 @@ def _cpu_kv_bytes(config: Mapping[str, Any]) -> int:
     window = config["max_model_len"] or hf.max_position_embeddings
     sequence: int = 2 * hf.num_hidden_layers * heads * width * 4 * window
     wanted = min(sequence * config["max_num_seqs"], MAX_CPU_KV_BYTES)
-    return max(wanted, sequence, MIN_CPU_KV_BYTES)
+    return int(max(wanted, sequence, MIN_CPU_KV_BYTES))
