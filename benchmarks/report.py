@@ -299,8 +299,9 @@ def paper(method: str) -> str:
     rows = [f"| `{name}` | {_plain(value)} | {where} |" for name, (value, where) in found.defaults.items()]
     chosen = "; ".join(f"`{name}` {text}" for name, text in found.choices.items()).replace("<", "&lt;")
     head = ["| taken where you say nothing | value | source |", "|---|---|---|"]
+    # Some readers of Markdown take a table right behind a comment for text.
     return "\n".join(
-        [*head, *rows, "", f"Not set, as they depend on data and machine; the paper's runs had: {chosen}."]
+        ["", *head, *rows, "", f"Not set, as they depend on data and machine; the paper's runs had: {chosen}."]
     )
 
 
