@@ -157,13 +157,13 @@ def check_heads(splits):
 
 def check_sampled(splits):
     """Unbiased, and the same hidden gradient on every rank."""
-    for split, kind in itertools.product(splits, ("reverse_kl", "jsd")):
+    for split, kind in itertools.product(splits[:2], ("reverse_kl", "jsd")):
         world = World(split, 2, seed=5, bias=True)
         options = {"divergence": kind, "mix": world.mix, "labels": world.labels}
         options["logprob_weight"] = torch.linspace(-1, 1, ROWS, dtype=torch.float64)
         _, exact = divergence(world, None, **options)
         draws = []
-        for seed in range(60):
+        for seed in range(24):
             _, gradients = divergence(world, dist.group.WORLD, vocab_sample=0.4, sample_seed=seed, **options)
             draws.append(gradients)
             everyone = shards.gather_from(dist.group.WORLD, gradients[0])
