@@ -87,7 +87,7 @@ def read(cls: type[T], data: Any) -> T:
     try:
         return TypeAdapter(cls).validate_python(data)
     except ValidationError as error:
-        raise refusal(cls, error, read=True) from None
+        raise refusal(cls, error) from None
 
 
 def fields_of(cls: Any) -> dict[str, FieldInfo]:
@@ -148,16 +148,15 @@ QUOTED = "'(.*?)'"
 KINDS = {"dataclass_type": "a mapping", "dict_type": "a mapping"}
 
 
-def refusal(cls: Any, error: ValidationError, read: bool = False) -> ConfigError:
+def refusal(cls: Any, error: ValidationError) -> ConfigError:
     """The first thing that is wrong, in one sentence: names first, then values in the order of the settings.
 
     Args:
-        cls: the section that was built.
+        cls: the section that was built; its name stands before the keys.
         error: of pydantic.
-        read: the section is the root of what was read; keys of one that is built by hand have its name before them.
     """
     errors = error.errors(include_url=False)
-    root = "" if read or not cls.section else f"{cls.section}."
+    root = f"{cls.section}." if cls.section else ""
     if unknown := next((e for e in errors if e["type"] in UNKNOWN), None):
         return _unknown(cls, root, unknown["loc"])
     missing = [e["loc"] for e in errors if e["type"] == "missing"]

@@ -224,10 +224,10 @@ def test_bf16_covers_the_products_with_the_heads(
     seen: dict[str, list[torch.dtype]] = {"scoring": [], "objective": []}
     for name, module in (("scoring", scoring), ("objective", objective)):
 
-        def spied(hidden: torch.Tensor, weight: torch.Tensor, *rest: Any, name: str = name, **options: Any) -> Any:
-            assert hidden.dtype == weight.dtype
+        def spied(hidden: torch.Tensor, head: Any, *rest: Any, name: str = name, **options: Any) -> Any:
+            assert hidden.dtype == getattr(head, "weight", head).dtype
             seen[name].append(hidden.dtype)
-            return linear_logprob(hidden, weight, *rest, **options)
+            return linear_logprob(hidden, head, *rest, **options)
 
         monkeypatch.setattr(module, "linear_logprob", spied)
     engine = make_engine(camopd_config(models, prompt_file, tmp_path, bf16=True))
