@@ -24,6 +24,7 @@ def session(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, di
     return run, json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_every_case_leaves_its_figures(tmp_path):
     """Both halves; the second adds to the file of the first."""
     for half in ((), ("--more",)):
