@@ -87,7 +87,7 @@ def read(cls: type[T], data: Any) -> T:
     try:
         return TypeAdapter(cls).validate_python(data)
     except ValidationError as error:
-        raise refusal(cls, error) from None
+        raise refusal(cls, error, read=True) from None
 
 
 def fields_of(cls: Any) -> dict[str, FieldInfo]:
@@ -148,20 +148,22 @@ QUOTED = "'(.*?)'"
 KINDS = {"dataclass_type": "a mapping", "dict_type": "a mapping"}
 
 
-def refusal(cls: Any, error: ValidationError) -> ConfigError:
+def refusal(cls: Any, error: ValidationError, read: bool = False) -> ConfigError:
     """The first thing that is wrong, in one sentence: names first, then values in the order of the settings.
 
     Args:
-        cls: the section that was built; its name stands before the keys.
+        cls: the section that was built; its name stands before the keys of its values.
         error: of pydantic.
+        read: the section was read from a mapping of its own; else its name stands before unknown and missing keys, too.
     """
     errors = error.errors(include_url=False)
     root = f"{cls.section}." if cls.section else ""
+    outer = "" if read else root
     if unknown := next((e for e in errors if e["type"] in UNKNOWN), None):
-        return _unknown(cls, root, unknown["loc"])
+        return _unknown(cls, outer, unknown["loc"])
     missing = [e["loc"] for e in errors if e["type"] == "missing"]
     if beside := [place for place in missing if place[:-1] == missing[0][:-1]]:
-        return ConfigError(f"missing setting {', '.join(repr(root + _dotted(place)) for place in beside)}")
+        return ConfigError(f"missing setting {', '.join(repr(outer + _dotted(place)) for place in beside)}")
     return _impossible(root, errors[0])
 
 

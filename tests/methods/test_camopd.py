@@ -16,7 +16,7 @@ from method_helpers import make_batch, make_rollout
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from opd_kernels import linear_logprob
+from opd_kernels import heads, linear_logprob
 from opdengine.config.loading import from_mapping
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.data.prompts import DataError, PromptSet, ScheduledStream, load_prompts
@@ -225,12 +225,16 @@ def test_bf16_covers_the_products_with_the_heads(
     for name, module in (("scoring", scoring), ("objective", objective)):
 
         def spied(hidden: torch.Tensor, head: Any, *rest: Any, name: str = name, **options: Any) -> Any:
-            weight = getattr(head, "weight", head)  # one of float32 is read in the dtype of the states
-            assert weight.dtype in (hidden.dtype, torch.float32)
             seen[name].append(hidden.dtype)
             return linear_logprob(hidden, head, *rest, **options)
 
         monkeypatch.setattr(module, "linear_logprob", spied)
+
+    def product(head: Any, hidden: torch.Tensor, *rest: Any, real: Any = heads.write_product) -> None:
+        assert hidden.dtype == head.weight.dtype
+        real(head, hidden, *rest)
+
+    monkeypatch.setattr(heads, "write_product", product)
     engine = make_engine(camopd_config(models, prompt_file, tmp_path, bf16=True))
     loss_and_gradient(engine, gather(engine, code_prompts(prompt_file))[1])
     assert seen["scoring"][0] == torch.bfloat16  # the student comes first

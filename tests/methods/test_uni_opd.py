@@ -410,7 +410,7 @@ def test_the_empty_think_block_is_the_students_alone(tiny: Any, tmp_path: Path, 
         ({"margin_direction": "up"}, "uni_opd.margin_direction='up'"),
         ({"keep_per_prompt": 0}, "uni_opd.keep_per_prompt=0"),
         ({"balance_ratio": -1}, "uni_opd.balance_ratio=-1"),
-        ({"margin_detla": 0.4}, "did you mean 'uni_opd.margin_delta'"),
+        ({"margin_detla": 0.4}, "did you mean 'margin_delta'"),
     ],
 )
 def test_impossible_settings_are_refused(section: dict[str, Any], message: str) -> None:
