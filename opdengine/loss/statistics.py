@@ -19,7 +19,8 @@ class Statistics:
         keep: ids of the samples (of all ranks) whose statistics are also kept token by token, for the log.
 
     Attributes:
-        tokens: id of a sample -> float32 [T] or [T, K] by name; NaN where nothing was computed.
+        tokens: id of a sample -> float32 [T] or [T, K] by name; NaN where nothing was computed. With a split vocabulary
+            the first rank has those of all.
     """
 
     def __init__(self, keep: Collection[str] = ()) -> None:
@@ -180,11 +181,10 @@ class Statistics:
         self._values.setdefault(name, []).append(flat[~np.isnan(flat)])
 
     def join(self, ranks: Ranks) -> None:
-        """Replace the values of this rank by those of all ranks."""
-        parts = ranks.gather(({name: self.get(name) for name in self._values}, self.tokens))
+        """Replace the values of this rank by those of all ranks; ``tokens`` stay this rank's."""
+        parts = ranks.gather({name: self.get(name) for name in self._values})
         self._values = {}
-        for part, tokens in parts:
-            self.tokens |= tokens
+        for part in parts:
             for name, values in part.items():
                 self._extend(name, values)
 

@@ -51,7 +51,7 @@ def step_result(
     Args:
         batch: of this process, complete.
         ranks: of the run.
-        statistics: of the loss, joined over the processes.
+        statistics: of the loss, joined over the processes; what they tell of single tokens is gathered here.
         updated: metrics of the optimiser step, the same on all processes.
         bad: records of a step that was not finite.
         log_completions: whether what was sampled is logged.
@@ -62,8 +62,8 @@ def step_result(
     counted |= lengths_and_rewards(batch.samples)
     rows = [completion_row(sample) for sample in batch.samples] if log_completions else []
     tokens = sum(len(sample.target_ids) for sample in batch.samples)
-    arrays = [token_arrays(sample, statistics.tokens.get(sample.id)) for sample in shown]
-    parts = ranks.gather((counted, dict(batch.timing), batch.records, rows, tokens, arrays))
+    arrays = [(sample.id, token_arrays(sample)) for sample in shown]
+    parts = ranks.gather((counted, dict(batch.timing), batch.records, rows, tokens, arrays, statistics.tokens))
     metrics = merge([part[0] for part in parts])
     phases = sorted({phase for _, timing, *_ in parts for phase in timing})
     seconds = {f"timing/{phase}": max(timing.get(phase, 0.0) for _, timing, *_ in parts) for phase in phases}
@@ -72,8 +72,11 @@ def step_result(
     records = [record for part in parts for record in part[2]]
     rows = [row for part in parts for row in part[3]]
     starts = np.cumsum([0] + [len(part[3]) for part in parts])
+    noted = {name: told for part in parts for name, told in part[6].items()}
     placed = [
-        (int(start) + i, own) for start, part in zip(starts, parts, strict=False) for i, own in enumerate(part[5])
+        (int(start) + i, {**own, **noted.get(name, {})})
+        for start, part in zip(starts, parts, strict=False)
+        for i, (name, own) in enumerate(part[5])
     ]
     return StepResult(metrics, batch.samples, records, rows, bad, placed)
 

@@ -45,12 +45,11 @@ def logged(samples: Sequence[Sample], log_tokens: str, processes: int = 1) -> li
     return list(samples if log_tokens == "all" else samples[: -(-SAMPLED // processes)])
 
 
-def token_arrays(sample: Sample, noted: Arrays | None = None) -> dict[str, np.ndarray]:
-    """The fields of one sample.
+def token_arrays(sample: Sample) -> dict[str, np.ndarray]:
+    """The fields of one sample, but for what the loss tells of its targets, which may stand on another rank.
 
     Args:
         sample: at the end of its step, with what its teachers said.
-        noted: what the loss told of its targets.
 
     Returns:
         ``token_ids`` int32 [L] and ``is_target`` bool [L]; ``context_ids`` int32 and ``context_is_target`` bool, of all
@@ -70,9 +69,8 @@ def token_arrays(sample: Sample, noted: Arrays | None = None) -> dict[str, np.nd
             [_marked(len(c.token_ids), c.target_positions) for c in sample.contexts]
         )
         found["context_lengths"] = np.array([len(c.token_ids) for c in sample.contexts], dtype=np.int32)
-    noted = noted or {}
     for name in (*NOTED, *GIVEN):
-        value = noted.get(name, getattr(sample, name, None))
+        value = getattr(sample, name, None)
         if value is not None:
             found[name] = np.asarray(value, dtype=np.float32)
     return found | _alternatives(sample)
