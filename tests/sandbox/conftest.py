@@ -4,36 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from sandbox_tiers import available
 
-from opdengine.verifiers.sandbox.runtime import Runtime, find_runtime
-from opdengine.verifiers.sandbox.session import SandboxError, check_tier
-from opdengine.verifiers.sandbox.tiers import Tier, candidates
+from opdengine.verifiers.sandbox.runtime import Runtime
+from opdengine.verifiers.sandbox.tiers import Tier
 
 PR_SET_CHILD_SUBREAPER = 36
-SYSTEM_PYTHON = Path("/usr/bin/python3")
-"""Where the interpreter of the tests lies in root's home, ordinary users can run this one."""
-
-
-@functools.cache
-def available() -> dict[str, tuple[Tier, Runtime]]:
-    """Tiers that work here, each with an interpreter."""
-    runtimes = [find_runtime()] + ([find_runtime(str(SYSTEM_PYTHON))] if SYSTEM_PYTHON.exists() else [])
-    found: dict[str, tuple[Tier, Runtime]] = {}
-    for tier in candidates():
-        for runtime in runtimes:
-            try:
-                check_tier(tier, runtime)
-            except SandboxError:
-                continue
-            found[str(tier)] = (tier, runtime)
-            break
-    return found
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

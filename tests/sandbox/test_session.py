@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import available
+from sandbox_tiers import available
 
 from opdengine.verifiers.sandbox import session as module
 from opdengine.verifiers.sandbox.filter import AUDIT_ARCHITECTURE, build_filter
@@ -27,7 +27,7 @@ from opdengine.workers.tidy import empty_folder, remove_folder
 
 OWNER = """
 import sys
-from conftest import available
+from sandbox_tiers import available
 from opdengine.verifiers.sandbox.session import Session
 tier, runtime = available()[sys.argv[1]]
 session = Session(tier, runtime=runtime)
