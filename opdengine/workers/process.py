@@ -111,7 +111,7 @@ class WorkerProcess:
         try:
             del self._outgoing[: self.socket.send(self._outgoing)]
         except BlockingIOError:
-            pass
+            pass  # it is full: the rest goes with the next call
         except OSError as error:
             raise WorkerEnded from error
 
