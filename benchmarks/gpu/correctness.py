@@ -15,6 +15,8 @@ Case = tuple[str, Callable[[], dict[str, Any]]]
 SIGMAS = {"KL 8e-4": 0.04, "KL 2e-2": 0.2, "KL 9e-2": 0.42}
 LIMIT = 3e-3
 """Largest relative error of a gradient in bfloat16; what rounding the results alone costs is 2e-3."""
+DRAWS = 48
+"""Of sampled columns, with the seeds from 0 on."""
 
 
 def compare(problem: Problem, kind: str, names: list[str], **options: Any) -> dict[str, Any]:
@@ -59,17 +61,43 @@ def ignored_rows(problem: Problem, kind: str) -> dict[str, Any]:
 
 
 def sampled(problem: Problem, kind: str, share: float) -> dict[str, Any]:
-    """Within three times the noise that the op predicts."""
+    """The mean over ``DRAWS`` draws against the exact gradient, and the noise of a draw against its prediction.
+
+    A single draw says little: now and then a rare column with a large entry is in it. Of the mean of independent
+    draws the squared distance from the exact gradient has the expectation variance / DRAWS where there is no bias.
+    """
     _, exact = providers.float64(problem, kind)
-    out, gradients = providers.output(problem, kind, vocab_sample=share)
-    found = providers.error(gradients, exact)
-    predicted = {"hidden": float(out.sampling.hidden_noise), "weight": float(out.sampling.weight_noise)}
-    passed = all(found[name] <= LIMIT + 3 * predicted[name] for name in found)
-    return {"share": share, "ours": found, "predicted": predicted, "passed": passed}
+    sums, squares = [torch.zeros_like(x) for x in exact], [0.0] * len(exact)
+    predicted = [0.0] * len(exact)
+    for seed in range(DRAWS):
+        out, gradients = providers.output(problem, kind, vocab_sample=share, sample_seed=seed)
+        noise = (out.sampling.hidden_noise, out.sampling.weight_noise)
+        for i, (got, truth) in enumerate(zip(gradients, exact, strict=True)):
+            difference = got.double() - truth
+            sums[i] += difference
+            squares[i] += difference.square().sum().item()
+            predicted[i] += noise[i].item() ** 2 / DRAWS
+    found: dict[str, Any] = {"share": share, "draws": DRAWS, "passed": True}
+    for i, (name, truth) in enumerate(zip(("hidden", "weight"), exact, strict=True)):
+        size, bias = truth.norm().item(), sums[i].norm().item() / DRAWS
+        noise = max(0.0, squares[i] - DRAWS * bias**2) / (DRAWS - 1)
+        figures = {
+            "noise": noise**0.5 / size,
+            "predicted": predicted[i] ** 0.5,
+            "bias": bias / size,
+            "expected_bias": (noise / DRAWS) ** 0.5 / size,
+        }
+        found[name] = figures
+        # Rounding is the same in every draw.
+        unbiased = figures["bias"] <= LIMIT + 3 * figures["expected_bias"]
+        known = figures["noise"] <= LIMIT + 1.5 * figures["predicted"]
+        found["passed"] &= unbiased and known and figures["predicted"] <= LIMIT + 1.5 * figures["noise"]
+    return found
 
 
 def cases(smoke: bool, seed: int) -> Iterator[Case]:
-    """Fresh data from ``seed``; 1024 rows, since errors do not depend on their number. Ours alone first."""
+    """1024 rows, since errors do not depend on their number; ours alone first. Data from ``seed``, except where
+    columns are sampled: what holds of a mean over draws with a certain probability is to hold again in every run."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     one, two = (s.smaller() if smoke else dataclasses.replace(s, rows=1024) for s in (S1, S2))
     peers = [name for name, there in providers.available().items() if there]
@@ -84,7 +112,7 @@ def cases(smoke: bool, seed: int) -> Iterator[Case]:
     for kind in ("reverse_kl", "jsd"):
         yield (
             f"{kind}, a fifth of the columns",
-            lambda kind=kind: sampled(peaked(one, device, dtype, seed=seed), kind, 0.2),
+            lambda kind=kind: sampled(peaked(one, device, dtype), kind, 0.2),
         )
     for name, sigma in SIGMAS.items():
         for kind in KINDS:

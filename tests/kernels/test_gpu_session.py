@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from opd_kernels import sampling
+
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "benchmarks" / "gpu" / "run.py"
 CASES = Path(__file__).with_name("gpu_kernel_cases.py")
@@ -82,6 +84,18 @@ def test_a_broken_peer_ends_nothing(broken_peers):
     problem = problems.neighbours(shape, "cpu", torch.float32, 0.2)
     checked = correctness.compare(problem, "reverse_kl", ["ours", "trl", "liger"])
     assert checked["passed"] and "error" in checked["trl"] and "error" in checked["liger"]
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+def test_the_check_of_sampled_columns_sees_a_bias(kind, monkeypatch):
+    """Columns that are drawn a fifth too seldom fail it; as they are drawn they pass."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    correctness, problems = importlib.import_module("correctness"), importlib.import_module("problems")
+    problem = problems.peaked(problems.S1.smaller(), "cpu", torch.float32)
+    assert correctness.sampled(problem, kind, 0.2)["passed"]
+    uniforms = sampling.uniforms
+    monkeypatch.setattr(sampling, "uniforms", lambda *arguments: 1.2 * uniforms(*arguments))
+    assert not correctness.sampled(problem, kind, 0.2)["passed"]
 
 
 def test_pages_and_figure_of_a_result(tmp_path, monkeypatch):
