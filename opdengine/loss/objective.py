@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd_kernels import LMHead as Head
-from opd_kernels import LogprobOutput, TeacherHead, linear_divergence, linear_logprob, topk_divergence
+from opd_kernels import LMHead, LogprobOutput, TeacherHead, linear_divergence, linear_logprob, topk_divergence
 from opdengine.distributed import Ranks
 from opdengine.loss.statistics import Statistics
 from opdengine.types import Hidden, Sample, TeacherTargets, TopK
@@ -62,7 +61,7 @@ class Objective:
         group: process group over which all heads are split by vocabulary, or None.
     """
 
-    heads: dict[str, Head]
+    heads: dict[str, LMHead]
     divergence_of: Callable[[str], str]
     jsd_beta: float = 0.5
     skew_alpha: float = 0.1
@@ -76,7 +75,7 @@ class Objective:
     group: Any = None
 
     def __call__(
-        self, hidden: torch.Tensor, head: Head, samples: Sequence[Sample], statistics: Statistics | None = None
+        self, hidden: torch.Tensor, head: LMHead, samples: Sequence[Sample], statistics: Statistics | None = None
     ) -> torch.Tensor:
         """Sum of all weighted terms.
 
@@ -122,7 +121,7 @@ class Objective:
     def _divergence(
         self,
         hidden: torch.Tensor,
-        head: Head,
+        head: LMHead,
         samples: Sequence[Sample],
         divergence: str,
         statistics: Statistics | None,
@@ -143,7 +142,7 @@ class Objective:
     def _exact(
         self,
         hidden: torch.Tensor,
-        head: Head,
+        head: LMHead,
         samples: Sequence[Sample],
         exact: Sequence[int],
         divergence: str,
@@ -195,7 +194,7 @@ class Objective:
     def _listed(
         self,
         hidden: torch.Tensor,
-        head: Head,
+        head: LMHead,
         samples: Sequence[Sample],
         listed: Sequence[int],
         divergence: str,
@@ -239,7 +238,7 @@ class Objective:
         return loss
 
     def _advantage(
-        self, hidden: torch.Tensor, head: Head, samples: Sequence[Sample], statistics: Statistics | None
+        self, hidden: torch.Tensor, head: LMHead, samples: Sequence[Sample], statistics: Statistics | None
     ) -> torch.Tensor:
         """Sum of -advantage * log p(target); only tokens that have an advantage go through the head."""
         device = hidden.device
@@ -254,7 +253,7 @@ class Objective:
             statistics.add_logprob(samples, logprob.detach(), rows)
         return -(weights * logprob).sum()
 
-    def _logprob(self, hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> LogprobOutput:
+    def _logprob(self, hidden: torch.Tensor, head: LMHead, labels: torch.Tensor) -> LogprobOutput:
         return linear_logprob(
             hidden,
             head,

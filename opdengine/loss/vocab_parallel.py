@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from opd_kernels import LMHead as Head
+from opd_kernels import LMHead
 from opdengine.distributed import Ranks
 from opdengine.loss.objective import LossOf, Objective
 from opdengine.loss.statistics import Statistics
@@ -44,7 +44,7 @@ class VocabParallel:
         objective: Objective,
         student: Backbone,
         statistics: Statistics,
-        check: Callable[[torch.Tensor, Head, Sequence[Sample]], None],
+        check: Callable[[torch.Tensor, LMHead, Sequence[Sample]], None],
     ) -> LossOf:
         """The loss of a micro-batch of all ranks, for a student whose head is split; all ranks call it.
 
@@ -68,7 +68,7 @@ class VocabParallel:
 
         return loss_of
 
-    def _rows_of(self, heads: Mapping[str, Head], student: Head) -> dict[str, Head]:
+    def _rows_of(self, heads: Mapping[str, LMHead], student: LMHead) -> dict[str, LMHead]:
         """Views of this rank's rows of whole heads.
 
         Args:
@@ -87,7 +87,7 @@ class VocabParallel:
         }
 
     def _join(
-        self, hidden: torch.Tensor, samples: Sequence[Sample], heads: Mapping[str, Head]
+        self, hidden: torch.Tensor, samples: Sequence[Sample], heads: Mapping[str, LMHead]
     ) -> tuple[Any, list[Sample]]:
         """Rows and samples of all ranks, by rank; all ranks call this.
 
@@ -113,7 +113,12 @@ class VocabParallel:
         return rows, joined
 
     def _states(
-        self, name: str, head: Head, samples: Sequence[Sample], parts: Sequence[Sequence[Sample]], device: torch.device
+        self,
+        name: str,
+        head: LMHead,
+        samples: Sequence[Sample],
+        parts: Sequence[Sequence[Sample]],
+        device: torch.device,
     ) -> list[torch.Tensor]:
         """A teacher's hidden states [T_i, d_k] of all samples that it judges."""
         own = [_states_of(sample, name).to(device, head.weight.dtype) for sample in samples if _judges(name, sample)]

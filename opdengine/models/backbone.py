@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from opd_kernels import LMHead as Head
+from opd_kernels import LMHead
 from opdengine.errors import ModelFileError
 from opdengine.models.batching import (
     changes_in_training,
@@ -222,20 +222,20 @@ class Backbone:
         return self.sharded is not None and self.sharded.head == "rows"
 
     @property
-    def head(self) -> Head:
+    def head(self) -> LMHead:
         """The current head; its weight is the live parameter. A split one is gathered, detached: all ranks ask."""
         layer = self.model.get_output_embeddings()
         weight, bias = layer.weight, getattr(layer, "bias", None)
         if self.sharded is not None and self.has_split_head:
             weight, bias = self.sharded.gather(weight), None if bias is None else self.sharded.gather(bias)
-        return Head(weight, bias, self._scale, self._softcap)
+        return LMHead(weight, bias, self._scale, self._softcap)
 
     @property
-    def head_rows(self) -> Head:
+    def head_rows(self) -> LMHead:
         """This rank's rows of a split head; gradients reach its parameter."""
         layer = self.model.get_output_embeddings()
         bias = getattr(layer, "bias", None)
-        return Head(layer.weight.to_local(), None if bias is None else bias.to_local(), self._scale, self._softcap)
+        return LMHead(layer.weight.to_local(), None if bias is None else bias.to_local(), self._scale, self._softcap)
 
     def with_weights(self, function: Callable[[], T]) -> T:
         """Call a function that uses the weights. Where ranks split them, the head is whole during the call."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from opd_kernels import LMHead as Head
+    from opd_kernels import LMHead
     from opdengine.config.sections import TeacherConfig
 
 
@@ -56,7 +56,7 @@ class Teacher(Protocol):
         ...
 
     @property
-    def head(self) -> Head | None:
+    def head(self) -> LMHead | None:
         """Its frozen output head; None where it judges by log-probs."""
         ...
 

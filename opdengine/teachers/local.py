@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from opd_kernels import LMHead as Head
+from opd_kernels import LMHead
 from opdengine.config.sections import TeacherConfig
 from opdengine.data.templates import Reader
 from opdengine.models.backbone import Backbone, load_model
@@ -100,7 +100,7 @@ class LocalTeacher(Configured):
         return min((w for w in windows if w is not None), default=None)
 
     @property
-    def head(self) -> Head:
+    def head(self) -> LMHead:
         return self.backbone.head
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:

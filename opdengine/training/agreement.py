@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from opd_kernels import LMHead as Head
+from opd_kernels import LMHead
 from opdengine.models.backbone import Backbone
 from opdengine.rollout.transformers import penalise, truncate
 from opdengine.types import Sample, SamplingParams
@@ -61,7 +61,7 @@ def _start(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.no_grad()
 def processed_rows(
-    head: Head,
+    head: LMHead,
     ids: np.ndarray,
     positions: np.ndarray,
     hidden: torch.Tensor,
@@ -88,7 +88,7 @@ def processed_rows(
 
 @torch.no_grad()
 def _processed(
-    head: Head,
+    head: LMHead,
     ids: np.ndarray,
     positions: np.ndarray,
     hidden: torch.Tensor,

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd_kernels import LMHead as Head
-from opd_kernels import TeacherHead, linear_divergence
+from opd_kernels import LMHead, TeacherHead, linear_divergence
 from opdengine.errors import ProbeError
 from opdengine.loss.importance import ratio
 from opdengine.loss.statistics import Statistics
@@ -25,7 +24,7 @@ MOST_OUTSIDE = 0.25
 
 
 def self_distillation_is_zero(
-    hidden: torch.Tensor, head: Head, divergence: str, vocab_size: int | None, impl: str, group: Any = None
+    hidden: torch.Tensor, head: LMHead, divergence: str, vocab_size: int | None, impl: str, group: Any = None
 ) -> None:
     """A student that is its own teacher has a loss of about 0 (hidden: [n, d]; group: over which the head is split)."""
     hidden = hidden.detach()[:64]

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from opd_kernels import LMHead as Head
-from opd_kernels import linear_logprob
+from opd_kernels import LMHead, linear_logprob
 from opdengine.errors import ProbeError
 from opdengine.models.backbone import Backbone
 from opdengine.teachers import Teacher
@@ -93,7 +92,7 @@ class Measurer:
     """
 
     student: Backbone
-    heads: Mapping[str, Head]
+    heads: Mapping[str, LMHead]
     vocab_size: int
     impl: str = "auto"
     workspace_bytes: int | None = None
@@ -135,7 +134,7 @@ class Measurer:
             for i, ratio in zip(open_, self._ratios([parts[i] for i in open_], head), strict=True):
                 setattr(samples[i], name, ratio)
 
-    def _ratios(self, parts: Sequence[tuple[Sample, torch.Tensor]], head: Head) -> list[np.ndarray]:
+    def _ratios(self, parts: Sequence[tuple[Sample, torch.Tensor]], head: LMHead) -> list[np.ndarray]:
         """float32 [T]: log-probs of every part under the student, processed as in sampling, less the sampler's.
 
         Args:
@@ -178,13 +177,13 @@ class Measurer:
         return columns
 
     def _read(
-        self, parts: Sequence[tuple[Sample, torch.Tensor]], head: Head, temperature: float = 1.0
+        self, parts: Sequence[tuple[Sample, torch.Tensor]], head: LMHead, temperature: float = 1.0
     ) -> list[dict[str, np.ndarray]]:
         """Log-prob of the target, entropy and largest probability [T] of every part, 0 where no turn has weight."""
         return [read for piece in _pieces(parts) for read in self._read_piece(piece, head, temperature)]
 
     def _read_piece(
-        self, parts: Sequence[tuple[Sample, torch.Tensor]], head: Head, temperature: float
+        self, parts: Sequence[tuple[Sample, torch.Tensor]], head: LMHead, temperature: float
     ) -> list[dict[str, np.ndarray]]:
         masks = [sample.target_turn_weight != 0 for sample, _ in parts]
         if not any(mask.any() for mask in masks):

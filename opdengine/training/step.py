@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from opd_kernels import LMHead as Head
+from opd_kernels import LMHead
 from opdengine.config.train import TrainConfig
 from opdengine.distributed import Ranks
 from opdengine.environments.episodes import Episodes, Job, episode_metrics
@@ -394,7 +394,7 @@ class Engine:
 
         return loss_of
 
-    def _check_once(self, hidden: torch.Tensor, head: Head, samples: Sequence[Sample]) -> None:
+    def _check_once(self, hidden: torch.Tensor, head: LMHead, samples: Sequence[Sample]) -> None:
         if self.probed or not samples or not samples[0].teachers:
             return
         c, group = self.config, None if self.vocabulary is None else self.vocabulary.group
