@@ -95,19 +95,31 @@ def load_model(
             raise ModelFileError(f"the model {path!r} {problem}") from error
         remedy = "; only safetensors are read: save it with save_pretrained" if "safetensors" in str(error) else ""
         raise ValueError(f"the model {path!r} cannot be loaded: {error}{remedy}") from error
-    if not bf16:
-        avoid_flash(model)
+    fit_attention(model, bf16=bf16)
     model = model.to(device)
     own_memory(model)
     return model
 
 
-def avoid_flash(model: Any) -> None:
-    """Use SDPA where flash-attn, which computes in half precision only, would refuse float32."""
-    implementation = getattr(model.config, "_attn_implementation", None) or ""
-    if "flash" in implementation and model.dtype == torch.float32:
-        logger.warning("%s: parameters are float32 and bf16 is off, so its attention is SDPA", model.name_or_path)
-        model.set_attn_implementation("sdpa")
+def fit_attention(model: Any, *, bf16: bool = False) -> None:
+    """Leave implementations that would refuse a model's attention, or compute another one, and say so.
+
+    flash-attn computes in half precision only; SDPA leaves out a cap of the attention scores (Gemma 2), without a word
+    in transformers before 5.24.
+
+    Args:
+        model: a causal LM.
+        bf16: its passes run under bfloat16 autocast.
+    """
+    given = chosen = getattr(model.config, "_attn_implementation", None) or ""
+    reason = ""
+    if "flash" in given and model.dtype == torch.float32 and not bf16:
+        chosen, reason = "sdpa", "parameters are float32 and bf16 is off"
+    if chosen == "sdpa" and getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        chosen, reason = "eager", "its attention scores are capped, which SDPA leaves out"
+    if chosen != given:
+        logger.warning("%s: %s, so its attention is %s", model.name_or_path, reason, chosen)
+        model.set_attn_implementation(chosen)
 
 
 def choose_attention(wanted: str, device: str | torch.device) -> str:

@@ -7,6 +7,7 @@ sequences change each other is not used; a model whose tokens see later ones is 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,6 +48,12 @@ def forward_options(model: Any) -> dict[str, bool]:
             config.return_dict = True
     asked = ("output_router_logits", "output_hidden_states", "output_attentions")
     return {name: False for name in asked if any(getattr(config, name, False) for config in configs)}
+
+
+def cache_argument(model: Any) -> str:
+    """Name of the cache, in what a pass takes and in what it returns: transformers 5.24 gave all kinds the same one."""
+    known = inspect.signature(type(model).forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in known), "past_key_values")
 
 
 def window_of(config: Any) -> int | None:

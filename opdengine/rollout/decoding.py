@@ -7,6 +7,7 @@ log-probs of a whole pass, with forced tokens, before anything is sampled.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from opdengine.models.batching import UNPROBED, forget_lengths, forward_options, relative
+from opdengine.models.batching import UNPROBED, cache_argument, forget_lengths, forward_options, relative
 from opdengine.models.packing import ONE_REGIME, Regimes
 
 logger = logging.getLogger(__name__)
@@ -58,9 +59,10 @@ class Together:
             logits_to_keep=1,
             **self.options,
         )
-        # State-space models name their cache otherwise; their state already leaves the padding out.
-        self.stateful = not hasattr(output, "past_key_values")
-        self.cache = output.cache_params if self.stateful else output.past_key_values
+        self.argument = cache_argument(model)
+        self.cache = getattr(output, self.argument)
+        # State-space models count no positions; their state already leaves the padding out.
+        self.counts = "position_ids" in inspect.signature(type(model).forward).parameters
         self.logits = output.logits[:, -1]
         self.position = torch.tensor(lengths, device=device)
         if copies > 1:
@@ -68,13 +70,9 @@ class Together:
 
     def advance(self, tokens: torch.Tensor) -> None:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        inputs: dict[str, Any] = {"cache_params": self.cache}
-        if not self.stateful:
-            inputs = {
-                "past_key_values": self.cache,
-                "attention_mask": self.mask,
-                "position_ids": self.position[:, None],
-            }
+        inputs = {self.argument: self.cache}
+        if self.counts:
+            inputs |= {"attention_mask": self.mask, "position_ids": self.position[:, None]}
         output = self.model(input_ids=tokens[:, None], use_cache=True, **inputs, **self.options)
         self.position = self.position + 1
         self.logits = output.logits[:, -1]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from opdengine.models.backbone import Backbone
-from opdengine.models.batching import UNPROBED, relative
+from opdengine.models.batching import UNPROBED, cache_argument, relative
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ class PrefixScorer:
         trunk, device = self.backbone.trunk, self.backbone.device
         start = torch.from_numpy(sequences[0][:prefix])[None].to(device)
         options = self.backbone.options
-        cache = trunk(input_ids=start, use_cache=True, **options).past_key_values
+        argument = cache_argument(trunk)
+        cache = getattr(trunk(input_ids=start, use_cache=True, **options), argument)
         longest = max(len(s) for s in sequences)
         # As many new tokens as in any pass, and four times as many with those in the cache.
         budget = self.backbone.max_tokens
@@ -79,9 +80,8 @@ class PrefixScorer:
             copies = copy.deepcopy(cache) if members[-1] + 1 < len(sequences) else cache
             copies.reorder_cache(torch.zeros(len(members), dtype=torch.int64, device=device))
             positions = torch.arange(prefix, prefix + width, device=device)[None].expand(len(members), -1)
-            states = trunk(
-                input_ids=ids.to(device), position_ids=positions, past_key_values=copies, use_cache=True, **options
-            ).last_hidden_state
+            reading = {argument: copies, "position_ids": positions, "use_cache": True, **options}
+            states = trunk(input_ids=ids.to(device), **reading).last_hidden_state
             for row, i in enumerate(members):
                 places = torch.from_numpy(np.asarray(target_positions[i]) - 1 - prefix).to(device)
                 found.append(states[row].index_select(0, places).cpu())

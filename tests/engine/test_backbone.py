@@ -57,7 +57,7 @@ def make_model(family: str, tied: bool, *, scale: float = 4.0) -> Any:
     """Random weights large enough that a wrong position, neighbour or scale shows."""
     torch.manual_seed(0)
     config = FAMILIES[family](tied)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     model = hf.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -18,6 +18,7 @@ from engine_helpers import make_config, make_engine
 from opdengine.config.train import TeacherConfig, TrainConfig
 from opdengine.data.prompts import load_prompts
 from opdengine.models.backbone import Backbone, default_device, load_model
+from opdengine.models.batching import cache_argument
 from opdengine.models.checkpoint import restore_optimizer, save_checkpoint
 from opdengine.teachers import local
 from opdengine.teachers.prefix import PrefixScorer
@@ -124,7 +125,7 @@ def test_nothing_of_a_step_is_held_after_it(
 
     def remember(*arguments: Any, **options: Any) -> Any:
         output = forward(*arguments, **options)
-        held.append(weakref.ref(output.past_key_values))
+        held.append(weakref.ref(getattr(output, cache_argument(engine.student.model))))
         return output
 
     monkeypatch.setattr(engine.student.model, "forward", remember)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from engine_helpers import loss_and_gradient, make_config, make_engine, make_samples
+from test_backbone import make_model
 
 from opd_kernels import heads
 from opdengine.data.prompts import load_prompts
-from opdengine.models.backbone import Backbone, avoid_flash, load_model
+from opdengine.models.backbone import Backbone, fit_attention, load_model
 from opdengine.models.packing import pack
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.training.build import halve_products
@@ -166,13 +167,40 @@ def test_float32_without_autocast_never_meets_flash_attention(
     model = with_flash(models["big"], dtype="float32")
     with pytest.raises(RuntimeError, match="only support fp16"):
         Backbone(model)
-    avoid_flash(model)
-    assert "attention is SDPA" in caplog.text
+    fit_attention(model)
+    assert "attention is sdpa" in caplog.text
     flash.calls.update(one=0, packed=0)
     assert Backbone(model).layout == "rows" and flash.calls == {"one": 0, "packed": 0}
     half = with_flash(models["big"], dtype="bfloat16")
-    avoid_flash(half)
+    fit_attention(half)
     assert half.config._attn_implementation == "flash_attention_2"
+
+
+@pytest.mark.parametrize("asked", ["auto", "sdpa", "flash_attention_2"])
+def test_capped_attention_scores_are_never_left_out(
+    asked: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, flash: FlashOnTheCPU
+) -> None:
+    """SDPA has no cap of scores, and not every transformers says so."""
+    model = make_model("gemma2", True, scale=16.0)
+    assert model.config.attn_logit_softcapping
+    model.set_attn_implementation("eager")
+    model.save_pretrained(tmp_path)
+    ids = torch.from_numpy(IDS[:12])[None]
+    expected = model.eval()(input_ids=ids).logits
+    if asked == "flash_attention_2":
+        loaded = load_model(str(tmp_path), attn_implementation="eager")
+        loaded.config._attn_implementation = asked
+        fit_attention(loaded)
+    else:
+        loaded = load_model(str(tmp_path), attn_implementation=asked)
+    assert torch.allclose(loaded.eval()(input_ids=ids).logits, expected, atol=1e-5)
+    assert "eager" in caplog.text
+    uncapped = make_model("gemma2", True, scale=16.0)
+    for module in uncapped.modules():
+        if hasattr(module, "attn_logit_softcapping"):
+            module.attn_logit_softcapping = None
+    missed = (uncapped.eval()(input_ids=ids).logits - expected).abs().max()
+    assert missed > 0.1 * expected.abs().max()
 
 
 def test_a_padded_batch_needs_no_mask(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
