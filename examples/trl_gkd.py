@@ -1,10 +1,11 @@
-"""The fused loss inside TRL: its GKDTrainer without logits, and its DistillationTrainer by one assignment.
+"""The fused loss inside TRL: its GKDTrainer and its DistillationTrainer without logits, by one assignment each.
 
     pip install "trl==1.16.0"
     python examples/trl_gkd.py
 
-Both train the bundled tiny student for some steps. The losses are TRL's own to float32 rounding
-(tests/examples/test_trl_gkd.py); what is saved are the logits: [tokens, vocabulary] of student and teacher.
+Both train the bundled tiny student for some steps. The losses and gradients are TRL's own to rounding, in float32, with
+bf16, LoRA, gradient accumulation, gradient checkpointing and several processes (tests/examples/test_trl_gkd.py); what
+is saved are the logits: [tokens, vocabulary] of student and teacher.
 """
 
 from __future__ import annotations
@@ -24,48 +25,36 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.trainer import distillation_trainer
 
-from opd_kernels import TeacherHead, from_trl_beta, linear_divergence
 from opd_kernels.adapters import trl_chunked_divergence_loss
+from opd_kernels.trainers import trl_gkd_compute_loss
 from tiny import task
 
 MODELS = Path(__file__).parent / "tiny" / "models"
 
 
 class FusedGKDTrainer(GKDTrainer):
-    """GKD whose loss reads hidden states and heads; for models whose logits are ``hidden @ head.T``."""
+    """GKD whose loss reads hidden states and heads."""
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        labels = inputs["labels"][:, 1:]
-        counted = labels != -100
-
-        def hidden(of: Any) -> torch.Tensor:  # [tokens that count, d]
-            ids, mask = inputs["input_ids"], inputs["attention_mask"]
-            return of.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1][counted]
-
-        teacher = self.teacher_model.eval()
-        with torch.no_grad():
-            judged = TeacherHead(hidden(teacher), teacher.get_output_embeddings().weight)
-        head = model.get_output_embeddings().weight
-        loss = linear_divergence(hidden(model), head, [judged], **from_trl_beta(self.beta)).loss
-        loss = loss / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-        return (loss, None) if return_outputs else loss
+    compute_loss = trl_gkd_compute_loss
 
 
-def gkd(output: str, steps: int, trainer: type[GKDTrainer] = FusedGKDTrainer) -> GKDTrainer:
+def gkd(
+    output: str, steps: int, trainer: type[GKDTrainer] = FusedGKDTrainer, peft_config: Any = None, **options: Any
+) -> GKDTrainer:
     """GKD on the student's own answers half of the time, on given ones else; not yet trained."""
-    options = {"lmbda": 0.5, "beta": 0.5, "max_new_tokens": 16, "max_length": 256}
-    args = GKDConfig(output_dir=output, **shared(steps), **options)
+    given = {"lmbda": 0.5, "beta": 0.5, "max_new_tokens": 16, "max_length": 256}
+    args = GKDConfig(output_dir=output, **{**shared(steps), **given, **options})
     rows = [{"messages": [*chat(row), {"role": "assistant", "content": row["answer"]}]} for row in prompts()]
-    return trainer(args=args, train_dataset=Dataset.from_list(rows), **models())
+    return trainer(args=args, train_dataset=Dataset.from_list(rows), peft_config=peft_config, **models())
 
 
-def distillation(output: str, steps: int) -> DistillationTrainer:
+def distillation(output: str, steps: int, peft_config: Any = None, **options: Any) -> DistillationTrainer:
     """On-policy distillation; not yet trained."""
-    args = DistillationConfig(output_dir=output, **shared(steps), max_completion_length=16, beta=1.0)
+    args = DistillationConfig(
+        output_dir=output, **{**shared(steps), "max_completion_length": 16, "beta": 1.0, **options}
+    )
     rows = [{"prompt": chat(row)} for row in prompts()]
-    return DistillationTrainer(args=args, train_dataset=Dataset.from_list(rows), **models())
+    return DistillationTrainer(args=args, train_dataset=Dataset.from_list(rows), peft_config=peft_config, **models())
 
 
 def shared(steps: int) -> dict[str, Any]:

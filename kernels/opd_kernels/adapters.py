@@ -9,7 +9,8 @@ In TRL's ``DistillationTrainer``:
 
     trl.trainer.distillation_trainer._chunked_divergence_loss = opd_kernels.adapters.trl_chunked_divergence_loss
 
-TRL's ``GKDTrainer`` computes its loss from logits; ``examples/trl_gkd.py`` overrides its ``compute_loss``.
+Trainers whose loss starts at logits (TRL's ``GKDTrainer``, ``transformers.Trainer``) are served by
+:mod:`opd_kernels.trainers`.
 
 In one's own module: ``LinearDivergence(divergence="jsd", temperature=2.0)``.
 
@@ -273,7 +274,7 @@ def trl_chunked_divergence_loss(
     Args:
         student_hidden_states: [B, T, d_s], aligned with the completion tokens.
         teacher_hidden_states: [B, T, d_t].
-        student_lm_head_weight: [V, d_s]; a ``DTensor`` is gathered once.
+        student_lm_head_weight: [V, d_s]; a ``DTensor`` is gathered once, and its gradient averaged over the ranks.
         teacher_lm_head_weight: [V, d_t].
         completion_mask: [B, T], 1 where a token counts.
         beta: 0 forward KL, 1 reverse KL, between them JSD.
@@ -337,5 +338,15 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def whole(tensor: Tensor | None) -> Any:
-    """A plain tensor, from a ``DTensor`` by one gather."""
-    return tensor.full_tensor() if tensor is not None and hasattr(tensor, "full_tensor") else tensor
+    """A plain tensor, from a ``DTensor`` by one gather; the gradient is averaged over its ranks, as FSDP2 does."""
+    if tensor is None or not hasattr(tensor, "full_tensor"):
+        return tensor
+    if not tensor.requires_grad:
+        return tensor.full_tensor()
+    from torch.distributed.tensor import Partial
+
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    # Every rank has the gradient of its own tokens.
+    gathered = tensor.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    gathered.register_hook(lambda gradient: gradient / mesh.size())
+    return gathered

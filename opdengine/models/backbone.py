@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from opd_kernels import LMHead
+from opd_kernels.causal_lm import head_constants
 from opdengine.errors import ModelFileError
 from opdengine.models.batching import (
     changes_in_training,
@@ -210,7 +211,7 @@ class Backbone:
                 f"{name}: {type(inner).__name__} has no separate backbone and output embedding; "
                 "only decoder language models with an LM head can be used"
             )
-        self._scale, self._softcap = _head_constants(model.config.get_text_config())
+        self._scale, self._softcap = head_constants(model.config.get_text_config())
         self.regimes = ONE_REGIME
         self.with_weights(self._prove_head)
         self.regimes = self.with_weights(self._find_regimes)
@@ -434,15 +435,3 @@ def _has_embeddings(model: Any) -> bool:
         return None not in (*layers, layers[2].get_input_embeddings())
     except NotImplementedError:  # of encoder-decoder models read as decoders
         return False
-
-
-def _head_constants(config: Any) -> tuple[float, float | None]:
-    """Scale and soft cap of the logits, by the names that transformers' models use."""
-    scale = 1.0
-    if getattr(config, "logit_scale", None):  # Cohere
-        scale = float(config.logit_scale)
-    elif getattr(config, "logits_scaling", None):  # Granite divides
-        scale = 1.0 / float(config.logits_scaling)
-    elif getattr(config, "lm_head_multiplier", None):  # Falcon-H1
-        scale = float(config.lm_head_multiplier)
-    return scale, getattr(config, "final_logit_softcapping", None)
