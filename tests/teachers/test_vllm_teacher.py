@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from engine_helpers import make_config, make_engine
 from teacher_helpers import context
 
@@ -48,13 +51,12 @@ def folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def url(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """That model in float32, with log-probs of at most K tokens."""
+@contextlib.contextmanager
+def serve(folder: str, log: Path, window: int = 512) -> Iterator[str]:
+    """A model in float32, with log-probs of at most K tokens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("vllm") / "server.log"
     on_cpu = {} if torch.cuda.is_available() else {
         "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TORCHDYNAMO_DISABLE": "1",
     }  # fmt: skip
@@ -62,7 +64,8 @@ def url(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder,
         "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
-        "--max-model-len", "512", "--max-logprobs", str(K), "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20),
+        "--max-model-len", str(window), "--max-logprobs", str(K), "--enforce-eager",
+        "--kv-cache-memory-bytes", str(64 << 20),
     ]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **on_cpu}
     with log.open("w") as output:
@@ -80,6 +83,12 @@ def url(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def url(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serve(folder, tmp_path_factory.mktemp("vllm") / "server.log") as found:
+        yield found
 
 
 def teacher_at(url: str, folder: str, tokenizer: Any, **settings: Any) -> ServedTeacher:
@@ -150,3 +159,39 @@ def test_a_step_of_mad_opd_with_a_served_and_a_local_teacher(
     assert metrics["teacher_kl/served"] > 0 and metrics["teacher_kl/local"] > 0
     assert not any(key.startswith("teacher_failures") for key in metrics)
     assert any(not torch.equal(p, before[n]) for n, p in engine.student.model.named_parameters())
+
+
+def test_a_real_model_debates_behind_a_server_while_vllm_samples_the_student(smollm2: str, tmp_path: Path) -> None:
+    """The command line, end to end: the second step samples from what the first one trained."""
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"Name {n} fruits."}) + "\n" for n in ("three", "two")))
+    settings = {
+        "model": smollm2,
+        "method": "mad_opd",
+        "debate": {"rounds": 2, "max_tokens": 32},
+        "train_data": [str(data)],
+        "output_dir": str(tmp_path / "run"),
+        "dtype": "float32",
+        "use_vllm": True,
+        "per_device_train_batch_size": 2,
+        "max_completion_length": 16,
+        "max_steps": 2,
+        "learning_rate": 1e-5,
+    }
+    with serve(smollm2, tmp_path / "server.log", 2048) as address:
+        served = {"name": "served", "model": "tiny", "base_url": address, "tokenizer": smollm2, "score_top_k": K}
+        settings["teachers"] = [served, {"name": "local", "model": smollm2}]
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        done = subprocess.run(
+            [sys.executable, "-m", "opdengine", "train", "--config", str(file)],
+            capture_output=True, text=True, timeout=900, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in steps if "loss" in row]
+    assert [row["policy_version"] for row in steps] == [1, 2]
+    for row in steps:
+        assert row["sampling/logprob_difference"] < 2e-3
+        assert row["teacher_kl/served"] > 0 and row["teacher_kl/local"] > 0
+        assert not any(key.startswith("teacher_failures") for key in row)
