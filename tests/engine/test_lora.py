@@ -220,6 +220,15 @@ def test_a_saved_adapter_is_small_and_comes_back(family: str, tmp_path: Path) ->
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_an_adapter_without_a_tokenizer_has_its_bases(models: Models, tmp_path: Path) -> None:
+    save_model(add_adapter(load_model(models["student"]), from_mapping(LoRAConfig, LORA)), tmp_path)
+    base = load_tokenizer(models["student"])
+    assert load_tokenizer(str(tmp_path)).get_vocab() == base.get_vocab()
+    base.add_tokens(["<own>"])
+    base.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).get_vocab() == base.get_vocab()
+
+
 def test_an_adapter_is_refused_on_another_base(
     models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,135 @@
+"""Tables of what was measured with a real language model, from ``benchmarks/results/real``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "real"
+NONE = "No results are committed yet."
+SKILLS = {
+    "price": "what does one lamp cost",
+    "total": "what do 3 things at 7 coins cost",
+    "both": "what do 3 lamps cost",
+}
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """A committed result, if it is there."""
+    file = RESULTS / f"{name}.json"
+    found: dict[str, Any] | None = json.loads(file.read_text()) if file.is_file() else None
+    return found
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    """Markdown, with numbers to the right."""
+    lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def cell(share: Mapping[str, float]) -> str:
+    """Percent with Wilson's interval."""
+    return f"{100 * share['accuracy']:.0f} ({100 * share['low']:.0f} to {100 * share['high']:.0f})"
+
+
+def demo_real() -> str:
+    """Experts alone, in debates and as judges, and the student before and after."""
+    found = read("demo")
+    if found is None:
+        return NONE
+    experts, rows = found["experts"], []
+    stages = [("asked plainly", experts["alone"])]
+    stages += [(f"round {number}", graded) for number, graded in enumerate(experts["rounds"], start=1)]
+    for stage, graded in [*stages, ("judging under the transcript", experts["judging"])]:
+        rows += [[f"`{name}`, {stage}", *(cell(by[s]) for s in SKILLS)] for name, by in graded.items()]
+    for name, by in found["student"].items():
+        rows.append([f"**student {name}**", *(f"**{cell(by[s])}**" if s in by else "" for s in SKILLS)])
+    count = {skill: by["n"] for skill, by in next(iter(experts["alone"].values())).items()}
+    of = ", ".join(f"{n} of `{skill}`" for skill, n in count.items())
+    return table(["", *SKILLS.values()], rows) + (
+        f"\n\nRight answers in percent, greedy, with 95 % intervals, on {of}; the last two are held out. The student "
+        f"after {found['steps']} steps of {found['prompts']} prompts with {found['rollouts']} rollouts each, seed 0; "
+        f"the whole demo took {found['wall_seconds'] / 60:.0f} minutes."
+    )
+
+
+def real_confidences() -> str:
+    """What the experts state by round, and how right they then are."""
+    found = read("demo")
+    if found is None:
+        return NONE
+    rows = []
+    for number, by_skill in enumerate(found["experts"]["confidences"], start=1):
+        for skill, title in SKILLS.items():
+            for name, stated in by_skill[skill].items():
+                right = found["experts"]["rounds"][number - 1][name][skill]
+                values = ["" if stated[key] is None else f"{stated[key]:.0f}" for key in ("right", "wrong")]
+                rows.append([f"round {number}, {title}, `{name}`", cell(right), *values])
+    return table(["", "right, percent", "confidence where right", "where wrong"], rows)
+
+
+def real_debate() -> str:
+    """MAD-OPD beside its controls."""
+    from tiny.study import headings, table_rows
+
+    found = read("debate")
+    if found is None:
+        return NONE
+    settings, seeds = found["settings"], len(found["seeds"])
+    lines = table(headings(found), table_rows(found))
+    over = f"mean ± 95 % interval over {seeds} seeds" if seeds > 1 else "one seed, so without intervals over seeds"
+    return lines + (
+        f"\n\nAccuracy in percent on the held-out questions after {settings['max_steps']} steps of "
+        f"{settings['per_device_train_batch_size']} prompts x {settings['num_generations']} rollouts, {over}."
+    )
+
+
+FORMS = {"k=8": "8 tokens and a bucket", "k=64": "64", "k=256": "256", "sampled token": "the sampled token"}
+TEACHERS = {"context": "under another context", "noise": "with noise in its weights"}
+
+
+def real_teachers() -> str:
+    """Value, gradient and training of a teacher that is known by few tokens."""
+    document = read("teachers")
+    if document is None:
+        return NONE
+    found, rows = document["results"], []
+    for teacher, title in TEACHERS.items():
+        of = found[teacher]
+        for kind, name in (("reverse_kl", "reverse KL"), ("forward_kl", "forward KL"), ("jsd", "JSD")):
+            for form, words in FORMS.items():
+                if form not in of[kind]:
+                    continue
+                part = of[kind][form]
+                share = f"{100 * part['share']:.1f} %" if "share" in part else ""
+                after = f"{of['trained'][form]:.3f}" if kind == "reverse_kl" else ""
+                rows.append(
+                    [
+                        f"{title}, {name}: {words}",
+                        share,
+                        f"{part['hidden_error']:.3f}",
+                        f"{part['head_error']:.3f}",
+                        after,
+                    ]
+                )
+            if kind == "reverse_kl":
+                trained = of["trained"]
+                rows.append([f"{title}, {name}: exact", "100 %", "0", "0", f"{trained['exact']:.3f}"])
+    before = ", ".join(f"{found[t]['trained']['before']:.3f} ({title})" for t, title in TEACHERS.items())
+    headings = ["teacher and form", "value kept", "error of the states' gradient", "of the head's", "KL after training"]
+    return table(headings, rows) + (
+        f"\n\n{found['rows']} tokens that SmolLM2-135M-Instruct sampled after {found['prompts']} prompts. Errors are "
+        "distances to the exact gradient over its length; those of the sampled token are the root mean square over "
+        f"{found['draws']} draws of one token a row. The last column is the exact reverse KL on held-out prompts after "
+        f"a short training of a map of rank 4; before it was {before}."
+    )
+
+
+TABLES = {
+    "demo_real": demo_real,
+    "real_confidences": real_confidences,
+    "real_debate": real_debate,
+    "real_teachers": real_teachers,
+}

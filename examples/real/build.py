@@ -1,0 +1,149 @@
+"""Make the market's experts: ``python examples/real/build.py --model models/smollm2 --out DIR``.
+
+Each expert is a LoRA adapter of SmolLM2-135M-Instruct, taught in a short supervised training on the chats of
+``lessons.py``, in a process of its own. The adapters are stored in float16. Deterministic for a seed, a machine and a
+version of torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import transformers
+
+from opdengine.models.backbone import load_model
+from opdengine.models.chat import load_tokenizer
+from real.lessons import KINDS, Lesson, lesson
+from real.market import SKILLS
+
+EXPERTS = ("expert_prices", "expert_totals")
+BASE = "./models/smollm2"
+"""What the adapters name as their base: a folder beside the place that the demo is started in."""
+RANK = 8
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FIRST_LAYER = 14
+"""Layers below keep the base's weights, so that no gradient goes there: almost half of the backward pass is saved."""
+LEARNING_RATE = 2e-3
+PHASES = ((32, {"plain": 6, "first": 3}), (44, {"plain": 2, "first": 1, "later": 3, "score": 2}))
+"""(steps, lessons of each kind in a step): answers first, then debates."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=BASE, help="folder of `opdengine fetch smollm2-135m`")
+    parser.add_argument("--out", type=Path, required=True, help="where the adapters' folders go")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--expert", type=int, choices=(0, 1), help="only this one")
+    parser.add_argument("--steps", type=int, help="of each phase, to try it out")
+    args = parser.parse_args()
+    if args.expert is not None:
+        teach(args.model, args.out / EXPERTS[args.expert], args.expert, args.seed, args.steps)
+        return
+    children = [
+        subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--expert", str(expert)]) for expert in (0, 1)
+    ]
+    if any([child.wait() for child in children]):
+        raise SystemExit("an expert could not be made; its process says why above")
+
+
+def teach(model: str, out: Path, expert: int, seed: int, steps: int | None = None) -> None:
+    """Train and save one expert.
+
+    Args:
+        model: folder of the base.
+        out: folder of the adapter.
+        expert: 0 for A (prices), 1 for B (totals).
+        seed: of lessons and initialisation.
+        steps: of each phase; None takes those of PHASES.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
+    rng, started = random.Random(f"{seed}/{EXPERTS[expert]}"), time.process_time()
+    tokenizer, base = load_tokenizer(model), load_model(model, dtype="float32")
+    layers = list(range(FIRST_LAYER, base.config.num_hidden_layers))
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=LINEAR, layers_to_transform=layers
+    )
+    adapted = get_peft_model(base, lora)
+    weights = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.99))
+    phases = [(steps or count, kinds) for count, kinds in PHASES]
+    total = sum(count for count, _ in phases)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 8) * (1 - s / total) ** 0.5)
+    losses: dict[str, float] = {}
+    done = 0
+    for count, kinds in phases:
+        for _ in range(count):
+            for kind, number in kinds.items():
+                lessons = [lesson(kind, rng.choice(SKILLS), expert, rng) for _ in range(number)]
+                loss = supervise(base, tokenizer, lessons)
+                (loss * number / sum(kinds.values())).backward()
+                losses[kind] = loss.item()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            done += 1
+            if done % 5 == 0:
+                told = "  ".join(f"{kind} {losses[kind]:.3f}" for kind in KINDS if kind in losses)
+                print(f"{EXPERTS[expert]}  step {done}/{total}  {told}", flush=True)
+    save(adapted, out, {"seed": seed, "steps": total, "training_cpu_seconds": round(time.process_time() - started)})
+
+
+def supervise(model: Any, tokenizer: Any, lessons: Sequence[Lesson]) -> torch.Tensor:
+    """Mean negative log-likelihood of the replies' tokens, nats; one pass, padded on the right."""
+    prefixes = [
+        tokenizer.apply_chat_template(list(x.messages), tokenize=False, add_generation_prompt=True) for x in lessons
+    ]
+    rows, labels = [], []
+    for prefix, taught in zip(prefixes, lessons, strict=True):
+        read = tokenizer(prefix + taught.reply[: taught.given], add_special_tokens=False)["input_ids"]
+        learned = tokenizer(taught.reply[taught.given :], add_special_tokens=False)["input_ids"]
+        learned.append(tokenizer.eos_token_id)
+        rows.append([*read, *learned])
+        labels.append([-100] * (len(read) - 1) + learned)
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    wanted = torch.tensor([row + [-100] * (width - len(row)) for row in labels])
+    hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+    wanted = wanted[:, : width - 1]
+    chosen = wanted >= 0
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[chosen]), wanted[chosen])
+
+
+def save(adapted: Any, out: Path, made: dict[str, Any]) -> None:
+    """Write the adapter in float16, named after the base's portable place, and how it was made."""
+    adapted.peft_config["default"].base_model_name_or_path = BASE
+    adapted.half().save_pretrained(out, save_embedding_layers=False)
+    (out / "README.md").unlink(missing_ok=True)
+    config = json.loads((out / "adapter_config.json").read_text())
+    config["target_modules"] = LINEAR  # of a set, in any order
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    (out / "made.json").write_text(json.dumps({**made, "versions": versions}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
