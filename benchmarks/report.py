@@ -310,6 +310,8 @@ def _plain(value: Any) -> str:
     """A value as a configuration file has it."""
     if isinstance(value, list):
         return f"[{', '.join(map(_plain, value))}]"
+    if isinstance(value, str) and "\n" in value:
+        return "`" + value.replace("\n", "\\n") + "`"
     return ".inf" if value == float("inf") else f"{value:g}" if isinstance(value, float) else str(value)
 
 

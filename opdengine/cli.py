@@ -351,7 +351,8 @@ def _debate(config: TrainConfig, text: str, key: str) -> int:
     tokenizers = [teacher_tokenizer(config, t) for t in config.teachers]
     served = serve_teachers(config, tokenizers, judges=False)
     teachers = [
-        served.get(t.name) or LocalTeacher(t, device=default_device(), trust_remote_code=config.trust_remote_code)
+        served.get(t.name)
+        or LocalTeacher(config.as_loaded(t), device=default_device(), trust_remote_code=config.trust_remote_code)
         for t in chosen
     ]
     debater = DebateContexts(config.debate, cache_dir=None).debater

@@ -202,12 +202,93 @@ class EntropyConfig(Section):
     """the entropy of the teacher above which it is, nats."""
 
 
+@settings
+class SdftConfig(Section):
+    """SDFT (arXiv 2601.19897): the student, shown a demonstration, teaches itself."""
+
+    section = "sdft"
+
+    num_loss_tokens_to_skip: CountOrNone = 0
+    """the first tokens of a rollout that carry no loss: there the teacher speaks of the demonstration that it sees."""
+
+
+@settings
+class GrpoConfig(Section):
+    """The group-relative policy gradient (GRPO, arXiv 2402.03300) beside a distillation. Names are those of TRL."""
+
+    section = "grpo"
+
+    scale_rewards: Choice[Literal["group", "batch", "none"]] = "group"
+    """over what the standard deviation is taken that rewards are divided by: each prompt's "group", the whole step
+    ("batch"), or "none"."""
+    epsilon: Share = 0.2
+    """PPO's clip: how far the ratio to the policy that sampled may fall."""
+    epsilon_high: Maybe[Factor] = None
+    """how far it may rise; null is ``epsilon``."""
+
+
+@settings
+class SdpoConfig(Section):
+    """SDPO (arXiv 2601.20802): the student, shown what succeeded and what went wrong, teaches itself.
+
+    Names are those of TRL. The policy gradient's own settings stand in ``advantage``, those of the rewards in
+    ``grpo``.
+    """
+
+    section = "sdpo"
+
+    distillation_weight: Share = 1.0
+    """weight w of the distillation; the group-relative policy gradient has 1 - w."""
+    use_successful_as_teacher: Flag = True
+    """show a successful rollout of the same prompt."""
+    success_reward_threshold: Annotated[Real, Range(0, 1, open_low=True)] = 1.0
+    """a rollout is successful when its reward is at least this."""
+    dont_reprompt_on_self_success: Flag = True
+    """never show a rollout to the judge of itself."""
+    include_environment_feedback: Flag = False
+    """show the feedback: the column ``privileged_context``, or else what the verifier said of a rollout that
+    failed."""
+    environment_feedback_only_without_solution: Flag = False
+    """show it only where no successful rollout is shown."""
+    remove_thinking_from_demonstration: Flag = False
+    """show a successful rollout without its thoughts."""
+    reprompt_template: Filled = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n"
+    """what the teacher reads in place of the user's last message."""
+    solution_template: Filled = "\nCorrect solution:\n\n{successful_previous_attempt}\n\n"
+    """becomes ``{solution}`` there; empty where none is shown."""
+    feedback_template: Filled = (
+        "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}\n\n"
+    )
+    """becomes ``{feedback}`` there; empty where none is shown."""
+
+    def __post_init__(self) -> None:
+        shown = self.use_successful_as_teacher or self.include_environment_feedback
+        self.need(
+            shown or self.distillation_weight == 0, "use_successful_as_teacher",
+            "with include_environment_feedback: false the teacher would be shown nothing; turn one on",
+        )  # fmt: skip
+        for name, fields in SDPO_FIELDS.items():
+            text, used = getattr(self, name), set[str]()
+            try:
+                used = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
+            except ValueError as error:
+                self.need(False, name, f"it is no format string ({error}); write {{{{ and }}}} for braces")
+            self.need(used == fields, name, f"it must have the placeholders {sorted(fields)} and no other")
+
+
+SDPO_FIELDS = {
+    "reprompt_template": {"prompt", "solution", "feedback"},
+    "solution_template": {"successful_previous_attempt"},
+    "feedback_template": {"feedback_raw"},
+}
+
+
 Gap = Range(0, 1e6, open_low=True, also=(math.inf,), remedy="it must be positive; .inf keeps all tokens")
 
 
 @settings
 class AdvantageConfig(Section):
-    """The sampled-token reverse KL as a policy gradient, for the methods ``uni_opd`` and ``camopd``.
+    """The sampled-token reverse KL as a policy gradient, for the methods ``uni_opd``, ``camopd`` and ``sdpo``.
 
     What is null takes the value of the method's paper.
     """

@@ -153,20 +153,36 @@ class LoRAConfig(Section):
         self.need(bool(self.target_modules), "target_modules", "name at least one layer, or 'all-linear'")
 
 
+SELF = "self"
+"""The model of a teacher that is the student itself."""
+
+
 @settings
 class TeacherConfig(Section):
     """One teacher: a model in this process, or one that a server offers (``base_url``)."""
 
     model: Annotated[NeededPath, Elsewhere({"teacher_model": "", "teacher_model_name_or_path": ""})]
-    """model folder or hub name; with ``base_url`` the name under which it is served."""
+    """model folder or hub name; with ``base_url`` the name under which it is served; "self" is the student itself, with
+    ``weights`` (a folder of that name is "./self")."""
     name: Text = ""
     """used in metrics, logs and caches; default: the last part of ``model``."""
     weight: Factor = 1.0
     """fixed mixing weight (MT-OPD) or share of the data (MT-SeqKD); relative."""
     key: Listed[Text] = field(default_factory=list)
     """routing keys (``data_source``) that this teacher answers for; empty: all prompts."""
+    weights: Annotated[Maybe[Choice[Literal["base", "live", "ema"]]], Elsewhere({"teacher_model_kind": ""})] = None
+    """of ``model: self``: "base", those that the run began with (with ``lora`` the adapter is off and nothing is held
+    twice); "live", the student's present ones, without gradient; "ema", a moving average of the student's."""
+    teacher_update_rate: Annotated[
+        Real,
+        Range(0, 1, open_low=True, remedy="it lies in (0, 1]; 1 copies the student"),
+        Elsewhere({"teacher_update_rate": ""}),
+    ] = 0.05
+    """with ``weights: ema``: share of the student in each update of the average."""
+    teacher_sync_steps: Annotated[Count, Elsewhere({"teacher_sync_steps": ""})] = 1
+    """with ``weights: ema``: optimiser steps from one update of the average to the next."""
     dtype: Dtype = "auto"
-    """of its weights; "auto" keeps the dtype of the checkpoint."""
+    """of its weights; "auto" keeps the dtype of the checkpoint, and of ``model: self`` the student's."""
     chat_template: Maybe[FilledPath] = None
     """Jinja text or file in place of the tokenizer's own."""
     chat_template_kwargs: Free = field(default_factory=dict)
@@ -218,11 +234,23 @@ class TeacherConfig(Section):
             need(self.tokenizer is None, "tokenizer", "it belongs to a served teacher; set base_url too")
             need(url is not None or self.writer_model is None, "writer_model", "set writer_base_url too")
             need(not (self.shard and self.offload), "shard", "with offload the weights leave the GPU: choose one")
+            self._check_own(url)
             return
         for key in ("writer_base_url", "writer_model"):
             need(getattr(self, key) is None, key, "a teacher with base_url writes there anyway; leave it out")
         for key in ("offload", "shard"):
             need(not getattr(self, key), key, "the weights of a served teacher are not here")
+        need(self.weights is None, "weights", "they belong to model: self, which no server holds")
+
+    def _check_own(self, url: str | None) -> None:
+        """Refuse what the student cannot be as its own teacher."""
+        need = self.need
+        if self.model == SELF:
+            need(self.weights is not None, "weights", "say which weights of the student judge: base, live or ema")
+            need(url is None, "writer_base_url", "a server does not follow the student: with model: self leave it out")
+        for key in ("teacher_update_rate", "teacher_sync_steps"):
+            plain = getattr(self, key) == getattr(TeacherConfig, key)
+            need(plain or self.weights == "ema", key, "it belongs to weights: ema")
 
 
 def is_address(url: str, schemes: Sequence[str] = ("http", "https", "unix")) -> bool:

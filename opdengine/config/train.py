@@ -49,14 +49,18 @@ from opdengine.config.method_sections import (
     CaMOPDConfig,
     DebateConfig,
     EntropyConfig,
+    GrpoConfig,
     OpadConfig,
     SageConfig,
+    SdftConfig,
+    SdpoConfig,
     TcodConfig,
     UniOPDConfig,
 )
 from opdengine.config.secrecy import refuse_secrets
 from opdengine.config.section import Elsewhere, Resumable, Section, settings
 from opdengine.config.sections import (
+    SELF,
     DataConfig,
     Dtype,
     EnvironmentConfig,
@@ -121,12 +125,16 @@ class TrainConfig(Section):
     """the models that judge the student, and debate."""
     method: Name = "mad_opd"
     """one of "opd", "mt_opd", "mt_seqkd", "mad_opd", "opad", "sage_opd", "tcod", "entropy_opd", "uni_opd", "camopd",
-    or a class of your own: "module:Class" or "file.py:Class"."""
+    "sdft", "sdpo", "opsd", or a class of your own: "module:Class" or "file.py:Class"."""
     method_options: Free = field(default_factory=dict)
     """keywords of a method of your own."""
     contexts: Choice[Literal["plain", "debate"]] = "plain"
-    """under what the teachers of "sage_opd" and "uni_opd" judge: the "plain" prompt, or the transcript and weights of a
-    "debate" as in MAD-OPD."""
+    """under what the teachers of "sage_opd", "uni_opd", "sdft" and "opsd" judge: the "plain" prompt, or the transcript
+    and weights of a "debate" as in MAD-OPD."""
+    teacher_prompt_template: Maybe[Filled] = None
+    """what teachers read in place of the last message of the user (the student never sees it): a format string with
+    ``{prompt}``, that message, and ``{privileged_context}``, ``{answer}`` or any other column of the row; null is the
+    plain prompt."""
     divergence: Annotated[
         PerKey[Text],
         AfterValidator(_known),
@@ -150,7 +158,7 @@ class TrainConfig(Section):
     debate: DebateConfig = field(default_factory=DebateConfig)
     """how teachers debate, for "mad_opd", "opad" and ``contexts: debate``."""
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
-    """how ``uni_opd`` and ``camopd`` weigh sampled tokens."""
+    """how ``uni_opd``, ``camopd`` and ``sdpo`` weigh sampled tokens."""
     uni_opd: UniOPDConfig = field(default_factory=UniOPDConfig)
     """settings of the method "uni_opd"."""
     camopd: CaMOPDConfig = field(default_factory=CaMOPDConfig)
@@ -165,6 +173,12 @@ class TrainConfig(Section):
     """settings of the method "tcod"."""
     entropy_opd: EntropyConfig = field(default_factory=EntropyConfig)
     """settings of the method "entropy_opd"."""
+    sdft: SdftConfig = field(default_factory=SdftConfig)
+    """settings of the method "sdft"."""
+    sdpo: SdpoConfig = field(default_factory=SdpoConfig)
+    """settings of the method "sdpo"."""
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    """the group-relative policy gradient, for "sdpo"."""
 
     dtype: Annotated[Dtype, Elsewhere({"torch_dtype": ""})] = "auto"
     """of the student's parameters; "auto" keeps the checkpoint's (float32 where that is float16)."""
@@ -326,6 +340,21 @@ class TrainConfig(Section):
         """Whether the teachers debate."""
         return self.method in ("mad_opd", "opad") or self.contexts == "debate"
 
+    def as_loaded(self, teacher: TeacherConfig) -> TeacherConfig:
+        """A teacher with the model and, where it has none of its own, the template that it is loaded with.
+
+        Only ``model: self`` becomes another: the student's.
+        """
+        if teacher.model != SELF:
+            return teacher
+        kwargs = {**self.chat_template_kwargs, **teacher.chat_template_kwargs}
+        template = teacher.chat_template or self.chat_template
+        return dataclasses.replace(teacher, model=self.model, chat_template=template, chat_template_kwargs=kwargs)
+
+    def shares_student(self, teacher: TeacherConfig) -> bool:
+        """Whether a teacher reads the student's own parameters, where one process holds them."""
+        return teacher.weights == "live" or (teacher.weights == "base" and self.lora is not None)
+
     def require_train_data(self) -> None:
         """Raise ConfigError unless there is something to train on, which not every command needs."""
         if not self.train_data and not self.environment.name:
@@ -351,9 +380,9 @@ class TrainConfig(Section):
 def _check_loss(config: TrainConfig) -> None:
     need = config.need
     need(
-        config.contexts == "plain" or config.method in ("sage_opd", "uni_opd"),
+        config.contexts == "plain" or config.method in ("sage_opd", "uni_opd", "sdft", "opsd"),
         "contexts",
-        "only 'sage_opd' and 'uni_opd' can take over a debate; 'mad_opd' and 'opad' always debate",
+        "only 'sage_opd', 'uni_opd', 'sdft' and 'opsd' can take over a debate; 'mad_opd' and 'opad' always debate",
     )
     need(
         not config.vocab_parallel_head or config.loss_impl in ("auto", "torch"),
@@ -411,8 +440,32 @@ def _check_data(config: TrainConfig) -> None:
         need(not config.eval_data, "eval_data", "use environment.eval_splits")
 
 
+def _check_own(config: TrainConfig, teacher: TeacherConfig, where: str) -> None:
+    """Refuse what a run cannot do with the student as its own teacher."""
+
+    def need(ok: bool, key: str, remedy: str) -> None:
+        config.need(ok, f"{where}.{key}", remedy, getattr(teacher, key))
+
+    need(teacher.model == SELF or teacher.weights is None, "weights", "they belong to model: self")
+    if config.shares_student(teacher):
+        for key in ("dtype", "offload", "shard"):
+            plain = getattr(teacher, key) == getattr(TeacherConfig, key)
+            need(plain, key, f"weights: {teacher.weights} are the student's own parameters here; leave it out")
+    if teacher.weights == "ema" or config.shares_student(teacher):
+        ahead = "max_staleness above 0 has teachers asked while the student is updated, and these weights change then"
+        need(config.max_staleness == 0, "weights", f"{ahead}; use 0, or base without lora")
+    told = config.teacher_prompt_template is not None or config.debates or config.method == "sdpo"
+    need(
+        teacher.weights != "live" or told or ":" in config.method,
+        "weights",
+        "under the student's own prompt its present weights agree with it in every token, so nothing would be learned; "
+        "set teacher_prompt_template, or use base or ema",
+    )
+
+
 def _check_teacher(config: TrainConfig, teacher: TeacherConfig, where: str) -> None:
     if teacher.base_url is None:
+        _check_own(config, teacher, where)
         sharded = teacher.shard and config.max_staleness > 0
         config.need(not sharded, f"{where}.shard", "it calls for max_staleness: 0", teacher.shard)
         return

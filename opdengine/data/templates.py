@@ -121,7 +121,7 @@ def readers_of(config: TrainConfig, tokenizer: Any, teacher_tokenizers: Sequence
     """
     teachers = [
         Reader(f"teacher {teacher.name!r}", its, teacher.chat_template_kwargs, teacher.key, config.debates)
-        for teacher, its in zip(config.teachers, teacher_tokenizers, strict=True)
+        for teacher, its in zip(map(config.as_loaded, config.teachers), teacher_tokenizers, strict=True)
     ]
     return [Reader("the student", tokenizer, config.chat_template_kwargs), *teachers]
 

@@ -13,7 +13,10 @@ from opdengine.methods.method import Method
 from opdengine.methods.mt_seqkd import MTSeqKD
 from opdengine.methods.opad import OPAD
 from opdengine.methods.opd import MTOPD, OPD
+from opdengine.methods.opsd import OPSD
 from opdengine.methods.sage_opd import SAGEOPD
+from opdengine.methods.sdft import SDFT
+from opdengine.methods.sdpo import SDPO
 from opdengine.methods.uni_opd import UniOPD
 from opdengine.plugins import PluginError, explain, load_object
 
@@ -28,6 +31,9 @@ METHODS: dict[str, type[Method]] = {
     "entropy_opd": EntropyOPD,
     "uni_opd": UniOPD,
     "camopd": CaMOPD,
+    "sdft": SDFT,
+    "sdpo": SDPO,
+    "opsd": OPSD,
 }
 
 PAPERS = {name: method.paper for name, method in METHODS.items() if method.paper is not None}

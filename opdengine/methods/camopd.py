@@ -89,7 +89,7 @@ class CaMOPD(Method):
     async def annotate(self, batch: Batch) -> None:
         """Every rollout is judged under the plain prompt by its branch's teacher."""
         for sample in batch:
-            judged_by(sample, self.teachers_of(sample.prompt))
+            judged_by(sample, self.teachers_of(sample.prompt), self.view(sample.prompt).messages)
 
     def teachers_of(self, prompt: Prompt) -> list[Teacher]:
         """The routed teachers of the prompt's branch."""
@@ -104,7 +104,7 @@ class CaMOPD(Method):
 
     def room(self, prompt: Prompt) -> list[Need]:
         """The tokens that the branch's teachers read."""
-        return plain_room(self.config, prompt, self.teachers_of(prompt))
+        return plain_room(self.config, self.view(prompt), self.teachers_of(prompt))
 
     def weigh(self, batch: Batch) -> None:
         """Select rollouts by equations 6 to 8 and weigh their tokens by equation 9."""

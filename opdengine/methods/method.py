@@ -17,6 +17,7 @@ from opdengine.distributed import Ranks
 from opdengine.errors import ConfigError
 from opdengine.methods.checks import Check
 from opdengine.methods.paper import Paper
+from opdengine.methods.privileged import Privileged
 from opdengine.methods.room import Need, length
 from opdengine.teachers import Teacher
 from opdengine.types import Batch, Message, Prompt, Sample, TeacherContext
@@ -64,6 +65,7 @@ class Method:
         streams: names of the data streams that :meth:`schedule` draws from; empty: all data are one.
         writes: whether :meth:`write` makes the sequences, instead of the student.
         contexts: what :meth:`annotate` asks.
+        view: a prompt as the teachers read it.
         teachers, ranks: of the run; set before the first step.
 
     Raises:
@@ -80,6 +82,7 @@ class Method:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+        self.view = Privileged(config.teacher_prompt_template)
         self.contexts: Contexts = PlainContexts(config)
         self.teachers: Sequence[Teacher] = ()
         self.ranks = Ranks()
@@ -137,6 +140,8 @@ def route(teachers: Sequence[Teacher], key: str) -> list[Teacher]:
 class PlainContexts:
     """Every routed teacher reads the prompt in its own chat template, with its fixed weight.
 
+    With ``teacher_prompt_template`` it reads that in place of the user's last message.
+
     Args:
         config: of the run.
     """
@@ -145,19 +150,20 @@ class PlainContexts:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+        self.view = Privileged(config.teacher_prompt_template)
 
     async def __call__(self, batch: Batch, teachers: Sequence[Teacher]) -> None:
         for sample in batch:
-            judged_by(sample, route(teachers, sample.prompt.key))
+            judged_by(sample, route(teachers, sample.prompt.key), self.view(sample.prompt).messages)
 
     def room(self, prompt: Prompt, teachers: Sequence[Teacher]) -> list[Need]:
         """Every routed teacher reads the plain prompt and the longest completion."""
-        return plain_room(self.config, prompt, route(teachers, prompt.key))
+        return plain_room(self.config, self.view(prompt), route(teachers, prompt.key))
 
 
-def judged_by(sample: Sample, teachers: Sequence[Teacher]) -> None:
-    """Let some teachers judge a sample under the plain prompt, with their fixed relative weights."""
-    sample.contexts = tuple(read_by(t, sample, sample.prompt.messages) for t in teachers)
+def judged_by(sample: Sample, teachers: Sequence[Teacher], messages: Sequence[Message]) -> None:
+    """Let some teachers judge a sample under ``messages``, with their fixed relative weights."""
+    sample.contexts = tuple(read_by(t, sample, messages) for t in teachers)
     weights = np.array([t.weight for t in teachers], dtype=np.float32)
     sample.mix = weights / weights.sum()
 

@@ -60,17 +60,24 @@ class Paper:
         lines: dict[str, list[str]] = {"as in the paper": [], "unstated in the paper": [], "not as in the paper": []}
         for setting, (value, where) in self.defaults.items():
             if here[setting] != value:
-                lines["not as in the paper"].append(f"{setting}={here[setting]} (there {value}: {where})")
+                lines["not as in the paper"].append(
+                    f"{setting}={_shown(here[setting])} (there {_shown(value)}: {where})"
+                )
             elif where.startswith(UNSTATED):
-                lines["unstated in the paper"].append(f"{setting}={value}")
+                lines["unstated in the paper"].append(f"{setting}={_shown(value)}")
             else:
-                lines["as in the paper"].append(f"{setting}={value}")
+                lines["as in the paper"].append(f"{setting}={_shown(value)}")
         lines["to be chosen"] = [f"{s}={here[s]} (there {text})" for s, text in self.choices.items()]
         return [
             f"{config.method} (arXiv {self.arxiv}), {what}: {', '.join(settings)}"
             for what, settings in lines.items()
             if settings
         ]
+
+
+def _shown(value: Any) -> str:
+    """A value on one line."""
+    return str(value).replace("\n", "\\n")
 
 
 def value_of(config: Any, setting: str) -> Any:

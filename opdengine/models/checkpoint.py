@@ -28,6 +28,7 @@ from opdengine.models.sharding import split_like, whole
 
 logger = logging.getLogger(__name__)
 
+TEACHERS = "teachers.safetensors"
 NAME = re.compile(r"step_(0|[1-9][0-9]*)")
 
 
@@ -45,6 +46,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int | None = None,
     ranks: Ranks | None = None,
+    teachers: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write ``folder/step_N`` atomically, then remove what is older beyond ``keep``. All ranks call this.
 
@@ -58,6 +60,7 @@ def save_checkpoint(
         state: JSON-able rest (scheduler, data stream, versions).
         keep: number of checkpoints to keep; None keeps all.
         ranks: of the run; the first one writes.
+        teachers: what changes in teachers; goes to ``teachers.safetensors`` where there is any.
 
     Raises:
         WriteError: nothing was written (a full disk, say); the checkpoints before are as they were.
@@ -72,6 +75,8 @@ def save_checkpoint(
         tokenizer.save_pretrained(partial / "model")
         save_file(moments, partial / "optimizer.safetensors")
         save_file(randoms, partial / "rng.safetensors")
+        if teachers:
+            save_file(dict(teachers), partial / TEACHERS)
         (partial / STATE).write_text(json.dumps({"step": step, "manifest": True, **state}, indent=1))
 
     write_model(final, model, ranks, write, place="model", finish=lambda partial: seal(partial, step))
@@ -204,6 +209,12 @@ def _warn_of_old(checkpoint: Path) -> Path:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
     return dict(json.loads((checkpoint / STATE).read_text()))
+
+
+def read_teachers(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """What changes in teachers, as it was saved; empty where nothing does."""
+    file = checkpoint / TEACHERS
+    return load_file(file) if file.is_file() else {}
 
 
 def restore_optimizer(

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +191,13 @@ def architecture(path: str) -> str:
 
 def fingerprint(model: Any) -> str:
     """Identifies the weights of a base, with or without adapter, by 256 values of each."""
+    return digest(base_weights(model))
+
+
+def digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Identifies named weights by 256 values of each."""
     parts = []
-    for name, tensor in base_weights(model):  # one whole tensor at a time, where they are split over ranks
+    for name, tensor in weights:  # one whole tensor at a time, where they are split over ranks
         flat = tensor.detach().reshape(-1)
         chosen = torch.arange(SAMPLES, device=flat.device) * flat.numel() // SAMPLES
         values = flat[chosen] if flat.numel() else flat

@@ -155,7 +155,7 @@ def plan(config: TrainConfig, machine: Machine, lengths: Lengths | None = None) 
         raise ConfigError(f"--gpus {machine.gpus} is not possible; it must be at least 1")
     lengths = lengths or Lengths(config.max_prompt_length, config.max_completion_length, config.debate.max_tokens)
     student = shape_of(config.model, trust_remote_code=config.trust_remote_code)
-    local = [t for t in config.teachers if t.base_url is None]
+    local = [config.as_loaded(t) for t in config.teachers if t.base_url is None]
     teachers = [shape_of(t.model, trust_remote_code=config.trust_remote_code) for t in local]
     prompts = config.prompts_per_step * machine.gpus
     rollouts = prompts * config.num_generations
@@ -262,7 +262,11 @@ def memory_of(
     else:
         activations = element * budget * student.layers * _insides(student)
     local = [t for t in config.teachers if t.base_url is None]
-    states = sum(_resident(t, shape, machine) for t, shape in zip(local, teachers, strict=bool(teachers)))
+    states = sum(
+        _resident(t, shape, machine)
+        for t, shape in zip(local, teachers, strict=bool(teachers))
+        if machine.gpus > 1 or not config.shares_student(t)
+    )
     sampler = config.vllm_gpu_memory_utilization * machine.memory if config.use_vllm else 2.0 * student.parameters
     if config.use_vllm and (config.vllm_mode == "server" or config.vllm_enable_sleep_mode):
         sampler = 0.0

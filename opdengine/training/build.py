@@ -8,11 +8,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from opdengine.config.sections import TeacherConfig
+from opdengine.config.sections import SELF, TeacherConfig
 from opdengine.config.train import TrainConfig
 from opdengine.distributed import Ranks
 from opdengine.environments.setup import open_episodes
@@ -32,7 +32,9 @@ from opdengine.models.rendering import thought_opening
 from opdengine.models.sharding import Sharded
 from opdengine.rollout import Sampler
 from opdengine.rollout.vllm.weight_names import find_naming
+from opdengine.teachers import Teacher
 from opdengine.teachers.local import LocalTeacher
+from opdengine.teachers.own import build_own, follow
 from opdengine.teachers.server import ServedTeacher
 from opdengine.teachers.shard import Session
 from opdengine.training.optimizer import build_optimizer, build_scheduler
@@ -76,7 +78,7 @@ def build_engine(
     device = default_device()
     vocab_size = vocabulary_size(tokenizer)
     tokenizers = tokenizers or [teacher_tokenizer(config, teacher) for teacher in config.teachers]
-    for teacher, its_tokenizer in zip(config.teachers, tokenizers, strict=True):
+    for teacher, its_tokenizer in zip(map(config.as_loaded, config.teachers), tokenizers, strict=True):
         require_same_tokenizer(tokenizer, its_tokenizer, teacher.name)
         require_same_mode(
             tokenizer, config.chat_template_kwargs, its_tokenizer, teacher.chat_template_kwargs, teacher.name
@@ -94,21 +96,24 @@ def build_engine(
     model, sharded = ranks.in_turn(load)
     student = Backbone(model, "student", config.max_tokens_per_batch, sharded, config.bf16)
     session = Session(ranks) if many and any(t.shard for t in config.teachers) else None
-    teachers = [
-        served[teacher.name]
-        if teacher.base_url is not None
-        else LocalTeacher(
-            teacher,
-            device=device,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-            max_tokens=config.max_tokens_per_batch,
-            tokenizer=its_tokenizer,
-            writer=served.get(teacher.name),
-            session=session,
-        )
-        for teacher, its_tokenizer in zip(config.teachers, tokenizers, strict=True)
-    ]
+
+    def build(teacher: TeacherConfig, its_tokenizer: Any) -> Teacher:
+        if teacher.base_url is not None:
+            return served[teacher.name]
+        options: dict[str, Any] = {
+            "device": device,
+            "attn_implementation": config.attn_implementation,
+            "trust_remote_code": config.trust_remote_code,
+            "max_tokens": config.max_tokens_per_batch,
+            "session": session,
+        }
+        if teacher.model != SELF:
+            return LocalTeacher(teacher, tokenizer=its_tokenizer, writer=served.get(teacher.name), **options)
+        own = config.as_loaded(teacher)
+        own = own if own.dtype != "auto" else replace(own, dtype=cast(Any, student_dtype(config)))
+        return build_own(own, student, config.shares_student(teacher), its_tokenizer, options)
+
+    teachers = [build(teacher, its) for teacher, its in zip(config.teachers, tokenizers, strict=True)]
     if not method.writes:
         check_switch(config, student.regimes.switch)
     for name, head in [("student", student.head), *((t.name, t.head) for t in teachers)]:
@@ -118,6 +123,7 @@ def build_engine(
                 f"{vocab_size} ids; model and tokenizer do not belong together"
             )
     optimizer = build_optimizer(config, model)
+    follow(teachers, optimizer)
     return Engine(
         config=config,
         method=method,
@@ -389,6 +395,7 @@ def teacher_tokenizer(config: TrainConfig, teacher: TeacherConfig) -> Any:
     Raises:
         ConfigError: there is none under the name of a served model.
     """
+    teacher = config.as_loaded(teacher)
     try:
         return load_tokenizer(
             teacher.tokenizer or teacher.model,

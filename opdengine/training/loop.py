@@ -20,6 +20,7 @@ from opdengine.methods.checks import Watch
 from opdengine.metrics import write_jsonl
 from opdengine.models.checkpoint import list_checkpoints, save_checkpoint
 from opdengine.teachers import TeacherError
+from opdengine.teachers.own import starts_of, tensors_of
 from opdengine.training.progress import Progress
 from opdengine.training.run_folder import InputFiles
 from opdengine.training.signals import Interrupts
@@ -225,7 +226,9 @@ class Loop:
                 "stream": self.position,
                 "metrics": self.metrics,
                 "prompts_per_step": engine.config.prompts_per_step * engine.ranks.world_size,
+                "teachers": starts_of(engine.teachers),
             },
+            teachers=tensors_of(engine.teachers),
             keep=engine.config.save_total_limit,
             ranks=engine.ranks,
         )

@@ -25,9 +25,10 @@ from opdengine.methods.room import check_room
 from opdengine.metrics import write_jsonl
 from opdengine.models.backbone import check_model_path, load_model, read_window
 from opdengine.models.chat import encode_chat, load_tokenizer
-from opdengine.models.checkpoint import restore_optimizer, write_model
+from opdengine.models.checkpoint import read_teachers, restore_optimizer, write_model
 from opdengine.models.rendering import thought_opening
 from opdengine.rollout.vllm.engine import require_vllm
+from opdengine.teachers.own import restore_own
 from opdengine.training.build import build_engine, check_ranks, student_dtype, teacher_tokenizer
 from opdengine.training.diagnostics import gradient_diagnostics
 from opdengine.training.evaluate import (
@@ -90,6 +91,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
         prompts = load_prompts(config.train_data, skip_bad_rows=config.skip_bad_rows)
     check_ranks(config, ranks)
     check_routing(config, method, prompts)
+    method.view.require(prompts.prompts)
     rewarded = prompts.prompts if method.needs_reward and not config.environment.name else ()
     grader.check([*held_out, *rewarded])
     tokenizer = load_tokenizer(
@@ -214,7 +216,7 @@ def _check_needs(config: TrainConfig) -> None:
         require_writable("debate.cache_dir", config.debate.cache_dir)
     if config.use_vllm and config.vllm_mode == "colocate":
         require_vllm("set use_vllm to false to sample without it")
-    for path in [config.model, *(t.model for t in config.teachers if t.base_url is None)]:
+    for path in [config.model, *(config.as_loaded(t).model for t in config.teachers if t.base_url is None)]:
         check_model_path(path)
 
 
@@ -238,6 +240,7 @@ def _restore(engine: Engine, checkpoint: Path, saved: Mapping[str, Any]) -> None
     for group, rate in zip(engine.optimizer.param_groups, engine.scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
     restore_optimizer(checkpoint, engine.student.model, engine.optimizer, engine.ranks)
+    restore_own(engine.teachers, read_teachers(checkpoint), saved.get("teachers", {}), engine.version)
 
 
 def check_routing(config: TrainConfig, method: Method, prompts: PromptSet) -> None:

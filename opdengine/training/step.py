@@ -221,7 +221,7 @@ class Engine:
             scores = await asyncio.to_thread(self.grader.grade, [sample.text for sample in open_], prompts)
         batch.metrics |= {**self.grader.counts(), "verifier/graded": float(len(open_))}
         for sample, given in zip(open_, scores, strict=True):
-            sample.reward = given.value
+            sample.reward, sample.info = given.value, {**sample.info, "feedback": given.detail}
 
     async def annotate(self, batch: Batch) -> None:
         """Contexts and weights of the teachers; what does not fit a teacher's window is dropped."""

@@ -32,6 +32,22 @@ OF_METHODS: dict[str, dict[str, Any]] = {
     "entropy_opd": {"environment": ENVIRONMENT, "entropy_opd": {"tau": 0.5}},
     "uni_opd": {"num_generations": 4, "verifier": f"{Path(__file__).with_name('even_verifier.py')}:even"},
     "camopd": {"num_generations": 2, "camopd": {"domain": ["code"], "n_general": 1}},
+    "sdft": {
+        "teachers": [{"model": "self", "weights": "ema", "teacher_update_rate": 0.5, "teacher_sync_steps": 2}],
+        "teacher_prompt_template": "{prompt} {answer}",
+        "sdft": {"num_loss_tokens_to_skip": 1},
+    },
+    "sdpo": {
+        "teachers": [{"model": "self", "weights": "live"}],
+        "num_generations": 4,
+        "verifier": f"{Path(__file__).with_name('even_verifier.py')}:even",
+        "sdpo": {"distillation_weight": 0.5, "success_reward_threshold": 0.5},
+    },
+    "opsd": {
+        "teachers": [{"model": "self", "weights": "base"}],
+        "teacher_prompt_template": "{answer} {prompt}",
+        "lora": {"r": 2, "lora_dropout": 0.1},
+    },
 }
 """What every method needs beside :func:`settings_of`."""
 

@@ -96,7 +96,7 @@ def test_every_method_is_resumed_with_the_same_bits(
 
 
 def test_killed_runs_end_with_the_same_bits(models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
-    kills = {"mad_opd": 3, "uni_opd": 2, "sage_opd": 2}
+    kills = {"mad_opd": 3, "uni_opd": 2, "sage_opd": 2, "sdft": 2}
     runs = {}
     for method, number in kills.items():
         settings = settings_of(method, models, prompt_file, steps=5)

@@ -44,6 +44,22 @@ VALUES: dict[str, dict[str, Any]] = {
         "advantage.max_gap": float("inf"), "num_generations": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
         "learning_rate": 2e-6, "max_grad_norm": 1000.0,
     },
+    "sdft": {
+        "teacher_prompt_template": "{prompt}\n\nThis is an example for a response to the question:\n"
+        "{privileged_context}\n\nNow answer with a response of your own, including the thinking process.",
+        "divergence": "reverse_kl", "loss_normalization": "sequence", "num_generations": 1, "temperature": 1.0,
+    },
+    "sdpo": {
+        "divergence": "reverse_kl", "advantage.importance": "truncated", "advantage.high": 2.0,
+        "advantage.max_gap": float("inf"), "loss_normalization": "sequence", "num_generations": 8, "temperature": 1.0,
+        "learning_rate": 1e-6,
+    },
+    "opsd": {
+        "teacher_prompt_template": "{prompt}\n\nA reference solution:\n\n{privileged_context}\n\nUnderstand why it is "
+        "right. Then solve the problem again in your own words, step by step.",
+        "divergence": "jsd", "jsd_beta": 0.5, "loss_normalization": "token", "num_generations": 1, "temperature": 1.2,
+        "top_p": 0.95, "top_k": 20, "learning_rate": 2e-5,
+    },
 }  # fmt: skip
 """As the papers and their code have them, read a second time."""
 

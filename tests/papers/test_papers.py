@@ -13,6 +13,7 @@ import camopd_table
 import mad_opd_table
 import pytest
 import sage_opd_table
+import self_distillation_table
 import uni_opd_table
 from paper_helpers import CONFIGS, Row, at, differences, method_defaults, numbers_of, preset, unlisted
 
@@ -23,7 +24,7 @@ from opdengine.methods.sage_judge import Judge
 from opdengine.tools.balance import BalanceSettings
 from opdengine.types import Completion
 
-TABLES: tuple[ModuleType, ...] = (mad_opd_table, sage_opd_table, uni_opd_table, camopd_table)
+TABLES: tuple[ModuleType, ...] = (mad_opd_table, sage_opd_table, uni_opd_table, camopd_table, self_distillation_table)
 PRESETS: dict[str, list[Row]] = {name: rows for table in TABLES for name, rows in table.PRESETS.items()}
 DEFAULTS: dict[str, list[Row]] = {name: rows for table in TABLES for name, rows in table.DEFAULTS.items()}
 SECTIONS = {name: found for table in TABLES for name, found in table.SECTIONS.items()}
@@ -69,7 +70,10 @@ def test_every_method_with_a_paper_has_a_table() -> None:
         "mt_opd": "2605.01347",
         "mt_seqkd": "2605.01347",
         "opad": "2605.01347",
+        "opsd": "2601.18734",
         "sage_opd": "2606.19659",
+        "sdft": "2601.19897",
+        "sdpo": "2601.20802",
         "tcod": "2606.19659",
         "uni_opd": "2605.03677",
     }

@@ -15,6 +15,7 @@ from opdengine.methods.checks import Check
 from opdengine.methods.debate.debate import Debate, Debater
 from opdengine.methods.debate.prompts import DebatePrompts, debate_prompts
 from opdengine.methods.method import Contexts, PlainContexts, answer_need, need_teachers, read_by, route
+from opdengine.methods.privileged import Privileged
 from opdengine.methods.room import Need, length
 from opdengine.metrics import mean
 from opdengine.teachers import Teacher
@@ -28,11 +29,15 @@ class DebateContexts:
         config: of the debate.
         cache_dir: folder of finished debates, or None for no cache.
         longest: most tokens of a completion (``max_completion_length``).
+        view: a prompt as the teachers read it.
     """
 
-    def __init__(self, config: DebateConfig, cache_dir: Path | None, longest: int = 0) -> None:
+    def __init__(
+        self, config: DebateConfig, cache_dir: Path | None, longest: int = 0, view: Privileged | None = None
+    ) -> None:
         self.config = config
         self.longest = longest
+        self.view = view or Privileged(None)
         self._families: dict[str, DebatePrompts] = {}
         self.debater = Debater(
             rounds=config.rounds,
@@ -59,7 +64,7 @@ class DebateContexts:
         samples = list(batch)
         experts = [route(teachers, s.prompt.key) for s in samples]
         generated, cached, unreadable = self.debater.generated, self.debater.cached, self.debater.unreadable
-        debates = await self.debater.debate([s.prompt for s in samples], experts)
+        debates = await self.debater.debate([self.view(s.prompt) for s in samples], experts)
         for sample, debate, routed in zip(samples, debates, experts, strict=True):
             self.judged_after(sample, debate, routed)
         by_prompt = {s.prompt.id: d for s, d in zip(samples, debates, strict=True)}  # samples share theirs
@@ -81,7 +86,7 @@ class DebateContexts:
 
     def room(self, prompt: Prompt, teachers: Sequence[Teacher]) -> list[Need]:
         """Every turn of a debate in which nobody has said anything yet, and the completion under its transcript."""
-        debate = self.config
+        debate, prompt = self.config, self.view(prompt)
         experts, needs = route(teachers, prompt.key), []
         if not prompt.messages:  # an environment has yet to write them
             turn = "a turn with debate.max_tokens"
@@ -108,7 +113,7 @@ class DebateContexts:
         if debate.failed:
             sample.drop = debate.failed
             return
-        prompt, family = sample.prompt, self.prompts_for(sample.prompt.key)
+        prompt, family = self.view(sample.prompt), self.prompts_for(sample.prompt.key)
         contexts = []
         for k, teacher in enumerate(teachers):
             messages = prompt.messages
@@ -205,7 +210,10 @@ def debate_contexts(config: TrainConfig) -> DebateContexts:
     """Return the debate of a configuration. A bad prompt family is an error now, not at the first debate."""
     debate = config.debate
     contexts = DebateContexts(
-        debate, Path(debate.cache_dir or Path(config.output_dir) / "debate_cache"), config.max_completion_length
+        debate,
+        Path(debate.cache_dir or Path(config.output_dir) / "debate_cache"),
+        config.max_completion_length,
+        Privileged(config.teacher_prompt_template),
     )
     if not isinstance(debate.prompts, Mapping) or "first" in debate.prompts:
         contexts.prompts_for("")

@@ -1,0 +1,112 @@
+"""What teachers read beyond the student's prompt: an answer, a demonstration or feedback in the user's last message."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from opdengine.errors import ConfigError
+from opdengine.models.chat import text_of
+from opdengine.types import Message, Prompt
+
+
+class Privileged:
+    """Prompts as the teachers read them (``teacher_prompt_template``).
+
+    Args:
+        template: a format string with ``{prompt}``, the user's last message, and columns of the row; None leaves
+            prompts as they are.
+
+    Raises:
+        ConfigError: it is no format string, it leaves out the prompt, or it shows nothing else.
+    """
+
+    def __init__(self, template: str | None) -> None:
+        self.template = template
+        self.columns: tuple[str, ...] = ()
+        if template is None:
+            return
+        where = f"teacher_prompt_template={template!r} is not possible;"
+        try:
+            parts = list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise ConfigError(f"{where} it is no format string ({error}); write {{{{ and }}}} for braces") from error
+        names = {name for _, name, _, _ in parts if name is not None}
+        if bad := sorted(name for name in names if not name.isidentifier()):
+            raise ConfigError(f"{where} {bad} are no names of columns; write {{{{ and }}}} for braces")
+        if any(spec or conversion for _, _, spec, conversion in parts):
+            raise ConfigError(f"{where} placeholders are plain names such as {{prompt}}, without format or conversion")
+        if "prompt" not in names:
+            raise ConfigError(f"{where} it leaves out {{prompt}}, the user's last message")
+        self.columns = tuple(sorted(names - {"prompt"}))
+        if not self.columns:
+            raise ConfigError(f"{where} it shows no column, such as {{privileged_context}} or {{answer}}")
+
+    def __call__(self, prompt: Prompt) -> Prompt:
+        """The prompt as the teachers read it; one whose environment has yet to write it stays as it is.
+
+        Raises:
+            ConfigError: the row lacks a column.
+        """
+        if self.template is None or not prompt.messages:
+            return prompt
+        if problem := self._lack(prompt):
+            raise ConfigError(problem)
+        columns = {name: privileged_text(_column(prompt, name)) for name in self.columns}
+        return replace(prompt, messages=told(prompt.messages, self.template, columns))
+
+    def require(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ConfigError unless every prompt has what the template shows; names the first that does not."""
+        lacking = [problem for prompt in prompts if (problem := self._lack(prompt))]
+        if lacking:
+            raise ConfigError(f"{len(lacking)} of {len(prompts)} prompts: {lacking[0]}")
+
+    def _lack(self, prompt: Prompt) -> str:
+        missing = [name for name in self.columns if not privileged_text(_column(prompt, name)).strip()]
+        if missing:
+            return (
+                f"prompt {prompt.id!r} has nothing in the column {missing[0]!r}, which teacher_prompt_template shows "
+                "to the teachers; fill the column in, or leave it out of the template"
+            )
+        if self.columns and prompt.messages and _place(prompt.messages) is None:
+            return f"prompt {prompt.id!r} has no message of the user, which teacher_prompt_template is to replace"
+        return ""
+
+
+def told(messages: Sequence[Message], template: str, columns: Mapping[str, str]) -> tuple[Message, ...]:
+    """The chat with the user's last message put into a template, as ``{prompt}`` beside ``columns``.
+
+    Raises:
+        ValueError: the user has said nothing.
+    """
+    place = _place(messages)
+    if place is None:
+        raise ValueError("the chat has no message of the user that a template could replace")
+    text = template.format(prompt=text_of(messages[place].get("content")), **columns)
+    return (*messages[:place], {**messages[place], "content": text}, *messages[place + 1 :])
+
+
+def _place(messages: Sequence[Message]) -> int | None:
+    """Index of the user's last message."""
+    return next((i for i in reversed(range(len(messages))) if messages[i].get("role") == "user"), None)
+
+
+def _column(prompt: Prompt, name: str) -> Any:
+    """A column of the row, or a field of the environment's task."""
+    if name == "answer" and prompt.answer is not None:
+        return prompt.answer
+    task = prompt.extra.get("task")
+    inner = task if isinstance(task, Mapping) else {}
+    return prompt.extra.get(name, inner.get(name))
+
+
+def privileged_text(value: Any) -> str:
+    """A column as text: of a chat, what its messages say; of other lists and mappings, their JSON."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, Sequence) and value and all(isinstance(m, Mapping) and "content" in m for m in value):
+        return "\n".join(text for m in value if (text := text_of(m["content"])))
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (Mapping, Sequence)) else str(value)

@@ -1,0 +1,125 @@
+"""SDPO: self-distillation policy optimisation (Hübotter et al., arXiv 2601.20802).
+
+The student's rollouts are graded. Each is then judged by the same model (``teachers: [{model: self, weights: ema}]``)
+that has been shown a successful rollout of the same prompt, and what was said of this one; where there is neither, a
+rollout teaches nothing. Tokens have the gap of the two as their advantage, or the divergence over the whole vocabulary
+(``advantage.kl_mode``). With ``sdpo.distillation_weight`` w below 1, 1 - w of a group-relative policy gradient is
+added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from opdengine.config.train import TrainConfig
+from opdengine.errors import ConfigError
+from opdengine.methods import group_relative
+from opdengine.methods.checks import SAMPLED, Check
+from opdengine.methods.method import judged_by, route
+from opdengine.methods.paper import Paper
+from opdengine.methods.policy_gradient import CHECKS, gap_of, policy_gradient
+from opdengine.methods.privileged import privileged_text, told
+from opdengine.methods.sdft import SelfTaught
+from opdengine.models.thoughts import without_thoughts
+from opdengine.types import Batch, Sample
+
+PAPER = Paper(
+    arxiv="2601.20802",
+    defaults={
+        "divergence": ("reverse_kl", "as in TRL; the released code has jsd with advantage.kl_mode full_vocab"),
+        "advantage.importance": ("truncated", "released code"),
+        "advantage.high": (2.0, "released code"),
+        "advantage.max_gap": (float("inf"), "released code: no bound"),
+        "loss_normalization": ("sequence", "as in TRL"),
+        "num_generations": (8, "section 4"),
+        "temperature": (1.0, "section 4"),
+        "learning_rate": (1e-6, "released code"),
+    },
+    choices={
+        "teachers.weights": "ema",
+        "teachers.teacher_update_rate": "0.05, released code",
+        "sdpo.include_environment_feedback": "true, released code",
+        "sdpo.environment_feedback_only_without_solution": "true, released code",
+        "sdpo.remove_thinking_from_demonstration": "true, released code",
+    },
+)
+
+
+class SDPO(SelfTaught):
+    """What succeeded, and what was said, in the teacher's prompt."""
+
+    paper = PAPER
+
+    needs_reward = True
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.settings = config.sdpo
+        self.gradient = policy_gradient(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
+        self.needs = self.gradient.needs | group_relative.NEEDS
+        if config.teacher_prompt_template is not None:
+            raise ConfigError(
+                "teacher_prompt_template is not possible with method 'sdpo', whose teacher reads "
+                "sdpo.reprompt_template; leave it out, and name the column of feedback privileged_context"
+            )
+        group_relative.need_rollouts(config, "method 'sdpo'")
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """The run warns where no rollout is told anything: nothing is distilled then."""
+        silent = Check(
+            "sdpo/unshown", SAMPLED, "rollouts have neither a successful one of the same prompt nor feedback, and are "
+            "not judged", "raise num_generations, lower sdpo.success_reward_threshold, or set "
+            "sdpo.include_environment_feedback", share=1.0,
+        )  # fmt: skip
+        return (*super().checks, *CHECKS, silent)
+
+    async def annotate(self, batch: Batch) -> None:
+        """Put what succeeded and what was said into the teachers' prompts."""
+        groups: dict[str, list[Sample]] = {}
+        for sample in batch:
+            groups.setdefault(sample.group, []).append(sample)
+        shown = {"sdpo/with_solution": 0, "sdpo/with_feedback": 0, "sdpo/unshown": 0}
+        for sample in batch:
+            solution, feedback = self._solution(sample, groups[sample.group]), self._feedback(sample)
+            if solution and self.settings.environment_feedback_only_without_solution:
+                feedback = ""
+            shown["sdpo/with_solution"] += bool(solution)
+            shown["sdpo/with_feedback"] += bool(feedback)
+            shown["sdpo/unshown"] += not solution and not feedback
+            if solution or feedback:
+                columns = {"solution": solution, "feedback": feedback}
+                messages = told(sample.prompt.messages, self.settings.reprompt_template, columns)
+                judged_by(sample, route(self.teachers, sample.prompt.key), messages)
+        batch.metrics |= {name: float(count) for name, count in shown.items()}
+
+    def weigh(self, batch: Batch) -> None:
+        """``w`` times the distillation and ``1 - w`` times the rewards' advantage."""
+        samples, weight = list(batch), self.settings.distillation_weight
+        scale = [weight if sample.teacher_targets else 0.0 for sample in samples]
+        self.gradient.weigh(batch, self.ranks, [gap_of(sample) for sample in samples], scale)
+        if weight < 1:
+            group_relative.add_advantages(batch, self.ranks, self.config.grpo, 1 - weight)
+
+    def _solution(self, sample: Sample, group: Sequence[Sample]) -> str:
+        """The first successful rollout of the prompt, in its frame; "" where there is none."""
+        settings = self.settings
+        if not settings.use_successful_as_teacher:
+            return ""
+        for other in group:
+            itself = other is sample and settings.dont_reprompt_on_self_success
+            if not itself and other.reward is not None and other.reward >= settings.success_reward_threshold:
+                text = other.text
+                if settings.remove_thinking_from_demonstration:
+                    text = (without_thoughts(text) or "").strip()
+                return settings.solution_template.format(successful_previous_attempt=text)
+        return ""
+
+    def _feedback(self, sample: Sample) -> str:
+        """What was said of the rollout, in its frame; "" where nothing was."""
+        if not self.settings.include_environment_feedback:
+            return ""
+        said = privileged_text(sample.prompt.extra.get("privileged_context"))
+        failed = sample.reward is not None and sample.reward < self.settings.success_reward_threshold
+        said = said or (str(sample.info.get("feedback", "")) if failed else "")
+        return self.settings.feedback_template.format(feedback_raw=said) if said.strip() else ""
