@@ -73,7 +73,7 @@ class EveryThird:
     """Grades by the characters of the text."""
 
     def grade(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> list[SimpleNamespace]:
-        return [SimpleNamespace(value=float(sum(text.encode()) % 3 == 0)) for text in texts]
+        return [SimpleNamespace(value=float(sum(text.encode()) % 3 == 0), detail="") for text in texts]
 
     def counts(self) -> dict[str, float]:
         return {}

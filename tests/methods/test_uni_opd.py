@@ -294,7 +294,7 @@ class Parity:
     """Grades by the place of a sample: only every fourth is right."""
 
     def grade(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> list[SimpleNamespace]:
-        return [SimpleNamespace(value=float(i % 4 == 0)) for i in range(len(texts))]
+        return [SimpleNamespace(value=float(i % 4 == 0), detail="") for i in range(len(texts))]
 
     def counts(self) -> dict[str, float]:
         return {"verifier/graded": 1.0}
