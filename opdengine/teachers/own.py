@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from opd_kernels import LMHead as Head
+from opd_kernels import LMHead
 from opdengine.config.sections import TeacherConfig
 from opdengine.data.templates import Reader
 from opdengine.errors import ConfigError
@@ -67,11 +67,11 @@ class SharedTeacher(Configured):
         return self.backbone.window
 
     @property
-    def head(self) -> Head:
+    def head(self) -> LMHead:
         """The student's, out of reach of gradients."""
         own = self.backbone.head
         bias = None if own.bias is None else own.bias.detach()
-        return Head(own.weight.detach(), bias, own.logit_scale, own.softcap)
+        return LMHead(own.weight.detach(), bias, own.logit_scale, own.softcap)
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         return self._reader.encode(messages, tools)
