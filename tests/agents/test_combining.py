@@ -64,7 +64,7 @@ def test_every_task_needs_two_that_can_debate(models: dict[str, str], tmp_path: 
 
 
 def test_settings(models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"contexts='debate'.*only 'sage_opd' and 'uni_opd'"):
+    with pytest.raises(ConfigError, match=r"contexts='debate'.*only 'sage_opd', 'uni_opd', 'sdft' and 'opsd'"):
         make_config(models, prompt_file, tmp_path, method="mt_opd", contexts="debate")
     with pytest.raises(ConfigError, match="at least 2 teacher"):
         build_method(
