@@ -198,6 +198,7 @@ class Failure:
 
 PER_TOKEN = (
     "student_logprob",
+    "student_entropy",
     "teacher_logprob",
     "teacher_top1",
     "teacher_entropy",
@@ -237,6 +238,7 @@ class Sample:
         student_logprob: float32 [T] the trainer's log p(target) before the update, nats. This and the next five
             are None unless the method needs them.
         teacher_logprob: float32 [T, K] log q_k(target), nats.
+        student_entropy: float32 [T] of the student's distribution at temperature 1, nats.
         teacher_top1: float32 [T, K] largest probability of q_k.
         teacher_entropy: float32 [T, K] of q_k, nats (of a served teacher: at most this).
         policy_logratio: float32 [T] log of the probability of the target under the present policy over that
@@ -266,6 +268,7 @@ class Sample:
     turn_weight: np.ndarray | None = None
     teacher_targets: tuple[TeacherTargets, ...] = ()
     student_logprob: np.ndarray | None = None
+    student_entropy: np.ndarray | None = None
     teacher_logprob: np.ndarray | None = None
     teacher_top1: np.ndarray | None = None
     teacher_entropy: np.ndarray | None = None

@@ -218,6 +218,9 @@ class GrpoConfig(Section):
 
     section = "grpo"
 
+    weight: Factor = 0.0
+    """of the rewards' advantages beside the method's own weights; 0 is none. The verifier, or the environment, grades
+    the rollouts."""
     scale_rewards: Choice[Literal["group", "batch", "none"]] = "group"
     """over what the standard deviation is taken that rewards are divided by: each prompt's "group", the whole step
     ("batch"), or "none"."""
@@ -225,6 +228,45 @@ class GrpoConfig(Section):
     """PPO's clip: how far the ratio to the policy that sampled may fall."""
     epsilon_high: Maybe[Factor] = None
     """how far it may rise; null is ``epsilon``."""
+
+
+@settings
+class GOPDConfig(Section):
+    """G-OPD (arXiv 2602.12125): reward scaling against a reference."""
+
+    section = "g_opd"
+
+    reference: Text = ""
+    """name of the teacher that is the reference: the student as it began (``model: self, weights: base``), or what the
+    teacher was before its reinforcement learning."""
+    reward_scale: Annotated[Real, Range(0, 100, open_low=True)] = 1.25
+    """lambda, the weight of the teachers; the reference has 1 - lambda. 1 is plain OPD, above it the student goes
+    beyond its teacher (ExOPD)."""
+
+
+@settings
+class RelaxedOPDConfig(Section):
+    """Relaxed OPD (arXiv 2603.11137): bounded rewards on uncertain tokens."""
+
+    section = "relaxed_opd"
+
+    mixture: Annotated[Real, Range(0, 1, open_low=True, open_high=True)] = 0.1
+    """m: no reward is below log(m / (1 - m)), nats."""
+    entropy_share: Annotated[Real, Range(0, 1, open_low=True, remedy="it lies in (0, 1]; 1 is every token")] = 1.0
+    """train on this share of each rollout's tokens, those of which the student is least certain."""
+
+
+@settings
+class SelecTKDConfig(Section):
+    """SelecTKD (arXiv 2510.24021): tokens that the teacher accepts."""
+
+    section = "selectkd"
+
+    verify: Choice[Literal["speculative", "greedy"]] = "speculative"
+    """a token is accepted with probability min(1, q / p) ("speculative"), or where it is the teacher's likeliest
+    ("greedy")."""
+    rejected_weight: Share = 0.0
+    """of a token that is not."""
 
 
 @settings

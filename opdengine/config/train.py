@@ -49,11 +49,14 @@ from opdengine.config.method_sections import (
     CaMOPDConfig,
     DebateConfig,
     EntropyConfig,
+    GOPDConfig,
     GrpoConfig,
     OpadConfig,
+    RelaxedOPDConfig,
     SageConfig,
     SdftConfig,
     SdpoConfig,
+    SelecTKDConfig,
     TcodConfig,
     UniOPDConfig,
 )
@@ -125,7 +128,8 @@ class TrainConfig(Section):
     """the models that judge the student, and debate."""
     method: Name = "mad_opd"
     """one of "opd", "mt_opd", "mt_seqkd", "mad_opd", "opad", "sage_opd", "tcod", "entropy_opd", "uni_opd", "camopd",
-    "sdft", "sdpo", "opsd", or a class of your own: "module:Class" or "file.py:Class"."""
+    "sdft", "sdpo", "opsd", "grpo", "g_opd", "relaxed_opd", "selectkd", or a class of your own: "module:Class" or
+    "file.py:Class"."""
     method_options: Free = field(default_factory=dict)
     """keywords of a method of your own."""
     contexts: Choice[Literal["plain", "debate"]] = "plain"
@@ -158,7 +162,7 @@ class TrainConfig(Section):
     debate: DebateConfig = field(default_factory=DebateConfig)
     """how teachers debate, for "mad_opd", "opad" and ``contexts: debate``."""
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
-    """how ``uni_opd``, ``camopd`` and ``sdpo`` weigh sampled tokens."""
+    """how ``uni_opd``, ``camopd``, ``sdpo``, ``g_opd`` and ``relaxed_opd`` weigh sampled tokens."""
     uni_opd: UniOPDConfig = field(default_factory=UniOPDConfig)
     """settings of the method "uni_opd"."""
     camopd: CaMOPDConfig = field(default_factory=CaMOPDConfig)
@@ -178,7 +182,13 @@ class TrainConfig(Section):
     sdpo: SdpoConfig = field(default_factory=SdpoConfig)
     """settings of the method "sdpo"."""
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
-    """the group-relative policy gradient, for "sdpo"."""
+    """the group-relative policy gradient: beside any method, alone ("grpo"), and in "sdpo"."""
+    g_opd: GOPDConfig = field(default_factory=GOPDConfig)
+    """settings of the method "g_opd"."""
+    relaxed_opd: RelaxedOPDConfig = field(default_factory=RelaxedOPDConfig)
+    """settings of the method "relaxed_opd"."""
+    selectkd: SelecTKDConfig = field(default_factory=SelecTKDConfig)
+    """settings of the method "selectkd"."""
 
     dtype: Annotated[Dtype, Elsewhere({"torch_dtype": ""})] = "auto"
     """of the student's parameters; "auto" keeps the checkpoint's (float32 where that is float16)."""

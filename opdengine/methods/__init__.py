@@ -8,6 +8,8 @@ from opdengine.config.train import TrainConfig
 from opdengine.errors import ConfigError
 from opdengine.methods.agent_baselines import TCOD, EntropyOPD
 from opdengine.methods.camopd import CaMOPD
+from opdengine.methods.g_opd import GOPD
+from opdengine.methods.group_relative import GRPO, RewardTerm
 from opdengine.methods.mad_opd import MADOPD
 from opdengine.methods.method import Method
 from opdengine.methods.mt_seqkd import MTSeqKD
@@ -17,6 +19,7 @@ from opdengine.methods.opsd import OPSD
 from opdengine.methods.sage_opd import SAGEOPD
 from opdengine.methods.sdft import SDFT
 from opdengine.methods.sdpo import SDPO
+from opdengine.methods.token_selection import RelaxedOPD, SelecTKD
 from opdengine.methods.uni_opd import UniOPD
 from opdengine.plugins import PluginError, explain, load_object
 
@@ -34,6 +37,10 @@ METHODS: dict[str, type[Method]] = {
     "sdft": SDFT,
     "sdpo": SDPO,
     "opsd": OPSD,
+    "grpo": GRPO,
+    "g_opd": GOPD,
+    "relaxed_opd": RelaxedOPD,
+    "selectkd": SelecTKD,
 }
 
 PAPERS = {name: method.paper for name, method in METHODS.items() if method.paper is not None}
@@ -64,6 +71,8 @@ def build_method(config: TrainConfig) -> Method:
         inspect.signature(kind).bind(config, **options)
     except TypeError as error:
         raise ConfigError(f"method {name!r} cannot be called with (config, **method_options): {error}") from error
+    if config.grpo.weight:
+        kind = type(kind.__name__, (RewardTerm, kind), {})
     try:
         method: Method = kind(config, **options)
     except ConfigError:

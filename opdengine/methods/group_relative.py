@@ -1,12 +1,14 @@
 """The group-relative policy gradient (GRPO, arXiv 2402.03300): rewards as advantages, beside a distillation.
 
 A rollout's advantage is its reward less the mean of its prompt's rollouts, over their standard deviation; all its
-tokens have it, times PPO's clipped ratio of the policy now to the policy that sampled.
+tokens have it, times PPO's clipped ratio of the policy now to the policy that sampled. ``grpo.weight`` adds it to the
+weights of any method; the method ``grpo`` has nothing else, and needs no teacher.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +17,23 @@ from opdengine.config.train import TrainConfig
 from opdengine.distributed import Ranks
 from opdengine.errors import ConfigError
 from opdengine.loss.importance import clipped
-from opdengine.methods.checks import SAMPLED, Check
+from opdengine.methods.checks import Check
+from opdengine.methods.method import Method
+from opdengine.methods.paper import Paper
+from opdengine.methods.room import Need
 from opdengine.metrics import Mean
-from opdengine.types import Batch, Sample
+from opdengine.types import Batch, Prompt, Sample
+
+PAPER = Paper(
+    arxiv="2402.03300",
+    defaults={
+        "loss_normalization": ("sequence", "equation 3"),
+        "num_generations": (64, "section 4.2"),
+        "learning_rate": (1e-6, "section 4.2"),
+        "grpo.weight": (1.0, "equation 3"),
+    },
+    choices={"max_completion_length": "1024", "prompts_per_step": "16"},
+)
 
 LEAST_DEVIATION = 1e-4
 """Is added to the standard deviation, as in TRL."""
@@ -27,7 +43,7 @@ NEEDS = frozenset({"policy_logratio"})
 
 CHECKS = (
     Check(
-        "grpo/no_spread", SAMPLED, "rollouts have the reward of all others of their prompt, and no advantage",
+        "grpo/no_spread", "grpo/rollouts", "rollouts have the reward of all others of their prompt, and no advantage",
         "raise num_generations, or take prompts that are neither too easy nor too hard", share=1.0,
     ),
 )  # fmt: skip
@@ -63,16 +79,74 @@ def add_advantages(batch: Batch, ranks: Ranks, settings: GrpoConfig, weight: flo
         weight: of this term.
     """
     rewarded = [sample for sample in batch if sample.reward is not None]
-    rows = ranks.join([(sample.group or sample.id, float(sample.reward or 0.0)) for sample in rewarded])
+    mine = {_rollout(s): (s.group or s.id, float(s.reward or 0.0)) for s in rewarded}  # the states of one count once
+    rows = ranks.join(list(mine.values()))
     every = advantages([group for group, _ in rows], [reward for _, reward in rows], settings.scale_rewards)
-    own = every[ranks.own(len(rewarded))]
-    for sample, advantage in zip(rewarded, own, strict=True):
+    own = dict(zip(mine, every[ranks.own(len(mine))].tolist(), strict=True))
+    for sample in rewarded:
+        advantage = own[_rollout(sample)]
         given = np.zeros(len(sample.target_ids)) if sample.advantage is None else sample.advantage
-        term = weight * _ratio(sample, advantage, settings) * advantage * sample.target_turn_weight
+        term = weight * _ratio(sample, advantage, settings) * advantage
         sample.advantage = (given + term).astype(np.float32)
-    batch.metrics["grpo/no_spread"] = float(np.sum(own == 0))
-    if rewarded:
-        batch.metrics["grpo/reward"] = Mean(float(np.mean([s.reward for s in rewarded])), len(rewarded))
+    batch.metrics["grpo/rollouts"] = float(len(mine))
+    batch.metrics["grpo/no_spread"] = float(sum(value == 0 for value in own.values()))
+    if mine:
+        batch.metrics["grpo/reward"] = Mean(float(np.mean([reward for _, reward in mine.values()])), len(mine))
+
+
+class RewardTerm(Method):
+    """Is put before a method whose run has a ``grpo.weight``: its weights, and the rewards' beside them."""
+
+    needs_reward = True
+
+    def __init__(self, config: TrainConfig, **options: Any) -> None:
+        super().__init__(config, **options)
+        need_rollouts(config, f"grpo.weight={config.grpo.weight}")
+        self.needs = self.needs | NEEDS
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """The run warns where rewards tell no rollout from another."""
+        return (*super().checks, *CHECKS)
+
+    def weigh(self, batch: Batch) -> None:
+        """The method's weights and ``grpo.weight`` times the group-relative advantage."""
+        super().weigh(batch)
+        add_advantages(batch, self.ranks, self.config.grpo, self.config.grpo.weight)
+
+
+class GRPO(Method):
+    """Rewards alone. A teacher, where there is one, is not asked."""
+
+    paper = PAPER
+
+    teachers_per_prompt = 0
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        if config.grpo.weight == 0:
+            raise ConfigError("grpo.weight=0 is not possible with method 'grpo', which has no other term; use 1")
+        if config.teachers:
+            raise ConfigError(
+                f"method 'grpo' asks no teacher, but {[t.name for t in config.teachers]} are given; leave them out, "
+                "or take method 'opd' with grpo.weight"
+            )
+
+    def room(self, prompt: Prompt) -> list[Need]:
+        """No teacher reads anything."""
+        return []
+
+    async def annotate(self, batch: Batch) -> None:
+        """No teacher judges."""
+
+    def weigh(self, batch: Batch) -> None:
+        """No divergence."""
+        for sample in batch:
+            sample.kl_weight = np.zeros(len(sample.target_ids), dtype=np.float32)
+
+
+def _rollout(sample: Sample) -> str:
+    return sample.trajectory or sample.id
 
 
 def _ratio(sample: Sample, advantage: float, settings: GrpoConfig) -> np.ndarray:

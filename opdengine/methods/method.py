@@ -23,7 +23,15 @@ from opdengine.teachers import Teacher
 from opdengine.types import Batch, Message, Prompt, Sample, TeacherContext
 
 MEASURES = frozenset(
-    {"student_logprob", "teacher_logprob", "teacher_top1", "teacher_entropy", "policy_logratio", "sampler_logratio"}
+    {
+        "student_logprob",
+        "student_entropy",
+        "teacher_logprob",
+        "teacher_top1",
+        "teacher_entropy",
+        "policy_logratio",
+        "sampler_logratio",
+    }
 )
 """The names that :attr:`Method.needs` may hold: fields of a sample that are measured before the update."""
 

@@ -62,6 +62,11 @@ class SDPO(SelfTaught):
                 "teacher_prompt_template is not possible with method 'sdpo', whose teacher reads "
                 "sdpo.reprompt_template; leave it out, and name the column of feedback privileged_context"
             )
+        if config.grpo.weight:
+            raise ConfigError(
+                f"grpo.weight={config.grpo.weight} is not possible with method 'sdpo', whose rewards have the weight "
+                "1 - sdpo.distillation_weight; set that"
+            )
         group_relative.need_rollouts(config, "method 'sdpo'")
 
     @property

@@ -101,7 +101,7 @@ class Measurer:
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample], needs: Collection[str], top1_temperature: float = 1.0) -> None:
-        """Set the needed measures of every sample; samples without teachers have none.
+        """Set the needed measures of every sample; samples without teachers have none but ``policy_logratio``.
 
         Tokens of turns without weight are left out; their values are 0.
 
@@ -113,6 +113,8 @@ class Measurer:
         shown = [sample for sample in samples if sample.teacher_targets]
         if any(name in needs for name in OWN):
             self._student(shown, needs)
+        if "policy_logratio" in needs:
+            self._moved([sample for sample in samples if not sample.teacher_targets])
         wanted = [name for name in READ if name in needs]
         columns = self._teachers(shown, wanted, top1_temperature) if wanted else {}
         for i, sample in enumerate(shown):
@@ -126,23 +128,41 @@ class Measurer:
         parts = list(zip(samples, states, strict=True))
         for sample, read in zip(samples, self._read(parts, head), strict=True):
             sample.student_logprob = read["teacher_logprob"]
-        for name in (name for name in OWN[1:] if name in needs):
+            if "student_entropy" in needs:
+                sample.student_entropy = read["teacher_entropy"]
+        for name in (name for name in RATIOS if name in needs):
             same = [name == "policy_logratio" and s.policy_version == self.version for s in samples]
             open_ = [i for i, s in enumerate(samples) if not same[i] and s.sampler_logprob is not None]
             for sample in (s for s, unmoved in zip(samples, same, strict=True) if unmoved):
                 setattr(sample, name, np.zeros(len(sample.target_ids), dtype=np.float32))
-            for i, ratio in zip(open_, self._ratios([parts[i] for i in open_], head), strict=True):
+            own = [np.asarray(samples[i].student_logprob) for i in open_]
+            for i, ratio in zip(open_, self._ratios([parts[i] for i in open_], head, own), strict=True):
                 setattr(samples[i], name, ratio)
 
-    def _ratios(self, parts: Sequence[tuple[Sample, torch.Tensor]], head: LMHead) -> list[np.ndarray]:
+    def _moved(self, samples: Sequence[Sample]) -> None:
+        """Set how far the policy has moved, for samples that no teacher judges: rewards alone may train them."""
+        still = [s for s in samples if s.policy_version == self.version]
+        for sample in still:
+            sample.policy_logratio = np.zeros(len(sample.target_ids), dtype=np.float32)
+        older = [s for s in samples if s.policy_version != self.version and s.sampler_logprob is not None]
+        states = self.student.score([s.token_ids for s in older], [s.target_positions for s in older])
+        head = self.student.head.to(states[0].dtype) if states else self.student.head
+        parts = list(zip(older, states, strict=True))
+        own = [read["teacher_logprob"] for read in self._read(parts, head)]
+        for sample, ratio in zip(older, self._ratios(parts, head, own), strict=True):
+            sample.policy_logratio = ratio
+
+    def _ratios(
+        self, parts: Sequence[tuple[Sample, torch.Tensor]], head: LMHead, ours: list[np.ndarray]
+    ) -> list[np.ndarray]:
         """float32 [T]: log-probs of every part under the student, processed as in sampling, less the sampler's.
 
         Args:
-            parts: samples that have both log-probs, with hidden states.
+            parts: samples whose sampler told log-probs, with hidden states.
             head: of the student.
+            ours: the student's own log-probs of each, not processed.
         """
         params, samples = self.sampling, [sample for sample, _ in parts]
-        ours = [np.asarray(sample.student_logprob) for sample in samples]
         if params.repetition_penalty != 1.0 or (params.temperature and (params.top_p < 1.0 or params.top_k)):
             ours = [
                 processed_rows(head, s.token_ids, s.target_positions, states, params, self.vocab_size)
@@ -218,7 +238,8 @@ class Measurer:
         return results
 
 
-OWN = ("student_logprob", "policy_logratio", "sampler_logratio")
+RATIOS = ("policy_logratio", "sampler_logratio")
+OWN = ("student_logprob", "student_entropy", *RATIOS)
 """The measures that need the student only."""
 READ = ("teacher_logprob", "teacher_entropy", "teacher_top1")
 MOST_ROWS = 32768

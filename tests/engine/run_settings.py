@@ -48,6 +48,14 @@ OF_METHODS: dict[str, dict[str, Any]] = {
         "teacher_prompt_template": "{answer} {prompt}",
         "lora": {"r": 2, "lora_dropout": 0.1},
     },
+    "grpo": {
+        "teachers": [],
+        "num_generations": 4,
+        "verifier": f"{Path(__file__).with_name('even_verifier.py')}:even",
+    },
+    "g_opd": {"g_opd": {"reference": "small"}},
+    "relaxed_opd": {"relaxed_opd": {"entropy_share": 0.5}},
+    "selectkd": {"selectkd": {"rejected_weight": 0.1}},
 }
 """What every method needs beside :func:`settings_of`."""
 
@@ -58,7 +66,7 @@ def settings_of(method: str, models: dict[str, str], prompt_file: str, steps: in
     teachers = [{"model": models["big"]}, {"model": models["small"]}]
     if method == "camopd":
         teachers = [{"model": models["big"], "key": ["code"]}, {"model": models["small"], "key": ["agentic"]}]
-    elif method in ("opd", "sage_opd", "tcod", "entropy_opd"):
+    elif method in ("opd", "sage_opd", "tcod", "entropy_opd", "relaxed_opd", "selectkd"):
         teachers = teachers[:1]
     answers = {} if "environment" in own else {
         "train_data": [prompt_file], "eval_data": [prompt_file], "eval_max_prompts": 2,

@@ -60,6 +60,18 @@ VALUES: dict[str, dict[str, Any]] = {
         "divergence": "jsd", "jsd_beta": 0.5, "loss_normalization": "token", "num_generations": 1, "temperature": 1.2,
         "top_p": 0.95, "top_k": 20, "learning_rate": 2e-5,
     },
+    "grpo": {
+        "loss_normalization": "sequence", "num_generations": 64, "learning_rate": 1e-6, "grpo.weight": 1.0,
+    },
+    "g_opd": {
+        "divergence": "reverse_kl", "advantage.importance": "none", "advantage.max_gap": float("inf"),
+        "loss_normalization": "token", "temperature": 1.0,
+    },
+    "relaxed_opd": {
+        "divergence": "reverse_kl", "advantage.importance": "clip", "advantage.max_gap": float("inf"),
+        "loss_normalization": "token",
+    },
+    "selectkd": {"loss_normalization": "token"},
 }  # fmt: skip
 """As the papers and their code have them, read a second time."""
 

@@ -65,4 +65,8 @@ OPSD: list[Row] = [
 
 PRESETS: dict[str, list[Row]] = {}
 DEFAULTS: dict[str, list[Row]] = {"sdft": SDFT, "sdpo": SDPO, "opsd": OPSD}
-SECTIONS: dict[str, tuple[str, set[str]]] = {"sdft": ("sdft", set()), "sdpo": ("sdpo", set()), "grpo": ("sdpo", set())}
+SECTIONS: dict[str, tuple[str, set[str]]] = {
+    "sdft": ("sdft", set()),
+    "sdpo": ("sdpo", set()),
+    "grpo": ("sdpo", {"weight"}),
+}

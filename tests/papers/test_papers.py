@@ -12,6 +12,7 @@ from typing import Any
 import camopd_table
 import mad_opd_table
 import pytest
+import rewards_table
 import sage_opd_table
 import self_distillation_table
 import uni_opd_table
@@ -24,7 +25,14 @@ from opdengine.methods.sage_judge import Judge
 from opdengine.tools.balance import BalanceSettings
 from opdengine.types import Completion
 
-TABLES: tuple[ModuleType, ...] = (mad_opd_table, sage_opd_table, uni_opd_table, camopd_table, self_distillation_table)
+TABLES: tuple[ModuleType, ...] = (
+    mad_opd_table,
+    sage_opd_table,
+    uni_opd_table,
+    camopd_table,
+    self_distillation_table,
+    rewards_table,
+)
 PRESETS: dict[str, list[Row]] = {name: rows for table in TABLES for name, rows in table.PRESETS.items()}
 DEFAULTS: dict[str, list[Row]] = {name: rows for table in TABLES for name, rows in table.DEFAULTS.items()}
 SECTIONS = {name: found for table in TABLES for name, found in table.SECTIONS.items()}
@@ -66,14 +74,18 @@ def test_every_method_with_a_paper_has_a_table() -> None:
     assert {method: PAPERS[method].arxiv for method in sorted(PAPERS)} == {
         "camopd": "2605.27115",
         "entropy_opd": "2606.19659",
+        "g_opd": "2602.12125",
+        "grpo": "2402.03300",
         "mad_opd": "2605.01347",
         "mt_opd": "2605.01347",
         "mt_seqkd": "2605.01347",
         "opad": "2605.01347",
         "opsd": "2601.18734",
+        "relaxed_opd": "2603.11137",
         "sage_opd": "2606.19659",
         "sdft": "2601.19897",
         "sdpo": "2601.20802",
+        "selectkd": "2510.24021",
         "tcod": "2606.19659",
         "uni_opd": "2605.03677",
     }

@@ -1,0 +1,84 @@
+"""G-OPD: on-policy distillation with a scaled reward (Yang et al., arXiv 2602.12125); above 1 it extrapolates (ExOPD).
+
+Distillation is reinforcement learning with the reward log q(y) - log r(y), where r is a reference, and a KL to r.
+Scaled by lambda, ``lambda * (log q - log r) - KL(p || r)``, it has the policy gradient of the advantage
+``lambda * (log q(y) - log p(y)) + (1 - lambda) * (log r(y) - log p(y))``: teachers mixed with the weights lambda and
+1 - lambda, of which the second is negative where the student is to go beyond its teacher.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from opdengine.config.train import TrainConfig
+from opdengine.errors import ConfigError
+from opdengine.methods.checks import Check
+from opdengine.methods.method import Method, need_teachers
+from opdengine.methods.paper import Paper
+from opdengine.methods.policy_gradient import CHECKS, policy_gradient
+from opdengine.types import Batch
+
+PAPER = Paper(
+    arxiv="2602.12125",
+    defaults={
+        "divergence": ("reverse_kl", "equation of J_G-OPD"),
+        "advantage.importance": ("none", "unstated: one update per rollout"),
+        "advantage.max_gap": (float("inf"), "unstated: no bound"),
+        "loss_normalization": ("token", "unstated: every token counts alike"),
+        "temperature": (1.0, "unstated: samples of the student itself"),
+    },
+    choices={"g_opd.reference": "the student as it began, or the teacher before its reinforcement learning"},
+)
+
+
+class GOPD(Method):
+    """Teachers and a reference whose weight makes up for theirs."""
+
+    paper = PAPER
+
+    teachers_per_prompt = 2
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        need_teachers(config, 2)
+        self.settings = config.g_opd
+        names = {t.name: t for t in config.teachers}
+        if self.settings.reference not in names:
+            raise ConfigError(
+                f"g_opd.reference={self.settings.reference!r} is no teacher; name one of {sorted(names)}, such as "
+                "{model: self, weights: base}"
+            )
+        if names[self.settings.reference].key:
+            raise ConfigError(
+                f"teacher {self.settings.reference!r} is g_opd.reference and judges every prompt; leave its key out"
+            )
+        if config.advantage.kl_mode == "full_vocab":
+            raise ConfigError(
+                "advantage.kl_mode='full_vocab' is not possible with method 'g_opd', which weighs a teacher "
+                "negatively; use 'sampled'"
+            )
+        self.gradient = policy_gradient(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
+        self.needs = self.gradient.needs
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """The ways in which gaps can fail without an error."""
+        return (*super().checks, *CHECKS)
+
+    async def annotate(self, batch: Batch) -> None:
+        """The teachers share lambda in proportion to their weights; the reference has the rest."""
+        await super().annotate(batch)
+        scale = self.settings.reward_scale
+        for sample in batch:
+            is_reference = np.array([c.teacher == self.settings.reference for c in sample.contexts])
+            assert sample.mix is not None
+            shares = np.where(is_reference, 0.0, sample.mix)
+            mix = scale * shares / shares.sum() + (1 - scale) * is_reference
+            sample.mix = mix.astype(np.float32)
+
+    def weigh(self, batch: Batch) -> None:
+        """Advantages of rollouts that the reference and every teacher have judged."""
+        for sample in batch:
+            if len(sample.teachers) < sum(not t.keys or sample.prompt.key in t.keys for t in self.teachers):
+                sample.drop = "teacher_failure"  # what is left would have another weight
+        self.gradient.weigh(batch, self.ranks)

@@ -1,0 +1,226 @@
+"""Rewards beside distillation, scaled rewards, and baselines that choose tokens: against float64 and closed forms."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import ScriptedTeacher, full_logprobs, make_config, make_engine, make_samples
+from method_helpers import make_batch, make_rollout
+
+from opdengine.config.loading import from_mapping
+from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.data.prompts import load_prompts
+from opdengine.methods import build_method
+from opdengine.methods.token_selection import uncertain
+from opdengine.training.run import train
+from opdengine.types import Batch, Hidden
+
+Models = dict[str, str]
+EVEN = f"{Path(__file__).parents[1] / 'engine' / 'even_verifier.py'}:even"
+
+
+def built(method: str, teachers: Sequence[dict[str, Any]] = ({"model": "t"},), **settings: Any) -> Any:
+    given = {"model": "m", "output_dir": "o", "train_data": ["d.jsonl"], "method": method, "teachers": list(teachers)}
+    return build_method(from_mapping(TrainConfig, {**given, **settings}))
+
+
+# ------------------------------------------------------------------------------------------------ scaled rewards
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.25, 2.0])
+def test_the_advantage_gives_the_gradient_of_a_scaled_reward(scale: float) -> None:
+    """Over all tokens, float64: the mean of A(y) d log p(y) is the gradient of lambda E[log q/r] - KL(p || r)."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, dtype=torch.float64, generator=draw, requires_grad=True)
+    teacher, reference = (torch.randn(7, dtype=torch.float64, generator=draw).log_softmax(0) for _ in range(2))
+    student = logits.log_softmax(0)
+    p = student.exp()
+    goal = scale * (p * (teacher - reference)).sum() - (p * (student - reference)).sum()
+    (expected,) = torch.autograd.grad(goal, logits, retain_graph=True)
+    method = built(
+        "g_opd", [{"model": "t", "weight": 3.0}, {"model": "u"}, {"model": "self", "weights": "base"}],
+        g_opd={"reference": "self", "reward_scale": scale},
+    )  # fmt: skip
+    method.teachers = [ScriptedTeacher(name, []) for name in ("t", "u", "self")]
+    method.teachers[0].weight = 3.0
+    sample = make_rollout("r", list(range(7)))
+    batch = Batch(samples=[sample])
+    asyncio.run(method.annotate(batch))
+    np.testing.assert_allclose(sample.mix, [0.75 * scale, 0.25 * scale, 1 - scale], rtol=1e-6, atol=1e-7)
+    sample.teacher_targets = (Hidden(torch.zeros(7, 1)),) * 3
+    sample.student_logprob = student.detach().float().numpy()
+    sample.teacher_logprob = torch.stack([teacher, teacher, reference], 1).float().numpy()
+    method.weigh(batch)
+    advantage = torch.from_numpy(np.asarray(sample.advantage, dtype=np.float64))
+    (found,) = torch.autograd.grad((p.detach() * advantage * student).sum(), logits)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert not np.any(sample.kl_weight)
+
+
+def test_a_rollout_that_only_some_have_judged_is_left_out() -> None:
+    method = built(
+        "g_opd", [{"model": "t"}, {"model": "self", "weights": "base"}], g_opd={"reference": "self"}
+    )  # fmt: skip
+    method.teachers = [ScriptedTeacher(name, []) for name in ("t", "self")]
+    samples = [make_rollout("a", [1, 2]), make_rollout("b", [1, 2])]
+    batch = make_batch(samples, [[1.0, 2.0]] * 2)
+    asyncio.run(method.annotate(batch))
+    for sample, names in zip(samples, (("t", "self"), ("self",)), strict=True):
+        sample.keep_teachers(names)
+        sample.teacher_targets = (Hidden(torch.zeros(2, 1)),) * len(names)
+        sample.teacher_logprob = np.zeros((2, len(names)), dtype=np.float32)
+    method.weigh(batch)
+    assert [s.drop for s in samples] == ["", "teacher_failure"]
+
+
+# ------------------------------------------------------------------------------------------------ rewards
+
+
+def test_rewards_are_added_to_a_distillation(models: Models, prompt_file: str, tmp_path: Path) -> None:
+    """The loss is that of the distillation, and weight times the mean of -A log p over tokens, then rollouts."""
+    settings: dict[str, Any] = {
+        "method": "opd", "teachers": [{"model": models["big"]}], "num_generations": 4, "verifier": EVEN,
+        "loss_normalization": "sequence",
+    }  # fmt: skip
+    losses, terms = [], 0.0
+    for weight in (0.0, 0.7):
+        engine = make_engine(make_config(models, prompt_file, tmp_path, **settings, grpo={"weight": weight}))
+        samples = make_samples(engine, load_prompts([prompt_file]).prompts[:3])
+        engine._optimizer_step = lambda loss, norm: {"loss": loss}  # type: ignore[method-assign]
+        losses.append(engine.update(Batch(samples=samples)).metrics["loss"])
+        if weight:
+            rewards = np.array([s.reward for s in samples]).reshape(-1, 4)
+            assert 0 < rewards.mean() < 1
+            centred = rewards - rewards.mean(1, keepdims=True)
+            advantages = (centred / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)).ravel()
+            for sample, advantage in zip(samples, advantages, strict=True):
+                rows = full_logprobs(models["student"], sample.token_ids, sample.target_positions, engine.vocab_size)
+                own = rows.gather(1, torch.from_numpy(sample.target_ids)[:, None])
+                terms -= weight * advantage * float(own.mean()) / len(samples)
+    assert losses[1] - losses[0] == pytest.approx(terms, rel=1e-3, abs=1e-6)
+
+
+def test_rewards_alone_train_without_a_teacher(models: Models, prompt_file: str, tmp_path: Path) -> None:
+    config = make_config(
+        models, prompt_file, tmp_path / "run", method="grpo", teachers=[], num_generations=4, verifier=EVEN,
+        grpo={"weight": 1.0}, max_steps=1, warmup_ratio=0.0,
+    )  # fmt: skip
+    metrics = train(config, progress=False).metrics
+    assert metrics["grad_norm"] > 0 and metrics["grpo/rollouts"] == 16 and 0 < metrics["grpo/reward"] < 1
+
+
+def test_states_of_one_episode_count_once() -> None:
+    method = built("opd", num_generations=2, grpo={"weight": 1.0, "scale_rewards": "none"})
+    samples = [
+        make_rollout("a", [1], group="g", reward=1.0, trajectory="one"),
+        make_rollout("b", [1], group="g", reward=1.0, trajectory="one"),
+        make_rollout("c", [1], group="g", reward=0.0, trajectory="two"),
+    ]
+    batch = Batch(samples=samples)
+    method.weigh(batch)
+    np.testing.assert_allclose([s.advantage[0] for s in samples], np.array([0.5, 0.5, -0.5]) / (1 + 1e-4), rtol=1e-6)
+    assert batch.metrics["grpo/rollouts"] == 2 and batch.metrics["grpo/no_spread"] == 0
+
+
+def test_how_far_the_policy_has_moved_is_known_without_a_teacher(
+    models: Models, prompt_file: str, tmp_path: Path
+) -> None:
+    """0 where no update lies between; else the ratio of the weights now to those that sampled."""
+    config = make_config(
+        models, prompt_file, tmp_path, method="grpo", teachers=[], num_generations=2, verifier=EVEN,
+        grpo={"weight": 1.0}, max_completion_length=4,
+    )  # fmt: skip
+    engine = make_engine(config)
+    samples = make_samples(engine, load_prompts([prompt_file]).prompts[:2])
+    assert all(not s.policy_logratio.any() for s in samples if s.policy_logratio is not None)
+    for parameter in engine.student.model.parameters():
+        parameter.data *= 1.1
+    engine.version = 1
+    batch = Batch(samples=samples)
+    engine.measure(batch)
+    engine.student.model.save_pretrained(tmp_path / "moved")
+    for sample in samples:
+        rows = full_logprobs(str(tmp_path / "moved"), sample.token_ids, sample.target_positions, engine.vocab_size)
+        now = rows.gather(1, torch.from_numpy(sample.target_ids)[:, None])[:, 0].numpy()
+        assert sample.policy_logratio is not None and sample.student_logprob is None
+        np.testing.assert_allclose(sample.policy_logratio, now - sample.sampler_logprob, rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+def test_rewards_are_bounded_from_below_on_uncertain_tokens() -> None:
+    """log(0.1 / 0.9) = -2.197 nats; half of five tokens are three."""
+    method = built("relaxed_opd", relaxed_opd={"mixture": 0.1, "entropy_share": 0.5})
+    sample = make_rollout("a", [1] * 5)
+    batch = make_batch([sample], [[1.0, -1.0, -5.0, -2.0, -9.0]])
+    sample.student_entropy = np.array([0.1, 0.5, 0.9, 0.2, 0.7], dtype=np.float32)
+    sample.policy_logratio = np.zeros(5, dtype=np.float32)
+    method.weigh(batch)
+    floor = np.log(0.1 / 0.9)
+    np.testing.assert_allclose(sample.advantage, [0, -1, floor, 0, floor], rtol=1e-5)
+    assert batch.metrics["relaxed/kept"] == pytest.approx(0.6)
+    assert batch.metrics["relaxed/clipped"] == pytest.approx(0.4)
+    sample.student_entropy = np.zeros(5, dtype=np.float32)
+    assert uncertain(sample, 0.5).all()  # none is more certain than another
+
+
+def test_the_entropy_of_the_student_is_measured(models: Models, prompt_file: str, tmp_path: Path) -> None:
+    config = make_config(models, prompt_file, tmp_path, method="relaxed_opd", teachers=[{"model": models["big"]}])
+    engine = make_engine(config)
+    sample = make_samples(engine, load_prompts([prompt_file]).prompts[:1])[0]
+    rows = full_logprobs(models["student"], sample.token_ids, sample.target_positions, engine.vocab_size)
+    np.testing.assert_allclose(sample.student_entropy, -(rows.exp() * rows).sum(1), rtol=1e-4)
+
+
+def test_tokens_are_verified_as_in_speculative_decoding() -> None:
+    """Accepted with probability min(1, q / p): always where the teacher likes them more, here else in 1 of 4."""
+    method = built("selectkd", selectkd={"rejected_weight": 0.25})
+    count = 4000
+    sample = make_rollout("a", [1] * count)
+    gaps = np.where(np.arange(count) % 2, 0.5, np.log(0.25))
+    batch = make_batch([sample], [gaps.tolist()])
+    sample.teacher_top1 = np.ones((count, 1), dtype=np.float32)
+    method.weigh(batch)
+    assert (sample.kl_weight[1::2] == 1).all()
+    accepted = sample.kl_weight[::2] == 1
+    assert abs(accepted.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / (count / 2))
+    assert set(sample.kl_weight[::2].tolist()) == {0.25, 1.0}
+    first = sample.kl_weight.copy()
+    method.weigh(batch)
+    assert np.array_equal(sample.kl_weight, first)  # a resumed step draws the same
+    greedy = built("selectkd", selectkd={"verify": "greedy"})
+    sample.teacher_top1 = np.exp(sample.teacher_logprob)
+    sample.teacher_top1[0] += 0.01
+    greedy.weigh(batch)
+    assert sample.kl_weight[0] == 0 and (sample.kl_weight[1:] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "words"),
+    [
+        ("g_opd", {"g_opd": {"reference": "x"}}, r"g_opd.reference='x' is no teacher; name one of \['self', 't'\]"),
+        ("g_opd", {"g_opd": {"reference": "self"}, "advantage": {"kl_mode": "full_vocab"}}, "weighs a teacher"),
+        ("g_opd", {"g_opd": {"reference": "self", "reward_scale": 0}}, "g_opd.reward_scale=0.0 is not possible"),
+        ("g_opd", {"g_opd": {"reference": "self"}, "teachers": [{"model": "t"}]}, "needs at least 2 teacher"),
+        ("opd", {"grpo": {"weight": 1.0}, "teachers": [{"model": "t"}]}, "num_generations=1 is not possible with grpo"),
+        ("opd", {"grpo": {"weight": -1.0}}, "grpo.weight=-1.0 is not possible"),
+        ("grpo", {"grpo": {"weight": 0.0}, "teachers": []}, "grpo.weight=0 is not possible with method 'grpo'"),
+        ("grpo", {"teachers": [{"model": "t"}]}, "method 'grpo' asks no teacher"),
+        ("sdpo", {"grpo": {"weight": 1.0}, "teachers": [{"model": "self", "weights": "ema"}]}, "1 - sdpo.distill"),
+        ("relaxed_opd", {"relaxed_opd": {"mixture": 1.0}}, "relaxed_opd.mixture=1.0 is not possible"),
+        ("relaxed_opd", {"relaxed_opd": {"entropy_share": 0}}, "relaxed_opd.entropy_share=0.0 is not possible"),
+        ("selectkd", {"selectkd": {"verify": "top"}}, "selectkd.verify='top' is not possible"),
+        ("selectkd", {"selectkd": {"rejected_weight": 2}}, "selectkd.rejected_weight=2.0 is not possible"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_refused(method: str, settings: dict[str, Any], words: str) -> None:
+    two = [{"model": "t"}, {"model": "self", "weights": "base"}]
+    with pytest.raises(ConfigError, match=words):
+        built(method, **{"teachers": two, **settings})
