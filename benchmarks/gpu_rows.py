@@ -19,8 +19,8 @@ import torch
 from opd_kernels import rows
 from opd_kernels import table as fields
 from opd_kernels.chunk import Chunk, Task
+from opd_kernels.chunking import ALIGNMENT
 from opd_kernels.problem import Rule
-from opd_kernels.rows_math import ALIGNMENT
 from opd_kernels.triton_impl import TritonRowOps
 
 DEVICE = "cuda"

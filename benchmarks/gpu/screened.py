@@ -18,10 +18,12 @@ from measure import median_ms
 from problems import PEAKS, S1, Shape, peaked
 from torch import Tensor
 
+from opd_kernels.chunking import ALIGNMENT
+
 Case = tuple[str, Callable[[], dict[str, Any]]]
 LARGEST = 448.0  # of float8_e4m3fn
 THRESHOLDS = (1e-2, 1e-3, 1e-4, 1e-5)
-ALIGNMENT = 16
+
 CUDA = torch.cuda.is_available()
 
 

@@ -108,7 +108,9 @@ class LinearDivergence(torch.autograd.Function):
     backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, wants: Wants) -> tuple:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, wants: Wants
+    ) -> tuple[Any, ...]:
         ctx.wants = wants
         scales = loss_scales(problem)
         loss, outcome = solve(problem, scales, wants)
@@ -126,7 +128,7 @@ class LinearDivergence(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
         if grad_loss is None:
             return None, None, None, None, None
         outcome, ctx.gradients = ctx.gradients, None

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+ALIGNMENT = 16
+"""Elements: rows of a GPU's buffer, and blocks of columns in half precision, are padded to multiples of it."""
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 # A sixteenth of a GPU's memory, up to this: room for the float32 logits of about 1000 rows and for dZ of 8192
 # rows of a vocabulary of 150,000, so that the weight and its gradient are read and written once.

@@ -147,7 +147,7 @@ def linear_divergence(
     problem = prepare(student, teachers, **options)
     if problem.impl == "reference":
         return reference_divergence(problem)
-    loss, token_loss, logprob, report, *found = LinearDivergence.apply(hidden, weight, bias, problem, wants)
+    loss, token_loss, logprob, report, *found = LinearDivergence.apply(hidden, weight, bias, problem, wants)  # type: ignore[no-untyped-call]
     sampling = None if report is None else SampleReport(*report.unbind())
     return DivergenceOutput(loss, token_loss, TokenStats(*found) if stats else None, logprob, sampling)
 

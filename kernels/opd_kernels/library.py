@@ -173,13 +173,14 @@ class Saved:
 
     def join(self, tensors: Sequence[Tensor]) -> list[Any]:
         stream = iter(tensors)
-        return pytree.tree_unflatten([next(stream) if x is _TENSOR else x for x in self.rest], self.spec)
+        joined: list[Any] = pytree.tree_unflatten([next(stream) if x is _TENSOR else x for x in self.rest], self.spec)
+        return joined
 
 
 _TENSOR = object()
 
 
-def divergence_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+def divergence_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     given = dict(zip(names_of(DIVERGENCE), inputs, strict=True))
     ctx.set_materialize_grads(False)
     ctx.wants, ctx.dtypes = given["wants"], [None if x is None else x.dtype for x in inputs[:3]]
@@ -188,7 +189,7 @@ def divergence_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     ctx.save_for_backward(*(ctx.arguments.tensors if ctx.recompute else output[-3:]))
 
 
-def divergence_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple:
+def divergence_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
     found: Sequence[Tensor | None] = (None, None, None)
     grad_loss = gradients[0]
     if grad_loss is not None and ctx.recompute:
@@ -200,14 +201,14 @@ def divergence_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple:
     return *asked(found, ctx.wants, ctx.dtypes), none, none, none, *([None] * (ctx.inputs - 6))
 
 
-def logprob_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+def logprob_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.wants, ctx.dtypes = inputs[-1], [None if x is None else x.dtype for x in inputs[:3]]
     ctx.arguments = Saved([output[1], *inputs])
     ctx.save_for_backward(*ctx.arguments.tensors)
 
 
-def logprob_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple:
+def logprob_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
     found: Sequence[Tensor | None] = (None, None, None)
     if any(x is not None for x in gradients[:3]):
         arguments = ctx.arguments.join(ctx.saved_tensors)

@@ -126,5 +126,6 @@ def linear_logprob(
     call = prepare_logprob(hidden, weight, bias, labels, **options)
     if call.impl == "reference":
         return reference_logprob(call.head, labels, tail)
-    logprob, mass, entropy, top1_prob = LinearLogprob.apply(hidden, weight, bias, call, wants)
+    values = LinearLogprob.apply(hidden, weight, bias, call, wants)  # type: ignore[no-untyped-call]
+    logprob, mass, entropy, top1_prob = values
     return LogprobOutput(logprob if labels.dim() == 2 else logprob[:, 0], entropy, top1_prob, mass if tail else None)

@@ -104,7 +104,7 @@ class LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         if all(gradient is None for gradient in upstream):
             return None, None, None, None, None
         hidden, weight, bias, tail = ctx.saved_tensors

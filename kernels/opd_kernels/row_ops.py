@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .chunk import RowOps, Task
-from .chunking import SCRATCH_TILES
+from .chunking import ALIGNMENT, SCRATCH_TILES
 from .torch_impl import TorchRowOps
 
 logger = logging.getLogger("opd_kernels")
@@ -64,8 +64,6 @@ def row_layout(impl: str, vocab: int) -> tuple[int, int]:
     """(elements from one row of a buffer to the next, scratch tiles of the row operations)."""
     if impl != "triton":
         return vocab, SCRATCH_TILES
-    from .rows_math import ALIGNMENT
-
     return -(-vocab // ALIGNMENT) * ALIGNMENT, 0
 
 

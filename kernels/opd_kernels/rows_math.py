@@ -1,6 +1,8 @@
 """What the row kernels share: layouts, and device functions. Symbols as in ``rows``."""
 
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+# Triton's own types exist while it compiles only: its functions have none here.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# mypy: disallow-untyped-calls=False, disable-error-code=assignment
 from __future__ import annotations
 
 import os
@@ -9,14 +11,13 @@ import triton
 import triton.language as tl
 
 from . import table
+from .chunking import ALIGNMENT
 from .types import FLOOR as FLOOR_LOGIT
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 """Whether triton was told to interpret kernels on a CPU."""
 
-ALIGNMENT = 16
-"""Elements to whose multiple rows of a buffer are padded; strides are passed in units of it, so that they are
-known to be its multiples without a variant for every value."""
+# Strides are passed in units of it, so that they are known to be its multiples without a variant for every value.
 STEP = tl.constexpr(ALIGNMENT)
 
 # Stands in for a missing logit: exp gives exactly 0, differences stay finite.
@@ -36,6 +37,24 @@ LABEL, REF, MEAN_P, MEAN_Q = (tl.constexpr(i) for i in (table.LABEL, table.REF, 
 VALUE, MEAN, SCALE = tl.constexpr(table.VALUE), tl.constexpr(table.MEAN), tl.constexpr(table.SCALE)
 WEIGHT, LABEL_SCALE = tl.constexpr(table.WEIGHT), tl.constexpr(table.LABEL_SCALE)
 MERGED = tl.constexpr(table.MERGED)
+
+NUMBERS = ["rows", "splits", "vocab", "slot_stride", "stride", "head_stride", "field_stride", "out_stride", "first"]
+VECTORS = ["label_ptr", "table_ptr", "entropy_scale_ptr", "bias_ptr", "factor_ptr"]
+
+
+def among(names: list[str], function) -> list[str]:
+    """Those of ``names`` that are arguments of ``function``."""
+    return [name for name in function.__code__.co_varnames[: function.__code__.co_argcount] if name in names]
+
+
+def kernel(function):
+    """A kernel with one variant for all sizes and strides."""
+    return triton.jit(
+        function,
+        do_not_specialize=among(NUMBERS, function),
+        do_not_specialize_on_alignment=among(VECTORS, function),
+    )
+
 
 if INTERPRETED:
 
@@ -73,18 +92,32 @@ def columns(split, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def label_logit(logits_ptr, slot, slot_stride, row, stride, label, split, place, field, BLOCK: tl.constexpr):
-    """Store the logit of the label where it lies in this block, else 0; before anything is written in place."""
-    at = logits_ptr + (slot * tl.cast(slot_stride, tl.int64) + row * stride) * STEP + label
-    here = (label >= split * BLOCK) & (label < (split + 1) * BLOCK)
-    tl.store(place + LABEL * field, tl.load(at, mask=here, other=0.0))
+def row_of(logits, slot, row):
+    """Address of a row of a head's logits; ``logits`` is (pointer, stride of heads, stride of rows), the strides in
+    units of ALIGNMENT."""
+    return logits[0] + (slot * tl.cast(logits[1], tl.int64) + row * logits[2]) * STEP
 
 
 @triton.jit
-def load(logits_ptr, slot, slot_stride, row, stride, cols, stored, valid):
-    """Logits [BLOCK] of a head; strides in units of ALIGNMENT."""
-    at = logits_ptr + (slot * tl.cast(slot_stride, tl.int64) + row * stride) * STEP + cols
-    return tl.where(valid, tl.load(at, mask=stored, other=ABSENT), ABSENT)
+def label_logit(logits, slot, row, label, split, place, field, BLOCK: tl.constexpr):
+    """Store the logit of the label where it lies in this block, else 0; before anything is written in place."""
+    here = (label >= split * BLOCK) & (label < (split + 1) * BLOCK)
+    tl.store(place + LABEL * field, tl.load(row_of(logits, slot, row) + label, mask=here, other=0.0))
+
+
+@triton.jit
+def load(logits, slot, row, cols, stored, valid):
+    """Logits [BLOCK] of a head."""
+    return tl.where(valid, tl.load(row_of(logits, slot, row) + cols, mask=stored, other=ABSENT), ABSENT)
+
+
+@triton.jit
+def load_teachers(logits, row, cols, stored, valid, TEACHERS: tl.constexpr):
+    """A tuple of the logits [BLOCK] of every teacher."""
+    ts = ()
+    for j in tl.static_range(TEACHERS):
+        ts = ts + (load(logits, 1 + j, row, cols, stored, valid),)  # noqa: RUF005
+    return ts
 
 
 @triton.jit
@@ -124,12 +157,10 @@ def gather(line, field, block, splits, INDEX: tl.constexpr, other):
 @triton.jit
 def merge_row(
     partial_ptr,
-    table_ptr,
+    table,
     row,
     rows,
     splits,
-    head_stride,
-    field_stride,
     first,
     TEACHERS: tl.constexpr,
     NORMS: tl.constexpr,
@@ -145,7 +176,7 @@ def merge_row(
     block = tl.arange(0, SPLITS)
     field = tl.cast(rows, tl.int64) * splits
     line = partial_ptr + row * splits
-    out = table_ptr + row
+    out, field_stride = table[0] + row, table[2]
     tops = gather(line, field, block, splits, TOP, ABSENT)
     sums = gather(line, field, block, splits, LOG, 0.0)
     top = tl.max(tops, 0)
@@ -153,7 +184,7 @@ def merge_row(
     total = tl.sum(sums * share, 0)
     for head in tl.static_range(TEACHERS + 1):
         own = line + head * MERGED * field
-        to = out + head * head_stride
+        to = out + head * table[1]
         if head == 0 or NORMS:
             h_tops = gather(own, field, block, splits, TOP, ABSENT)
             h_sums = gather(own, field, block, splits, LOG, 0.0)
@@ -187,33 +218,33 @@ def merge_row(
 
 
 @triton.jit
-def entry(table_ptr, row, head, head_stride, field_stride, INDEX: tl.constexpr):
-    """A number of the table."""
-    return tl.load(table_ptr + head * head_stride + INDEX * field_stride + row)
+def entry(table, row, head, INDEX: tl.constexpr):
+    """A number of the table, which is (pointer, stride of heads, stride of fields)."""
+    return tl.load(table[0] + head * table[1] + INDEX * table[2] + row)
 
 
 @triton.jit
-def log_ratio(table_ptr, row, head, head_stride, field_stride):
+def log_ratio(table, row, head):
     """log sum exp of the student's logits minus that of a teacher's."""
-    tops = entry(table_ptr, row, 0, head_stride, field_stride, TOP)
-    tops -= entry(table_ptr, row, head, head_stride, field_stride, TOP)
-    logs = entry(table_ptr, row, 0, head_stride, field_stride, LOG)
-    logs -= entry(table_ptr, row, head, head_stride, field_stride, LOG)
+    tops = entry(table, row, 0, TOP)
+    tops -= entry(table, row, head, TOP)
+    logs = entry(table, row, 0, LOG)
+    logs -= entry(table, row, head, LOG)
     return tops + logs
 
 
 @triton.jit
-def probability(x, table_ptr, row, head, head_stride, field_stride):
-    top = entry(table_ptr, row, head, head_stride, field_stride, TOP)
-    return exp((x - top) - entry(table_ptr, row, head, head_stride, field_stride, LOG))
+def probability(x, table, row, head):
+    top = entry(table, row, head, TOP)
+    return exp((x - top) - entry(table, row, head, LOG))
 
 
 @triton.jit
-def log_share(x, table_ptr, row, head, head_stride, field_stride):
+def log_share(x, table, row, head):
     """log (w q) of a teacher; a weight of 0 is a tiny one, since two of them would make inf - inf."""
-    weight = entry(table_ptr, row, head, head_stride, field_stride, WEIGHT)
-    norm = entry(table_ptr, row, head, head_stride, field_stride, LOG) - tl.log(tl.maximum(weight, LEAST_WEIGHT))
-    return (x - entry(table_ptr, row, head, head_stride, field_stride, TOP)) - norm
+    weight = entry(table, row, head, WEIGHT)
+    norm = entry(table, row, head, LOG) - tl.log(tl.maximum(weight, LEAST_WEIGHT))
+    return (x - entry(table, row, head, TOP)) - norm
 
 
 @triton.jit

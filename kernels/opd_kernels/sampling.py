@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunking import WEIGHT_TILE_BYTES, ChunkPlan, spans
+from .chunking import ALIGNMENT, WEIGHT_TILE_BYTES, ChunkPlan, spans
 from .heads import HeadGradient, accumulate, half_gradient
 from .problem import Head, Sampling
 from .shards import Shards
@@ -39,8 +39,6 @@ DEVIATIONS = 8
 draws, and would lose the last columns."""
 WIDTH = 64
 """Components of W_v that stand for its size in pi: reading all of W would cost more than the better pi saves."""
-ALIGNMENT = 16
-"""Columns of a block of products in half precision are a multiple of it."""
 
 WORD = (1 << 64) - 1
 GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -242,7 +240,8 @@ class Sampler:
 
     def _size(self, weight: Tensor, index: Tensor) -> Tensor:
         """Squared 2-norm of rows of a matrix."""
-        return torch.linalg.vector_norm(weight.index_select(0, index), dtype=self.like.dtype).square()
+        size: Tensor = torch.linalg.vector_norm(weight.index_select(0, index), dtype=self.like.dtype)
+        return size.square()
 
     def report(self, hidden: Tensor | None, weight: Tensor | None, unscale: Tensor | None) -> Tensor:
         """[3] share of the columns that were drawn, and the relative noise of the finished gradients ``hidden`` and

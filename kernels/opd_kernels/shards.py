@@ -17,9 +17,6 @@ from .types import MAX_TEACHERS
 # The name since torch 2.13, and the one before.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# Stands for the largest logit of a rank without valid columns; finite, so that 0 times it is 0.
-NO_COLUMN = -1.0e30
-
 
 @dataclass(frozen=True)
 class Shards:

@@ -17,12 +17,13 @@ import torch
 import triton
 from torch import Tensor
 
-from . import rows
+from . import rows, rows_one_read
 from . import table as fields
 from .chunk import Chunk, Task
+from .chunking import ALIGNMENT
 from .heads import write_product
 from .problem import Head
-from .rows_math import ALIGNMENT, INTERPRETED
+from .rows_math import INTERPRETED
 from .table import MEAN, MERGED, VALUE
 
 MOST_HELD = 3
@@ -53,12 +54,10 @@ class TritonRowOps:
             bias_ptr=out if head.bias is None else head.bias,
             factor=head.factor,
             cap=1.0 if head.softcap is None else head.softcap / head.temperature,
-            vocab=self.vocab,
             stride=out.stride(0) // ALIGNMENT,
             BIAS=head.bias is not None,
             CAP=head.softcap is not None,
             FLOOR=head.floor,
-            BLOCK=self.block,
         )
 
     def statistics(self, chunk: Chunk) -> None:
@@ -73,8 +72,6 @@ class TritonRowOps:
             chunk.logits,
             partial_ptr=partial,
             rows=chunk.rows,
-            vocab=self.vocab,
-            BLOCK=self.block,
             **self._labels(chunk),
             **self._logits(chunk),
             **self._statistics(chunk),
@@ -116,9 +113,7 @@ class TritonRowOps:
             factor_ptr=factor,
             partial_ptr=partial,
             rows=chunk.rows,
-            vocab=self.vocab,
             ROWS=rows.ROWS,
-            BLOCK=self.block,
         )
         out += partial.sum(0)[: self.vocab]
 
@@ -134,8 +129,6 @@ class TritonRowOps:
             chunk.logits,
             partial_ptr=partial,
             rows=chunk.rows,
-            vocab=self.vocab,
-            BLOCK=self.block,
             **self._logits(chunk),
             **self._table(chunk),
             **self._rule(chunk),
@@ -150,10 +143,8 @@ class TritonRowOps:
             chunk.rows,
             chunk.teachers,
             chunk.logits,
-            vocab=self.vocab,
             label_ptr=chunk.table if chunk.labels is None else chunk.labels,
             LABELS=self.task.label_term,
-            BLOCK=self.block,
             **self._out(chunk),
             **self._logits(chunk),
             **self._table(chunk),
@@ -175,20 +166,18 @@ class TritonRowOps:
         starts = 2 + terms if INTERPRETED else 1
         for start in range(starts):
             self._launch(
-                rows.one_read_kernel,
+                rows_one_read.one_read_kernel,
                 chunk.rows,
                 chunk.teachers,
                 chunk.logits,
                 partial_ptr=partial,
                 ticket_ptr=torch.zeros(1 + 2 * chunk.rows, dtype=torch.int32, device=partial.device),
                 rows=chunk.rows,
-                vocab=self.vocab,
                 TERMS=terms,
                 LABEL_TERM=self.task.label_term,
                 WAIT=not INTERPRETED,
                 WRITE=start + 1 == starts,
                 SPLITS=self.padded_splits,
-                BLOCK=self.block,
                 **self._labels(chunk),
                 **self._out(chunk),
                 **self._logits(chunk),
@@ -212,9 +201,7 @@ class TritonRowOps:
             table_ptr=table["table_ptr"],
             field_stride=table["field_stride"],
             entropy_scale_ptr=chunk.table if entropy_scale is None else entropy_scale,
-            vocab=self.vocab,
             HAS_ENTROPY=entropy_scale is not None,
-            BLOCK=self.block,
             **self._out(chunk),
         )
 
@@ -257,7 +244,9 @@ class TritonRowOps:
     def _launch(self, kernel: Any, count: int, teachers: int, like: Tensor, **arguments: Any) -> None:
         """One program per block of columns and row."""
         with device_of(like):
-            kernel[(count * self.splits,)](splits=self.splits, **arguments, **rows.options(teachers))
+            kernel[(count * self.splits,)](
+                splits=self.splits, vocab=self.vocab, BLOCK=self.block, **arguments, **rows.options(teachers)
+            )
 
 
 @functools.cache

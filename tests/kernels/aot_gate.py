@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from opd_kernels import rows
+from opd_kernels import rows, rows_one_read
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 
@@ -105,8 +105,9 @@ SESSION_ALIGNED = ("width", "z_width", "t_width", "stride")
 
 
 def kernels() -> dict[str, triton.JITFunction]:
-    """The kernels of ``rows``: what takes part in a launch ends in ``_kernel``, helpers do not."""
-    return {name: value for name, value in vars(rows).items() if name.endswith("_kernel")}
+    """What takes part in a launch ends in ``_kernel``, helpers do not."""
+    found = vars(rows) | vars(rows_one_read)
+    return {name: value for name, value in found.items() if name.endswith("_kernel")}
 
 
 def build(name: str, variant: dict, capability: int):
