@@ -61,7 +61,8 @@ def in_place_of_head(
         raise ValueError("labels make the model compute a loss of its own from logits; leave them out of the inputs")
     with Replaced(unwrapped(model), function, head) as call:
         model(**inputs)
-    return call.result
+    result: R = call.result
+    return result
 
 
 def teacher_head(model: nn.Module, *, rows: Tensor | None = None, head: LMHead | None = None, **inputs: Any) -> Any:
