@@ -22,7 +22,7 @@ from opdengine.config.fields import COUNT, Range
 from opdengine.config.loading import load_config
 from opdengine.config.train import TrainConfig
 from opdengine.distributed import PeerError
-from opdengine.errors import NothingTrainedError, ServiceError, VLLMMissingError, WriteError
+from opdengine.errors import HubError, NothingTrainedError, ServiceError, VLLMMissingError, WriteError
 from opdengine.models.checkpoint import CheckpointError
 from opdengine.models.rendering import thought_opening
 from opdengine.plugins import explain, without_sudden_end
@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         CheckpointError,
         ProbeError,
         FloatingPointError,
+        HubError,
         NothingTrainedError,
         ServiceError,
         TeacherError,

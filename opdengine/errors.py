@@ -27,5 +27,9 @@ class WriteError(RuntimeError):
     """The run's files cannot be written: the disk is full, say. What was written before is whole."""
 
 
+class HubError(RuntimeError):
+    """The finished model could not be pushed; it is whole in its folder."""
+
+
 class ProbeError(RuntimeError):
     """A sanity check failed: going on would train on something wrong."""

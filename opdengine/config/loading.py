@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 DASHES = tuple("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d")
 MAX_PARTS = 30
+LENGTHS = ("max_steps", "num_train_epochs")
 
 
 def load_config(
@@ -44,6 +45,10 @@ def load_config(
             f"{empty}missing setting 'model', 'output_dir' and others: name a file of settings with --config run.yaml "
             "('opdengine settings' prints one with all of them), or give each as --key value"
         )
+    given = {key for key, _ in pairs}
+    for key, other in (LENGTHS, LENGTHS[::-1]):
+        if key in given and other not in given:  # each says how long a run is
+            data.pop(other, None)
     for key, value in pairs:
         _assign(data, key.split("."), value)
     return from_mapping(TrainConfig, {**unused, **data})
@@ -91,6 +96,8 @@ def from_mapping(cls: type[T], data: Mapping[str, Any]) -> T:
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"the settings={brief(data)} is no mapping")
+    if cls is TrainConfig and all(data.get(name) is not None for name in LENGTHS):
+        raise ConfigError(f"{' and '.join(LENGTHS)} both say how long the run is; give one of them")
     return read(cls, dict(with_paper(data) if cls is TrainConfig else data))
 
 

@@ -38,7 +38,7 @@ from opdengine.config.fields import (
     TopK,
     TopP,
 )
-from opdengine.config.section import Section, settings
+from opdengine.config.section import Changeable, Resumable, Section, settings
 from opdengine.config.sections import by_key
 
 Limit = Annotated[Integer, Range(1, 10**9, remedy="it must be at least 1, or null for all")]
@@ -72,7 +72,7 @@ class DebateConfig(Section):
     tau: PositiveOrInf = 1.0
     """temperature of the softmax over confidence / 100; ``.inf`` makes the weights uniform in the very debates of other
     values (``use_confidence: false`` also changes what the teachers are asked)."""
-    cache_dir: Maybe[FilledPath] = None
+    cache_dir: Resumable[Maybe[FilledPath]] = None
     """debates are stored here and never generated twice; default: a folder in ``output_dir``. Share it between runs."""
     seed: Seed = 0
     """seed of the debate; part of the cache key."""
@@ -408,31 +408,33 @@ class CaMOPDConfig(Section):
     each step, ``n_general`` : 1."""
     n_general: Count = 3
     """general steps, or prompts, for one of the domain; see ``schedule``."""
-    selection: Choice[Literal["mass", "topk_frac", "random", "none"]] = "mass"
+    selection: Changeable[Choice[Literal["mass", "topk_frac", "random", "none"]]] = "mass"
     """rollouts to train on: "mass": those with the largest scores that together hold ``rho`` of the summed scores;
     "topk_frac": the ``rho`` with the largest scores; "random": as many as "mass" would take, any (the control); "none":
     all."""
-    rho_g: Part = 0.8
+    rho_g: Changeable[Part] = 0.8
     """share that ``selection`` takes of general rollouts."""
-    rho_d: Part = 0.8
+    rho_d: Changeable[Part] = 0.8
     """share that ``selection`` takes of the domain's rollouts."""
-    score_g: Score = "abs"
+    score_g: Changeable[Score] = "abs"
     """score of a general rollout, mean over its tokens of the gap d = log q(y) - log p(y): "abs" |d|, "pos" max(d, 0),
     "signed" d, "sq" d * d."""
-    score_d: Score = "pos"
+    score_d: Changeable[Score] = "pos"
     """score of a rollout of the domain; see ``score_g``."""
-    r_g: Positive = 2.0
+    r_g: Changeable[Positive] = 2.0
     """multiplies the loss of general rollouts."""
-    r_d: Positive = 1.0
+    r_d: Changeable[Positive] = 1.0
     """multiplies the loss of the domain's rollouts."""
-    min_tokens: CountOrNone = 0
+    min_tokens: Changeable[CountOrNone] = 0
     """rollouts of fewer tokens are left out and counted."""
-    diagnose_steps: CountOrNone = 0
+    diagnose_steps: Resumable[CountOrNone] = 0
     """every so many steps, measure how much the selected rollouts agree (against a random choice of the same size) and
     whether the branches' gradients oppose each other; 0 is never."""
-    diagnose_samples: Annotated[Integer, Range(2, 10**6, remedy="agreement needs at least 2, and at most 1e6")] = 32
+    diagnose_samples: Resumable[
+        Annotated[Integer, Range(2, 10**6, remedy="agreement needs at least 2, and at most 1e6")]
+    ] = 32
     """rollouts that take part in each measurement."""
-    diagnose_draws: Annotated[Integer, Range(1, 10**6)] = 20
+    diagnose_draws: Resumable[Annotated[Integer, Range(1, 10**6)]] = 20
     """random choices to compare with."""
-    diagnose_dimensions: Annotated[Integer, Range(1, 10**7)] = 4096
+    diagnose_dimensions: Resumable[Annotated[Integer, Range(1, 10**7)]] = 4096
     """of the random projection in which gradients are compared."""

@@ -1,7 +1,7 @@
 """What a section of settings is: a frozen pydantic dataclass whose fields carry type, bounds, help and marks.
 
-The text below a field is its help (``opdengine settings``, ``docs/settings.md``); :data:`Resumable` and
-:class:`Elsewhere` are marks. A new setting is one such field, and has to be used by something.
+The text below a field is its help (``opdengine settings``, ``docs/settings.md``); :data:`Resumable` and its siblings,
+and :class:`Elsewhere`, are marks. A new setting is one such field, and has to be used by something.
 """
 
 from __future__ import annotations
@@ -27,9 +27,19 @@ from opdengine.workers.printing import brief, one_line
 
 T = TypeVar("T")
 
-RESUMABLE = "resumable"
+RESUMABLE, CHANGEABLE, BY_CONTENT, EXTENDABLE = "resumable", "changeable", "by content", "extendable"
+MARKS = (RESUMABLE, CHANGEABLE, BY_CONTENT, EXTENDABLE)
+"""What a resumed run may have differently; a setting without a mark takes that of its section, and else stays."""
+
 Resumable = Annotated[T, RESUMABLE]
 """A setting that a resumed run may have differently: it does not change what is learned."""
+Changeable = Annotated[T, CHANGEABLE]
+"""A setting that a resumed run may have differently with ``allow_changes``: it changes what is learned from there on,
+and neither the order of the data nor which numbers are trained."""
+ByContent = Annotated[T, BY_CONTENT]
+"""A place, which a resumed run may have differently where the same lies there."""
+Extendable = Annotated[T, EXTENDABLE]
+"""The length of a run, which a resumed run may have differently; it then says what becomes of the schedule."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,11 @@ def section_in(cls: Any, name: str) -> type[Section] | None:
         return next((found for part in typing.get_args(hint) if (found := search(part)) is not None), None)
 
     return search(typing.get_type_hints(cls).get(name))
+
+
+def mark_of(info: FieldInfo) -> str | None:
+    """What a resumed run may do with a setting: one of :data:`MARKS`, or None."""
+    return next((mark for mark in info.metadata if isinstance(mark, str) and mark in MARKS), None)
 
 
 def range_of(info: FieldInfo) -> Range | None:

@@ -32,7 +32,7 @@ from opdengine.config.fields import (
     Seconds,
     Text,
 )
-from opdengine.config.section import Elsewhere, Resumable, Section, settings
+from opdengine.config.section import ByContent, Changeable, Elsewhere, Resumable, Section, settings
 from opdengine.errors import ConfigError
 
 DATA_COLUMNS = ("id", "prompt", "messages", "tools", "answer", "data_source")
@@ -60,7 +60,7 @@ class DataConfig(Section):
 
     section = "data"
 
-    path: Text
+    path: ByContent[Text]
     """JSONL, JSON-list or Parquet file, ``datasets`` folder, hub data set as ``name:split``, or generated tasks as
     ``reasoning_gym:NAMES?size=1000&seed=0&split=train``."""
     format: Text = "prompts"
@@ -90,33 +90,33 @@ class EnvironmentConfig(Section):
 
     section = "environment"
 
-    name: Text = ""
+    name: Changeable[Text] = ""
     """one of "search", "recorded", "trl", "alfworld", "textworld", "scienceworld", "module:Class" or "file.py:Class";
     empty: no environment."""
-    options: Free = field(default_factory=dict)
+    options: Changeable[Free] = field(default_factory=dict)
     """keywords of the environment's class; ``opdengine settings environment.NAME`` explains those of ours."""
     train_split: Text = "train"
     """tasks to train on."""
-    eval_splits: Listed[Text] = field(default_factory=list)
+    eval_splits: Resumable[Listed[Text]] = field(default_factory=list)
     """tasks to evaluate on, such as ["valid_seen", "valid_unseen"]."""
-    eval_max_tasks: Maybe[Count] = None
+    eval_max_tasks: Resumable[Maybe[Count]] = None
     """at most this many of each split."""
-    eval_temperatures: Annotated[Listed[Real], TEMPERATURE] = field(default_factory=lambda: [0.0])
+    eval_temperatures: Annotated[Resumable[Listed[Real]], TEMPERATURE] = field(default_factory=lambda: [0.0])
     """evaluate once at each; 0 is greedy, the others with ``top_p`` and ``top_k`` and without
     ``repetition_penalty``."""
-    max_turns: Annotated[Integer, Range(1, 10**6)] = 30
+    max_turns: Changeable[Annotated[Integer, Range(1, 10**6)]] = 30
     """most turns of the student in an episode."""
-    max_trajectory_tokens: Maybe[Count] = None
+    max_trajectory_tokens: Changeable[Maybe[Count]] = None
     """an episode ends before a turn that might not fit; default: the student's window."""
-    num_environments: Annotated[Integer, Range(1, 4096)] = 16
+    num_environments: Resumable[Annotated[Integer, Range(1, 4096)]] = 16
     """episodes that run at a time, each in a process of its own."""
-    reset_timeout: Seconds = 120.0
+    reset_timeout: Resumable[Seconds] = 120.0
     """seconds after which an environment counts as hanging when an episode begins."""
-    step_timeout: Seconds = 60.0
+    step_timeout: Resumable[Seconds] = 60.0
     """seconds after which an environment counts as hanging in a turn."""
-    max_observation_chars: Count = 100_000
+    max_observation_chars: Changeable[Count] = 100_000
     """longer answers end the episode as broken."""
-    stop: Listed[Text] = field(default_factory=list)
+    stop: Changeable[Listed[Text]] = field(default_factory=list)
     """strings that end a turn."""
 
     def __post_init__(self) -> None:
@@ -135,7 +135,7 @@ class LoRAConfig(Section):
     """rank."""
     lora_alpha: Annotated[Positive, Elsewhere({"lora_alpha": ""})] = 32.0
     """the adapter's output is scaled by ``lora_alpha / r``."""
-    lora_dropout: Annotated[Real, Range(0, 1, open_high=True, remedy="it lies in [0, 1); 0 is off")] = 0.0
+    lora_dropout: Annotated[Changeable[Real], Range(0, 1, open_high=True, remedy="it lies in [0, 1); 0 is off")] = 0.0
     """on the adapter's input during the update; the sampler has none."""
     target_modules: Annotated[
         Annotated[Text, AsText] | Annotated[Listed[Text], AsList],
@@ -146,7 +146,7 @@ class LoRAConfig(Section):
     or a regular expression."""
     use_rslora: Flag = False
     """scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732)."""
-    merge_final: Flag = False
+    merge_final: Resumable[Flag] = False
     """at the end also write the model with the adapter merged in, to ``merged/``."""
 
     def __post_init__(self) -> None:
@@ -161,12 +161,12 @@ SELF = "self"
 class TeacherConfig(Section):
     """One teacher: a model in this process, or one that a server offers (``base_url``)."""
 
-    model: Annotated[NeededPath, Elsewhere({"teacher_model": "", "teacher_model_name_or_path": ""})]
+    model: Annotated[ByContent[NeededPath], Elsewhere({"teacher_model": "", "teacher_model_name_or_path": ""})]
     """model folder or hub name; with ``base_url`` the name under which it is served; "self" is the student itself, with
     ``weights`` (a folder of that name is "./self")."""
-    name: Text = ""
+    name: Resumable[Text] = ""
     """used in metrics, logs and caches; default: the last part of ``model``."""
-    weight: Factor = 1.0
+    weight: Changeable[Factor] = 1.0
     """fixed mixing weight (MT-OPD) or share of the data (MT-SeqKD); relative."""
     key: Listed[Text] = field(default_factory=list)
     """routing keys (``data_source``) that this teacher answers for; empty: all prompts."""
@@ -174,18 +174,18 @@ class TeacherConfig(Section):
     """of ``model: self``: "base", those that the run began with (with ``lora`` the adapter is off and nothing is held
     twice); "live", the student's present ones, without gradient; "ema", a moving average of the student's."""
     teacher_update_rate: Annotated[
-        Real,
+        Changeable[Real],
         Range(0, 1, open_low=True, remedy="it lies in (0, 1]; 1 copies the student"),
         Elsewhere({"teacher_update_rate": ""}),
     ] = 0.05
     """with ``weights: ema``: share of the student in each update of the average."""
-    teacher_sync_steps: Annotated[Count, Elsewhere({"teacher_sync_steps": ""})] = 1
+    teacher_sync_steps: Annotated[Changeable[Count], Elsewhere({"teacher_sync_steps": ""})] = 1
     """with ``weights: ema``: optimiser steps from one update of the average to the next."""
-    dtype: Dtype = "auto"
+    dtype: Changeable[Dtype] = "auto"
     """of its weights; "auto" keeps the dtype of the checkpoint, and of ``model: self`` the student's."""
-    chat_template: Maybe[FilledPath] = None
+    chat_template: Changeable[Maybe[FilledPath]] = None
     """Jinja text or file in place of the tokenizer's own."""
-    chat_template_kwargs: Free = field(default_factory=dict)
+    chat_template_kwargs: Changeable[Free] = field(default_factory=dict)
     """handed to the chat template, for example ``enable_thinking: false``; what the student has and this template knows
     must be stated here, too."""
     offload: Resumable[Flag] = False
@@ -211,7 +211,7 @@ class TeacherConfig(Section):
     """seconds that one call may take."""
     max_retries: Resumable[Annotated[Integer, Range(0, 1000)]] = 5
     """further attempts of a call that failed for a reason that may pass; 0 is one attempt."""
-    score_top_k: Annotated[Integer, Range(1, 10**6)] = 64
+    score_top_k: Changeable[Annotated[Integer, Range(1, 10**6)]] = 64
     """log-probs per token (vLLM: start the server with ``--max-logprobs`` as large)."""
 
     def __post_init__(self) -> None:

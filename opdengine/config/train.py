@@ -61,7 +61,7 @@ from opdengine.config.method_sections import (
     UniOPDConfig,
 )
 from opdengine.config.secrecy import refuse_secrets
-from opdengine.config.section import Elsewhere, Resumable, Section, settings
+from opdengine.config.section import ByContent, Changeable, Elsewhere, Extendable, Resumable, Section, settings
 from opdengine.config.sections import (
     SELF,
     DataConfig,
@@ -79,6 +79,7 @@ __all__ = ["ConfigError", "DebateConfig", "LoRAConfig", "SageConfig", "TeacherCo
 MOST_PER_STEP = 10**7
 """Rollouts of one step on one device."""
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
 Middle = Annotated[
     Real, Range(0, 1, open_low=True, open_high=True, remedy="it lies between 0 and 1; the ends are KLs by name")
@@ -114,7 +115,7 @@ class TrainConfig(Section):
     method's paper first; the defaults here are those of methods without one, and of a class that is built by hand.
     """
 
-    model: Annotated[NeededPath, Elsewhere({"model_name_or_path": ""})]
+    model: Annotated[ByContent[NeededPath], Elsewhere({"model_name_or_path": ""})]
     """the student: model folder or hub name."""
     output_dir: Resumable[NeededPath]
     """where the run is written; an existing run is resumed or refused."""
@@ -135,64 +136,64 @@ class TrainConfig(Section):
     contexts: Choice[Literal["plain", "debate"]] = "plain"
     """under what the teachers of "sage_opd", "uni_opd", "sdft" and "opsd" judge: the "plain" prompt, or the transcript
     and weights of a "debate" as in MAD-OPD."""
-    teacher_prompt_template: Maybe[Filled] = None
+    teacher_prompt_template: Changeable[Maybe[Filled]] = None
     """what teachers read in place of the last message of the user (the student never sees it): a format string with
     ``{prompt}``, that message, and ``{privileged_context}``, ``{answer}`` or any other column of the row; null is the
     plain prompt."""
     divergence: Annotated[
-        PerKey[Text],
+        Changeable[PerKey[Text]],
         AfterValidator(_known),
         Elsewhere({"beta": " (0 is forward_kl, 1 reverse_kl, between them jsd with jsd_beta)"}),
     ] = "reverse_kl"
     """one of "reverse_kl", "forward_kl", "jsd", "skew_kl", or a mapping from routing key (and "default") to one: the
     task-adaptive divergence of MAD-OPD, remark 1."""
-    jsd_beta: Middle = 0.5
+    jsd_beta: Changeable[Middle] = 0.5
     """weight of the teacher in the middle distribution of the JSD."""
-    skew_alpha: Middle = 0.1
+    skew_alpha: Changeable[Middle] = 0.1
     """weight of the teacher in the middle distribution of the skew KL."""
-    teacher_reduction: Choice[Literal["sum", "mixture"]] = "sum"
+    teacher_reduction: Changeable[Choice[Literal["sum", "mixture"]]] = "sum"
     """the "sum" of the teachers' divergences (the papers) or divergence to the "mixture" of the teachers."""
-    divergence_temperature: Annotated[Real, Range(0.01, 1000)] = 1.0
+    divergence_temperature: Changeable[Annotated[Real, Range(0.01, 1000)]] = 1.0
     """divides both models' logits in the loss; independent of sampling."""
     on_teacher_failure: Resumable[Choice[Literal["stop", "drop"]]] = "stop"
     """when a served teacher's call fails for good: "stop" with a checkpoint of the last finished step, or "drop" the
     teacher from the rollouts concerned (counted)."""
-    loss_normalization: Choice[Literal["token", "sequence"]] = "token"
+    loss_normalization: Changeable[Choice[Literal["token", "sequence"]]] = "token"
     """mean over all target tokens of the step ("token"), or over rollouts of token means ("sequence")."""
-    debate: DebateConfig = field(default_factory=DebateConfig)
+    debate: Changeable[DebateConfig] = field(default_factory=DebateConfig)
     """how teachers debate, for "mad_opd", "opad" and ``contexts: debate``."""
-    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    advantage: Changeable[AdvantageConfig] = field(default_factory=AdvantageConfig)
     """how ``uni_opd``, ``camopd``, ``sdpo``, ``g_opd`` and ``relaxed_opd`` weigh sampled tokens."""
-    uni_opd: UniOPDConfig = field(default_factory=UniOPDConfig)
+    uni_opd: Changeable[UniOPDConfig] = field(default_factory=UniOPDConfig)
     """settings of the method "uni_opd"."""
     camopd: CaMOPDConfig = field(default_factory=CaMOPDConfig)
     """settings of the method "camopd"."""
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     """where the student acts over many turns."""
-    opad: OpadConfig = field(default_factory=OpadConfig)
+    opad: Changeable[OpadConfig] = field(default_factory=OpadConfig)
     """settings of the method "opad"."""
-    sage: SageConfig = field(default_factory=SageConfig)
+    sage: Changeable[SageConfig] = field(default_factory=SageConfig)
     """settings of the method "sage_opd"."""
-    tcod: TcodConfig = field(default_factory=TcodConfig)
+    tcod: Changeable[TcodConfig] = field(default_factory=TcodConfig)
     """settings of the method "tcod"."""
-    entropy_opd: EntropyConfig = field(default_factory=EntropyConfig)
+    entropy_opd: Changeable[EntropyConfig] = field(default_factory=EntropyConfig)
     """settings of the method "entropy_opd"."""
-    sdft: SdftConfig = field(default_factory=SdftConfig)
+    sdft: Changeable[SdftConfig] = field(default_factory=SdftConfig)
     """settings of the method "sdft"."""
-    sdpo: SdpoConfig = field(default_factory=SdpoConfig)
+    sdpo: Changeable[SdpoConfig] = field(default_factory=SdpoConfig)
     """settings of the method "sdpo"."""
-    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    grpo: Changeable[GrpoConfig] = field(default_factory=GrpoConfig)
     """the group-relative policy gradient: beside any method, alone ("grpo"), and in "sdpo"."""
-    g_opd: GOPDConfig = field(default_factory=GOPDConfig)
+    g_opd: Changeable[GOPDConfig] = field(default_factory=GOPDConfig)
     """settings of the method "g_opd"."""
-    relaxed_opd: RelaxedOPDConfig = field(default_factory=RelaxedOPDConfig)
+    relaxed_opd: Changeable[RelaxedOPDConfig] = field(default_factory=RelaxedOPDConfig)
     """settings of the method "relaxed_opd"."""
-    selectkd: SelecTKDConfig = field(default_factory=SelecTKDConfig)
+    selectkd: Changeable[SelecTKDConfig] = field(default_factory=SelecTKDConfig)
     """settings of the method "selectkd"."""
 
     dtype: Annotated[Dtype, Elsewhere({"torch_dtype": ""})] = "auto"
     """of the student's parameters; "auto" keeps the checkpoint's (float32 where that is float16)."""
-    bf16: Annotated[Flag, Elsewhere({"fp16": ", or neither"})] = False
+    bf16: Changeable[Annotated[Flag, Elsewhere({"fp16": ", or neither"})]] = False
     """autocast forward and backward to bfloat16 (parameters keep ``dtype``), in the sampler, too."""
     lora: Maybe[LoRAConfig] = None
     """train an adapter and leave the student's weights as they are; null trains them all."""
@@ -203,7 +204,7 @@ class TrainConfig(Section):
     """of transformers; "auto" takes flash-attn on a GPU where installed, else SDPA."""
     trust_remote_code: Flag = False
     """run code that comes with a model."""
-    chat_template: Maybe[FilledPath] = None
+    chat_template: Changeable[Maybe[FilledPath]] = None
     """Jinja text or file in place of the student tokenizer's own."""
     chat_template_kwargs: Free = field(default_factory=dict)
     """handed to the student's chat template."""
@@ -220,32 +221,32 @@ class TrainConfig(Section):
     """prompts with more tokens are left out and counted."""
     skip_bad_rows: Flag = False
     """leave out malformed rows (counted) instead of refusing the file."""
-    verifier: PerKey[Filled] = "exact_match"
+    verifier: Changeable[PerKey[Filled]] = "exact_match"
     """how an answer is graded: "exact_match", "numeric", "choice", "math", "code", "reasoning_gym", "module:function"
     or "file.py:function"; or a mapping from routing key (and "default") to one of these."""
-    verifier_timeout: Seconds = 30.0
+    verifier_timeout: Changeable[Seconds] = 30.0
     """seconds that grading one completion may take; longer counts as failed (score 0)."""
-    verifier_workers: Parallel = 4
+    verifier_workers: Resumable[Parallel] = 4
     """processes that grade."""
-    verifier_allow_unsandboxed: Flag = False
+    verifier_allow_unsandboxed: Changeable[Flag] = False
     """let the "code" verifier run the model's programs where the system offers no isolation; they can then read and
     delete your files."""
 
-    temperature: Temperature = 1.0
+    temperature: Changeable[Temperature] = 1.0
     """of the student's sampling; 0 is greedy."""
-    top_p: TopP = 1.0
+    top_p: Changeable[TopP] = 1.0
     """sample the student from its likeliest tokens that hold this share of the probability."""
-    top_k: TopK = 0
+    top_k: Changeable[TopK] = 0
     """sample the student from this many likeliest tokens; 0 is all."""
-    repetition_penalty: Penalty = 1.0
+    repetition_penalty: Changeable[Penalty] = 1.0
     """lowers the logits of tokens that the student has read or written; 1 is off."""
-    max_completion_length: Annotated[Count, Elsewhere({"max_new_tokens": ""})] = 512
+    max_completion_length: Annotated[Changeable[Count], Elsewhere({"max_new_tokens": ""})] = 512
     """most new tokens of a rollout."""
-    num_generations: Count = 1
+    num_generations: Changeable[Count] = 1
     """rollouts per prompt."""
-    use_vllm: Flag = False
+    use_vllm: Changeable[Flag] = False
     """sample with vLLM instead of transformers."""
-    vllm_mode: Choice[Literal["colocate", "server"]] = "colocate"
+    vllm_mode: Changeable[Choice[Literal["colocate", "server"]]] = "colocate"
     """where vLLM runs: beside the trainer ("colocate"), or as the "server" that was started by
     ``opdengine vllm-serve``, the same for all processes."""
     vllm_server_base_url: Resumable[Text] = "http://127.0.0.1:8000"
@@ -263,7 +264,7 @@ class TrainConfig(Section):
     vllm_enable_sleep_mode: Resumable[Flag] = False
     """give the GPU's memory to the trainer while vLLM does not sample; not possible with an engine that several
     processes share."""
-    max_staleness: Annotated[Integer, Range(0, 1000, remedy="0 is strictly in turn, 1000 the most")] = 0
+    max_staleness: Changeable[Annotated[Integer, Range(0, 1000, remedy="0 is strictly in turn, 1000 the most")]] = 0
     """updates that may lie between the weights that sample a batch and those that it updates. 0: strictly in turn. From
     1 on, rollouts and debates of the next batches run during the update (useful with vLLM and served teachers, which
     work elsewhere)."""
@@ -274,25 +275,32 @@ class TrainConfig(Section):
     """multiplies the prompts of an optimiser step."""
     max_tokens_per_batch: Resumable[Count] = 16384
     """token budget of one forward and backward pass."""
-    max_steps: Annotated[Count, Elsewhere({"num_train_epochs": ""})] = 100
-    """optimiser steps."""
-    learning_rate: Annotated[Real, Range(0, 10)] = 1e-5
+    max_steps: Extendable[Count] = 100
+    """optimiser steps. A resumed run may have more, or fewer, than before; see ``changed_schedule``."""
+    num_train_epochs: Extendable[Maybe[Annotated[Real, Range(0, 1e6, open_low=True)]]] = None
+    """in place of ``max_steps``: how often the training data are passed through. The run counts the steps from it when
+    it has read the data, and keeps that number."""
+    changed_schedule: Resumable[Choice[Literal["continue", "restart"]]] = "continue"
+    """what becomes of the learning rate where a resumed run has other ``max_steps`` or another schedule: "continue"
+    goes on as if it had been so from the beginning (the rate may jump), "restart" begins the schedule anew, warm-up
+    included, over the steps that are left."""
+    learning_rate: Changeable[Annotated[Real, Range(0, 10)]] = 1e-5
     """of AdamW, at its highest."""
-    lr_scheduler_type: Choice[Literal["constant", "constant_with_warmup", "linear", "cosine"]] = "cosine"
+    lr_scheduler_type: Changeable[Choice[Literal["constant", "constant_with_warmup", "linear", "cosine"]]] = "cosine"
     """how the learning rate changes: "constant", "constant_with_warmup", "linear" or "cosine", as in transformers."""
-    warmup_ratio: Annotated[Share, Elsewhere({"warmup_steps": ""})] = 0.05
+    warmup_ratio: Annotated[Changeable[Share], Elsewhere({"warmup_steps": ""})] = 0.05
     """share of the steps over which the learning rate rises from 0."""
-    weight_decay: Annotated[Real, Range(0, 100)] = 0.01
+    weight_decay: Changeable[Annotated[Real, Range(0, 100)]] = 0.01
     """of AdamW; norms and biases are not decayed."""
-    adam_beta1: Beta = 0.9
+    adam_beta1: Changeable[Beta] = 0.9
     """of AdamW: decay of the mean gradient."""
-    adam_beta2: Beta = 0.999
+    adam_beta2: Changeable[Beta] = 0.999
     """of AdamW: decay of the mean squared gradient."""
-    adam_epsilon: Annotated[Real, Range(1e-20, 1)] = 1e-8
+    adam_epsilon: Changeable[Annotated[Real, Range(1e-20, 1)]] = 1e-8
     """of AdamW: added to the denominator."""
-    max_grad_norm: PositiveOrInf = 1.0
+    max_grad_norm: Changeable[PositiveOrInf] = 1.0
     """longer gradients are scaled down to this norm."""
-    gradient_checkpointing: Flag = False
+    gradient_checkpointing: Resumable[Flag] = False
     """trade compute for memory."""
     vocab_parallel_head: Resumable[Flag] = False
     """with several processes, split the student's head by vocabulary instead of gathering it: the update needs no whole
@@ -302,7 +310,7 @@ class TrainConfig(Section):
     """implementation of the fused loss: "auto", "triton", "torch" or "reference"."""
     workspace_bytes: Resumable[Maybe[Annotated[Integer, Range(1, 2**50)]]] = None
     """byte budget for temporaries of the fused loss."""
-    vocab_sample: Annotated[Real, Range(0, 1, open_high=True)] = 0.0
+    vocab_sample: Changeable[Annotated[Real, Range(0, 1, open_high=True)]] = 0.0
     """share of the vocabulary from which the gradient of an exact divergence is computed: unbiased, and several times
     cheaper; 0 is all of it. The metric `gradient_noise` is the distance of a micro-batch's gradient from the exact one,
     as a share of it. With the reverse KL the loss and the teachers' statistics come from a sample of the rows."""
@@ -314,9 +322,20 @@ class TrainConfig(Section):
     eval_steps: Annotated[Resumable[CountOrNone], Elsewhere({"eval_strategy": " (0: only before and after)"})] = 0
     """evaluate every so many steps, before the first and after the last one; 0 leaves it at those two."""
     save_steps: Annotated[Resumable[CountOrNone], Elsewhere({"save_strategy": " (0: never)"})] = 0
-    """write a checkpoint every so many steps; 0 is never."""
+    """write a checkpoint every so many steps, and after the last one; 0 is never."""
     save_total_limit: Resumable[Maybe[Count]] = None
-    """keep the newest so many checkpoints; None keeps all."""
+    """keep the newest so many checkpoints, and the best one; None keeps all."""
+    metric_for_best_model: Resumable[Maybe[Filled]] = None
+    """a metric of the evaluations, such as "eval/accuracy": after every evaluation that is the best so far a checkpoint
+    is written, which ``save_total_limit`` never removes."""
+    greater_is_better: Resumable[Maybe[Flag]] = None
+    """whether more of that metric is better; null: yes, unless it is a loss, a rate of failures or a count of turns."""
+    load_best_model_at_end: Resumable[Flag] = False
+    """let ``final/`` be the best checkpoint's model instead of the last one."""
+    early_stopping_patience: Resumable[Maybe[Count]] = None
+    """end the run after so many evaluations in a row that did not improve ``metric_for_best_model``; null: never."""
+    early_stopping_threshold: Resumable[Annotated[Real, Range(0, 1e6)]] = 0.0
+    """what is better by no more than this is no improvement."""
     log_completions: Resumable[Flag] = True
     """write rollouts and debates of each step as JSONL."""
     log_tokens: Resumable[Choice[Literal["none", "sample", "all"]]] = "sample"
@@ -325,19 +344,32 @@ class TrainConfig(Section):
     print_completions_steps: Resumable[CountOrNone] = 0
     """show one completion every so many steps, where the run is watched; 0 is never."""
     report_to: Resumable[Listed[Text]] = field(default_factory=list)
-    """besides metrics.jsonl: "tensorboard"."""
+    """besides metrics.jsonl: any of "tensorboard", "wandb" (Weights & Biases) and "trackio"."""
     run_name: Resumable[Text] = ""
-    """shown by trackers."""
+    """shown by trackers; default: the name of ``output_dir``."""
+    project: Resumable[Maybe[Filled]] = None
+    """of the trackers; default: their variables WANDB_PROJECT and TRACKIO_PROJECT, else "opdengine"."""
+    push_to_hub: Annotated[
+        Resumable[Flag], Elsewhere({"hub_token": " (log in with 'hf auth login', or set HF_TOKEN)"})
+    ] = False
+    """push ``final/`` to the Hugging Face hub at the end; whether that may be is asked before the first step."""
+    hub_model_id: Resumable[Maybe[Filled]] = None
+    """OWNER/NAME of the repository; default: the name of ``output_dir``, of whoever is logged in."""
+    hub_private_repo: Annotated[Resumable[Maybe[Flag]], Elsewhere({"hub_private": ""})] = None
+    """whether that repository is private; null: as the owner's new ones are."""
     resume_from_checkpoint: Resumable[Maybe[FilledPath]] = None
     """the checkpoint folder to continue from, or "latest" (the newest that is whole; from the beginning where there is
     none yet)."""
+    allow_changes: Resumable[Flag] = False
+    """let a resumed run have other values of settings that change what is learned, but not the order of the data (✎
+    in docs/settings.md); each is named in ``changes.jsonl``."""
     ddp_timeout: Resumable[Seconds] = 7200.0
     """seconds that one process may wait for another (``torchrun``), rollouts and debates included."""
     max_bad_steps: Resumable[CountOrNone] = 3
     """more steps in a row than this that train nothing end the run: of which the loss or gradient is not finite (they
     move no weight and are written to ``bad_steps/``), every episode broke, no rollout is left or has weight, or the
     gradient or the update is 0. A run of which no step trains anything fails always."""
-    max_logprob_difference: PositiveOrInf = 0.5
+    max_logprob_difference: Resumable[PositiveOrInf] = 0.5
     """stop when sampler and trainer disagree by more (mean absolute difference of a step, nats)."""
 
     @property
@@ -383,6 +415,7 @@ class TrainConfig(Section):
         _check_loss(self)
         _check_sampling(self)
         _check_data(self)
+        _check_best(self)
         for i, teacher in enumerate(self.teachers):
             _check_teacher(self, teacher, f"teachers.{i}")
 
@@ -407,8 +440,11 @@ def _check_loss(config: TrainConfig) -> None:
         "vocab_sample",
         "it is for divergences to local teachers, and none judges here: use 0",
     )
-    for tracker in config.report_to:
-        need(tracker == "tensorboard", "report_to", "only 'tensorboard' is known; [] is metrics.jsonl alone")
+    hub = config.hub_model_id is None and config.hub_private_repo is None
+    need(config.push_to_hub or hub, "push_to_hub", "hub_model_id and hub_private_repo belong to push_to_hub: true")
+    trackers = config.report_to
+    known = set(trackers) <= set(TRACKERS) and len(set(trackers)) == len(trackers)
+    need(known, "report_to", f"it lists some of {list(TRACKERS)}, each once; [] is metrics.jsonl alone")
 
 
 def _check_sampling(config: TrainConfig) -> None:
@@ -471,6 +507,18 @@ def _check_own(config: TrainConfig, teacher: TeacherConfig, where: str) -> None:
         "under the student's own prompt its present weights agree with it in every token, so nothing would be learned; "
         "set teacher_prompt_template, or use base or ema",
     )
+
+
+def _check_best(config: TrainConfig) -> None:
+    need, metric = config.need, config.metric_for_best_model
+    if metric is None:
+        need(not config.load_best_model_at_end, "load_best_model_at_end", "name the metric: metric_for_best_model")
+        need(config.early_stopping_patience is None, "early_stopping_patience", "name the metric_for_best_model")
+        need(config.greater_is_better is None, "greater_is_better", "it belongs to metric_for_best_model")
+        return
+    evaluates = config.eval_steps > 0 and (config.eval_data or config.environment.eval_splits)
+    need(bool(evaluates), "metric_for_best_model", "nothing is evaluated while the run goes on: set eval_steps, and "
+         "eval_data or environment.eval_splits")  # fmt: skip
 
 
 def _check_teacher(config: TrainConfig, teacher: TeacherConfig, where: str) -> None:

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     keep: int | None = None,
+    spare: Collection[int | None] = (),
     ranks: Ranks | None = None,
     teachers: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
@@ -59,6 +60,7 @@ def save_checkpoint(
         optimizer: its state goes to ``optimizer.safetensors``.
         state: JSON-able rest (scheduler, data stream, versions).
         keep: number of checkpoints to keep; None keeps all.
+        spare: steps whose checkpoints are kept besides.
         ranks: of the run; the first one writes.
         teachers: what changes in teachers; goes to ``teachers.safetensors`` where there is any.
 
@@ -84,6 +86,7 @@ def save_checkpoint(
         saved = list_checkpoints(folder)
         at = saved.index(final)
         old = saved[: max(at + 1 - keep, 0)] if keep is not None else []
+        old = [checkpoint for checkpoint in old if step_of(checkpoint) not in spare]
         for path in (*old, *saved[at + 1 :]):
             _remove(path)
     return final
@@ -132,6 +135,26 @@ def write_model(
             f"{str(final)!r} could not be written ({error}). Whatever was saved before is whole: make room (or allow "
             "writing), then continue the run with --resume_from_checkpoint latest"
         ) from error
+
+
+def copy_model(final: Path, checkpoint: Path, ranks: Ranks, also: Callable[[Path], object]) -> None:
+    """Write a folder with the model of a checkpoint, whole or not at all. All ranks call this; the first one writes.
+
+    Args:
+        final: the folder; what is there is replaced.
+        checkpoint: whose model and tokenizer are copied.
+        ranks: of the run.
+        also: writes the rest into the folder that it is given.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+
+    def copy(partial: Path) -> None:
+        shutil.copytree(checkpoint / "model", partial, dirs_exist_ok=True)
+        also(partial)
+
+    write_model(final, None, ranks, copy, save=lambda *_: None)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

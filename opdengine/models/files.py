@@ -37,7 +37,7 @@ def require_whole_files(folder: Path) -> None:
     for name in ("config.json", "adapter_config.json", "tokenizer_config.json", "generation_config.json"):
         if (folder / name).is_file():
             read_object(folder / name)
-    for file, names in _weight_files(folder).items():
+    for file, names in weight_files(folder).items():
         if not file.is_file():
             raise ModelFileError(
                 f"the weights file {str(file)!r} that {INDEX} names is missing (with {some(names)}); fetch it, or "
@@ -50,7 +50,7 @@ def require_whole_files(folder: Path) -> None:
             )
 
 
-def _weight_files(folder: Path) -> dict[Path, list[str]]:
+def weight_files(folder: Path) -> dict[Path, list[str]]:
     """The safetensors files that a model or an adapter is read from, with the tensors they are said to hold."""
     name = ADAPTER_FILE if (folder / "adapter_config.json").is_file() else WHOLE
     if (folder / name).is_file():

@@ -23,7 +23,7 @@ def hub_problem(name: str, error: BaseException, *, data: bool = False) -> str |
         error: of ``transformers``, ``datasets`` or ``huggingface_hub``; its causes are looked through.
         data: whether it is a data set.
     """
-    kinds = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
+    kinds = kinds_of(error)
     local = "file or folder" if data else "folder"
     if kinds & NO_ACCESS:
         page = f"https://huggingface.co/{'datasets/' if data else ''}{name}"
@@ -44,6 +44,11 @@ def hub_problem(name: str, error: BaseException, *, data: bool = False) -> str |
             f"'hf download {kind}{name}'"
         )
     return None
+
+
+def kinds_of(error: BaseException) -> set[str]:
+    """Names of the classes of an error and of what led to it."""
+    return {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -37,6 +37,17 @@ def seal(folder: Path, step: int) -> None:
     flush(folder / MANIFEST)
 
 
+def hashes_of(files: Mapping[str, Path]) -> dict[str, str]:
+    """One hash for each of some files, by their names here; that of a file of one part is what ``sha256sum`` prints."""
+    with ThreadPoolExecutor(_threads()) as pool:
+        parts = {name: _hashes(pool, file, PART_BYTES) for name, file in files.items()}
+        found = {name: list(digests) for name, digests in parts.items()}
+    return {
+        name: digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        for name, digests in found.items()
+    }
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -27,6 +27,8 @@ OPTIONAL = {
     "peft": ("LoRA students (lora:)", "pip install 'opdengine[train]'"),
     "flash-attn": ("faster attention on packed batches, GPU only", "pip install 'opdengine[flash-attn]'"),
     "tensorboard": ("report_to: [tensorboard]", "pip install 'opdengine[train]'"),
+    "wandb": ("report_to: [wandb]", "pip install 'opdengine[trackers]'"),
+    "trackio": ("report_to: [trackio]", "pip install 'opdengine[trackers]'"),
     "matplotlib": ("figures of `balance` and of the demos", "pip install 'opdengine[demo]'"),
     "gguf": ("opdengine fetch: a small real model", "pip install 'opdengine[gguf]'"),
     "math-verify": ('the verifier "math"', "pip install 'opdengine[math]'"),

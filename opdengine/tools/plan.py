@@ -94,6 +94,7 @@ class Plan:
     phases: Mapping[str, Work]
     memory: Mapping[str, float]
     notes: Sequence[str] = field(default_factory=list)
+    assumed: Sequence[str] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -123,7 +124,8 @@ class Plan:
         total = sum(self.memory.values())
         verdict = "fits" if self.fits else f"does NOT fit in {m.memory / GIB:.0f}"
         lines.append(f"  {'together':<34}{total / GIB:>8.1f}  {verdict}")
-        return "\n".join([*lines, *([""] if self.notes else []), *self.notes])
+        assumed = ["", "assumed:", *(f"  {line}" for line in self.assumed)] if self.assumed else []
+        return "\n".join([*lines, *([""] if self.notes else []), *self.notes, *assumed])
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def plan(config: TrainConfig, machine: Machine, lengths: Lengths | None = None) 
     prompts = config.prompts_per_step * machine.gpus
     rollouts = prompts * config.num_generations
     tokens = rollouts * lengths.completion
-    debates = config.method in ("mad_opd", "opad")
+    debates = config.debates
     rounds = config.debate.rounds if debates else 0
     transcript = rounds * len(teachers) * lengths.turn if debates and config.debate.use_transcript else 0.0
 
@@ -196,7 +198,8 @@ def plan(config: TrainConfig, machine: Machine, lengths: Lengths | None = None) 
         notes.append(f"served elsewhere, not counted: {', '.join(served)}")
     if written := [t.name for t in local if t.writer_base_url is not None]:
         notes.append(f"debate turns written elsewhere, not counted: {', '.join(written)}")
-    found = Plan(machine, phases, memory_of(config, student, teachers, machine, length), notes)
+    memory = memory_of(config, student, teachers, machine, length)
+    found = Plan(machine, phases, memory, notes, assumptions(config, machine, lengths))
     if not found.fits:
         notes.append(f"to fit: {REMEDIES[max(found.memory, key=lambda name: found.memory[name])]}")
     writing = [t for t in local if debates and t.writer_base_url is None]
@@ -205,6 +208,39 @@ def plan(config: TrainConfig, machine: Machine, lengths: Lengths | None = None) 
     if slow := [t.name for t in writing if t.shard]:
         notes.append(f"gather all weights for every token they write (a writer_base_url saves that): {', '.join(slow)}")
     return found
+
+
+def assumptions(config: TrainConfig, machine: Machine, lengths: Lengths) -> list[str]:
+    """What a plan takes for granted, one line each, with the option that says better where there is one."""
+    limits = Lengths(config.max_prompt_length, config.max_completion_length, config.debate.max_tokens)
+    told = {"mean_prompt": "a prompt", "mean_completion": "a completion"} | (
+        {"mean_turn": "a teacher's turn in a debate"} if config.debates else {}
+    )
+    lines = []
+    for (option, what), name in zip(told.items(), ("prompt", "completion", "turn"), strict=False):
+        value, limit = getattr(lengths, name), getattr(limits, name)
+        better = f", its limit in the settings: an upper bound (--{option} says better)" if value == limit else ""
+        lines.append(f"{what} has {value:g} tokens on average{better}")
+    m, mean = machine, f"{100 * machine.flop_efficiency:.0f} % of {machine.flops / 1e12:.0f} TFLOP/s (bfloat16)"
+    lines += [
+        f"{m.name}: large products reach {mean}, decoding {100 * m.bandwidth_efficiency:.0f} % of "
+        f"{m.bandwidth / 1e12:g} TB/s; {m.link / 1e9:g} GB/s between the {m.gpus_per_node} GPUs of a node, "
+        f"{m.network / 1e9:g} GB/s to others (--network)",
+        "the student's weights, gradients and two moments of AdamW are float32, 16 bytes a weight"
+        + ("; with lora less: this is an upper bound" if config.lora is not None else "")
+        + "; local teachers are bfloat16",
+        "the phases follow one another"
+        + (f" (max_staleness: {config.max_staleness} lets them overlap)" if config.max_staleness else ""),
+    ]
+    if not config.use_vllm:
+        lines.append("sampling is counted at the rate of vLLM, and transformers is slower: use_vllm: true")
+    if config.debates:
+        lines.append("no debate is in the cache")
+    if config.environment.name:
+        lines.append("an episode is one turn: multiply by its turns, and add what the environment itself takes")
+    if config.method == "mt_seqkd":
+        lines.append("the student's sampling stands for the teachers' writing, of which nothing is counted")
+    return lines
 
 
 def update_work(

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from opdengine.config.fields import Range
-from opdengine.config.section import RESUMABLE, Section, fields_of, range_of, section_in
+from opdengine.config.section import (
+    BY_CONTENT,
+    CHANGEABLE,
+    EXTENDABLE,
+    RESUMABLE,
+    Section,
+    fields_of,
+    mark_of,
+    range_of,
+    section_in,
+)
 from opdengine.config.train import TrainConfig
 from opdengine.tools.explain import by_method, default_of, in_yaml
 
@@ -26,7 +36,9 @@ Every setting of a run, as `opdengine settings` explains them at the command lin
 is given as `--key value`; in a section as `--section.key value`, of the first teacher as `--teachers.0.key value`.
 
 - A default that a method's paper sets otherwise is shown with the method; `opdengine settings method.NAME` cites it.
-- A run that is resumed may have settings marked with ↻ otherwise than before; they do not change what is learned.
+- A run that is resumed may have settings marked with ↻ otherwise than before; they do not change what is learned. With
+  `--allow_changes` it may also have those marked with ✎ otherwise: they change what is learned from there on, but not
+  the order of the data. Paths of models and data (⌂) may be others where the same lies there: see [Runs](runs.md).
 - The page is written by `python -m opdengine.tools.reference docs/settings.md`."""
 GROUPS = {
     "model": "What is learned from whom",
@@ -37,6 +49,9 @@ GROUPS = {
     "logging_steps": "Records, checkpoints and limits",
 }
 """Headings, by the first setting below them."""
+
+SIGNS = {RESUMABLE: " ↻", EXTENDABLE: " ↻", CHANGEABLE: " ✎", BY_CONTENT: " ⌂"}
+"""What a resumed run may do with a setting."""
 
 TABLE = "\n| setting | values | default | meaning |\n|---|---|---|---|"
 
@@ -53,17 +68,18 @@ def reference() -> str:
         if section is not None and section not in shown:
             shown.add(section)
             doc = _code(" ".join((section.__doc__ or "").split()))
-            lines += ["", f"## `{name}`", "", doc, TABLE, *_table(section, f"{name}.")]
+            mark = mark_of(fields_of(TrainConfig)[name])
+            lines += ["", f"## `{name}`", "", doc, TABLE, *_table(section, f"{name}.", mark)]
     return "\n".join(lines) + "\n"
 
 
-def _table(cls: Any, place: str) -> Iterator[str]:
+def _table(cls: Any, place: str, outer: str | None = None) -> Iterator[str]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         info = fields_of(cls)[field.name]
         if not place and field.name in GROUPS:
             yield from ["", f"## {GROUPS[field.name]}", TABLE]
-        name = f"`{field.name}`" + (" ↻" if RESUMABLE in info.metadata else "")
+        name = f"`{field.name}`" + SIGNS.get(mark_of(info) or outer or "", "")
         section = section_in(cls, field.name)
         kind = _kind(hints[field.name], range_of(info)) if section is None else _link(section, hints[field.name])
         default = "" if section is not None else _default(field, place)

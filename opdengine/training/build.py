@@ -58,6 +58,7 @@ def build_engine(
     checkpoint: Path | None = None,
     ranks: Ranks | None = None,
     tokenizers: Sequence[Any] | None = None,
+    schedule_begin: int = 0,
 ) -> Engine:
     """Load student, teachers and sampler.
 
@@ -68,6 +69,7 @@ def build_engine(
         checkpoint: take the student's weights from here.
         ranks: split the student's parameters.
         tokenizers: of the teachers, in their order; None loads them.
+        schedule_begin: the step after which the learning rate's schedule begins.
 
     Raises:
         ValueError: a teacher does not share the tokenizer, or a head is narrower than it.
@@ -133,7 +135,7 @@ def build_engine(
         sampler=build_sampler(config, model, tokenizer, ranks),
         optimizer=optimizer,
         ranks=ranks,
-        scheduler=build_scheduler(config, optimizer),
+        scheduler=build_scheduler(config, optimizer, schedule_begin),
         vocab_size=vocab_size,
         episodes=open_episodes(config, tokenizer, student.window) if config.environment.name else None,
         grader=build_grader(config, tokenizer) if method.needs_reward and not config.environment.name else None,
@@ -222,8 +224,10 @@ def load_student(
         raise ConfigError(f"dtype={config.dtype!r} {NO_FLOAT16}")
     if model.dtype == torch.bfloat16 and config.lora is None:
         logger.warning(
-            "the student's parameters are bfloat16: updates of less than about 1/256 of a weight are lost; "
-            "dtype: float32 with bf16: true keeps them"
+            "the student's parameters are bfloat16: updates of less than about 1/256 of a weight are lost, which with "
+            "learning_rate=%g is the fate of most (the metric weights_moved is the share that a step moves); "
+            "dtype: float32 with bf16: true keeps them",
+            config.learning_rate,
         )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

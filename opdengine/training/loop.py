@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -21,6 +22,7 @@ from opdengine.metrics import write_jsonl
 from opdengine.models.checkpoint import list_checkpoints, save_checkpoint
 from opdengine.teachers import TeacherError
 from opdengine.teachers.own import starts_of, tensors_of
+from opdengine.training.best import Best
 from opdengine.training.progress import Progress
 from opdengine.training.run_folder import InputFiles
 from opdengine.training.signals import Interrupts
@@ -80,6 +82,8 @@ class Loop:
         first: metrics to write at step 0.
         interrupts: tells when to end early.
         inputs: the files that the prompts were read from.
+        notes: what every checkpoint says beside its own state.
+        best: which evaluation was the best; None: it does not matter.
     """
 
     engine: Engine
@@ -92,6 +96,8 @@ class Loop:
     first: Mapping[str, float]
     interrupts: Interrupts
     inputs: InputFiles = field(default_factory=InputFiles)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    best: Best | None = None
 
     def __post_init__(self) -> None:
         self.position = self.stream.state_dict()
@@ -119,10 +125,13 @@ class Loop:
             await self.engine.sync()
             if self.step == 0 and (config.eval_data or config.environment.eval_splits or self.first):
                 self.metrics |= {**(await self._measure(0)), **self.first}
+                if self.best is not None:
+                    self.best.require(self.metrics)
                 with self.engine.ranks.agree():
                     self.writer.write(0, self.metrics)
                 bar.advance(0, self.metrics, self.metrics)
-            batches = prepared(self.engine, self.stream, self.step, config.max_steps, config.max_staleness)
+            last_step = self.step if self._is_over() else config.max_steps
+            batches = prepared(self.engine, self.stream, self.step, last_step, config.max_staleness)
             last = time.perf_counter()
             async with aclosing(batches):
                 async for number, batch, position in batches:
@@ -140,6 +149,8 @@ class Loop:
                         last = now
                         line = await self._report(result)
                         bar.advance(number, line, self.metrics, result.samples)
+                    if self._is_over():
+                        break
             self.watch.finish(self.step)
         except OSError as error:
             if error.errno in FULL:
@@ -160,15 +171,31 @@ class Loop:
     async def _report(self, result: StepResult) -> dict[str, float]:
         config, step = self.engine.config, self.step
         line = dict(result.metrics)
-        if _due(step, config.eval_steps) or step == config.max_steps:
-            line |= await self._measure(step)
+        is_best, is_last = False, step == config.max_steps
+        if _due(step, config.eval_steps) or is_last:
+            measured = await self._measure(step)
+            line |= measured
+            is_best = self.best is not None and self.best.look(step, measured)
+            is_last = is_last or (self.best is not None and self.best.exhausted)
         self.metrics |= line
         self._log(line, result)
-        if _due(step, config.save_steps):
+        if is_best or _due(step, config.save_steps) or (is_last and config.save_steps):
             self._save()
         self._write_bad(result)
         self.watch.look(step, line)
         return line
+
+    def _is_over(self) -> bool:
+        """Whether the run ends before ``max_steps``; says why."""
+        best = self.best
+        if best is None or not best.exhausted:
+            return False
+        logger.info(
+            "step %d: %s has not become better in %d evaluations (the best is %.4g at step %s): the run ends here "
+            "(early_stopping_patience)",
+            self.step, best.metric, best.waited, math.nan if best.value is None else best.value, best.step,
+        )  # fmt: skip
+        return True
 
     def _log(self, line: dict[str, float], result: StepResult) -> None:
         """Write a step's metrics and what was sampled in it."""
@@ -182,6 +209,8 @@ class Loop:
     def _log_completions(self, result: StepResult) -> None:
         name = f"step_{self.step}"
         write_jsonl(self.folder / "rollouts" / f"{name}.jsonl", result.completions)
+        if _due(self.step, self.engine.config.logging_steps):
+            self.writer.table("completions", self.step, result.completions)
         if result.tokens:
             write_tokens(self.folder / "tokens" / f"{name}.npz", result.tokens, self.pieces)
         verdicts = [dict(r) for r in result.records if "verdict" in r]
@@ -227,8 +256,11 @@ class Loop:
                 "metrics": self.metrics,
                 "prompts_per_step": engine.config.prompts_per_step * engine.ranks.world_size,
                 "teachers": starts_of(engine.teachers),
+                **self.notes,
+                **({} if self.best is None else {"best": self.best.state()}),
             },
             teachers=tensors_of(engine.teachers),
+            spare=() if self.best is None else (self.best.step,),
             keep=engine.config.save_total_limit,
             ranks=engine.ranks,
         )

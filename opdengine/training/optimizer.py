@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,17 +33,47 @@ def build_optimizer(config: TrainConfig, model: Any) -> torch.optim.AdamW:
     )
 
 
-def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning-rate schedule by its transformers name."""
+def build_scheduler(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, begin: int = 0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning-rate schedule by its transformers name.
+
+    Args:
+        config: of the run.
+        optimizer: of which it sets the rate.
+        begin: the step after which it begins, with its warm-up.
+    """
     from transformers import get_scheduler
 
-    schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+    steps = config.max_steps - begin
+    schedule: torch.optim.lr_scheduler.LambdaLR = get_scheduler(
         config.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=round(config.warmup_ratio * config.max_steps),
-        num_training_steps=config.max_steps,
+        num_warmup_steps=round(config.warmup_ratio * steps),
+        num_training_steps=steps,
     )
+    if begin:
+        schedule.lr_lambdas = [partial(_later, rate, begin) for rate in schedule.lr_lambdas]
     return schedule
+
+
+def _later(rate: Callable[[int], float], begin: int, step: int) -> float:
+    return rate(max(step - begin, 0))
+
+
+def restore_schedule(schedule: torch.optim.lr_scheduler.LambdaLR, saved: Mapping[str, Any]) -> None:
+    """Set a schedule, and its optimiser, to where a saved one was; the rates are those of its own settings.
+
+    Args:
+        schedule: as built for the run now.
+        saved: ``state_dict`` of that of the run before.
+    """
+    base = schedule.base_lrs
+    rates = [b * rate(saved["last_epoch"]) for b, rate in zip(base, schedule.lr_lambdas, strict=True)]
+    schedule.load_state_dict({**saved, "base_lrs": base, "_last_lr": rates, "lr_lambdas": [None] * len(base)})
+    # A scheduler sets the rate only when it steps, and does not when it is loaded.
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def require_updates(config: TrainConfig) -> None:
@@ -49,7 +81,6 @@ def require_updates(config: TrainConfig) -> None:
     rate = config.learning_rate
     if rate > 0:
         schedule = build_scheduler(config, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate))
-        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
         if any(schedule.lr_lambdas[0](step) > 0 for step in range(config.max_steps)):
             return
     raise ConfigError(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from opdengine.config.loading import to_mapping
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import PromptSet, PromptStream, ScheduledStream, as_source, drop_long, load_prompts
 from opdengine.data.templates import Reader, check_templates, readable, readers_of
@@ -25,13 +27,16 @@ from opdengine.methods.room import check_room
 from opdengine.metrics import write_jsonl
 from opdengine.models.backbone import check_model_path, load_model, read_window
 from opdengine.models.chat import encode_chat, load_tokenizer
-from opdengine.models.checkpoint import read_teachers, restore_optimizer, write_model
+from opdengine.models.checkpoint import copy_model, read_teachers, restore_optimizer, step_of, write_model
+from opdengine.models.manifest import find_damage
 from opdengine.models.rendering import thought_opening
 from opdengine.rollout.vllm.engine import require_vllm
 from opdengine.teachers.own import restore_own
+from opdengine.training.best import Best
 from opdengine.training.build import build_engine, check_ranks, student_dtype, teacher_tokenizer
 from opdengine.training.diagnostics import gradient_diagnostics
 from opdengine.training.evaluate import (
+    Evaluation,
     answer_params,
     evaluate,
     evaluate_episodes,
@@ -40,12 +45,15 @@ from opdengine.training.evaluate import (
     warn_of_overlap,
 )
 from opdengine.training.loop import Loop
-from opdengine.training.optimizer import require_updates
+from opdengine.training.model_card import write_card
+from opdengine.training.optimizer import require_updates, restore_schedule
 from opdengine.training.progress import Progress
+from opdengine.training.publish import open_repository, push
 from opdengine.training.run_folder import InputFiles, RunFolder, require_writable
 from opdengine.training.signals import Interrupted, Interrupts
 from opdengine.training.step import Engine
-from opdengine.training.writer import MetricsWriter, NoWriter, require_trackers
+from opdengine.training.trackers import open_trackers, require_trackers
+from opdengine.training.writer import MetricsWriter, NoWriter
 from opdengine.types import Prompt
 from opdengine.verifiers.grader import Grader
 
@@ -69,6 +77,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     Raises:
         ConfigError, DataError, CheckpointError: before any model is loaded, where possible.
         PeerError: another process failed.
+        HubError: the model is finished, and could not be pushed.
         Interrupted: SIGINT, SIGTERM or SIGHUP; the last finished step has been saved.
     """
     with start(config.ddp_timeout) as ranks:
@@ -81,7 +90,8 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     config.require_train_data()
     method = build_method(config)
     _check_needs(config)
-    require_updates(config)
+    if config.num_train_epochs is None:
+        require_updates(config)
     grader = Grader.from_config(config)
     folder = RunFolder(config, ranks)
     held_out, episodes = _held_out(config), held_out_tasks(config.environment)
@@ -110,37 +120,55 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
         missing = "environment.eval_splits" if config.environment.name else "eval_data"
         logger.warning("eval_steps=%d evaluates nothing: name what to evaluate on with %s", config.eval_steps, missing)
     _warn_of_repeats(config.prompts_per_step * ranks.world_size, len(prompts.prompts))
+    if config.num_train_epochs is not None:
+        config = in_steps(config, len(prompts.prompts), ranks.world_size)
+        require_updates(config)
+        method = build_method(config)
     saved = folder.state
+    begin = saved.get("step", 0)
+    schedule_begin = folder.settle(config)
     stream = _open_stream(config, method, prompts, saved)
     _seed_everything(config.seed)
     ranks.raise_on_all_ranks()  # everything that can be refused has been, on every rank
     for line in method.paper.report(config, ranks.world_size) if method.paper is not None else ():
         logger.info(line)
-    engine = build_engine(config, method, tokenizer, folder.checkpoint, ranks, tokenizers)
+    with ranks.agree():
+        if ranks.is_first:
+            folder.look_at_models()
+        repository = open_repository(config) if config.push_to_hub and ranks.is_first else None
+    engine = build_engine(config, method, tokenizer, folder.checkpoint, ranks, tokenizers, schedule_begin)
     engine.diagnostics = gradient_diagnostics(method, prompts.prompts)
     if ranks.rank:
         _seed_everything(config.seed + ranks.rank)  # dropout differs between ranks, what is loaded does not
-    begin = saved.get("step", 0)
     if folder.checkpoint is not None:
         _restore(engine, folder.checkpoint, saved)
     last_step = begin if saved else -1
     with ranks.agree():
         if ranks.is_first:
             folder.claim()
-        writer = MetricsWriter(folder.path, config.report_to, last_step) if ranks.is_first else NoWriter()
+        writer: MetricsWriter | NoWriter = NoWriter()
+        if ranks.is_first:
+            writer = MetricsWriter(folder.path, open_trackers(config, folder.path, last_step), last_step)
 
     interrupts = Interrupts(ranks)
+    best = Best.from_config(config)
+    if best is not None:
+        best.restore(saved.get("best"), folder.path / "checkpoints")
+        if measured := {name: value for name, value in saved.get("metrics", {}).items() if name.startswith("eval/")}:
+            best.require(measured)
     loop = Loop(
         engine,
         stream,
         folder.path,
         writer,
-        _evaluation(config, engine, held_out, episodes, grader, folder.path),
+        _evaluation(config, engine, held_out, episodes, grader, folder.path, writer),
         step=begin,
         metrics=dict(saved.get("metrics", {})),
         first=_dropped(prompts),
         interrupts=interrupts,
         inputs=InputFiles([as_source(d).path for d in config.train_data] if ranks.is_first else ()),
+        notes={"settings": to_mapping(config), "models": folder.models, "schedule_begin": schedule_begin},
+        best=best,
     )
     final = folder.path / "final"
     try:
@@ -151,12 +179,15 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
             except Interrupted as signal:
                 loop.rescue(str(signal))
                 raise
-        write_model(final, engine.student.model, ranks, tokenizer.save_pretrained)
+        _write_final(config, loop, final)
         if config.lora is not None and config.lora.merge_final and ranks.is_first:
             merged = load_model(str(final), dtype=student_dtype(config), trust_remote_code=config.trust_remote_code)
             write_model(folder.path / "merged", merged, Ranks(), tokenizer.save_pretrained)
         for line in bar.summary(folder.path) if progress else ():
             logger.info("%s", line)
+        with ranks.agree():
+            if repository is not None:
+                push(final, repository, f"{config.method}: step {loop.step}")
     finally:
         folder.release()
         writer.close()
@@ -169,6 +200,45 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
     return TrainResult(folder.path, final, loop.metrics)
 
 
+def _write_final(config: TrainConfig, loop: Loop, final: Path) -> None:
+    """Write the final model with its card: that of the last step, or of the best one where that was asked for."""
+    engine, step = loop.engine, loop.step
+    best = _best_checkpoint(config, loop)
+    if best is not None:
+        step = step_of(best)
+
+    def card(folder: Path) -> None:
+        write_card(folder, config, loop.folder, config.prompts_per_step * engine.ranks.world_size, step)
+
+    def rest(folder: Path) -> None:
+        engine.tokenizer.save_pretrained(folder)
+        card(folder)
+
+    if best is None:
+        write_model(final, engine.student.model, engine.ranks, rest)
+    else:
+        copy_model(final, best, engine.ranks, card)
+
+
+def _best_checkpoint(config: TrainConfig, loop: Loop) -> Path | None:
+    """The checkpoint that the final model is taken from; says so, or why it is none."""
+    best, ranks = loop.best, loop.engine.ranks
+    if best is None or best.step is None:
+        return None
+    checkpoint = loop.folder / "checkpoints" / f"step_{best.step}"
+    with ranks.agree():
+        damage = find_damage(checkpoint) if ranks.is_first and config.load_best_model_at_end else None
+    damage = ranks.gather(damage)[0]
+    if damage is not None:
+        logger.error("%s is damaged (%s): final/ is the last step's model, not the best one", checkpoint, damage)
+    kept = config.load_best_model_at_end and damage is None
+    logger.info(
+        "the best %s is %.4g, at step %d (%s); final/ is %s",
+        best.metric, best.value, best.step, checkpoint, "its model" if kept else f"that of step {loop.step}",
+    )  # fmt: skip
+    return checkpoint if kept else None
+
+
 def _evaluation(
     config: TrainConfig,
     engine: Engine,
@@ -176,6 +246,7 @@ def _evaluation(
     episodes: Mapping[str, Sequence[Prompt]],
     grader: Grader,
     folder: Path,
+    writer: MetricsWriter | NoWriter,
 ) -> Callable[[int], dict[str, float]]:
     """A function of the step: the metrics of its evaluation, whose answers it writes down."""
 
@@ -193,20 +264,26 @@ def _evaluation(
         elif held_out:
             result = evaluate(engine.sampler, held_out, engine.encode, grader, answer_params(config), engine.ranks)
             metrics = result.metrics()
-            rows = [
-                {"prompt_id": p.id, "data_source": p.key, "score": score, "text": text,
-                 "prompt": [dict(message) for message in p.messages], "answer": p.answer}
-                for p, scores, texts in zip(held_out, result.scores.tolist(), result.texts, strict=True)
-                for score, text in zip(scores, texts, strict=True)
-            ]  # fmt: skip
+            rows = _rows_of(held_out, result)
         else:
             return {}
         with engine.ranks.agree():
             if engine.ranks.is_first:
                 write_jsonl(folder / "evaluations" / f"step_{step}.jsonl", rows)
+                writer.table("evaluations", step, rows)
         return metrics
 
     return measure
+
+
+def _rows_of(prompts: Sequence[Prompt], result: Evaluation) -> list[dict[str, Any]]:
+    """One row for each answer, for the log."""
+    return [
+        {"prompt_id": p.id, "data_source": p.key, "score": score, "text": text,
+         "prompt": [dict(message) for message in p.messages], "answer": p.answer}
+        for p, scores, texts in zip(prompts, result.scores.tolist(), result.texts, strict=True)
+        for score, text in zip(scores, texts, strict=True)
+    ]  # fmt: skip
 
 
 def _check_needs(config: TrainConfig) -> None:
@@ -235,12 +312,26 @@ def _open_stream(
 def _restore(engine: Engine, checkpoint: Path, saved: Mapping[str, Any]) -> None:
     """Versions, schedule, optimiser and random states of a checkpoint; its weights are loaded already."""
     engine.version = saved["version"]
-    engine.scheduler.load_state_dict(saved["scheduler"])
-    # A scheduler sets the rate only when it steps, and does not when it is loaded.
-    for group, rate in zip(engine.optimizer.param_groups, engine.scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate
+    restore_schedule(engine.scheduler, saved["scheduler"])
     restore_optimizer(checkpoint, engine.student.model, engine.optimizer, engine.ranks)
     restore_own(engine.teachers, read_teachers(checkpoint), saved.get("teachers", {}), engine.version)
+
+
+def in_steps(config: TrainConfig, prompts: int, processes: int) -> TrainConfig:
+    """The settings with ``max_steps`` in place of ``num_train_epochs``; the last step may go on into the next pass.
+
+    Args:
+        config: of the run.
+        prompts: of one pass.
+        processes: that share the prompts of a step.
+    """
+    assert config.num_train_epochs is not None
+    per_step = config.prompts_per_step * processes
+    steps = max(1, math.ceil(config.num_train_epochs * prompts / per_step - 1e-9))
+    logger.info(
+        "num_train_epochs=%g: %d steps of %d prompts for %d prompts", config.num_train_epochs, steps, per_step, prompts
+    )
+    return replace(config, max_steps=steps, num_train_epochs=None)
 
 
 def check_routing(config: TrainConfig, method: Method, prompts: PromptSet) -> None:

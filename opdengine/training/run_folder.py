@@ -16,12 +16,24 @@ from typing import IO, Any
 
 from opdengine.config.fields import at_home
 from opdengine.config.loading import from_mapping, read_settings, to_mapping
-from opdengine.config.section import RESUMABLE, fields_of, section_in
+from opdengine.config.section import CHANGEABLE
 from opdengine.config.train import TrainConfig
 from opdengine.config.yaml_text import dump_yaml
 from opdengine.distributed import Ranks
 from opdengine.errors import ConfigError, WriteError
 from opdengine.models.checkpoint import find_checkpoint, list_checkpoints, read_state, step_of
+from opdengine.training.changes import (
+    CHANGES,
+    Change,
+    Contents,
+    accept,
+    changes,
+    contents_of_models,
+    note_changes,
+    require_same_models,
+    speak_of_schedule,
+)
+from opdengine.training.trackers import NOTE
 from opdengine.training.writer import read_metrics
 from opdengine.workers.printing import brief
 
@@ -46,12 +58,14 @@ TRAINED = ("checkpoints/*", "checkpoints/.*.partial", "rollouts/*", "final", "me
 class RunFolder:
     """Checks the folder before any model is loaded; :meth:`claim` writes to it.
 
+    What the run has otherwise than the one that it continues is in :attr:`changes`.
+
     Args:
         config: of the run.
         ranks: that share the prompts of a step; the first one checks the checkpoint.
 
     Raises:
-        ConfigError: the folder holds another run, or the run to resume had other settings.
+        ConfigError: the folder holds another run, or the run to resume had other settings or models.
         CheckpointError: the checkpoint to resume from is none, or is damaged.
     """
 
@@ -60,6 +74,10 @@ class RunFolder:
         self.path = Path(config.output_dir)
         self.config = config
         self.checkpoint: Path | None = None
+        self.changes: list[Change] = []
+        self.models: Contents = {}
+        self.before: Mapping[str, Any] | None = None
+        self.processes = ranks.world_size
         self._held: IO[str] | None = None
         require_writable("output_dir", config.output_dir)
         _require_kinds(self.path)
@@ -82,11 +100,64 @@ class RunFolder:
                 f"output_dir={config.output_dir!r} holds another run than the checkpoint "
                 f"{str(self.checkpoint)!r}; choose a new folder, or resume from a checkpoint of this one"
             )
-        if (origin / "config.yaml").is_file():
+        stored = self.state.get("settings")
+        if stored is None and (origin / "config.yaml").is_file():  # of a checkpoint that an earlier version wrote
             stored = read_settings(origin / "config.yaml")
-            # Read like any configuration, so that a setting newer than the run has its default.
-            _require_same(to_mapping(from_mapping(TrainConfig, stored)), to_mapping(config))
-        _require_batch(self.state.get("prompts_per_step"), config, ranks.world_size)
+        self._read(stored)
+
+    def look_at_models(self) -> None:
+        """Read what lies in the model folders, which a checkpoint will say; called before they are loaded.
+
+        Raises:
+            ConfigError: one holds another model than in the run to resume.
+        """
+        self.models = contents_of_models(self.config)
+        require_same_models(self.config, self.state.get("models", {}), self.models)
+
+    def _read(self, stored: Mapping[str, Any] | None) -> None:
+        """Take up the settings of the run before, and refuse what cannot follow on them.
+
+        They are read like any configuration, so that a setting newer than that run has its default.
+        """
+        self.before = None if stored is None else to_mapping(from_mapping(TrainConfig, stored))
+        self._compare(self.processes)
+
+    def settle(self, config: TrainConfig) -> int:
+        """Take the settings as they are once the number of steps is known.
+
+        Returns:
+            The step after which the learning rate's schedule begins; where that is another one now, a line says so.
+
+        Raises:
+            ConfigError: the checkpoint is of a later step than the last one.
+        """
+        self.config, step = config, self.state.get("step", 0)
+        if step > config.max_steps:
+            raise ConfigError(
+                f"max_steps={config.max_steps} is not possible: the checkpoint to continue from is of step {step}; "
+                "give more steps, or name an earlier checkpoint with resume_from_checkpoint"
+            )
+        self._compare(self.processes)
+        begun: int = self.state.get("schedule_begin", 0)
+        now: int = self.state.get("scheduler", {}).get("last_epoch", 0)
+        return now if speak_of_schedule(self.changes, config, now) else begun
+
+    def _compare(self, processes: int) -> None:
+        """Find what is otherwise than in the run before, and refuse what may not be."""
+        config, before = self.config, self.state.get("prompts_per_step")
+        self.changes = [] if self.before is None else changes(self.before, to_mapping(config))
+        accept(self.changes, config, self.state.get("models", ()))
+        now = config.prompts_per_step * processes
+        if before in (None, now):
+            return
+        if not config.allow_changes:
+            raise ConfigError(
+                f"the run to resume had {before} prompts in a step, this one has {now} (per_device_train_batch_size="
+                f"{config.per_device_train_batch_size} x gradient_accumulation_steps="
+                f"{config.gradient_accumulation_steps} x {processes} processes); change the first two so that their "
+                f"product with the processes is {before}, or go on with {now} by --allow_changes"
+            )
+        self.changes.append(Change("prompts_per_step", before, now, CHANGEABLE))
 
     def _start_again(self, occupied: bool) -> None:
         """A run that was interrupted before its first checkpoint, or never begun, starts from the beginning."""
@@ -97,8 +168,7 @@ class RunFolder:
                 "an interrupted run; choose another folder (save_steps writes checkpoints)"
             )
         if stored.is_file():
-            before = from_mapping(TrainConfig, read_settings(stored))
-            _require_same(to_mapping(before), to_mapping(self.config))
+            self._read(read_settings(stored))
         logger.info("no checkpoint in %s yet: starting from the beginning", self.path / "checkpoints")
 
     def claim(self) -> None:
@@ -122,10 +192,11 @@ class RunFolder:
 
     def _prepare(self) -> None:
         if self.config.resume_from_checkpoint is None:  # what a run that trained nothing has left
-            for name in ("config.yaml", "metrics.jsonl"):
+            for name in ("config.yaml", "metrics.jsonl", CHANGES, NOTE):
                 (self.path / name).unlink(missing_ok=True)
         self._leave_later()
-        if not (self.path / "config.yaml").exists():
+        note_changes(self.path, self.state.get("step", 0), self.changes)
+        if self.changes or not (self.path / "config.yaml").exists():
             text = dump_yaml(to_mapping(self.config))
             partial = self.path / "config.yaml.tmp"
             partial.write_text(text, "utf-8")
@@ -150,7 +221,7 @@ class RunFolder:
         while target.exists():
             number, target = number + 1, target.with_name(f"after_step_{step}.{number + 1}")
         target.mkdir(parents=True)
-        for name in ("config.yaml", "metrics.jsonl"):
+        for name in ("config.yaml", "metrics.jsonl", CHANGES):
             if (self.path / name).is_file():
                 shutil.copy(self.path / name, target)
         ends = [self.path / name for name in ("final", "merged")]
@@ -232,10 +303,10 @@ def require_writable(name: str, folder: str) -> None:
 
 def _require_kinds(folder: Path) -> None:
     """Raise ConfigError where a file stands in the way of a folder that the run will write, or a folder of a file."""
-    for name in (*LOGS, "checkpoints", "final", "merged", "bad_steps", "tensorboard", ABANDONED):
+    for name in (*LOGS, "checkpoints", "final", "merged", "bad_steps", "tensorboard", "wandb", ABANDONED):
         if (folder / name).exists() and not (folder / name).is_dir():
             raise ConfigError(f"output_dir={str(folder)!r} is not possible: {name!r} in it is no folder; remove it")
-    for name in (LOCK, "config.yaml", "metrics.jsonl"):
+    for name in (LOCK, "config.yaml", "metrics.jsonl", CHANGES, NOTE):
         if (folder / name).exists() and not (folder / name).is_file():
             raise ConfigError(f"output_dir={str(folder)!r} is not possible: {name!r} in it is no file; remove it")
 
@@ -272,44 +343,3 @@ def _stamp(path: str) -> tuple[int, int] | None:
         return None
     status = file.stat()
     return status.st_mtime_ns, status.st_size
-
-
-def _require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
-    before, now = _lasting(before), _lasting(now)
-    changed = [
-        f"  {key}: {before.get(key)!r} then, {now.get(key)!r} now"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    ]
-    if changed:
-        listing = "\n".join(changed)
-        raise ConfigError(
-            f"the run to resume had other settings:\n{listing}\n"
-            "Resume with the same settings, or start a new run in another output_dir."
-        )
-
-
-def _require_batch(before: int | None, config: TrainConfig, processes: int) -> None:
-    now = config.prompts_per_step * processes
-    if before is not None and before != now:
-        raise ConfigError(
-            f"the run to resume had {before} prompts in a step, this one has {now} (per_device_train_batch_size="
-            f"{config.per_device_train_batch_size} x gradient_accumulation_steps={config.gradient_accumulation_steps} "
-            f"x {processes} processes); change the first two so that their product with the processes is {before}"
-        )
-
-
-def _lasting(settings: Mapping[str, Any], cls: type = TrainConfig) -> dict[str, Any]:
-    """The settings that must be the same in a resumed run; instead of the batch size of one process, the prompts of a
-    step over all processes are compared."""
-    lasting = {}
-    for name, info in fields_of(cls).items():
-        inner, value = section_in(cls, name), settings[name]
-        if RESUMABLE in info.metadata:
-            continue
-        if inner is not None and isinstance(value, list):
-            value = [_lasting(item, inner) if isinstance(item, dict) else item for item in value]
-        elif inner is not None and value is not None:
-            value = _lasting(value, inner)
-        lasting[name] = value
-    return lasting

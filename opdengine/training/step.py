@@ -85,7 +85,7 @@ class Engine:
     teachers: Sequence[Teacher]
     sampler: Sampler
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: torch.optim.lr_scheduler.LambdaLR
     vocab_size: int
     episodes: Episodes | None = None
     grader: Grader | None = None
@@ -428,7 +428,9 @@ class Engine:
         learning_rate = float(self.scheduler.get_last_lr()[0])
         before = some_values(self.student.model)
         self.optimizer.step()
-        moved = self.ranks.sum(not torch.equal(before, some_values(self.student.model)))
+        changed = before != some_values(self.student.model)
+        moved = self.ranks.sum(float(changed.sum()))
+        seen = self.ranks.sum(changed.numel()) if self.student.model.dtype == torch.bfloat16 else 0.0
         self.optimizer.zero_grad(set_to_none=True)  # nothing of them is held while the next batch is sampled and scored
         self.scheduler.step()
         self.version += 1
@@ -438,6 +440,7 @@ class Engine:
             "learning_rate": learning_rate,
             "policy_version": float(self.version),
             **({} if moved or not learning_rate else {"lost_updates": 1.0}),
+            **({"weights_moved": moved / seen} if seen else {}),
         }
 
 

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from opdengine.errors import ConfigError
+from opdengine.training.trackers import Tracker, rows_for_table
 
 logger = logging.getLogger(__name__)
 
-
-def require_trackers(report_to: Sequence[str]) -> None:
-    """Raise ConfigError for a tracker that is not installed."""
-    if "tensorboard" in report_to and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("report_to: [tensorboard] needs a package: pip install tensorboard")
+NONE: Mapping[str, Tracker] = MappingProxyType({})
 
 
 class MetricsWriter:
-    """Appends to ``metrics.jsonl`` and to TensorBoard where asked.
+    """Appends to ``metrics.jsonl``, and hands everything on to trackers.
 
     Args:
         folder: of the run.
-        report_to: trackers besides the file.
+        trackers: by name; one that fails is told about once, and the run goes on.
         last_step: lines of later steps (written by a run that was interrupted after its last
             checkpoint) are removed, so that every step occurs once.
     """
 
-    def __init__(self, folder: Path, report_to: Sequence[str] = (), last_step: int = -1) -> None:
+    def __init__(self, folder: Path, trackers: Mapping[str, Tracker] = NONE, last_step: int = -1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         if self.path.is_file():
@@ -43,31 +40,45 @@ class MetricsWriter:
                 os.fsync(file.fileno())
             partial.replace(self.path)
         self._file = self.path.open("a")
-        self._tensorboard: Any = None
-        if "tensorboard" in report_to:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
+        self._trackers, self._failures = trackers, Counter[str]()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record the metrics of one step."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())  # a checkpoint that follows must not outlive its rows
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+        self._hand_on(lambda tracker: tracker.log(step, values))
+
+    def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show trackers some rows; the run's own files hold them all."""
+        if self._trackers and rows:
+            shown = rows_for_table(rows)
+            self._hand_on(lambda tracker: tracker.table(name, step, shown))
 
     def close(self) -> None:
+        """Close the file and the trackers."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._hand_on(lambda tracker: tracker.close())
+        for name, count in self._failures.items():
+            logger.warning("the tracker %s failed %d times and lacks what metrics.jsonl has", name, count)
+
+    def _hand_on(self, say: Callable[[Tracker], None]) -> None:
+        for name, tracker in self._trackers.items():
+            try:
+                say(tracker)
+            except Exception as error:  # each has errors of its own, and none is worth a run
+                if not self._failures[name]:
+                    logger.warning("the tracker %s failed (%s): the run goes on, metrics.jsonl has all", name, error)
+                self._failures[name] += 1
 
 
 class NoWriter:
     """The writer of ranks that do not write."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Leave it to the first rank."""
+
+    def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Leave it to the first rank."""
 
     def close(self) -> None:

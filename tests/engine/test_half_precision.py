@@ -18,7 +18,7 @@ from opdengine.models.backbone import Backbone, fit_attention, load_model
 from opdengine.models.packing import pack
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.training.build import halve_products
-from opdengine.types import Request, SamplingParams
+from opdengine.types import Batch, Request, SamplingParams
 
 IDS = np.arange(1, 30, dtype=np.int64)
 
@@ -226,3 +226,24 @@ def test_a_padded_batch_needs_no_mask(models: dict[str, str], monkeypatch: pytes
         states[layout] = torch.cat([parts[i] for i in range(3)])
         assert [m is None for m in masks] == [layout == "padded"] * 2
     torch.testing.assert_close(states["padded"], states["rows"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_run_tells_how_few_bfloat16_weights_a_step_moves(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, dtype: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first step of AdamW moves every weight that has a gradient by the learning rate."""
+    config = make_config(models, prompt_file, tmp_path, dtype=dtype, learning_rate=1e-5, max_steps=1, warmup_ratio=0)
+    engine = make_engine(config)
+    told = "which with learning_rate=1e-05 is the fate of most"
+    assert (told in caplog.text) == (dtype == "bfloat16")
+    before = [p.detach().clone() for p in engine.student.model.parameters()]
+    samples = make_samples(engine, load_prompts([prompt_file]).prompts[:4])
+    engine.probed = True
+    metrics = engine.update(Batch(samples=samples)).metrics
+    pairs = [(one, p.detach()) for one, p in zip(before, engine.student.model.parameters(), strict=True)]
+    moved = sum(int((one != now).sum()) for one, now in pairs) / sum(one.numel() for one in before)
+    if dtype == "float32":
+        assert "weights_moved" not in metrics and moved > 0.5
+    else:
+        assert metrics["weights_moved"] == pytest.approx(moved, abs=0.05) and 0 < moved < 0.2

@@ -296,6 +296,23 @@ def test_a_finished_adapter_is_a_model_like_any_other(
     assert "eval/accuracy" in json.loads(capsys.readouterr().out)
 
 
+def test_an_adapter_as_peft_writes_it_teaches_and_is_trained(models: Models, prompt_file: str, tmp_path: Path) -> None:
+    """It has neither a tokenizer nor our note on its base."""
+    adapter = tmp_path / "adapter"
+    disturb(add_adapter(load_model(models["student"]), from_mapping(LoRAConfig, LORA))).save_pretrained(adapter)
+    assert {"tokenizer.json", "tokenizer_config.json", "base_model.json"}.isdisjoint(f.name for f in adapter.iterdir())
+    assert load_tokenizer(str(adapter)).get_vocab() == load_tokenizer(models["student"]).get_vocab()
+    mine = '{{ "mine" }}{% for m in messages %}{{ m.content }}{% endfor %}'
+    assert load_tokenizer(str(adapter), chat_template=mine).chat_template == mine
+    assert main(["eval", "--model", str(adapter), "--eval_data", prompt_file]) == 0
+    settings: dict[str, Any] = {"method": "opd", "max_steps": 1, "model": str(adapter)}
+    settings["teachers"] = [{"model": models["big"]}]
+    train(make_config(models, prompt_file, tmp_path / "other", **settings), progress=False)
+    assert (tmp_path / "other" / "final" / "tokenizer.json").is_file()
+    settings |= {"model": models["student"], "teachers": [{"model": str(adapter)}], "lora": LORA}
+    train(make_config(models, prompt_file, tmp_path / "third", **settings), progress=False)
+
+
 def factors(folder: Path) -> dict[str, torch.Tensor]:
     """Name of a weight -> what the adapter adds to it."""
     stored = load_file(folder / "adapter_model.safetensors")

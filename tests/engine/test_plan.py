@@ -168,3 +168,32 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", config, "--gpus", "0"]) == 2
     assert main(["plan", "--config", config, "--model", "some/where/else"]) == 2
     assert "'some/where/else'" in (told := capsys.readouterr().err) and "give a folder that has one" in told
+
+
+def test_a_plan_says_what_it_assumed(
+    models: Models, prompt_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(models, prompt_file, tmp_path, method="mad_opd")
+    assumed = "\n".join(plan(config, Machine()).assumed)
+    for said in (
+        "a prompt has 4096 tokens on average, its limit in the settings: an upper bound (--mean_prompt says better)",
+        "a completion has 6 tokens on average, its limit",
+        "a teacher's turn in a debate has 5 tokens",
+        "h200: large products reach 45 % of 989 TFLOP/s (bfloat16), decoding 60 % of 4.8 TB/s",
+        "16 bytes a weight",
+        "no debate is in the cache",
+    ):
+        assert said in assumed
+    assert "a prompt has 100 tokens on average\n" in "\n".join(plan(config, Machine(), Lengths(100, 6, 5)).assumed)
+    arguments = ["plan", "--model", models["student"], "--teachers.0.model", models["big"], "--method", "opd"]
+    assert main([*arguments, "--mean_completion", "9", "--gpu", "l40s"]) == 0
+    shown = capsys.readouterr().out
+    assert "assumed:\n  a prompt has" in shown and "a completion has 9 tokens on average\n" in shown
+    assert "l40s: large products reach" in shown and "debate" not in shown.partition("assumed:")[2]
+
+
+def test_a_debate_under_another_method_is_counted(models: Models, prompt_file: str, tmp_path: Path) -> None:
+    settings = {"verifier": "exact_match", "num_generations": 2, "use_vllm": False}
+    plain = make_config(models, prompt_file, tmp_path, method="uni_opd", **settings)
+    debated = make_config(models, prompt_file, tmp_path, method="uni_opd", contexts="debate", **settings)
+    assert "debate" not in plan(plain, Machine()).phases and plan(debated, Machine()).phases["debate"].flops > 0

@@ -44,3 +44,16 @@ def test_the_settings_that_the_readme_shows_are_real():
         nested = [*settings.get("teachers", []), settings.get("debate", {})]
         shown = set(settings).union(*nested) - {"agentic", "default"}
         assert shown <= known, shown - known
+
+
+def test_the_sample_configuration_trains_float32_weights_under_bfloat16():
+    """Steps of 1e-6 move few of bfloat16 weights, which `dtype: auto` would keep of such a model."""
+    import yaml
+
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)]
+    (sample,) = [block for block in blocks if "output_dir" in block]
+    assert sample["dtype"] == "float32" and sample["bf16"] is True
+    for file in sorted((ROOT / "examples" / "configs").glob("*.yaml")):
+        settings = yaml.safe_load(file.read_text())
+        if "tiny" not in file.name and settings.get("lora") is None:
+            assert (settings["dtype"], settings["bf16"]) == ("float32", True), file
