@@ -47,11 +47,14 @@ def demo_real() -> str:
     for name, by in found["student"].items():
         rows.append([f"**student {name}**", *(f"**{cell(by[s])}**" if s in by else "" for s in SKILLS)])
     count = {skill: by["n"] for skill, by in next(iter(experts["alone"].values())).items()}
+    rollouts = "one rollout" if found["rollouts"] == 1 else f"{found['rollouts']} rollouts"
     of = ", ".join(f"{n} of `{skill}`" for skill, n in count.items())
+    minutes = {name: seconds / 60 for name, seconds in found["processor_seconds"].items()}
     return table(["", *SKILLS.values()], rows) + (
         f"\n\nRight answers in percent, greedy, with 95 % intervals, on {of}; the last two are held out. The student "
-        f"after {found['steps']} steps of {found['prompts']} prompts with {found['rollouts']} rollouts each, seed 0; "
-        f"the whole demo took {found['wall_seconds'] / 60:.0f} minutes."
+        f"after {found['steps']} steps of {found['prompts']} prompts with {rollouts} each, seed 0. In processor time "
+        f"the experts' answers, debates and judgements took {minutes['experts']:.1f} minutes, the training "
+        f"{minutes['training']:.1f}."
     )
 
 

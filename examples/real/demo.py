@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     config = load_config(CONFIG, changes)
     console.print("[bold]Two experts[/bold], alone and in debates about held-out questions:")
     experts = measure(config, [*market.questions("train", "price"), *held_out()])
+    graded_in = time.process_time()
     console.print(experts_table(experts))
     show_debate(console, experts["debates"])
     console.print(f"[bold]The student[/bold] learns in {config.max_steps} steps; everything is written to {folder}")
@@ -67,6 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         "rollouts": config.num_generations,
         "tau": config.debate.tau,
         "wall_seconds": time.perf_counter() - started,
+        "processor_seconds": {"experts": graded_in, "training": processor_seconds()},
         "cores": os.cpu_count(),
         "versions": {
             "python": platform.python_version(),
@@ -79,6 +82,12 @@ def main(arguments: Sequence[str]) -> int:
     console.print(student_table(results))
     console.print(f"{results['wall_seconds'] / 60:.0f} minutes; numbers: {folder / 'results.json'}")
     return 0
+
+
+def processor_seconds() -> float:
+    """Of the processes that have ended: the training, where the model was here already."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def fetch(folder: Path = Path("models/smollm2")) -> None:
