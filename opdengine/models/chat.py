@@ -11,7 +11,6 @@ from typing import Any
 
 from opdengine.models.hub import hub_problem
 from opdengine.models.lfs import require_no_pointers
-from opdengine.models.lora import read_adapted
 from opdengine.models.rendering import (
     MARK,
     REPLY,
@@ -75,6 +74,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
         ValueError: it cannot be read, no chat template is known, or there is no end-of-sequence token.
     """
     from transformers import AutoTokenizer
+
+    from opdengine.models.lora import read_adapted  # which a plain install, without the packages of training, lacks
 
     if Path(path).is_dir():
         require_no_pointers(Path(path))
