@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import json
 import re
 import textwrap
 import typing
@@ -176,6 +177,8 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 def in_yaml(value: Any) -> str:
     """A value as it is written in YAML, on one line."""
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value, ensure_ascii=False)  # YAML's quoted text
     return dump_yaml(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 
