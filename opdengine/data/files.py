@@ -9,6 +9,7 @@ from typing import Any
 
 from opdengine.config.fields import at_home
 from opdengine.data.reasoning_tasks import GENERATED, generate
+from opdengine.models.given import find_given, is_given
 from opdengine.models.hub import hub_problem
 from opdengine.models.surrogates import levels, surrogate_in
 
@@ -92,6 +93,9 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
     Raises:
         DataError: the file does not exist or cannot be read.
     """
+    if is_given(path):
+        yield from enumerate(map(_sound, find_given(path).rows or ()), start=1)
+        return
     if path.startswith(GENERATED):
         yield from enumerate(_read(path, lambda: list(generate(path))), start=1)
         return

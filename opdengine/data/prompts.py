@@ -19,6 +19,7 @@ from opdengine.data.files import DataError, Undecodable, read_rows
 from opdengine.data.formats import NotSelected, adapt, find_format
 from opdengine.data.reasoning_tasks import GENERATED
 from opdengine.data.rows import parse_tools, prompt_of
+from opdengine.models.given import is_given, label_of
 from opdengine.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -288,5 +289,5 @@ class ScheduledStream:
 
 def _stems(paths: Sequence[str]) -> list[str]:
     """Return how the ids of rows without an id start: with the file's name, numbered where it is shared."""
-    stems = [Path(path).stem for path in paths]
+    stems = [label_of(path) if is_given(path) else Path(path).stem for path in paths]
     return [stem if stems.count(stem) == 1 else f"{stem}#{i}" for i, stem in enumerate(stems)]

@@ -19,7 +19,7 @@ import torch
 
 from opd_kernels import LMHead
 from opd_kernels.causal_lm import head_constants
-from opdengine.errors import ModelFileError
+from opdengine.errors import ConfigError, ModelFileError
 from opdengine.models.batching import (
     changes_in_training,
     choose_layout,
@@ -31,6 +31,7 @@ from opdengine.models.batching import (
     window_of,
 )
 from opdengine.models.files import own_memory, read_config, read_model, require_whole_files
+from opdengine.models.given import find_given, is_given
 from opdengine.models.hub import hub_problem
 from opdengine.models.lfs import require_no_gguf
 from opdengine.models.lora import architecture, base_of, merge_adapter, read_adapted
@@ -65,6 +66,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     check_model_path(path)
+    if is_given(path):
+        return _prepared(find_given(path).model, dtype, device, bf16)
     if base := read_adapted(path):
         plain = load_model(
             base,
@@ -100,6 +103,18 @@ def load_model(
     model = model.to(device)
     own_memory(model)
     return model
+
+
+def _prepared(model: Any, dtype: str, device: str | torch.device, bf16: bool) -> Any:
+    """A model object as it is, on the device."""
+    own = str(model.dtype).removeprefix("torch.")
+    if dtype not in ("auto", own):
+        raise ConfigError(
+            f"dtype={dtype!r} is not that of the {type(model).__name__} that was given ({own}); convert it with "
+            f"model.to(torch.{dtype}), or give another dtype"
+        )
+    fit_attention(model, bf16=bf16)
+    return model.to(device)
 
 
 def fit_attention(model: Any, *, bf16: bool = False) -> None:
@@ -144,12 +159,18 @@ def read_window(path: str, *, trust_remote_code: bool = False) -> int | None:
 
 def read_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype | None:
     """Return the dtype of a model's weights from its configuration alone; None if it names none."""
+    if is_given(path):
+        dtype: torch.dtype = find_given(path).model.dtype
+        return dtype
     config = read_config(architecture(path), trust_remote_code)
     return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
 
 
 def check_model_path(path: str) -> None:
     """Raise ValueError for a local model folder that is missing, damaged, without ``config.json``, or GGUF."""
+    if is_given(path):
+        find_given(path)
+        return
     require_no_gguf(path)
     folder = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from opdengine.errors import ConfigError
+from opdengine.models.given import find_given, is_given
 from opdengine.models.hub import hub_problem
 from opdengine.models.lfs import require_no_pointers
 from opdengine.models.rendering import (
@@ -83,7 +86,12 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
         if base and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
             return load_tokenizer(base, trust_remote_code=trust_remote_code, chat_template=chat_template)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if is_given(path):
+            tokenizer = copy.copy(find_given(path).tokenizer)  # its template may be replaced
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except ConfigError:
+        raise
     except Exception as error:  # tokenizers has no class of its own for a damaged file
         if not Path(path).is_dir() and (problem := hub_problem(path, error)):
             raise ValueError(f"the model {path!r} {problem}") from error

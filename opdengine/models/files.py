@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from opdengine.errors import ModelFileError
+from opdengine.models.given import find_given, is_given
 from opdengine.models.hub import hub_problem
 from opdengine.models.lfs import require_no_pointer, require_no_pointers
 
@@ -90,6 +91,8 @@ def read_config(path: str, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
+    if is_given(path):
+        return find_given(path).model.config
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # huggingface_hub has classes of its own, and so has the code of a model

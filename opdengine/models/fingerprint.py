@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from opdengine.models.files import read_config, read_object, weight_files
+from opdengine.models.given import is_given
 from opdengine.models.lora import read_adapted
 from opdengine.models.manifest import hashes_of
 
@@ -32,6 +33,8 @@ def contents(path: str, trust_remote_code: bool = False) -> dict[str, str] | Non
     Raises:
         ModelFileError: the folder holds no whole model.
     """
+    if is_given(path):
+        return {"object": path}  # the name says what it is
     folder = Path(path).expanduser()
     if not folder.is_dir():
         revision = getattr(read_config(path, trust_remote_code), "_commit_hash", None)

@@ -27,6 +27,7 @@ from opdengine.models.chat import (
     stop_token_ids,
     vocabulary_size,
 )
+from opdengine.models.given import is_given
 from opdengine.models.lora import add_adapter, architecture, base_of, freeze_head, load_adapter, require_peft
 from opdengine.models.rendering import thought_opening
 from opdengine.models.sharding import Sharded
@@ -37,6 +38,7 @@ from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.own import build_own, follow
 from opdengine.teachers.server import ServedTeacher
 from opdengine.teachers.shard import Session
+from opdengine.training.event_loop import run_coroutine
 from opdengine.training.optimizer import build_optimizer, build_scheduler
 from opdengine.training.step import Engine
 
@@ -147,6 +149,12 @@ def build_engine(
 def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
     """Raise ConfigError for what several processes cannot do."""
     size = config.vllm_tensor_parallel_size
+    objects = [path for path in (config.model, *(t.model for t in config.teachers)) if is_given(path)]
+    if ranks.world_size > 1 and objects:
+        raise ConfigError(
+            f"{objects[0]!r} cannot be split over {ranks.world_size} processes: save it with save_pretrained and name "
+            "the folder"
+        )
     if ranks.world_size == 1 or not config.use_vllm or config.vllm_mode == "server" or size == 1:
         return
     if ranks.local_world_size % size:
@@ -212,8 +220,9 @@ def load_student(
     dtype = student_dtype(config)
     if dtype != config.dtype:
         logger.info("%s is stored in float16, in which AdamW breaks down: it is trained in float32", config.model)
+    given_whole = is_given(config.model) and config.lora is None
     model = load_model(
-        config.model if saved is None or config.lora is not None else str(saved),
+        config.model if saved is None or config.lora is not None or given_whole else str(saved),
         dtype=dtype,
         attn_implementation=choose_attention(config.attn_implementation, device),
         trust_remote_code=config.trust_remote_code,
@@ -233,6 +242,9 @@ def load_student(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.freeze_head:
         freeze_head(model)
+    if saved is not None and given_whole:
+        stored = load_model(str(saved), dtype=dtype, trust_remote_code=config.trust_remote_code)
+        model.load_state_dict(stored.state_dict())
     if config.lora is None:
         return model
     return add_adapter(model, config.lora) if saved is None else load_adapter(model, saved)
@@ -380,7 +392,7 @@ def serve_teachers(config: TrainConfig, tokenizers: Sequence[Any], *, judges: bo
         await asyncio.gather(*(teacher.probe(judges=teacher.name in scoring) for teacher in teachers))
 
     if teachers:
-        asyncio.run(probe())
+        run_coroutine(probe())
     return {teacher.name: teacher for teacher in teachers}
 
 

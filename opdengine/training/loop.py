@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import logging
 import math
 import time
@@ -23,6 +24,7 @@ from opdengine.models.checkpoint import list_checkpoints, save_checkpoint
 from opdengine.teachers import TeacherError
 from opdengine.teachers.own import starts_of, tensors_of
 from opdengine.training.best import Best
+from opdengine.training.callbacks import Callbacks, Event
 from opdengine.training.progress import Progress
 from opdengine.training.run_folder import InputFiles
 from opdengine.training.signals import Interrupts
@@ -84,6 +86,7 @@ class Loop:
         inputs: the files that the prompts were read from.
         notes: what every checkpoint says beside its own state.
         best: which evaluation was the best; None: it does not matter.
+        callbacks: of the caller, who may end the run.
     """
 
     engine: Engine
@@ -98,6 +101,7 @@ class Loop:
     inputs: InputFiles = field(default_factory=InputFiles)
     notes: Mapping[str, Any] = field(default_factory=dict)
     best: Best | None = None
+    callbacks: Callbacks = field(default_factory=Callbacks)
 
     def __post_init__(self) -> None:
         self.position = self.stream.state_dict()
@@ -149,7 +153,8 @@ class Loop:
                         last = now
                         line = await self._report(result)
                         bar.advance(number, line, self.metrics, result.samples)
-                    if self._is_over():
+                    is_stopped = self._is_stopped(line, result)
+                    if self._is_over() or is_stopped:
                         break
             self.watch.finish(self.step)
         except OSError as error:
@@ -226,7 +231,42 @@ class Loop:
                 write_jsonl(self.folder / "bad_steps" / f"step_{self.step}.jsonl", result.bad)
 
     async def _measure(self, step: int) -> dict[str, float]:
-        return await self.engine.run_in_thread(self.measure, step)
+        metrics = await self.engine.run_in_thread(self.measure, step)
+        if metrics:
+            self._tell("on_evaluate", Event(step, metrics, self._evaluated(step)))
+        return metrics
+
+    def _evaluated(self, step: int) -> list[dict[str, Any]]:
+        """The answers of an evaluation, as they were written down."""
+        if not self.callbacks or not self.engine.ranks.is_first:
+            return []
+        path = self.folder / "evaluations" / f"step_{step}.jsonl"
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+    def _is_stopped(self, line: Mapping[str, float], result: StepResult) -> bool:
+        """Tell the callbacks of a step; whether one of them ends the run. All ranks agree."""
+        if not self.callbacks:
+            return False
+        self._tell("on_step", Event(self.step, line, result.completions))
+        if not self.engine.ranks.max(int(self.callbacks.stopped)):
+            return False
+        logger.info("step %d: a callback ends the run", self.step)
+        saved = list_checkpoints(self.folder / "checkpoints")
+        if self.engine.config.save_steps and not (saved and saved[-1].name == f"step_{self.step}"):
+            self._save()
+        return True
+
+    def _tell(self, name: str, event: Event) -> None:
+        """Call the callbacks on the first rank; where one fails, the last finished step is kept."""
+        if not self.callbacks:
+            return
+        try:
+            with self.engine.ranks.agree():
+                if self.engine.ranks.is_first:
+                    self.callbacks.tell(name, event)
+        except Exception as error:
+            self.rescue(f"a callback failed in {name} ({type(error).__name__})")
+            raise
 
     def rescue(self, reason: str) -> None:
         """Keep the last finished step: its weights are whole whatever failed after it."""

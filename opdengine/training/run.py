@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from opdengine.rollout.vllm.engine import require_vllm
 from opdengine.teachers.own import restore_own
 from opdengine.training.best import Best
 from opdengine.training.build import build_engine, check_ranks, student_dtype, teacher_tokenizer
+from opdengine.training.callbacks import Callbacks
 from opdengine.training.diagnostics import gradient_diagnostics
 from opdengine.training.evaluate import (
     Evaluation,
@@ -44,6 +44,7 @@ from opdengine.training.evaluate import (
     turn_params,
     warn_of_overlap,
 )
+from opdengine.training.event_loop import run_coroutine
 from opdengine.training.loop import Loop
 from opdengine.training.model_card import write_card
 from opdengine.training.optimizer import require_updates, restore_schedule
@@ -53,7 +54,7 @@ from opdengine.training.run_folder import InputFiles, RunFolder, require_writabl
 from opdengine.training.signals import Interrupted, Interrupts
 from opdengine.training.step import Engine
 from opdengine.training.trackers import open_trackers, require_trackers
-from opdengine.training.writer import MetricsWriter, NoWriter
+from opdengine.training.writer import MetricsWriter, NoWriter, read_metrics
 from opdengine.types import Prompt
 from opdengine.verifiers.grader import Grader
 
@@ -62,14 +63,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The folder of a finished run and its last metrics."""
+    """What a finished run has left.
+
+    Args:
+        output_dir: its folder.
+        final_model: the folder of its model.
+        metrics: the last value of every metric.
+        history: the metrics of every step that was written down, as in ``metrics.jsonl``; on the first process.
+        step: the last step.
+        model: the student as the last step left it, with its adapter.
+    """
 
     output_dir: Path
     final_model: Path
     metrics: dict[str, float]
+    history: tuple[dict[str, Any], ...] = ()
+    step: int = 0
+    model: Any = field(default=None, repr=False)
 
 
-def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
+def train(config: TrainConfig, *, progress: bool = True, callbacks: Callbacks | None = None) -> TrainResult:
     """Train a student as configured; everything that can be checked is checked first.
 
     Under ``torchrun`` every process calls this, and together they train one student.
@@ -83,10 +96,10 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     with start(config.ddp_timeout) as ranks:
         if not ranks.is_first:
             logging.getLogger("opdengine").setLevel(logging.WARNING)
-        return _train(config, ranks, progress and ranks.is_first)
+        return _train(config, ranks, progress and ranks.is_first, callbacks or Callbacks())
 
 
-def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
+def _train(config: TrainConfig, ranks: Ranks, progress: bool, callbacks: Callbacks) -> TrainResult:
     config.require_train_data()
     method = build_method(config)
     _check_needs(config)
@@ -169,13 +182,14 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
         inputs=InputFiles([as_source(d).path for d in config.train_data] if ranks.is_first else ()),
         notes={"settings": to_mapping(config), "models": folder.models, "schedule_begin": schedule_begin},
         best=best,
+        callbacks=callbacks,
     )
     final = folder.path / "final"
     try:
         with interrupts, Progress(config, begin, enabled=progress) as bar:
             try:
                 check_room(method.room, prompts.prompts)
-                asyncio.run(loop.run(bar))
+                run_coroutine(loop.run(bar), lambda: not interrupts.is_whole)
             except Interrupted as signal:
                 loop.rescue(str(signal))
                 raise
@@ -197,7 +211,8 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool) -> TrainResult:
             engine.episodes.close()
         if engine.grader is not None:
             engine.grader.close()
-    return TrainResult(folder.path, final, loop.metrics)
+    history = tuple(read_metrics(folder.path / "metrics.jsonl")) if ranks.is_first else ()
+    return TrainResult(folder.path, final, loop.metrics, history, loop.step, engine.student.model)
 
 
 def _write_final(config: TrainConfig, loop: Loop, final: Path) -> None:

@@ -22,6 +22,7 @@ from opdengine.config.yaml_text import dump_yaml
 from opdengine.distributed import Ranks
 from opdengine.errors import ConfigError, WriteError
 from opdengine.models.checkpoint import find_checkpoint, list_checkpoints, read_state, step_of
+from opdengine.models.given import PREFIX
 from opdengine.training.changes import (
     CHANGES,
     Change,
@@ -47,6 +48,11 @@ LOGS = ("rollouts", "tokens", "debates", "verdicts", "evaluations", "bad_steps")
 
 ABANDONED = "abandoned"
 """This folder takes everything after a step where a run is continued from there although later checkpoints exist."""
+
+NOT_HERE = f"""\
+# What begins with "{PREFIX}" was given to opdengine.train in Python as an object, and is not kept in this folder. The
+# run can be repeated, or continued from a checkpoint, only from Python and with the same objects.
+"""
 
 OWN = ("config.yaml", "metrics.jsonl", "checkpoints", "final")
 """A folder that holds one of these files holds a run."""
@@ -198,6 +204,8 @@ class RunFolder:
         note_changes(self.path, self.state.get("step", 0), self.changes)
         if self.changes or not (self.path / "config.yaml").exists():
             text = dump_yaml(to_mapping(self.config))
+            if PREFIX in text:
+                text = NOT_HERE + text
             partial = self.path / "config.yaml.tmp"
             partial.write_text(text, "utf-8")
             partial.replace(self.path / "config.yaml")

@@ -37,12 +37,16 @@ class Interrupts:
 
     Args:
         ranks: of the run.
+
+    Attributes:
+        is_whole: whether the run is in a part that must not be cut in two.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.caught = 0
         self._held = ranks.world_size > 1
+        self.is_whole = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -63,7 +67,9 @@ class Interrupts:
             Interrupted: at the end, if a signal came meanwhile (on several ranks: since the last time, on any).
         """
         before, self._held = self._held, True
+        self.is_whole = True
         yield
+        self.is_whole = False
         self._held = before
         caught = self.ranks.max(self.caught)
         if caught:

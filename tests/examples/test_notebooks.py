@@ -1,0 +1,41 @@
+"""The notebooks run from top to bottom in a kernel, and what they show is small and of this code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+
+NOTEBOOKS = Path(__file__).parents[2] / "examples" / "notebooks"
+MOST_BYTES = 60_000
+"""GitHub shows a page of this size at once."""
+
+
+def texts(notebook: Any) -> list[str]:
+    """What the cells print and return."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [output.get("text") or output["data"]["text/plain"] for output in outputs]
+
+
+@pytest.mark.parametrize("name", ["first_run", "fused_loss"])
+def test_a_notebook_runs(name: str) -> None:
+    path = NOTEBOOKS / f"{name}.ipynb"
+    stored = nbformat.read(path, as_version=4)
+    nbformat.validate(stored)
+    assert path.stat().st_size < MOST_BYTES
+    run = nbformat.read(path, as_version=4)
+    # Nothing of the kernel goes into this folder.
+    nbclient.NotebookClient(run, timeout=240, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    assert len(texts(run)) == len(texts(stored)) > 2
+    images = [o for cell in run.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(images) == 1
+    said = "\n".join(texts(run))
+    if name == "fused_loss":
+        assert "gradients agree" in said
+    else:
+        assert said.count("accuracy") > 2
