@@ -1,21 +1,14 @@
 """opdengine: on-policy distillation of language models from one or more teachers.
 
 ``train``, ``TrainConfig``, ``Callback`` and ``Event`` are imported when they are first used: this import stays light.
+Their types stand in ``__init__.pyi``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from opdengine.config.train import TrainConfig as TrainConfig
-    from opdengine.training.api import train as train
-    from opdengine.training.callbacks import Callback as Callback
-    from opdengine.training.callbacks import Event as Event
+from typing import Any
 
 __version__ = "0.1.0"
-
-__all__ = ["Callback", "Event", "TrainConfig", "__version__", "train"]
 
 _PLACES = {
     "train": "opdengine.training.api",
@@ -31,3 +24,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])
