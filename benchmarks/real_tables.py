@@ -74,16 +74,27 @@ def real_confidences() -> str:
 
 
 def real_debate() -> str:
-    """MAD-OPD beside its controls."""
-    from tiny.study import headings, table_rows
+    """MAD-OPD beside its controls: over seeds, or of one seed with the questions' intervals."""
+    from opdengine.training.evaluate import wilson
+    from real import market
+    from tiny.study import columns, final, headings, table_rows
 
     found = read("debate")
     if found is None:
         return NONE
     settings, seeds = found["settings"], len(found["seeds"])
-    lines = table(headings(found), table_rows(found))
-    over = f"mean ± 95 % interval over {seeds} seeds" if seeds > 1 else "one seed, so without intervals over seeds"
-    return lines + (
+    names, rows = headings(found)[:-1], [row[:-1] for row in table_rows(found)]
+    over = f"mean ± 95 % interval over {seeds} seeds"
+    if seeds == 1:
+        asked = {skill: len(market.questions("test", skill)) for skill in found["skills"]}
+        counts = [sum(asked.values()), *asked.values()]
+        for row, arm in zip(rows[len(found["models"]) :], found["arms"], strict=True):
+            for place, (metric, n) in enumerate(zip(columns(found), counts, strict=True), start=1):
+                share = final(found, arm["name"], metric)[0] / 100
+                low, high = wilson(round(share * n), n)
+                row[place] = cell({"accuracy": share, "low": low, "high": high})
+        over = f"one seed, with 95 % intervals over the {counts[0]} questions"
+    return table(names, rows) + (
         f"\n\nAccuracy in percent on the held-out questions after {settings['max_steps']} steps of "
         f"{settings['per_device_train_batch_size']} prompts x {settings['num_generations']} rollouts, {over}."
     )
