@@ -19,6 +19,7 @@ from opdengine.methods.opsd import OPSD
 from opdengine.methods.sage_opd import SAGEOPD
 from opdengine.methods.sdft import SDFT
 from opdengine.methods.sdpo import SDPO
+from opdengine.methods.stale import StaleWeights
 from opdengine.methods.token_selection import RelaxedOPD, SelecTKD
 from opdengine.methods.uni_opd import UniOPD
 from opdengine.plugins import PluginError, explain, load_object
@@ -71,8 +72,10 @@ def build_method(config: TrainConfig) -> Method:
         inspect.signature(kind).bind(config, **options)
     except TypeError as error:
         raise ConfigError(f"method {name!r} cannot be called with (config, **method_options): {error}") from error
-    if config.grpo.weight:
-        kind = type(kind.__name__, (RewardTerm, kind), {})
+    added = [RewardTerm] if config.grpo.weight else []
+    added += [StaleWeights] if config.distillation_is_clip is not None else []
+    if added:
+        kind = type(kind.__name__, (*added, kind), {})
     try:
         method: Method = kind(config, **options)
     except ConfigError:

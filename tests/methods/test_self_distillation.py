@@ -197,6 +197,41 @@ def test_sdpos_loss_is_trls(models: Models, shown_file: str, tmp_path: Path, wei
     assert our_loss(engine, samples) == pytest.approx(expected_loss, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("clip", [1.2, 1.02])
+def test_the_divergence_of_older_rollouts_is_weighed_as_in_trl(
+    models: Models, shown_file: str, tmp_path: Path, clip: float
+) -> None:
+    """Ratios below and above the clip; the student has moved since it sampled."""
+    config = config_of(models, shown_file, tmp_path, "sdft", loss_normalization="sequence", distillation_is_clip=clip)
+    engine = make_engine(config)
+    samples = make_samples(engine, load_prompts([shown_file]).prompts[:4])
+    assert all((s.policy_logratio == 0).all() and (s.kl_weight == 1).all() for s in samples)
+    for parameter in engine.student.model.parameters():
+        parameter.data *= 1.15
+    engine.version = 1
+    engine.student.model.save_pretrained(tmp_path / "moved")
+    batch = Batch(samples=samples)
+    engine.measure(batch)
+    engine.weigh(batch)
+    losses, seen = [], []
+    for sample in samples:
+        context, first = sample.contexts[0], int(sample.target_positions[0])
+        own = logits(str(tmp_path / "moved"), sample.token_ids, first)
+        given = trl.DistillationLogits(
+            torch.from_numpy(sample.target_ids)[None], torch.ones(1, len(sample.target_ids)), own,
+            logits(models["student"], context.token_ids, int(context.target_positions[0])),
+        )  # fmt: skip
+        mock = trainer(distillation_mode="full_logits", distillation_alpha=1.0)
+        mock.args.distillation_is_clip = clip
+        old = {"old_per_token_logps": torch.from_numpy(sample.sampler_logprob)[None].double()}
+        model = SimpleNamespace(training=False)
+        losses.append(float(trl.SDFTTrainer._compute_self_distillation_loss(mock, model, old, given)))
+        now = own.log_softmax(-1).gather(2, given.completion_ids[..., None])[..., 0]
+        seen.append((now - old["old_per_token_logps"]).exp())
+    assert min(s.min() for s in seen) < clip < max(s.max() for s in seen)
+    assert our_loss(engine, samples) == pytest.approx(float(np.mean(losses)), rel=1e-3)
+
+
 # ------------------------------------------------------------------------------------------------ contexts
 
 

@@ -70,6 +70,7 @@ MUTANTS = [
     ("methods/token_selection.py", "np.log(draws) < teacher", "np.log(draws) > teacher", "tests/methods/test_rewards.py::test_tokens_are_verified_as_in_speculative_decoding"),
     ("teachers/own.py", "self.steps % self.every == 0", "self.steps % self.every == 1", "tests/teachers/test_own.py::test_averages_are_those_of_the_closed_form"),
     ("teachers/own.py", "p.dtype.itemsize < 4", "p.dtype.itemsize < 1", "tests/teachers/test_own.py::test_averages_of_half_precision_are_not_lost"),
+    ("methods/stale.py", "truncated(sample.policy_logratio, clip)", "truncated(sample.policy_logratio, 99.0)", "tests/methods/test_self_distillation.py::test_the_divergence_of_older_rollouts_is_weighed_as_in_trl"),
 ]  # fmt: skip
 
 
