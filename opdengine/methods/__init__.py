@@ -72,7 +72,7 @@ def build_method(config: TrainConfig) -> Method:
         inspect.signature(kind).bind(config, **options)
     except TypeError as error:
         raise ConfigError(f"method {name!r} cannot be called with (config, **method_options): {error}") from error
-    added = [RewardTerm] if config.grpo.weight else []
+    added: list[type[Method]] = [RewardTerm] if config.grpo.weight else []
     added += [StaleWeights] if config.distillation_is_clip is not None else []
     if added:
         kind = type(kind.__name__, (*added, kind), {})

@@ -18,7 +18,7 @@ from opdengine.data.prompts import load_prompts
 from opdengine.models.backbone import load_model
 from opdengine.models.lora import base_of
 from opdengine.models.policy import policy
-from opdengine.teachers.own import AveragedTeacher, SharedTeacher
+from opdengine.teachers.own import AveragedTeacher, SharedTeacher, restore_own, starts_of
 from opdengine.training.run import train
 from opdengine.types import Request, SamplingParams, TeacherContext
 
@@ -184,8 +184,15 @@ def test_the_start_must_still_be_there(models: Models, prompt_file: str, tmp_pat
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_2")
     shutil.copy(tmp_path / "run" / "checkpoints" / "step_1" / "model" / "model.safetensors", copy)
     again = make_config(here, prompt_file, tmp_path / "run", **settings, resume_from_checkpoint="latest")
-    with pytest.raises(ConfigError, match="'self' has the weights that the run began with, but the model's are others"):
+    with pytest.raises(ConfigError, match="is another model than the run to resume had"):
         train(again, progress=False)
+
+
+def test_a_checkpoint_of_another_start_is_refused(models: Models, prompt_file: str, tmp_path: Path) -> None:
+    engine = engine_of(models, prompt_file, tmp_path, "base")
+    restore_own(engine.teachers, {}, starts_of(engine.teachers), 1)
+    with pytest.raises(ConfigError, match="'self' has the weights that the run began with, but the model's are others"):
+        restore_own(engine.teachers, {}, {"self": "other"}, 1)
 
 
 @pytest.mark.parametrize(
