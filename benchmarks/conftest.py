@@ -10,6 +10,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,68 @@ def environment() -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """A figure of a case beside its baseline on this device, if it has one."""
+
+    case: str
+    figure: str
+    value: float
+    baseline: float | None
+    margin: float
+    tokens_per_second: float | None = None
+
+    @property
+    def allowed(self) -> float | None:
+        return None if self.baseline is None else self.baseline * (1 + self.margin)
+
+    @property
+    def word(self) -> str:
+        if self.allowed is None:
+            return "NO BASELINE"
+        return "ok" if self.value <= self.allowed else "WORSE"
+
+    def __str__(self) -> str:
+        if self.baseline is None:
+            return f"{self.case}: {self.figure} is {self.value:.4g}, without a baseline"
+        return (
+            f"{self.case}: {self.figure} is {self.value:.4g}, allowed {self.allowed:.4g}, {self.margin:.0%} above its "
+            f"baseline {self.baseline:.4g}"
+        )
+
+
+VERDICTS = pytest.StashKey[list[Verdict]]()
+
+
+def verdict_lines(verdicts: list[Verdict], device: str) -> list[str]:
+    """The table of all verdicts, and what has no baseline."""
+
+    def number(x: float | None) -> str:
+        return "-" if x is None else f"{x:.4g}"
+
+    rows = [("case", "figure", "now", "baseline", "allowed", "verdict", "tokens/s")] + [
+        (v.case, v.figure, *map(number, (v.value, v.baseline, v.allowed)), v.word, number(v.tokens_per_second))
+        for v in verdicts
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    missing = sum(v.baseline is None for v in verdicts)
+    if missing:
+        lines.append(
+            f"{missing} of {len(verdicts)} figures have NO BASELINE on {device}: nothing was compared there; write one "
+            "with --update-baselines"
+        )
+    return lines
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    verdicts = config.stash.get(VERDICTS, [])
+    if verdicts:
+        terminalreporter.section("verdicts")
+        for line in verdict_lines(verdicts, device_name()):
+            terminalreporter.write_line(line)
+
+
 @pytest.fixture(scope="module")
 def record(request: pytest.FixtureRequest):
     """``record(name, figures)`` keeps figures; the module's file is written when it ends."""
@@ -67,23 +130,28 @@ def record(request: pytest.FixtureRequest):
 
 @pytest.fixture(scope="module")
 def guard(request: pytest.FixtureRequest):
-    """``guard(case, {figure: (value, margin)})`` fails when a value exceeds its baseline by more than
-    the margin, 0.05 for five percent; figures without a baseline on this device pass."""
+    """``guard(case, {figure: (value, margin)}, tokens_per_second)`` fails when a value exceeds its baseline by more
+    than the margin, 0.05 for five percent. Every verdict is printed at the end; figures without a baseline on this
+    device pass, and are named."""
     file = HERE / "baselines" / device_name() / f"{request.module.__name__.removeprefix('test_')}.json"
     known = json.loads(file.read_text())["results"] if file.exists() else {}
     seen: dict[str, dict[str, float]] = {}
 
-    def check(case: str, figures: dict[str, tuple[float, float]]) -> None:
+    def check(case: str, figures: dict[str, tuple[float, float]], tokens_per_second: float | None = None) -> None:
         seen[case] = {name: value for name, (value, _) in figures.items()}
+        new = [
+            Verdict(case, name, value, known.get(case, {}).get(name), margin, tokens_per_second)
+            for name, (value, margin) in figures.items()
+        ]
+        request.config.stash.setdefault(VERDICTS, []).extend(new)
         if request.config.getoption("--update-baselines"):
             return
-        for name, (value, margin) in figures.items():
-            before = known.get(case, {}).get(name)
-            if before is not None and value > before * (1 + margin):
-                pytest.fail(
-                    f"{case}: {name} is {value:.4g}, more than {margin:.0%} above its baseline {before:.4g} in "
-                    f"{file.relative_to(HERE.parent)}; if that is intended, run with --update-baselines"
-                )
+        wrong = [verdict for verdict in new if verdict.word == "WORSE"]
+        if wrong:
+            pytest.fail(
+                f"{'; '.join(map(str, wrong))} in {file.relative_to(HERE.parent)}; if that is intended, run with "
+                "--update-baselines"
+            )
 
     yield check
     if seen and request.config.getoption("--update-baselines"):

@@ -28,6 +28,8 @@ from tiny import task
 from tiny.demo import STUDENT
 
 PROMPTS, STEPS = 64, 3
+TIME_MARGIN = 0.3
+"""Of a ratio of times in one run."""
 SPLITS = {
     "": {},
     "split_head": {"vocab_parallel_head": True},
@@ -65,7 +67,7 @@ def launch(processes: int, *arguments: str) -> dict:
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
-def test_step_on_processes(tmp_path, record):
+def test_step_on_processes(tmp_path, record, guard):
     """The same 64 prompts on all numbers of processes; with two also a split head, and a teacher that is split."""
     rows = [r for skill in task.SKILLS for r in task.prompts("train", skill, PROMPTS // 3 + 1, seed=5)]
     write_jsonl(tmp_path / "train.jsonl", rows[:PROMPTS])
@@ -94,10 +96,12 @@ def test_step_on_processes(tmp_path, record):
         figures["over_one_process"] = figures["step_s"] / found[1]["step_s"]
         name = f"step_{processes}_processes" + (f"_{split}" if split else "")
         record(name, {**figures, "cores": len(os.sched_getaffinity(0))})
+        if processes > 1:
+            guard(name, {"over_one_process": (figures["over_one_process"], TIME_MARGIN)})
         print(f"{name}: {figures['step_s']:.3f} s a step, {figures['over_one_process']:.2f} of one process")
 
 
-def test_checkpoint(tmp_path, record):
+def test_checkpoint(tmp_path, record, guard):
     """Saved and loaded with AdamW's state; bytes over those of the model alone."""
     from transformers import AutoModelForCausalLM
 
@@ -138,4 +142,5 @@ def test_checkpoint(tmp_path, record):
     }
     print(figures)
     record("checkpoint", figures)
+    guard("checkpoint", {"over_weights": (figures["over_weights"], 0.05)})
     assert 3 <= figures["over_weights"] < 4  # weights and two moments, and little else

@@ -64,6 +64,10 @@ def make_engine(method: str, file: str, folder: Path):
     return build_engine(config, build_method(config), load_tokenizer(STUDENT))
 
 
+TIME_MARGIN = 0.3
+"""Of a ratio of times in one run."""
+
+
 @pytest.mark.parametrize("method", ["mt_opd", "mad_opd"])
 def test_step(method, prompts, tmp_path, benchmark, record):
     """Median seconds of every phase of a step of 64 prompts; debates are cached after the first."""
@@ -90,7 +94,7 @@ def test_step(method, prompts, tmp_path, benchmark, record):
         assert steps[-1]["debate/generated"] == 0 and cold["debate/generated"] == PROMPTS
 
 
-def test_update_against_materialised_logits(prompts, tmp_path, interleaved, record):
+def test_update_against_materialised_logits(prompts, tmp_path, interleaved, record, guard):
     """Score and update of one batch, ours against logits of both teachers and the student."""
     file, batch = prompts
     engine = make_engine("mt_opd", file, tmp_path)
@@ -126,7 +130,6 @@ def test_update_against_materialised_logits(prompts, tmp_path, interleaved, reco
 
     seconds = interleaved({"ours": ours, "materialised": materialised}, rounds=ROUNDS)
     medians = {name: float(np.median(values)) for name, values in seconds.items()}
-    record(
-        "update",
-        {"seconds": medians, "ratio": medians["ours"] / medians["materialised"], "vocabulary": engine.vocab_size},
-    )
+    ratio, tokens = medians["ours"] / medians["materialised"], sum(len(r.target_positions) for r in rollouts)
+    record("update", {"seconds": medians, "ratio": ratio, "vocabulary": engine.vocab_size})
+    guard("update", {"over_materialised": (ratio, TIME_MARGIN)}, tokens_per_second=tokens / medians["ours"])

@@ -122,6 +122,27 @@ def test_pages_and_figure_of_a_result(tmp_path, monkeypatch):
     assert (tmp_path / "loss.png").stat().st_size > 0
 
 
+def test_benchmarks_print_a_verdict_for_every_figure(tmp_path):
+    """One that is no worse than allowed, one that is, and one without a baseline, which fails nothing."""
+    (tmp_path / "conftest.py").write_text((ROOT / "benchmarks" / "conftest.py").read_text())
+    (tmp_path / "test_it.py").write_text(
+        "def test_ok(guard):\n    guard('one', {'ratio': (1.1, 0.3)}, tokens_per_second=123.0)\n"
+        "def test_worse(guard):\n    guard('two', {'ratio': (1.4, 0.3)})\n"
+        "def test_new(guard):\n    guard('three', {'ratio': (9.0, 0.3)})\n"
+    )
+    known = tmp_path / "baselines" / f"cpu_{torch.get_num_threads()}_threads" / "it.json"
+    known.parent.mkdir(parents=True)
+    known.write_text(json.dumps({"results": {"one": {"ratio": 1.0}, "two": {"ratio": 1.0}}}))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    words = [" ".join(line.split()) for line in run.stdout.splitlines()]
+    assert "one ratio 1.1 1 1.3 ok 123" in words and "two ratio 1.4 1 1.3 WORSE -" in words, run.stdout + run.stderr
+    assert "three ratio 9 - - NO BASELINE -" in words
+    assert any(line.startswith("1 of 3 figures have NO BASELINE on cpu_") for line in words)
+    assert "1 failed, 2 passed" in run.stdout
+
+
 def test_kernels_of_the_session():
     """The interpreter is chosen when Triton is imported, so the cases need their own process."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", CASES]
