@@ -73,6 +73,23 @@ def real_confidences() -> str:
     return table(["", "right, percent", "confidence where right", "where wrong"], rows)
 
 
+def real_example() -> str:
+    """The debate that the demo prints, and how common such debates are."""
+    found = read("demo")
+    if found is None:
+        return NONE
+    debate, new = found["debate"], found["experts"]["neither"]["both"]
+    lines = [
+        f"{cell(new)} percent of the debates about both skills end rightly where neither first turn was right. One:",
+        "",
+    ]
+    lines += ["```text", f"{debate['question']}   (right: {debate['answer']})"]
+    for number, texts in enumerate(debate["rounds"], start=1):
+        lines += [f"round {number}  {letter}: {text}" for letter, text in zip("AB", texts, strict=True)]
+    weights = ", ".join(f"{letter} {weight:.2f}" for letter, weight in zip("AB", debate["weights"], strict=True))
+    return "\n".join([*lines, f"weights in the loss: {weights}", "```"])
+
+
 def real_debate() -> str:
     """MAD-OPD beside its controls: over seeds, or of one seed with the questions' intervals."""
     from opdengine.training.evaluate import wilson
@@ -145,5 +162,6 @@ TABLES = {
     "demo_real": demo_real,
     "real_confidences": real_confidences,
     "real_debate": real_debate,
+    "real_example": real_example,
     "real_teachers": real_teachers,
 }

@@ -57,6 +57,10 @@ def main(arguments: Sequence[str]) -> int:
     experts = measure(config, [*market.questions("train", "price"), *held_out()])
     graded_in = time.process_time()
     console.print(experts_table(experts))
+    new = experts["neither"]["both"]
+    console.print(
+        f"{cell(new)} percent of the debates about both skills end rightly where neither first turn was right"
+    )
     show_debate(console, experts["debates"])
     console.print(f"[bold]The student[/bold] learns in {config.max_steps} steps; everything is written to {folder}")
     subprocess.run([sys.executable, "-m", "opdengine", "train", "--config", CONFIG, *changes], check=True)
@@ -141,8 +145,8 @@ def student_table(results: Mapping[str, Any]) -> Table:
 
 
 def shown(debates: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The debate that is printed: the first about a combined question."""
-    return next(debate for debate in debates if "things" not in debate["question"] and "one" not in debate["question"])
+    """The debate that is printed: the first that ends with a right answer which no first turn held, if there is one."""
+    return next((debate for debate in debates if debate["new"] and "one" not in debate["question"]), debates[-1])
 
 
 def show_debate(console: Console, debates: Sequence[Mapping[str, Any]]) -> None:

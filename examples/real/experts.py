@@ -80,7 +80,8 @@ def measure(config: TrainConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str,
                  for k, name in enumerate(names)} for s in skills}
             for r in rounds
         ],
-        "debates": [{"question": p.messages[-1]["content"], "answer": p.answer, "rounds": d.rounds,
+        "debates": [{"question": p.messages[-1]["content"], "answer": p.answer,
+                     "new": bool(_new(d, p)), "rounds": d.rounds,
                      "confidences": d.confidences, "weights": d.weights(config.debate.tau).tolist()}
                     for d, p in zip(debates, prompts, strict=True)],
     }  # fmt: skip

