@@ -318,9 +318,12 @@ def _load_student(config: TrainConfig) -> tuple[TransformersSampler, Any]:
     from opdengine.training.build import load_copy
 
     tokenizer = load_tokenizer(
-        config.model, trust_remote_code=config.trust_remote_code, chat_template=config.chat_template
+        config.model,
+        trust_remote_code=config.trust_remote_code,
+        chat_template=config.chat_template,
+        images=config.images,
     )
-    model, budget = load_copy(config), 4 * config.max_tokens_per_batch
+    model, budget = load_copy(config, tokenizer.vision is not None), 4 * config.max_tokens_per_batch
     return TransformersSampler(model, tokenizer, budget, config.bf16, config.chat_template_kwargs), tokenizer
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +23,58 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 """One chat message: ``{"role": ..., "content": ...}`` plus whatever the template understands."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture in a message, checked when the data were read and decoded where a model reads it.
+
+    It stands in a part ``{"type": "image", "image": Image}`` of a message's content.
+
+    Args:
+        sha256: of the bytes of its file, hexadecimal; the same picture has the same one.
+        width, height: in pixels.
+        data: the bytes of its file; None: they are read from ``path`` when they are needed.
+        path: of its file, or "".
+        text: what a model reads in its place that is given no pictures; None: the data have no such text.
+    """
+
+    sha256: str
+    width: int
+    height: int
+    data: bytes | None = field(default=None, repr=False)
+    path: str = ""
+    text: str | None = None
+
+    def __str__(self) -> str:
+        """Its content and what stands in its place, in one line; the same wherever its file lies."""
+        return f"<image {self.sha256} {self.width}x{self.height} {self.text!r}>"
+
+
+class Encoded(list[int]):
+    """The token ids of a chat, and the pictures that its image tokens stand for.
+
+    Args:
+        ids: the token ids.
+        images: in the order in which they come in ``ids``.
+    """
+
+    def __init__(self, ids: Iterable[int] = (), images: Sequence[Image] = ()) -> None:
+        super().__init__(ids)
+        self.images = tuple(images)
+
+
+def images_in(ids: object) -> tuple[Image, ...]:
+    """The pictures that come with token ids; plain ids have none."""
+    return ids.images if isinstance(ids, Encoded) else ()
+
+
+def images_of(messages: Iterable[Message]) -> tuple[Image, ...]:
+    """The pictures of a chat, in their order."""
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, (list, tuple)) for part in content]
+    found = [part.get("image") for part in parts if isinstance(part, Mapping)]
+    return tuple(image for image in found if isinstance(image, Image))
 
 
 @dataclass(frozen=True)
@@ -60,6 +112,7 @@ class Turn:
             messages are the prompt's, and in single-turn rollouts).
         info: of an assistant turn: what the environment found out about it
             (:class:`opdengine.environments.Step`), and ``stop_reason``.
+        images: pictures that the image tokens among ``token_ids`` stand for, in their order.
     """
 
     role: str
@@ -68,6 +121,12 @@ class Turn:
     trains: bool = False
     messages: tuple[Message, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
+    images: tuple[Image, ...] = ()
+
+    @classmethod
+    def of_prompt(cls, ids: Sequence[int]) -> Turn:
+        """What the student reads first, with the pictures that :class:`Encoded` ids bring."""
+        return cls("prompt", np.array(ids), images=images_in(ids))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", np.asarray(self.token_ids, dtype=np.int64))
@@ -89,12 +148,14 @@ class TeacherContext:
         teacher: name of the teacher.
         token_ids: int64 [L], the teacher's whole input.
         target_positions: int64 [T], positions in ``token_ids`` of the sample's targets, in order.
+        images: pictures that the teacher sees where ``token_ids`` have its image tokens, in their order.
     """
 
     sample_id: str
     teacher: str
     token_ids: np.ndarray
     target_positions: np.ndarray
+    images: tuple[Image, ...] = ()
 
     @classmethod
     def replace_prompt(
@@ -109,13 +170,14 @@ class TeacherContext:
         Args:
             sample: the judged sample.
             teacher: name of the teacher.
-            prefix_ids: what it reads first.
+            prefix_ids: what it reads first, with the pictures in it.
             answers: index of a turn of the environment -> ids in its place.
         """
         others = {0: prefix_ids, **(answers or {})}
         parts = [np.asarray(others.get(i, t.token_ids), dtype=np.int64) for i, t in enumerate(sample.turns)]
         trains = [np.full(len(part), turn.trains) for part, turn in zip(parts, sample.turns, strict=True)]
-        context = cls(sample.id, teacher, np.concatenate(parts), np.flatnonzero(np.concatenate(trains)))
+        targets = np.flatnonzero(np.concatenate(trains))
+        context = cls(sample.id, teacher, np.concatenate(parts), targets, images_in(prefix_ids))
         context.check(sample)
         return context
 
@@ -321,6 +383,11 @@ class Sample:
         return np.concatenate(known)
 
     @property
+    def images(self) -> tuple[Image, ...]:
+        """The pictures that the student sees, in the order of their tokens."""
+        return tuple(image for turn in self.turns for image in turn.images)
+
+    @property
     def trained_turns(self) -> int:
         """Number of turns that carry loss."""
         return sum(turn.trains for turn in self.turns)
@@ -478,10 +545,16 @@ class Request:
 
     Args:
         id: appears in errors.
-        token_ids: the whole templated prompt.
+        token_ids: the whole templated prompt; :class:`Encoded` ids bring their pictures.
         seed: makes its samples independent of every other request and of the batch.
+        images: pictures that its image tokens stand for, in their order.
     """
 
     id: str
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     seed: int = 0
+    images: tuple[Image, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", self.images or images_in(self.token_ids))
+        object.__setattr__(self, "token_ids", tuple(self.token_ids))

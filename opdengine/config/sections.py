@@ -35,9 +35,10 @@ from opdengine.config.fields import (
 from opdengine.config.section import ByContent, Changeable, Elsewhere, Resumable, Section, settings
 from opdengine.errors import ConfigError
 
-DATA_COLUMNS = ("id", "prompt", "messages", "tools", "answer", "data_source")
+DATA_COLUMNS = ("id", "prompt", "messages", "tools", "answer", "data_source", "images", "image_text")
 """What a row of data may say to the engine; other columns are handed to environments."""
 
+Images = Choice[Literal["image", "text", "omit"]]
 Dtype = Choice[Literal["auto", "float32", "bfloat16", "float16"]]
 
 
@@ -75,6 +76,10 @@ class DataConfig(Section):
     """system message in place of the row's; empty removes it."""
     suffix: Maybe[Text] = None
     """added to the last user message; default: the format's."""
+    image_folder: Maybe[Text] = None
+    """paths of pictures begin here and may not lead out; default: the folder of ``path``."""
+    max_image_pixels: Annotated[Integer, Range(4, 2**26)] = 2**24
+    """a picture with more is a bad row; nothing of it is decoded."""
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.columns) - set(DATA_COLUMNS))
@@ -188,6 +193,9 @@ class TeacherConfig(Section):
     chat_template_kwargs: Changeable[Free] = field(default_factory=dict)
     """handed to the chat template, for example ``enable_thinking: false``; what the student has and this template knows
     must be stated here, too."""
+    images: Images = "image"
+    """what it reads where a message has a picture: the "image", the "text" in its place (column ``image_text``), or
+    nothing ("omit"): then it judges under the words alone."""
     offload: Resumable[Flag] = False
     """keep a local teacher's weights on the CPU while it neither writes nor judges."""
     shard: Resumable[Flag] = False

@@ -68,6 +68,7 @@ from opdengine.config.sections import (
     DataConfig,
     Dtype,
     EnvironmentConfig,
+    Images,
     LoRAConfig,
     TeacherConfig,
     by_key,
@@ -201,6 +202,11 @@ class TrainConfig(Section):
     freeze_head: Flag = False
     """do not train the output embedding (where it is tied, the input embedding neither); the loss then computes no
     gradient of it. With ``lora`` it is always frozen."""
+    images: Images = "image"
+    """what the student reads where a message has a picture: the "image", the "text" in its place (column
+    ``image_text``), or nothing ("omit")."""
+    freeze_vision_tower: Flag = True
+    """of a student that sees, train its language model and leave the part that reads pictures as it is."""
     attn_implementation: Resumable[Filled] = "auto"
     """of transformers; "auto" takes flash-attn on a GPU where installed, else SDPA."""
     trust_remote_code: Flag = False

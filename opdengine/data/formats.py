@@ -131,9 +131,11 @@ def _reword(row: dict[str, Any], system: str | None, suffix: str) -> Any:
     if not isinstance(content, (list, tuple)) or not all(isinstance(m, Mapping) for m in content):
         return content
     messages = [dict(m) for m in content if system is None or m.get("role") != "system"]
-    users = [m for m in messages if m.get("role") == "user" and isinstance(m.get("content"), str)]
-    if users:
-        users[-1]["content"] += suffix
+    users = [m for m in messages if m.get("role") == "user" and isinstance(m.get("content"), (str, list, tuple))]
+    if users and suffix:
+        content = users[-1]["content"]
+        more = [{"type": "text", "text": suffix}]
+        users[-1]["content"] = content + suffix if isinstance(content, str) else [*content, *more]
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
@@ -291,7 +293,10 @@ FORMATS: dict[str, Format] = {
     "verl": Format(_VERL, _text_only),
     # PRIME-RL/Eurus-2-RL-Data: mathematics and programs.
     "eurus": Format(_VERL, _eurus),
-    # OpenMMReasoner: the rows without pictures.
+    # The same with the rows that have pictures, marked with <image> in the question.
+    "verl_images": Format({**_VERL, "images": ("images", "image")}),
+    # OpenMMReasoner: the rows without pictures, and all of them.
+    "openmmreasoner_images": Format({**_VERL, "images": ("images", "image")}, data_source="math"),
     "openmmreasoner": Format(_VERL, _text_only, data_source="math"),
     # nvidia/Nemotron-Post-Training-Dataset-v1, -v2 and Llama-Nemotron-Post-Training-Dataset: questions only.
     "nemotron": Format(

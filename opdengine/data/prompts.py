@@ -17,6 +17,7 @@ import numpy as np
 from opdengine.config.sections import DataConfig
 from opdengine.data.files import DataError, Undecodable, read_rows
 from opdengine.data.formats import NotSelected, adapt, find_format
+from opdengine.data.images import Pictures
 from opdengine.data.reasoning_tasks import GENERATED
 from opdengine.data.rows import parse_tools, prompt_of
 from opdengine.models.given import is_given, label_of
@@ -93,10 +94,11 @@ def load_prompts(sources: Sequence[str | DataConfig], *, skip_bad_rows: bool = F
     for config in configs:
         find_format(config.format)
     for config, stem in zip(configs, _stems(paths), strict=True):
+        pictures = Pictures(config)
         for number, row in read_rows(config.path):
             place = f"{config.path}, row {number}"
             try:
-                prompt = prompt_of(adapt(row, config), f"{stem}:{number}")
+                prompt = prompt_of(adapt(row, config), f"{stem}:{number}", pictures)
                 if prompt.id in seen:
                     raise ValueError(f"duplicate id {prompt.id!r} (first in {seen[prompt.id]})")
             except NotSelected as reason:

@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from opdengine.config.sections import DATA_COLUMNS
+from opdengine.config.sections import DATA_COLUMNS, DataConfig
 from opdengine.data.files import Undecodable, parse_json
-from opdengine.models.chat import plain_message
-from opdengine.types import Message, Prompt
+from opdengine.data.images import Pictures
+from opdengine.models.chat import plain_message, text_of
+from opdengine.types import Message, Prompt, images_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
 """Who may speak in a chat; which of them a chat template knows is found out by rendering."""
@@ -22,12 +23,13 @@ CHAT_TEXT = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content|from|value)\1\s*:"""
 MESSAGE_TEXT = re.compile(r"""\s*\{\s*"(role|content)"\s*:""")
 
 
-def prompt_of(row: Any, default_id: str) -> Prompt:
+def prompt_of(row: Any, default_id: str, pictures: Pictures | None = None) -> Prompt:
     """The prompt of a row in our columns.
 
     Args:
         row: of a file, or :class:`Undecodable`.
         default_id: where the row has no id.
+        pictures: reads those of its source; None: below the working folder.
 
     Raises:
         ValueError: says what is wrong with the row.
@@ -39,7 +41,7 @@ def prompt_of(row: Any, default_id: str) -> Prompt:
     key = row.get("data_source")
     if not (key is None or isinstance(key, (str, int))):
         raise ValueError(f"'data_source' is of type {type(key).__name__}, not text")
-    messages, tools = _messages(row), parse_tools(row.get("tools"))
+    messages, tools = _messages(row, pictures or Pictures(DataConfig("."))), parse_tools(row.get("tools"))
     for name, value in (("messages", messages), ("tools", tools), ("answer", row.get("answer"))):
         if not _is_finite(value):
             raise ValueError(f"{name!r} holds a number that is NaN or infinite")
@@ -53,7 +55,7 @@ def prompt_of(row: Any, default_id: str) -> Prompt:
     )
 
 
-def _messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
+def _messages(row: Mapping[str, Any], pictures: Pictures) -> tuple[Message, ...]:
     """The chat of a row.
 
     Raises:
@@ -67,11 +69,12 @@ def _messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
         content = chat_of_text(content, column)
     if not isinstance(content, (list, tuple)) or not content:
         raise ValueError(f"{column!r} is neither text nor a non-empty list of messages")
+    content = pictures.place(content, row.get("images"), row.get("image_text"))
     messages = tuple(_message(message) for message in content)
     last = messages[-1]
     if last["role"] == "assistant":
         raise ValueError("the last message is the assistant's; the student is to write that one")
-    if last["role"] == "user" and not last.get("content", "").strip():
+    if last["role"] == "user" and not text_of(last.get("content")).strip() and not images_of([last]):
         raise ValueError("empty prompt")
     return messages
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from opdengine.data.prompts import DataError, PromptSet
-from opdengine.models.chat import encode_answer, encode_chat
-from opdengine.models.rendering import MARK, render, text_of, turn_end
-from opdengine.types import Message, Prompt
+from opdengine.models.chat import as_read, encode_answer, encode_chat
+from opdengine.models.rendering import MARK, image_part, parts_of, render, text_of, text_part, turn_end
+from opdengine.types import Message, Prompt, images_of
 
 if TYPE_CHECKING:
     from opdengine.config.train import TrainConfig
@@ -51,7 +51,7 @@ class Reader:
         Raises:
             ValueError: the template cannot render the chat, or leaves something out.
         """
-        if lost := self.left_out(messages, tools):
+        if lost := self.left_out(as_read(messages, getattr(self.tokenizer, "images", "image")), tools):
             raise ValueError(f"the chat template of {self.name} {lost}; give it another chat_template")
         return encode_chat(self.tokenizer, messages, tools, self.template_kwargs)
 
@@ -59,6 +59,7 @@ class Reader:
         """Return what the template leaves out of such a chat, or ""; chats of the same shape are examined once."""
         shape = (
             *((m.get("role"), bool(text_of(m.get("content")).strip()), bool(m.get("tool_calls"))) for m in messages),
+            *(tuple(part["type"] for part in parts_of(m["content"])) for m in messages if images_of([m])),
             bool(tools),
         )
         if shape not in self._known:
@@ -68,6 +69,7 @@ class Reader:
     def lost(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         """Return why the model cannot read a chat in full: an error of the template, or what it leaves out."""
         try:
+            messages = as_read(messages, getattr(self.tokenizer, "images", "image"))
             render(self.tokenizer, messages, tools, self.template_kwargs)
             return self.left_out(messages, tools)
         except ValueError as error:
@@ -91,7 +93,7 @@ class Reader:
         if whole is None:
             return ""  # encoding says why
         marks = {i: f"{MARK}{i}End" for i, m in enumerate(messages) if text_of(m.get("content")).strip()}
-        marked = self._text([{**m, "content": marks[i]} if i in marks else m for i, m in enumerate(messages)], tools)
+        marked = self._text([_marked(m, marks[i]) if i in marks else m for i, m in enumerate(messages)], tools)
         lost = [messages[i] for i, mark in marks.items() if marked is not None and mark not in marked]
         if any(m.get("tool_calls") for m in lost):
             logger.warning("the chat template of %s leaves out the text of messages that call tools", self.name)
@@ -99,6 +101,11 @@ class Reader:
             return f"leaves out messages of the roles {roles}"
         if tools and self._text(messages, ()) == whole:
             return "leaves out the tools"
+        if (
+            images_of(messages)
+            and self._text([{**m, "content": text_of(m.get("content"))} for m in messages], tools) == whole
+        ):
+            return "leaves out the pictures"
         silent = [{"content": "", **{k: v for k, v in m.items() if k != "tool_calls"}} for m in messages]
         if any(m.get("tool_calls") for m in messages) and self._text(silent, tools) == whole:
             return "leaves out the tool calls"
@@ -109,6 +116,12 @@ class Reader:
             return render(self.tokenizer, messages, tools, self.template_kwargs)
         except ValueError:
             return None
+
+
+def _marked(message: Message, mark: str) -> Message:
+    """The message with other words, and its pictures before them."""
+    pictures = [image_part(image) for image in images_of([message])]
+    return {**message, "content": [*pictures, text_part(mark)] if pictures else mark}
 
 
 def readers_of(config: TrainConfig, tokenizer: Any, teacher_tokenizers: Sequence[Any] = ()) -> list[Reader]:

@@ -85,7 +85,7 @@ class MTSeqKD(Method):
             Sample(
                 id=f"{i}",
                 prompt=p,
-                turns=(Turn("prompt", np.array(encode(p))), Turn("assistant", answer.token_ids, trains=True)),
+                turns=(Turn.of_prompt(encode(p)), Turn("assistant", answer.token_ids, trains=True)),
                 stop_reason=answer.stop_reason,
                 text=answer.text,
             )
@@ -97,7 +97,7 @@ class MTSeqKD(Method):
     async def _write(self, teacher: Teacher, prompts: Sequence[Prompt]) -> None:
         queue = []
         for p in prompts:
-            ids = tuple(teacher.encode(p.messages, p.tools))
+            ids = teacher.encode(p.messages, p.tools)
             if teacher.window is not None and len(ids) + self.params.max_tokens > teacher.window:
                 self._answers[p.id] = replace(_FAILED, stop_reason=f"teacher_window/{teacher.name}")
             else:

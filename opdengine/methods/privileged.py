@@ -10,6 +10,7 @@ from typing import Any
 
 from opdengine.errors import ConfigError
 from opdengine.models.chat import text_of
+from opdengine.models.rendering import rewritten
 from opdengine.types import Message, Prompt
 
 
@@ -85,8 +86,8 @@ def told(messages: Sequence[Message], template: str, columns: Mapping[str, str])
     place = _place(messages)
     if place is None:
         raise ValueError("the chat has no message of the user that a template could replace")
-    text = template.format(prompt=text_of(messages[place].get("content")), **columns)
-    return (*messages[:place], {**messages[place], "content": text}, *messages[place + 1 :])
+    content = rewritten(messages[place].get("content"), lambda words: template.format(prompt=words, **columns))
+    return (*messages[:place], {**messages[place], "content": content}, *messages[place + 1 :])
 
 
 def _place(messages: Sequence[Message]) -> int | None:

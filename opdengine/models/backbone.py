@@ -22,6 +22,7 @@ from opd_kernels.causal_lm import head_constants
 from opdengine.errors import ConfigError, ModelFileError
 from opdengine.models.batching import (
     changes_in_training,
+    choose_image_layout,
     choose_layout,
     find_regimes,
     forget_lengths,
@@ -36,7 +37,10 @@ from opdengine.models.hub import hub_problem
 from opdengine.models.lfs import require_no_gguf
 from opdengine.models.lora import architecture, base_of, merge_adapter, read_adapted
 from opdengine.models.packing import ONE_REGIME, Packed, Regimes, pack
+from opdengine.models.processor import can_see
 from opdengine.models.sharding import Sharded
+from opdengine.models.vision import Vision
+from opdengine.types import Image
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +57,11 @@ def load_model(
     revision: str | None = None,
     device: str | torch.device = "cpu",
     bf16: bool = False,
+    sees: bool = False,
 ) -> Any:
-    """Load any causal LM that ``AutoModelForCausalLM`` knows, from a folder or a hub name.
+    """Load any causal LM that ``AutoModelForCausalLM`` knows, or ``AutoModelForImageTextToText``.
+
+    A model that sees is loaded with its tower where ``sees`` says so or its language model cannot be had alone.
 
     A folder that holds a LoRA adapter stands for its base with the adapter merged in. ``bf16``: its passes
     will run under autocast to bfloat16, so that flash-attn can be used with float32 parameters.
@@ -63,7 +70,8 @@ def load_model(
         ValueError: the folder does not exist or holds no model in safetensors, files or weights are missing
             or left over, or the attention implementation is not installed.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     check_model_path(path)
     if is_given(path):
@@ -77,6 +85,7 @@ def load_model(
             revision=revision,
             device=device,
             bf16=bf16,
+            sees=sees,
         )
         return merge_adapter(plain, Path(path))
     logger.info("loading %s", path)
@@ -84,7 +93,9 @@ def load_model(
     # Pickled weights (*.bin) can run code when they are read.
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "revision": revision, "use_safetensors": True}
     model: Any
-    read = AutoModelForCausalLM.from_pretrained
+    config = read_config(path, trust_remote_code)
+    whole = can_see(config) and (sees or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING)
+    read = (AutoModelForImageTextToText if whole else AutoModelForCausalLM).from_pretrained
     try:
         model = read_model(read, path, attn_implementation=attn_implementation, **options)
     except ModelFileError:
@@ -199,9 +210,11 @@ class Backbone:
         max_tokens: token budget of one forward pass without gradient.
         sharded: splits the model's parameters over ranks; its passes are then collective.
         bf16: passes run under autocast to bfloat16, and hidden states are bfloat16.
+        vision: of a model that is given pictures.
 
     Attributes:
         layout: in which sequences do not change each other; see :mod:`opdengine.models.packing`.
+        image_layout: the same of sequences with pictures.
         regimes: which lengths may share a pass.
         has_dropout: whether its log-probs in training are not those of the model that is sampled; of a
             frozen model False.
@@ -217,8 +230,10 @@ class Backbone:
         max_tokens: int = 16384,
         sharded: Sharded | None = None,
         bf16: bool = False,
+        vision: Vision | None = None,
     ) -> None:
         self.model = model
+        self.vision = vision
         self.sharded = sharded
         self.bf16 = bf16
         self._whole = False
@@ -237,6 +252,7 @@ class Backbone:
         self.with_weights(self._prove_head)
         self.regimes = self.with_weights(self._find_regimes)
         self.layout = self.with_weights(self._choose_layout)
+        self.image_layout = "alone" if vision is None else self.with_weights(self._choose_image_layout)
         trained = any(p.requires_grad for p in model.parameters())
         self.has_dropout = trained and self.with_weights(self._changes_in_training)
 
@@ -310,21 +326,32 @@ class Backbone:
         """Around the model's own code: bfloat16 where asked."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
-    def pack(self, sequences: Sequence[np.ndarray], max_tokens: int) -> list[Packed]:
+    def pack(
+        self, sequences: Sequence[np.ndarray], max_tokens: int, images: Sequence[tuple[Image, ...]] = ()
+    ) -> list[Packed]:
         """Micro-batches in which every sequence gets what it gets alone; see :func:`opdengine.models.packing.pack`."""
-        return pack(sequences, max_tokens=max_tokens, layout=self.layout, regimes=self.regimes)
+        return pack(
+            sequences,
+            max_tokens=max_tokens,
+            layout=self.layout,
+            regimes=self.regimes,
+            images=images,
+            image_layout=self.image_layout,
+        )
 
     def forward(self, batch: Packed) -> torch.Tensor:
         """Final hidden states [B * L, d] of a packed batch, after the last norm."""
         if self.regimes.moving:
             forget_lengths(self.trunk)
+        positions = batch.position_ids.to(self.device)
+        # A model that counts rows and columns of pictures knows sequences apart by a fourth count alone.
+        counted = positions.expand(4, *positions.shape) if hasattr(self.trunk, "get_rope_index") else positions
+        inputs = {"position_ids": counted}
+        if batch.images:
+            assert self.vision is not None
+            inputs = self.vision.inputs(self.model, self.trunk, batch)
         with self.autocast():
-            output = self.trunk(
-                input_ids=batch.input_ids.to(self.device),
-                position_ids=batch.position_ids.to(self.device),
-                use_cache=False,
-                **self.options,
-            )
+            output = self.trunk(input_ids=batch.input_ids.to(self.device), use_cache=False, **inputs, **self.options)
         # With float32 parameters the last norm gives float32 under autocast, too; the head would follow.
         states: torch.Tensor = output.last_hidden_state.flatten(0, 1)
         return states.to(torch.bfloat16) if self.bf16 else states
@@ -335,16 +362,27 @@ class Backbone:
         return self.forward(batch).index_select(0, rows)
 
     @torch.no_grad()
-    def score(self, sequences: Sequence[np.ndarray], target_positions: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    def score(
+        self,
+        sequences: Sequence[np.ndarray],
+        target_positions: Sequence[np.ndarray],
+        images: Sequence[tuple[Image, ...]] = (),
+    ) -> list[torch.Tensor]:
         """Hidden states [T_i, d] predicting the targets of every sequence, without gradient, on the host.
 
-        Those of a whole step would fill a GPU; the loss takes those of a micro-batch back.
+        Those of a whole step would fill a GPU; the loss takes those of a micro-batch back. ``images`` are the pictures
+        of each sequence, () where none has any.
         """
-        return self.with_weights(lambda: self._score(sequences, target_positions))
+        return self.with_weights(lambda: self._score(sequences, target_positions, images))
 
-    def _score(self, sequences: Sequence[np.ndarray], target_positions: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    def _score(
+        self,
+        sequences: Sequence[np.ndarray],
+        target_positions: Sequence[np.ndarray],
+        images: Sequence[tuple[Image, ...]],
+    ) -> list[torch.Tensor]:
         result: list[torch.Tensor | None] = [None] * len(sequences)
-        for batch in self.in_step(self.pack(sequences, self.max_tokens)):
+        for batch in self.in_step(self.pack(sequences, self.max_tokens, images)):
             if batch is None:
                 self.idle()
                 continue
@@ -442,6 +480,24 @@ class Backbone:
             layout = "padded"
         sequences = self.probe_sequences()
         return self._observe(lambda: choose_layout(self.name, sequences, self.hidden, layout, self._tolerance))
+
+    def _choose_image_layout(self) -> str:
+        """Like :meth:`_choose_layout`, of sequences with pictures of several sizes."""
+        assert self.vision is not None
+        probes = self.vision.probe()
+        images = [probe.images for probe in probes]
+        rest = self.probe_sequences()[1]
+        ids = [np.array([*probe, *(i for i in rest if i not in self.vision.token_ids)]) for probe in probes]
+
+        def lay_out(members: Sequence[int], layout: str) -> list[Packed]:
+            part = [ids[i] for i in members]
+            budget = sum(map(len, part)) * len(part)
+            own = [images[i] for i in members]
+            return pack(part, max_tokens=budget, images=own, image_layout=layout)
+
+        return self._observe(
+            lambda: choose_image_layout(self.name, ids, lay_out, self.hidden, self.layout, self._tolerance)
+        )
 
     def _changes_in_training(self) -> bool:
         ids = torch.from_numpy(self.probe_sequences()[1])[None]

@@ -207,6 +207,54 @@ def choose_layout(
     raise ValueError(f"{name}: its hidden states cannot be reproduced: {'; '.join(findings)}")
 
 
+def choose_image_layout(
+    name: str,
+    sequences: Sequence[np.ndarray],
+    lay_out: Callable[[Sequence[int], str], list[Packed]],
+    hidden: Callable[[Packed, Sequence[np.ndarray]], torch.Tensor],
+    preferred: str,
+    limit: float,
+) -> str:
+    """The first layout in which sequences with pictures get the hidden states that they have alone.
+
+    Args:
+        name: of the model, for messages.
+        sequences: with pictures of several sizes.
+        lay_out: (indices of sequences, layout) -> batches of them.
+        hidden, preferred, limit: see :func:`choose_layout`.
+
+    Raises:
+        ValueError: the model cannot read a sequence with pictures even alone.
+    """
+
+    def read(members: Sequence[int], layout: str) -> list[torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
+        for batch in lay_out(members, layout):
+            own = [members[i] for i in batch.members]
+            wanted = [np.arange(1, len(sequences[i]) + 1) for i in own]
+            states = hidden(batch, wanted).split([len(p) for p in wanted])
+            found |= dict(zip(own, states, strict=True))
+        return [found[i] for i in members]
+
+    everyone = range(len(sequences))
+    try:
+        expected = torch.cat([read([i], "alone")[0] for i in everyone])
+    except UNPROBED as reason:
+        said = " ".join(str(reason).split())[:300]
+        raise ValueError(f"{name}: it cannot read a chat with a picture ({said}); take another model") from reason
+    for layout in dict.fromkeys((preferred, "padded")):
+        try:
+            error = relative(torch.cat(read(everyone, layout)), expected)
+        except UNPROBED as reason:
+            logger.info("%s: pictures in %r batches fail (%s)", name, layout, str(reason)[:200])
+            continue
+        if error <= limit:
+            return layout
+        logger.info("%s: pictures in %r batches change each other (difference %.2g)", name, layout, error)
+    logger.warning("%s: sequences with pictures are read alone, one pass for each, which is slow", name)
+    return "alone"
+
+
 def changes_in_training(model: Any, states: Callable[[], torch.Tensor], limit: float) -> bool:
     """Whether a pass in training mode draws random numbers or is another than in evaluation mode.
 

@@ -14,6 +14,8 @@ from opdengine.errors import ConfigError
 from opdengine.models.given import find_given, is_given
 from opdengine.models.hub import hub_problem
 from opdengine.models.lfs import require_no_pointers
+from opdengine.models.lora import read_adapted
+from opdengine.models.processor import give_eyes
 from opdengine.models.rendering import (
     MARK,
     REPLY,
@@ -21,6 +23,7 @@ from opdengine.models.rendering import (
     closes_thought,
     opening,
     opens_thought,
+    parts_of,
     plain_message,
     render,
     shared_start,
@@ -28,12 +31,13 @@ from opdengine.models.rendering import (
     turn_end,
 )
 from opdengine.models.thoughts import TAG
-from opdengine.types import Message
+from opdengine.types import Encoded, Message, images_of
 from opdengine.workers.printing import brief
 
 __all__ = [
     "PROBES",
     "append_answer",
+    "as_read",
     "encode_answer",
     "encode_behind",
     "encode_chat",
@@ -41,6 +45,7 @@ __all__ = [
     "plain_message",
     "require_same_mode",
     "require_same_tokenizer",
+    "shared_vocabulary",
     "stop_token_ids",
     "text_of",
     "text_of_completion",
@@ -66,25 +71,34 @@ PROBES = (
 )
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template: str | None = None) -> Any:
+def load_tokenizer(
+    path: str,
+    *,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+    images: str = "image",
+    sees: bool = True,
+) -> Any:
     """Load a tokenizer that can render chats.
 
     Args:
         path: model folder or hub name; of an adapter's folder without a tokenizer, the base's is loaded.
         chat_template: Jinja text or a file that holds it; replaces the tokenizer's own.
+        images: what the model is given where a message has a picture: the "image", the "text" in its place, or
+            nothing ("omit"). With "image" the tokenizer of a model that sees has its processor as ``vision``.
+        sees: whether pictures can reach the model; those of a server cannot.
 
     Raises:
         ValueError: it cannot be read, no chat template is known, or there is no end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
-    from opdengine.models.lora import read_adapted  # which a plain install, without the packages of training, lacks
-
     if Path(path).is_dir():
         require_no_pointers(Path(path))
         base = read_adapted(path)
         if base and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
-            return load_tokenizer(base, trust_remote_code=trust_remote_code, chat_template=chat_template)
+            options: Any = {"chat_template": chat_template, "images": images, "sees": sees}
+            return load_tokenizer(base, trust_remote_code=trust_remote_code, **options)
     try:
         if is_given(path):
             tokenizer = copy.copy(find_given(path).tokenizer)  # its template may be replaced
@@ -99,6 +113,10 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
         raise ValueError(f"no tokenizer could be loaded from {place}: {error}") from error
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
+    tokenizer.images = images
+    tokenizer.vision = None
+    if images == "image" and sees:
+        give_eyes(tokenizer, path, trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer of {path!r} has no chat template; set chat_template to a Jinja template "
@@ -136,13 +154,48 @@ def encode_chat(
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] = (),
     template_kwargs: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """Token ids of a chat, ready for the next assistant message.
+) -> Encoded:
+    """Token ids of a chat, ready for the next assistant message, with the pictures that the model is given.
 
     Raises:
-        ValueError: the template refuses the chat, or a message holds more than text.
+        ValueError: the template refuses the chat, a picture has no text in its place where that is asked for, or a
+            message holds what the model cannot be given.
     """
-    return list(apply_template(tokenizer, messages, tools, template_kwargs, tokenize=True))
+    read = as_read(messages, getattr(tokenizer, "images", "image"))
+    if images_of(read) and (vision := getattr(tokenizer, "vision", None)) is not None:
+        encoded: Encoded = vision.encode(read, tools, template_kwargs)
+        return encoded
+    return Encoded(apply_template(tokenizer, read, tools, template_kwargs, tokenize=True))
+
+
+def as_read(messages: Sequence[Message], images: str) -> Sequence[Message]:
+    """A chat as a model reads it that is given the "image", the "text" in its place, or nothing ("omit").
+
+    Raises:
+        ValueError: a picture has no text in its place.
+    """
+    if images == "image" or not images_of(messages):
+        return messages
+    written = {i: _in_words(m, images) for i, m in enumerate(messages) if images_of([m])}
+    return [{**m, "content": written[i]} if i in written else m for i, m in enumerate(messages)]
+
+
+def _in_words(message: Message, images: str) -> str:
+    """The content of a message with pictures as one text, in which what stands for a picture has lines of its own."""
+    if images == "omit":
+        return text_of(message["content"])
+    whole, behind = "", False
+    for part in parts_of(message["content"]):
+        words = part["text"] if part["type"] == "text" else part["image"].text
+        if words is None:
+            raise ValueError(
+                "the chat template cannot render a picture without a text in its place: give the row an 'image_text', "
+                "or set images to 'omit'"
+            )
+        apart = behind or part["type"] == "image"
+        line = "\n" if apart and whole and words and not whole.endswith("\n") and not words.startswith("\n") else ""
+        whole, behind = whole + line + words, part["type"] == "image"
+    return whole
 
 
 def encode_answer(
@@ -267,14 +320,17 @@ def require_same_tokenizer(student: Any, teacher: Any, name: str) -> None:
     """
     if student is teacher:
         return
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
     added = {*student.get_added_vocab(), *teacher.get_added_vocab()}
+    if student_or_teacher_sees(student, teacher):  # what marks pictures stands in prompts alone
+        taken = {*ours.values()} & {*theirs.values()}
+        added -= {t for t in added if (t not in ours or t not in theirs) and ours.get(t, theirs.get(t)) not in taken}
     differing = []
     for probe in (*PROBES, *sorted(added)):
         one = student.encode(probe, add_special_tokens=False)
         other = teacher.encode(probe, add_special_tokens=False)
         if one != other:
             differing.append(f"  {probe!r}: student {one[:12]}, {name} {other[:12]}")
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
     moved = [token for token, i in ours.items() if theirs.get(token, i) != i]
     differing += [f"  token {token!r}: student {ours[token]}, {name} {theirs[token]}" for token in sorted(moved)]
     if student.eos_token_id != teacher.eos_token_id:
@@ -286,6 +342,22 @@ def require_same_tokenizer(student: Any, teacher: Any, name: str) -> None:
             f"student's token ids; {len(differing)} probes differ:\n{shown}\n"
             "Use a teacher of the same family."
         )
+
+
+def student_or_teacher_sees(student: Any, teacher: Any) -> bool:
+    """Whether one of two models is given pictures, for which its tokenizer may have tokens of its own."""
+    return any(getattr(tokenizer, "vision", None) is not None for tokenizer in (student, teacher))
+
+
+def shared_vocabulary(student: Any, teachers: Sequence[Any]) -> int:
+    """Number of leading ids over which student and teachers are compared.
+
+    Those of the student; where one of two models sees, only those that both know, without tokens that mark pictures
+    behind them.
+    """
+    sizes = [vocabulary_size(student)]
+    sizes += [vocabulary_size(teacher) for teacher in teachers if student_or_teacher_sees(student, teacher)]
+    return min(sizes)
 
 
 def require_same_mode(

@@ -23,6 +23,7 @@ from opdengine.distributed import Ranks
 from opdengine.errors import WriteError
 from opdengine.models.lora import save_model
 from opdengine.models.manifest import MANIFEST, STATE, find_damage, flush, has_manifest, seal
+from opdengine.models.processor import save_tokenizer
 from opdengine.models.random_state import random_state, set_random_state
 from opdengine.models.sharding import split_like, whole
 
@@ -74,7 +75,7 @@ def save_checkpoint(
     randoms = {f"{rank}.{name}": value for rank, part in enumerate(states) for name, value in part.items()}
 
     def write(partial: Path) -> None:
-        tokenizer.save_pretrained(partial / "model")
+        save_tokenizer(tokenizer, partial / "model")
         save_file(moments, partial / "optimizer.safetensors")
         save_file(randoms, partial / "rng.safetensors")
         if teachers:

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,13 @@ LowRank = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 """Name of a weight -> (left [..., a, r], right [..., r, b]), float32: their product is added to the weight."""
 
 
-def add_adapter(model: Any, config: LoRAConfig) -> Any:
+def add_adapter(model: Any, config: LoRAConfig, left_out: Collection[str] = ()) -> Any:
     """Freeze a model and give it a new adapter, which changes nothing yet.
 
     Args:
         model: a loaded causal LM; its linear layers are replaced in place.
         config: of the adapter.
+        left_out: names of layers that get none.
 
     Returns:
         The ``PeftModel`` around it. Adapters of models below float32 are float32.
@@ -60,6 +61,7 @@ def add_adapter(model: Any, config: LoRAConfig) -> Any:
                 lora_dropout=config.lora_dropout,
                 use_rslora=config.use_rslora,
                 target_modules=targets if isinstance(targets, str) else list(targets),
+                exclude_modules=sorted(left_out) or None,
             ),
         )
     except ValueError as error:

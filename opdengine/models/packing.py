@@ -9,10 +9,12 @@ no mask at all. A model in which sequences change each other even so reads them 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+
+from opdengine.types import Image
 
 LAYOUTS = ("one_row", "rows", "padded", "alone")
 
@@ -50,12 +52,16 @@ class Packed:
         input_ids: int64 [B, L].
         position_ids: int64 [B, L], restarting at 0 with every sequence.
         offsets: for each member, where its first token stands in the flattened input.
+        lengths: for each member, its number of tokens.
+        images: for each member, the pictures of its image tokens; () where no sequence has any.
     """
 
     members: tuple[int, ...]
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     offsets: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
+    images: tuple[tuple[Image, ...], ...] = ()
 
     def predictors(self, target_positions: Sequence[np.ndarray]) -> torch.Tensor:
         """int64 [T]: flattened positions whose hidden states predict the members' targets.
@@ -107,9 +113,17 @@ def split_by_tokens(
 
 
 def pack(
-    sequences: Sequence[np.ndarray], *, max_tokens: int, layout: str = "rows", regimes: Regimes = ONE_REGIME
+    sequences: Sequence[np.ndarray],
+    *,
+    max_tokens: int,
+    layout: str = "rows",
+    regimes: Regimes = ONE_REGIME,
+    images: Sequence[tuple[Image, ...]] = (),
+    image_layout: str = "alone",
 ) -> list[Packed]:
     """Lay out sequences as micro-batches of at most about ``max_tokens`` tokens each.
+
+    Sequences with pictures are in batches of their own: what a text says can look like an image token.
 
     Args:
         sequences: int64 [L_i] token ids each.
@@ -117,10 +131,22 @@ def pack(
         layout: "one_row" (variable-length attention), "rows" (block-diagonal mask), "padded" (one
             sequence per row and no mask), "alone" (one sequence per batch).
         regimes: which lengths may be in one batch.
+        images: of each sequence; () where none has any.
+        image_layout: of sequences with pictures.
 
     Raises:
         ValueError: a sequence is empty or the layout is unknown.
     """
+    if any(images):
+        texts = [i for i, own in enumerate(images) if not own]
+        seen = [i for i, own in enumerate(images) if own]
+        batches = []
+        for members, chosen in ((texts, layout), (seen, image_layout)):
+            part = [sequences[i] for i in members]
+            for batch in pack(part, max_tokens=max_tokens, layout=chosen, regimes=regimes):
+                own = tuple(members[i] for i in batch.members)
+                batches.append(replace(batch, members=own, images=tuple(images[i] for i in own if images[i])))
+        return batches
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is unknown; choose one of {LAYOUTS}")
     lengths = [len(s) for s in sequences]
@@ -162,4 +188,5 @@ def _layout(sequences: Sequence[np.ndarray], rows: Sequence[Sequence[int]], alon
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         offsets=tuple(offsets),
+        lengths=tuple(len(sequences[i]) for i in members),
     )

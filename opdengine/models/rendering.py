@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from opdengine.models.surrogates import without_surrogates
 from opdengine.models.thoughts import open_thought
-from opdengine.types import Message
+from opdengine.types import Image, Message, images_of
 
 Tools = Sequence[Mapping[str, Any]]
 
@@ -19,6 +19,9 @@ REPLY = "\u2042reply\u2042"
 MARK = "TextOfAMessage"
 """Stands for another message; plain letters, which templates neither strip nor escape."""
 
+TASK = "\u2042task\u2042"
+"""Stands for the words of a message with pictures while the place of those is looked up."""
+
 THOUGHT = re.compile(
     r"[<\[◁](?P<end>/|\|?end)?[^<>\[\]◁▷/]*(think|thought|reason|analysis|scratchpad)[^<>\[\]◁▷]*[>\]▷]", re.I
 )
@@ -26,10 +29,10 @@ THOUGHT = re.compile(
 
 
 def text_of(content: Any) -> str:
-    """A message's content as one string: the text itself, or the joined parts of a list of parts.
+    """A message's content as one string: the text itself, or the joined parts of a list of parts without its pictures.
 
     Raises:
-        ValueError: a part is not text.
+        ValueError: a part is neither text nor a picture that has been read.
     """
     if content is None or isinstance(content, str):
         return content or ""
@@ -37,6 +40,8 @@ def text_of(content: Any) -> str:
         raise ValueError(f"message content of type {type(content).__name__}; use a string or a list of text parts")
     texts = []
     for part in content:
+        if isinstance(part, Mapping) and isinstance(part.get("image"), Image):
+            continue
         text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
@@ -46,9 +51,47 @@ def text_of(content: Any) -> str:
 
 
 def plain_message(message: Message) -> dict[str, Any]:
-    """The message with its content as one string: many templates drop or misprint lists of parts."""
+    """The message with its content as one string, unless it has pictures: many templates misprint lists of parts."""
     content = message.get("content")
-    return dict(message) if content is None else {**message, "content": text_of(content)}
+    if content is None:
+        return dict(message)
+    if images_of([message]):
+        return {**message, "content": parts_of(content)}
+    return {**message, "content": text_of(content)}
+
+
+def text_part(text: str) -> dict[str, Any]:
+    """A part of a message's content."""
+    return {"type": "text", "text": text}
+
+
+def image_part(image: Image) -> dict[str, Any]:
+    """A part of a message's content."""
+    return {"type": "image", "image": image}
+
+
+def parts_of(content: Any) -> list[dict[str, Any]]:
+    """A message's content as texts and pictures in their order."""
+    if content is None or isinstance(content, str):
+        return [text_part(content)] if content else []
+    pictures = [part.get("image") if isinstance(part, Mapping) else None for part in content]
+    return [
+        image_part(image) if isinstance(image, Image) else text_part(text_of([part]))
+        for part, image in zip(content, pictures, strict=True)
+    ]
+
+
+def rewritten(content: Any, write: Callable[[str], str]) -> Any:
+    """A message's content in other words; its pictures stand where its own words are told first.
+
+    Args:
+        content: of a message.
+        write: its words -> others, with these among them.
+    """
+    if not images_of([{"content": content}]):
+        return write(text_of(content))
+    before, _, after = write(TASK).partition(TASK)
+    return [text_part(before), *parts_of(content), text_part(after.replace(TASK, text_of(content)))]
 
 
 def apply_template(
@@ -70,6 +113,13 @@ def apply_template(
         ValueError: the template refuses the chat, whatever it raises, or a message holds more than text.
     """
     chat: list[Message] = [plain_message(message) for message in messages]
+    if images_of(chat) and not reads_images(tokenizer):
+        raise ValueError(
+            f"the chat template cannot render {what} with a picture, because the model is given none: set its images "
+            "to 'text' for a text in their place or to 'omit', or take a model that sees (in this process)"
+        )
+    if images_of(chat) or content_form(tokenizer, template_kwargs) == "parts":
+        chat = [_in_parts(message) for message in chat]
     if any(message.get("tool_calls") for message in chat):
         form = arguments_form(tokenizer, template_kwargs)
         chat = [_with_arguments(message, form) for message in chat]
@@ -103,6 +153,45 @@ def render(
 ) -> str:
     """The text of a chat; see :func:`apply_template`."""
     return str(apply_template(tokenizer, messages, tools, template_kwargs, tokenize=False, **how))
+
+
+def reads_images(tokenizer: Any) -> bool:
+    """Whether the model of a tokenizer is given pictures; see :func:`opdengine.models.processor.give_eyes`."""
+    return getattr(tokenizer, "vision", None) is not None
+
+
+def _in_parts(message: Message) -> Message:
+    """The message as templates of models that see expect it: without the pictures themselves."""
+    if message.get("content") is None:
+        return message
+    return {
+        **message,
+        "content": [part if part["type"] == "text" else {"type": "image"} for part in parts_of(message["content"])],
+    }
+
+
+def content_form(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> str:
+    """Return how the chat template takes content: as "text", or in "parts", as some models that see want all of it."""
+    key = (str(getattr(tokenizer, "chat_template", "")), repr(template_kwargs))
+    if key not in _contents:
+        _contents[key] = _find_content(tokenizer, template_kwargs)
+    return _contents[key]
+
+
+_contents: dict[tuple[str, str], str] = {}
+
+
+def _find_content(tokenizer: Any, template_kwargs: Mapping[str, Any] | None) -> str:
+    for form, content in (("text", MARK), ("parts", [text_part(MARK)])):
+        try:
+            text = _apply(
+                tokenizer, [{"role": "user", "content": content}], (), template_kwargs, "a text", {"tokenize": False}
+            )
+        except ValueError:
+            continue
+        if str(text).count(MARK) == 1 and repr(MARK) not in str(text):
+            return form
+    return "text"
 
 
 def arguments_form(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> str:

@@ -17,11 +17,14 @@ import numpy as np
 import torch
 
 from opdengine.models.batching import UNPROBED, cache_argument, forget_lengths, forward_options, relative
-from opdengine.models.packing import ONE_REGIME, Regimes
+from opdengine.models.packing import ONE_REGIME, Packed, Regimes
+from opdengine.models.vision import Vision
+from opdengine.types import Encoded, images_in
 
 logger = logging.getLogger(__name__)
 
 Ids = Sequence[int]
+"""Token ids of one sequence; :class:`opdengine.types.Encoded` ones bring their pictures."""
 
 
 class Decoding(Protocol):
@@ -39,9 +42,16 @@ class Decoding(Protocol):
 
 
 class Together:
-    """One cache for all rows: prompts padded on the left, one pass over each for all its copies."""
+    """One cache for all rows: prompts padded on the left, one pass over each for all its copies.
 
-    def __init__(self, model: Any, prompts: Sequence[Ids], copies: int = 1) -> None:
+    Args:
+        model: a causal LM.
+        prompts: of the rows; all of them have pictures, or none has.
+        copies: of each prompt.
+        vision: reads the pictures.
+    """
+
+    def __init__(self, model: Any, prompts: Sequence[Ids], copies: int = 1, vision: Vision | None = None) -> None:
         self.model = model
         self.options = forward_options(model)
         lengths, device = [len(p) for p in prompts], model.get_input_embeddings().weight.device
@@ -51,12 +61,15 @@ class Together:
             ids[row, len(ids[row]) - len(prompt) :] = prompt
             mask[row, len(ids[row]) - len(prompt) :] = 1
         self.mask = torch.from_numpy(mask).to(device)
+        inputs: dict[str, Any] = {"position_ids": (self.mask.cumsum(-1) - 1).clamp(min=0)}
+        if any(map(images_in, prompts)):
+            inputs = _seen(model, vision, prompts, ids, inputs["position_ids"])
         output = model(
             input_ids=torch.from_numpy(ids).to(device),
             attention_mask=self.mask,
-            position_ids=(self.mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=True,
             logits_to_keep=1,
+            **inputs,
             **self.options,
         )
         self.argument = cache_argument(model)
@@ -64,7 +77,8 @@ class Together:
         # State-space models count no positions; their state already leaves the padding out.
         self.counts = "position_ids" in inspect.signature(type(model).forward).parameters
         self.logits = output.logits[:, -1]
-        self.position = torch.tensor(lengths, device=device)
+        # Where a picture has rows and columns, the text behind it goes on at the largest of them.
+        self.position = inputs["position_ids"].reshape(-1, *ids.shape)[-3:].amax(dim=(0, 2)) + 1
         if copies > 1:
             self._select(torch.arange(len(prompts), device=device).repeat_interleave(copies))
 
@@ -89,9 +103,9 @@ class Together:
 class Whole:
     """One sequence without a cache: a whole pass for every token."""
 
-    def __init__(self, model: Any, prompts: Sequence[Ids], copies: int = 1) -> None:
+    def __init__(self, model: Any, prompts: Sequence[Ids], copies: int = 1, vision: Vision | None = None) -> None:
         (prompt,) = prompts
-        self.model = model
+        self.model, self.vision, self.images = model, vision, images_in(prompt)
         self.options = forward_options(model)
         self.ids = torch.tensor([list(prompt)], device=model.get_input_embeddings().weight.device)
         self._read()
@@ -104,7 +118,10 @@ class Whole:
         """There is one row."""
 
     def _read(self) -> None:
-        output = self.model(input_ids=self.ids, use_cache=False, logits_to_keep=1, **self.options)
+        inputs: dict[str, Any] = {}
+        if self.images:
+            inputs = _alone(self.model, self.vision, Encoded(self.ids[0].tolist(), self.images))
+        output = self.model(input_ids=self.ids, use_cache=False, logits_to_keep=1, **inputs, **self.options)
         self.logits = output.logits[:, -1]
 
 
@@ -119,6 +136,7 @@ class Apart:
         copies: of each prompt.
         kind: of each row.
         regimes: of the model's position encoding.
+        vision: reads the pictures of the prompts.
     """
 
     def __init__(
@@ -128,9 +146,10 @@ class Apart:
         copies: int = 1,
         kind: Callable[..., Decoding] = Together,
         regimes: Regimes = ONE_REGIME,
+        vision: Vision | None = None,
     ) -> None:
-        self.model, self.kind, self.regimes = model, kind, regimes
-        self.ids = [list(prompt) for prompt in prompts for _ in range(copies)]
+        self.model, self.kind, self.regimes, self.vision = model, kind, regimes, vision
+        self.ids = [Encoded(prompt, images_in(prompt)) for prompt in prompts for _ in range(copies)]
         self.rows = [self._read(ids) for ids in self.ids]
         self._gather()
 
@@ -151,7 +170,7 @@ class Apart:
     def _read(self, ids: Ids) -> Decoding:
         if self.regimes.moving:
             forget_lengths(self.model)
-        return self.kind(self.model, [ids])
+        return self.kind(self.model, [ids], vision=self.vision)
 
     def _gather(self) -> None:
         self.logits = torch.cat([row.logits for row in self.rows])
@@ -169,15 +188,40 @@ class Ways:
     together: bool = True
     row: Callable[..., Decoding] = Together
 
-    def start(self, model: Any, prompts: Sequence[Ids], copies: int, longest: int, regimes: Regimes) -> Decoding:
+    def start(
+        self,
+        model: Any,
+        prompts: Sequence[Ids],
+        copies: int,
+        longest: int,
+        regimes: Regimes,
+        vision: Vision | None = None,
+    ) -> Decoding:
         """Decode ``copies`` of every prompt, up to ``longest`` tokens in the longest row."""
         one = len({regimes.of(n) for n in (min(map(len, prompts)), longest)}) == 1
         if self.together and one:
-            return Together(model, prompts, copies)
-        return Apart(model, prompts, copies, self.row, regimes)
+            return Together(model, prompts, copies, vision)
+        return Apart(model, prompts, copies, self.row, regimes, vision)
 
 
-def choose_decoding(model: Any, sequences: Sequence[np.ndarray], limit: float, name: str = "") -> Ways:
+def _seen(model: Any, vision: Vision | None, prompts: Sequence[Ids], ids: np.ndarray, places: torch.Tensor) -> Any:
+    """Further arguments of a pass over prompts with pictures, padded on the left."""
+    assert vision is not None
+    lengths = tuple(map(len, prompts))
+    offsets = tuple((row + 1) * ids.shape[1] - length for row, length in enumerate(lengths))
+    members, images = tuple(range(len(prompts))), tuple(map(images_in, prompts))
+    batch = Packed(members, torch.from_numpy(ids), places.cpu(), offsets, lengths, images)
+    return vision.inputs(model, model.base_model, batch)
+
+
+def _alone(model: Any, vision: Vision | None, ids: Encoded) -> Any:
+    """Further arguments of a pass over one sequence with pictures."""
+    return _seen(model, vision, [ids], np.array([ids]), torch.arange(len(ids))[None])
+
+
+def choose_decoding(
+    model: Any, sequences: Sequence[Sequence[int]], limit: float, name: str = "", vision: Vision | None = None
+) -> Ways:
     """The fastest way that gives the logits of a whole pass over each sequence alone.
 
     Args:
@@ -185,13 +229,15 @@ def choose_decoding(model: Any, sequences: Sequence[np.ndarray], limit: float, n
         sequences: of at least ``STEPS + 1`` tokens; see :func:`opdengine.models.batching.probe_sequences`.
         limit: of the difference of logits, relative to the largest.
         name: of the model, for messages.
+        vision: reads the pictures of sequences that have some.
     """
-    ids = [s.tolist() for s in sequences]
-    reads = [_whole_logits(model, s) for s in ids]
+    ids = [Encoded(map(int, s), images_in(s)) for s in sequences]
+    begun = [Encoded(s[:-STEPS], s.images) for s in ids]
+    reads = [_whole_logits(model, s, vision) for s in ids]
     name = name or type(model).__name__
-    if _exact(lambda: Together(model, [s[:-STEPS] for s in ids], 2), ids, reads, 2, limit, name):
+    if _exact(lambda: Together(model, begun, 2, vision), ids, reads, 2, limit, name):
         return Ways()
-    if _exact(lambda: Apart(model, [s[:-STEPS] for s in ids]), ids, reads, 1, limit, name):
+    if _exact(lambda: Apart(model, begun, vision=vision), ids, reads, 1, limit, name):
         logger.warning("%s: its cache holds one sequence at a time: it samples them in turn, which is slow", name)
         return Ways(together=False)
     logger.warning(
@@ -206,13 +252,14 @@ STEPS = 8
 """Forced tokens of a probe, which takes rows away half-way."""
 
 
-def _whole_logits(model: Any, ids: Ids) -> torch.Tensor:
+def _whole_logits(model: Any, ids: Encoded, vision: Vision | None) -> torch.Tensor:
     """Logits [STEPS + 1, V] that predict a sequence's last tokens and the one after it, from a pass without cache."""
     device = model.get_input_embeddings().weight.device
     output = model(
         input_ids=torch.tensor([list(ids)], device=device),
         use_cache=False,
         logits_to_keep=STEPS + 1,
+        **(_alone(model, vision, ids) if ids.images else {}),
         **forward_options(model),
     )
     return _finite(output.logits[0, -STEPS - 1 :])

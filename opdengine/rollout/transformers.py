@@ -21,8 +21,9 @@ from opdengine.models.batching import find_regimes, forward_options, probe_seque
 from opdengine.models.chat import stop_token_ids, text_of_completion, vocabulary_size
 from opdengine.models.lora import LowRank
 from opdengine.models.packing import Regimes
+from opdengine.models.vision import Vision
 from opdengine.rollout.decoding import Decoding, Ways, choose_decoding
-from opdengine.types import Completion, Request, SamplingParams
+from opdengine.types import Completion, Encoded, Request, SamplingParams
 
 
 class TransformersSampler:
@@ -50,6 +51,7 @@ class TransformersSampler:
         self.model = model
         self.bf16 = bf16
         self.tokenizer = tokenizer
+        self.vision: Vision | None = getattr(tokenizer, "vision", None)
         self.max_batch_tokens = max_batch_tokens
         self.policy_version = 0
         self.stop_ids = stop_token_ids(tokenizer, model, template_kwargs)
@@ -76,7 +78,7 @@ class TransformersSampler:
 
     def prove(self) -> None:
         """Find the way to sample that gives the model's own log-probs; the first call costs a few passes."""
-        _ = self._proven
+        _ = self._proven, self._seen
 
     @cached_property
     def _proven(self) -> tuple[Regimes, Ways]:
@@ -84,8 +86,25 @@ class TransformersSampler:
             regimes = find_regimes(self.model, self._states)
             vocabulary = self.model.get_input_embeddings().weight.shape[0]
             sequences = probe_sequences(self.model.config, vocabulary, regimes.switch)
-            limit = 1e-4 if self.model.dtype == torch.float32 and not self.bf16 else 5e-2
-            return regimes, choose_decoding(self.model, [sequences[1], sequences[-1]], limit)
+            ids = [sequences[1].tolist(), sequences[-1].tolist()]
+            return regimes, choose_decoding(self.model, ids, self._limit)
+
+    @cached_property
+    def _seen(self) -> Ways:
+        """How chats with pictures are sampled."""
+        if self.vision is None:
+            return Ways()
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        ids = probe_sequences(self.model.config, vocabulary)[1].tolist()
+        shown = [i for i in ids if i not in self.vision.token_ids]
+        probes = [Encoded([*probe, *shown], probe.images) for probe in self.vision.probe()[:2]]
+        with self._evaluating():
+            return choose_decoding(self.model, probes, self._limit, vision=self.vision)
+
+    @property
+    def _limit(self) -> float:
+        """Relative difference of logits that is rounding."""
+        return 1e-4 if self.model.dtype == torch.float32 and not self.bf16 else 5e-2
 
     def _states(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         inputs = {"input_ids": ids.to(self.device), "position_ids": positions.to(self.device), "use_cache": False}
@@ -127,11 +146,11 @@ class TransformersSampler:
     def _groups(self, requests: Sequence[Request], params: SamplingParams) -> list[list[int]]:
         """Requests of similar length and one regime together, each batch within the token budget."""
         groups: list[list[int]] = []
-        longest, last, regimes = 0, (0, 0), self._proven[0]
-        for i in sorted(range(len(requests)), key=lambda i: (len(requests[i].token_ids), i)):
+        longest, last, regimes = 0, (0, 0, False), self._proven[0]
+        for i in sorted(range(len(requests)), key=lambda i: (bool(requests[i].images), len(requests[i].token_ids), i)):
             length = len(requests[i].token_ids)
             longest = length + params.max_tokens
-            span = regimes.of(length), regimes.of(longest)
+            span = regimes.of(length), regimes.of(longest), bool(requests[i].images)
             size = (len(groups[-1]) + 1) * params.n if groups else 0
             if not groups or span != last or size * longest > self.max_batch_tokens:
                 groups.append([])
@@ -141,10 +160,12 @@ class TransformersSampler:
 
     def _generate_batch(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         state = _State(requests, params, self.device, self.vocabulary)
-        prompts = [request.token_ids for request in requests]
+        prompts = [Encoded(request.token_ids, request.images) for request in requests]
         regimes, ways = self._proven
+        if requests[0].images:
+            ways = self._seen
         longest = max(map(len, prompts)) + params.max_tokens
-        decoding: Decoding = ways.start(self.model, prompts, params.n, longest, regimes)
+        decoding: Decoding = ways.start(self.model, prompts, params.n, longest, regimes, self.vision)
         while True:
             tokens = self._sample(decoding.logits[:, : self.vocabulary], state, params)
             self._finish(tokens, state, params)

@@ -61,7 +61,10 @@ class LocalTeacher(Configured):
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer or load_tokenizer(
-            config.model, trust_remote_code=trust_remote_code, chat_template=config.chat_template
+            config.model,
+            trust_remote_code=trust_remote_code,
+            chat_template=config.chat_template,
+            images=config.images,
         )
         self._reader = Reader(f"teacher {config.name!r}", self.tokenizer, config.chat_template_kwargs)
         model = load_model(
@@ -70,13 +73,15 @@ class LocalTeacher(Configured):
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             device="cpu" if session is not None and config.shard else device,
+            sees=getattr(self.tokenizer, "vision", None) is not None,
         )
         model.requires_grad_(False).eval()
         self._session = session
         self._sharded = session.add(model, torch.device(device)) if session is not None and config.shard else None
 
         def split() -> Backbone:
-            return Backbone(model, name=f"teacher {config.name!r}", max_tokens=max_tokens)
+            vision = getattr(self.tokenizer, "vision", None)
+            return Backbone(model, name=f"teacher {config.name!r}", max_tokens=max_tokens, vision=vision)
 
         self.backbone = split() if self._sharded is None else self._sharded.run(split)
         self._device = self.backbone.device  # offloaded weights are elsewhere between calls
@@ -118,7 +123,8 @@ class LocalTeacher(Configured):
 
     async def score(self, contexts: Sequence[TeacherContext]) -> list[Hidden]:
         ids, positions = [c.token_ids for c in contexts], [c.target_positions for c in contexts]
-        return [Hidden(rows) for rows in await self._run(self._scorer.score, ids, positions)]
+        images = [c.images for c in contexts]
+        return [Hidden(rows) for rows in await self._run(self._scorer.score, ids, positions, images)]
 
     async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call in the thread of the device, with the weights there."""

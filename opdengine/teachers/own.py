@@ -86,7 +86,8 @@ class SharedTeacher(Configured):
 
     async def score(self, contexts: Sequence[TeacherContext]) -> list[Hidden]:
         ids, positions = [c.token_ids for c in contexts], [c.target_positions for c in contexts]
-        return [Hidden(rows) for rows in await self._run(self.backbone.score, ids, positions)]
+        images = [c.images for c in contexts]
+        return [Hidden(rows) for rows in await self._run(self.backbone.score, ids, positions, images)]
 
     async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call in the thread of the device, with this teacher's weights in the model."""

@@ -11,6 +11,7 @@ import torch
 
 from opdengine.models.backbone import Backbone
 from opdengine.models.batching import UNPROBED, cache_argument, relative
+from opdengine.types import Image
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +32,21 @@ class PrefixScorer:
         self._exact: bool | None = None
 
     @torch.no_grad()
-    def score(self, sequences: Sequence[np.ndarray], target_positions: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Hidden states [T_i, d] predicting the targets of every sequence, without gradient, on the host."""
+    def score(
+        self,
+        sequences: Sequence[np.ndarray],
+        target_positions: Sequence[np.ndarray],
+        images: Sequence[tuple[Image, ...]] = (),
+    ) -> list[torch.Tensor]:
+        """Hidden states [T_i, d] predicting the targets of every sequence, without gradient, on the host.
+
+        Sequences with pictures are scored the plain way.
+        """
+        images = images or [()] * len(sequences)
         groups: dict[bytes, list[int]] = {}
         for i, (ids, positions) in enumerate(zip(sequences, target_positions, strict=True)):
+            if images[i]:
+                continue
             # The state that predicts the first target is not part of what is shared.
             shared = ids[: max(int(positions[0]) - 1, 0)] if len(positions) else ids[:0]
             groups.setdefault(shared.tobytes(), []).append(i)
@@ -51,7 +63,9 @@ class PrefixScorer:
             rows = self._continue([sequences[i] for i in group], [target_positions[i] for i in group], prefix)
             found |= dict(zip(group, rows, strict=True))
         rest = [i for i in range(len(sequences)) if i not in found]
-        plain = self.backbone.score([sequences[i] for i in rest], [target_positions[i] for i in rest])
+        plain = self.backbone.score(
+            [sequences[i] for i in rest], [target_positions[i] for i in rest], [images[i] for i in rest]
+        )
         found |= dict(zip(rest, plain, strict=True))
         return [found[i] for i in range(len(sequences))]
 

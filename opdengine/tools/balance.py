@@ -258,7 +258,10 @@ def balance(config: TrainConfig, settings: BalanceSettings, progress: Callable[[
     if without := [p.id for p in found.prompts if p.answer is None]:
         raise DataError(f"{len(without)} prompts have no 'answer' (e.g. {without[:3]}); the verifier compares with it")
     tokenizer = load_tokenizer(
-        config.model, trust_remote_code=config.trust_remote_code, chat_template=config.chat_template
+        config.model,
+        trust_remote_code=config.trust_remote_code,
+        chat_template=config.chat_template,
+        images=config.images,
     )
     reader = Reader("the student", tokenizer, config.chat_template_kwargs)
 
@@ -284,7 +287,7 @@ def balance(config: TrainConfig, settings: BalanceSettings, progress: Callable[[
         def sample(prompts: Sequence[Prompt]) -> list[list[str]]:
             nonlocal sampler
             sampler = sampler or open_sampler(config, tokenizer)
-            requests = [Request(p.id, tuple(encode(p)), seed=_number(p.id)) for p in prompts]
+            requests = [Request(p.id, encode(p), seed=_number(p.id)) for p in prompts]
             return [[c.text for c in completions] for completions in sampler.generate(requests, params)]
 
         def grade(texts: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:

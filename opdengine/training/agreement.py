@@ -38,7 +38,7 @@ def processed_differences(
     known = [(s, s.sampler_logprob) for s in samples if s.sampler_logprob is not None and len(s.target_ids)]
     chosen = sorted(known, key=lambda pair: len(pair[0].token_ids))[:ROLLOUTS]
     ids, positions = zip(*(_start(s) for s, _ in chosen), strict=True) if chosen else ((), ())
-    states, head = student.score(ids, positions), student.head
+    states, head = student.score(ids, positions, [s.images for s, _ in chosen]), student.head
     differences = [
         _processed(head, tokens, places, hidden, params, vocab_size) - logprobs[:TOKENS]
         for (_, logprobs), tokens, places, hidden in zip(chosen, ids, positions, states, strict=True)
@@ -49,7 +49,7 @@ def processed_differences(
 def processed_logprobs(student: Backbone, sample: Sample, params: SamplingParams, vocab_size: int) -> np.ndarray:
     """float32 [min(T, TOKENS)]: log-probs of a rollout's first targets after penalty, temperature, top-k, top-p."""
     ids, positions = _start(sample)
-    (states,) = student.score([ids], [positions])
+    (states,) = student.score([ids], [positions], [sample.images])
     return _processed(student.head, ids, positions, states, params, vocab_size)
 
 

@@ -24,6 +24,7 @@ from opdengine.models.chat import (
     load_tokenizer,
     require_same_mode,
     require_same_tokenizer,
+    shared_vocabulary,
     stop_token_ids,
     vocabulary_size,
 )
@@ -31,6 +32,7 @@ from opdengine.models.given import is_given
 from opdengine.models.lora import add_adapter, architecture, base_of, freeze_head, load_adapter, require_peft
 from opdengine.models.rendering import thought_opening
 from opdengine.models.sharding import Sharded
+from opdengine.models.vision_tower import freeze_vision_tower, vision_layers
 from opdengine.rollout import Sampler
 from opdengine.rollout.vllm.weight_names import find_naming
 from opdengine.teachers import Teacher
@@ -80,8 +82,8 @@ def build_engine(
         require_peft()
     ranks = ranks or Ranks()
     device = default_device()
-    vocab_size = vocabulary_size(tokenizer)
     tokenizers = tokenizers or [teacher_tokenizer(config, teacher) for teacher in config.teachers]
+    vocab_size = shared_vocabulary(tokenizer, tokenizers)
     for teacher, its_tokenizer in zip(map(config.as_loaded, config.teachers), tokenizers, strict=True):
         require_same_tokenizer(tokenizer, its_tokenizer, teacher.name)
         require_same_mode(
@@ -92,13 +94,16 @@ def build_engine(
     split_head = many and config.vocab_parallel_head
     mesh = ranks.mesh(device) if many else None
 
+    own = [its for teacher, its in zip(config.teachers, tokenizers, strict=True) if teacher.model == SELF]
+    vision = next((found for t in (tokenizer, *own) if (found := getattr(t, "vision", None)) is not None), None)
+
     def load() -> tuple[Any, Sharded | None]:
-        model = load_student(config, device, checkpoint, on_host=many)
+        model = load_student(config, device, checkpoint, on_host=many, sees=vision is not None)
         head = "rows" if split_head else "gathered"
         return model, Sharded(model, ranks, device, config.bf16, head, mesh) if many else None
 
     model, sharded = ranks.in_turn(load)
-    student = Backbone(model, "student", config.max_tokens_per_batch, sharded, config.bf16)
+    student = Backbone(model, "student", config.max_tokens_per_batch, sharded, config.bf16, vision)
     session = Session(ranks) if many and any(t.shard for t in config.teachers) else None
 
     def build(teacher: TeacherConfig, its_tokenizer: Any) -> Teacher:
@@ -134,7 +139,7 @@ def build_engine(
         student=student,
         tokenizer=tokenizer,
         teachers=teachers,
-        sampler=build_sampler(config, model, tokenizer, ranks),
+        sampler=build_sampler(config, model, tokenizer, ranks, vocab_size),
         optimizer=optimizer,
         ranks=ranks,
         scheduler=build_scheduler(config, optimizer, schedule_begin),
@@ -203,7 +208,11 @@ def student_dtype(config: TrainConfig) -> str:
 
 
 def load_student(
-    config: TrainConfig, device: torch.device, checkpoint: Path | None = None, on_host: bool = False
+    config: TrainConfig,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    on_host: bool = False,
+    sees: bool = False,
 ) -> Any:
     """The student as it is trained: its own weights, or an adapter on them.
 
@@ -212,6 +221,7 @@ def load_student(
         device: where it will compute.
         checkpoint: take the weights from here.
         on_host: leave it on the CPU, to be split.
+        sees: whether it is given pictures.
 
     Raises:
         ConfigError: float16 was asked for, or an adapter does not fit.
@@ -228,6 +238,7 @@ def load_student(
         trust_remote_code=config.trust_remote_code,
         device="cpu" if on_host else device,
         bf16=config.bf16,
+        sees=sees,
     )
     if model.dtype == torch.float16:  # its configuration did not say so
         raise ConfigError(f"dtype={config.dtype!r} {NO_FLOAT16}")
@@ -243,11 +254,15 @@ def load_student(
     if config.freeze_head:
         freeze_head(model)
     if saved is not None and given_whole:
-        stored = load_model(str(saved), dtype=dtype, trust_remote_code=config.trust_remote_code)
+        stored = load_model(str(saved), dtype=dtype, trust_remote_code=config.trust_remote_code, sees=sees)
         model.load_state_dict(stored.state_dict())
+    if config.freeze_vision_tower:
+        freeze_vision_tower(model)
     if config.lora is None:
         return model
-    return add_adapter(model, config.lora) if saved is None else load_adapter(model, saved)
+    if saved is not None:
+        return load_adapter(model, saved)
+    return add_adapter(model, config.lora, vision_layers(model) if config.freeze_vision_tower else ())
 
 
 def build_grader(config: TrainConfig, tokenizer: Any) -> Grader:
@@ -259,8 +274,13 @@ def build_grader(config: TrainConfig, tokenizer: Any) -> Grader:
     return grader
 
 
-def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks | None = None) -> Sampler:
-    """The student's sampler: vLLM where asked, else the trainer's own model, or a copy where that is split."""
+def build_sampler(
+    config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks | None = None, vocab_size: int | None = None
+) -> Sampler:
+    """The student's sampler: vLLM where asked, else the trainer's own model, or a copy where that is split.
+
+    The trainer's own model samples the first ``vocab_size`` ids alone; default: all of the tokenizer's.
+    """
     ranks = ranks or Ranks()
     # Under autocast the trainer's own forward pass is bfloat16 as well.
     dtype = "bfloat16" if config.bf16 else str(model.dtype).removeprefix("torch.")
@@ -322,11 +342,12 @@ def build_sampler(config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks 
     sampler = TransformersSampler(
         sampled, tokenizer, 4 * config.max_tokens_per_batch, config.bf16, config.chat_template_kwargs
     )
+    sampler.vocabulary = vocab_size or sampler.vocabulary
     sampler.prove()
     return sampler
 
 
-def load_copy(config: TrainConfig) -> Any:
+def load_copy(config: TrainConfig, sees: bool = False) -> Any:
     """The student for sampling alone: where the trained one is split, or nothing is trained."""
     model = load_model(
         config.model,
@@ -335,6 +356,7 @@ def load_copy(config: TrainConfig) -> Any:
         trust_remote_code=config.trust_remote_code,
         device=default_device(),
         bf16=config.bf16,
+        sees=sees,
     ).requires_grad_(False)
     if config.bf16:
         halve_products(model)
@@ -405,8 +427,8 @@ def _as_served(teacher: TeacherConfig) -> TeacherConfig:
     return replace(teacher, base_url=teacher.writer_base_url, model=model, tokenizer=teacher.model, **here)
 
 
-def teacher_tokenizer(config: TrainConfig, teacher: TeacherConfig) -> Any:
-    """The tokenizer that belongs to a teacher's model.
+def teacher_tokenizer(config: TrainConfig, teacher: TeacherConfig, sees: bool = True) -> Any:
+    """The tokenizer that belongs to a teacher's model, with its processor where there are pictures (``sees``).
 
     Raises:
         ConfigError: there is none under the name of a served model.
@@ -417,6 +439,8 @@ def teacher_tokenizer(config: TrainConfig, teacher: TeacherConfig) -> Any:
             teacher.tokenizer or teacher.model,
             trust_remote_code=config.trust_remote_code,
             chat_template=teacher.chat_template,
+            images=teacher.images,
+            sees=sees and teacher.base_url is None,
         )
     except ValueError as error:
         if teacher.base_url is None or teacher.tokenizer is not None:

@@ -227,7 +227,7 @@ def evaluate(
     ranks = ranks or Ranks()
     with ranks.agree():
         mine = [(i, prompts[i]) for i in ranks.share(len(prompts))]
-        requests = [Request(p.id, tuple(encode(p)), seed=i) for i, p in mine]
+        requests = [Request(p.id, encode(p), seed=i) for i, p in mine]
         answers = [answer for completions in sampler.generate(requests, params) for answer in completions]
         grader = verifier if isinstance(verifier, Grader) else Grader(verifier)
         scores = grader.grade([a.text for a in answers], [p for _, p in mine for _ in range(params.n)])

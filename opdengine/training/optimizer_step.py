@@ -33,7 +33,11 @@ class MicroBatch:
 
 
 def micro_batches(
-    samples: Sequence[Sample], max_tokens: int, layout: str, regimes: Regimes = ONE_REGIME
+    samples: Sequence[Sample],
+    max_tokens: int,
+    layout: str,
+    regimes: Regimes = ONE_REGIME,
+    image_layout: str = "alone",
 ) -> list[MicroBatch]:
     """Cut the samples of a step into micro-batches; loss and gradient do not depend on how.
 
@@ -42,7 +46,7 @@ def micro_batches(
     Args:
         samples: of this process.
         max_tokens: budget of a micro-batch.
-        layout, regimes: see :func:`opdengine.models.packing.pack`.
+        layout, regimes, image_layout: see :func:`opdengine.models.packing.pack`.
 
     Raises:
         ValueError: a step's ids are not a prefix of its trajectory's; names the sample.
@@ -51,7 +55,16 @@ def micro_batches(
     for i, sample in enumerate(samples):
         groups.setdefault(sample.trajectory or f"\0{i}", []).append(sample)
     trajectories = list(groups.values())
-    sequences = [max((sample.token_ids for sample in members), key=len) for members in trajectories]
+    longest_of = [max(members, key=lambda sample: len(sample.token_ids)) for members in trajectories]
+    sequences = [sample.token_ids for sample in longest_of]
+    packed_batches = pack(
+        sequences,
+        max_tokens=max_tokens,
+        layout=layout,
+        regimes=regimes,
+        images=[sample.images for sample in longest_of],
+        image_layout=image_layout,
+    )
     for members, longest in zip(trajectories, sequences, strict=True):
         for sample in members:
             if not np.array_equal(sample.token_ids, longest[: len(sample.token_ids)]):
@@ -65,7 +78,7 @@ def micro_batches(
             tuple(sample for i in packed.members for sample in trajectories[i]),
             tuple(np.concatenate([sample.target_positions for sample in trajectories[i]]) for i in packed.members),
         )
-        for packed in pack(sequences, max_tokens=max_tokens, layout=layout, regimes=regimes)
+        for packed in packed_batches
     ]
 
 

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from opdengine.models.backbone import check_model_path, load_model, read_window
 from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.models.checkpoint import copy_model, read_teachers, restore_optimizer, step_of, write_model
 from opdengine.models.manifest import find_damage
+from opdengine.models.processor import save_tokenizer
 from opdengine.models.rendering import thought_opening
 from opdengine.rollout.vllm.engine import require_vllm
 from opdengine.teachers.own import restore_own
@@ -55,7 +57,7 @@ from opdengine.training.signals import Interrupted, Interrupts
 from opdengine.training.step import Engine
 from opdengine.training.trackers import open_trackers, require_trackers
 from opdengine.training.writer import MetricsWriter, NoWriter, read_metrics
-from opdengine.types import Prompt
+from opdengine.types import Prompt, images_of
 from opdengine.verifiers.grader import Grader
 
 logger = logging.getLogger(__name__)
@@ -115,16 +117,19 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool, callbacks: Callbac
     check_ranks(config, ranks)
     check_routing(config, method, prompts)
     method.view.require(prompts.prompts)
+    sees = check_pictures(config, [*prompts.prompts, *held_out], ranks)
     rewarded = prompts.prompts if method.needs_reward and not config.environment.name else ()
     grader.check([*held_out, *rewarded])
     tokenizer = load_tokenizer(
         config.model,
         trust_remote_code=config.trust_remote_code,
         chat_template=config.chat_template,
+        images=config.images,
+        sees=sees,
     )
     grader.opening = thought_opening(tokenizer, config.chat_template_kwargs)
     student_dtype(config)  # refuses what cannot be trained
-    tokenizers = [teacher_tokenizer(config, teacher) for teacher in config.teachers]
+    tokenizers = [teacher_tokenizer(config, teacher, sees) for teacher in config.teachers]
     prompts = _read_in_full(readers_of(config, tokenizer, tokenizers), config, prompts, held_out)
     if not config.environment.name:
         prompts = fit_prompts(config, tokenizer, prompts, held_out)
@@ -195,8 +200,13 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool, callbacks: Callbac
                 raise
         _write_final(config, loop, final)
         if config.lora is not None and config.lora.merge_final and ranks.is_first:
-            merged = load_model(str(final), dtype=student_dtype(config), trust_remote_code=config.trust_remote_code)
-            write_model(folder.path / "merged", merged, Ranks(), tokenizer.save_pretrained)
+            merged = load_model(
+                str(final),
+                dtype=student_dtype(config),
+                trust_remote_code=config.trust_remote_code,
+                sees=tokenizer.vision is not None,
+            )
+            write_model(folder.path / "merged", merged, Ranks(), partial(save_tokenizer, tokenizer))
         for line in bar.summary(folder.path) if progress else ():
             logger.info("%s", line)
         with ranks.agree():
@@ -226,7 +236,7 @@ def _write_final(config: TrainConfig, loop: Loop, final: Path) -> None:
         write_card(folder, config, loop.folder, config.prompts_per_step * engine.ranks.world_size, step)
 
     def rest(folder: Path) -> None:
-        engine.tokenizer.save_pretrained(folder)
+        save_tokenizer(engine.tokenizer, folder)
         card(folder)
 
     if best is None:
@@ -377,6 +387,33 @@ def check_routing(config: TrainConfig, method: Method, prompts: PromptSet) -> No
         named |= set(config.divergence) - {"default"}
     if unused := sorted(named - set(prompts.keys)):
         logger.warning("no prompt has the data_source %s named in the settings (it has %s)", unused, list(prompts.keys))
+
+
+def check_pictures(config: TrainConfig, prompts: Sequence[Prompt], ranks: Ranks) -> bool:
+    """Whether there are prompts with pictures; they are refused for what is only sent token ids.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if not any(images_of(prompt.messages) for prompt in prompts):
+        return False
+    if ranks.world_size > 1 and "image" in (config.images, *(teacher.images for teacher in config.teachers)):
+        raise ConfigError(
+            f"{ranks.world_size} processes are not possible yet where models are given pictures: train with one, or "
+            "set images to 'text' or 'omit' for the student and every teacher"
+        )
+    if config.use_vllm and config.images == "image":
+        raise ConfigError(
+            "use_vllm is not possible yet where the student is given pictures: leave it out (the trainer's own model "
+            "samples), or set images to 'text' or 'omit'"
+        )
+    for teacher in config.teachers:
+        if teacher.images == "image" and (teacher.base_url or teacher.writer_base_url):
+            raise ConfigError(
+                f"teacher {teacher.name!r} is asked over a network, where no pictures are sent, but there are prompts "
+                "with pictures: set its images to 'text' or 'omit', or take a teacher in this process"
+            )
+    return True
 
 
 def _read_in_full(

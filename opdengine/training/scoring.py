@@ -13,12 +13,13 @@ import torch
 from opd_kernels import LMHead, linear_logprob
 from opdengine.errors import ProbeError
 from opdengine.models.backbone import Backbone
+from opdengine.models.vision import Vision
 from opdengine.teachers import Teacher
 from opdengine.training.agreement import processed_rows
 from opdengine.types import Batch, Failure, Hidden, Sample, SamplingParams, TeacherContext, TeacherTargets, TopK
 
 
-async def score(batch: Batch, teachers: Sequence[Teacher], vocab_size: int) -> None:
+async def score(batch: Batch, teachers: Sequence[Teacher], vocab_size: int, vision: Vision | None = None) -> None:
     """Ask every teacher about its contexts and set ``teacher_targets``; what cannot be trained on is dropped.
 
     A teacher that failed on a sample, or whose states are not finite there, is left out of it; where all
@@ -29,6 +30,7 @@ async def score(batch: Batch, teachers: Sequence[Teacher], vocab_size: int) -> N
         batch: annotated samples.
         teachers: of the run.
         vocab_size: ids of the tokenizer.
+        vision: of a student that is given pictures; its image tokens cannot be sampled beside them.
 
     Raises:
         ProbeError: nothing that a teacher says is finite.
@@ -39,6 +41,8 @@ async def score(batch: Batch, teachers: Sequence[Teacher], vocab_size: int) -> N
         elif sample.target_ids.max() >= vocab_size:
             # vLLM can sample a padding column of the head; no tokenizer knows such a token.
             sample.drop = "token_beyond_vocabulary"
+        elif vision is not None and not vision.matches(sample.token_ids, sample.images):
+            sample.drop = "image_token_sampled"
     asked = [sample for sample in batch if sample.contexts and np.any(sample.target_turn_weight)]
     queues: dict[str, list[TeacherContext]] = {teacher.name: [] for teacher in teachers}
     for sample in asked:
@@ -123,7 +127,8 @@ class Measurer:
 
     def _student(self, samples: Sequence[Sample], needs: Collection[str]) -> None:
         """Set what the student alone tells; a ratio without the sampler's log-probs stays None."""
-        states = self.student.score([s.token_ids for s in samples], [s.target_positions for s in samples])
+        ids, images = [s.token_ids for s in samples], [s.images for s in samples]
+        states = self.student.score(ids, [s.target_positions for s in samples], images)
         head = self.student.head.to(states[0].dtype) if states else self.student.head
         parts = list(zip(samples, states, strict=True))
         for sample, read in zip(samples, self._read(parts, head), strict=True):

@@ -173,7 +173,7 @@ class Engine:
         # A prompt that comes again in a later step gets new samples; a resumed run, or one on another
         # number of ranks, gets the same.
         requests = [
-            Request(prompts[place].id, tuple(ids), seed=_seed(batch.number, place))
+            Request(prompts[place].id, ids, seed=_seed(batch.number, place))
             for place, ids in zip(mine, encoded, strict=True)
         ]
         version = self.sampler.policy_version
@@ -184,7 +184,7 @@ class Engine:
                 id=f"{place}.{i}",
                 prompt=prompts[place],
                 turns=(
-                    Turn("prompt", np.array(ids)),
+                    Turn.of_prompt(ids),
                     Turn("assistant", completion.token_ids, completion.logprobs, True),
                 ),
                 policy_version=version,
@@ -246,7 +246,7 @@ class Engine:
         """Set every teacher's targets; see :func:`opdengine.training.scoring.score`."""
         with batch.timed("score"):
             async with self.calls():
-                await score(batch, self.teachers, self.vocab_size)
+                await score(batch, self.teachers, self.vocab_size, self.student.vision)
 
     def measure(self, batch: Batch) -> None:
         """Measure the statistics that the method needs; no model runs where it needs none."""
@@ -307,7 +307,9 @@ class Engine:
         self.student.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         student = self.student
-        batches = micro_batches(samples, self.config.max_tokens_per_batch, student.layout, student.regimes)
+        batches = micro_batches(
+            samples, self.config.max_tokens_per_batch, student.layout, student.regimes, student.image_layout
+        )
         losses = backward(self.student, batches, loss_of)
         loss = self.ranks.sum(sum(losses))
         statistics.join(self.ranks)

@@ -56,7 +56,8 @@ def make_config(models: dict[str, str], train_data: str, output_dir: Path, **cha
 
 
 def make_engine(config: TrainConfig) -> Engine:
-    return build_engine(config, build_method(config), load_tokenizer(config.model, chat_template=config.chat_template))
+    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template, images=config.images)
+    return build_engine(config, build_method(config), tokenizer)
 
 
 def make_samples(engine: Engine, prompts: Sequence[Prompt]) -> list[Sample]:

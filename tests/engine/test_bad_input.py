@@ -330,7 +330,7 @@ def test_bad_rows_are_listed_with_their_numbers(tmp_path: Path) -> None:
         "row 7: a message without 'role'",
         "row 8: the last message is the assistant's",
         "row 9: duplicate id 'fine' (first in",
-        "row 10: message part of type 'image_url'; only text",
+        "row 10: the picture 'x' does not exist below",
         "row 11: 'tools' is not JSON",
         "--skip-bad-rows",
     ):

@@ -191,7 +191,7 @@ class Debater:
         else:
             messages = family.later_messages(prompt.messages, k, rounds, self.ask_confidence)
         seed = int(hashlib.sha256(f"{key}:{number}:{k}".encode()).hexdigest()[:12], 16)
-        return Request(prompt.id, tuple(expert.encode(messages, prompt.tools)), seed)
+        return Request(prompt.id, expert.encode(messages, prompt.tools), seed)
 
     def _conclude(self, experts: Sequence[Teacher], talk: _Talk) -> Debate:
         """Read the confidences of the last round and count what went wrong."""
@@ -229,7 +229,7 @@ class Debater:
             asdict(self.params),
             self.ask_confidence,
         ]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def _file(self, key: str) -> Path | None:
         return None if self.cache_dir is None else self.cache_dir / key[:2] / f"{key}.json"

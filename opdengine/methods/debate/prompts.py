@@ -12,7 +12,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from opdengine.models.chat import text_of
+from opdengine.models.rendering import rewritten
 from opdengine.models.thoughts import without_thoughts
 from opdengine.types import Message
 
@@ -107,14 +107,18 @@ class DebatePrompts:
         ask_confidence: bool,
     ) -> list[Message]:
         last_is_user = bool(messages) and messages[-1].get("role") == "user"
-        content = template.format(
-            task=text_of(messages[-1].get("content")) if last_is_user else self.continuation,
-            expert=expert_letter(expert),
-            transcript=transcript,
-            confidence=self.confidence if ask_confidence else "",
-        )
+        asked = messages[-1].get("content") if last_is_user else self.continuation
+
+        def written(task: str) -> str:
+            return template.format(
+                task=task,
+                expert=expert_letter(expert),
+                transcript=transcript,
+                confidence=self.confidence if ask_confidence else "",
+            )
+
         kept = messages[:-1] if last_is_user else messages
-        return [*kept, {"role": "user", "content": content}]
+        return [*kept, {"role": "user", "content": rewritten(asked, written)}]
 
 
 def expert_letter(index: int) -> str:
