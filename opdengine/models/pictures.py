@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import warnings
@@ -66,6 +67,11 @@ def read_picture(data: bytes, path: str = "", max_pixels: int = MOST_PIXELS, tex
     return Image(hashlib.sha256(data).hexdigest(), *size, None if path else data, path, text)
 
 
+def data_url(image: Image) -> str:
+    """The picture as text that a row may hold."""
+    return f"data:image/*;base64,{base64.b64encode(_bytes(image)).decode()}"
+
+
 def open_picture(image: Image) -> Any:
     """The picture as Pillow's RGB, the right way up.
 
@@ -74,6 +80,13 @@ def open_picture(image: Image) -> Any:
     """
     from PIL import ImageOps
 
+    with _opened(_bytes(image)) as picture:
+        upright: Any = ImageOps.exif_transpose(picture)
+        return upright.convert("RGB")
+
+
+def _bytes(image: Image) -> bytes:
+    """The bytes of its file, which must be those that were checked."""
     data = image.data
     if data is None:
         try:
@@ -82,9 +95,7 @@ def open_picture(image: Image) -> Any:
             raise PictureError(f"the picture {image.path!r} cannot be read any more: {error}") from error
         if hashlib.sha256(data).hexdigest() != image.sha256:
             raise PictureError(f"the picture {image.path!r} has changed since the data were read; start the run again")
-    with _opened(data) as picture:
-        upright: Any = ImageOps.exif_transpose(picture)
-        return upright.convert("RGB")
+    return data
 
 
 @contextmanager

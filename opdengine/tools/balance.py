@@ -31,9 +31,10 @@ from opdengine.config.fields import COUNT, TOP_K, TOP_P, Range
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import DataError, drop_long, load_prompts
 from opdengine.errors import ConfigError
+from opdengine.models.pictures import data_url
 from opdengine.tools.figures import figure, require_matplotlib
 from opdengine.training.run_folder import require_writable
-from opdengine.types import Prompt, Request, SamplingParams
+from opdengine.types import Image, Prompt, Request, SamplingParams, images_of
 from opdengine.workers.printing import brief
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,8 @@ def rows(prompts: Sequence[Prompt], times: Mapping[str, int]) -> Iterator[dict[s
         row |= {"tools": [dict(t) for t in prompt.tools]} if prompt.tools else {}
         row |= {"data_source": prompt.key} if prompt.key else {}
         row |= {"answer": prompt.answer} if prompt.answer is not None else {}
+        texts = [image.text for image in images_of(prompt.messages)]
+        row |= {"image_text": texts} if texts and None not in texts else {}
         yield row
         number = 2
         for _ in range(times[prompt.id] - 1):
@@ -335,9 +338,14 @@ def write(prompts: Sequence[Prompt], counts: Mapping[str, int], settings: Balanc
     partial = settings.output.with_suffix(".tmp")
     with partial.open("w") as out:
         for row in rows(prompts, times):
-            out.write(json.dumps(row, default=str) + "\n")
+            out.write(json.dumps(row, default=_written) + "\n")
     partial.replace(settings.output)
     return {**report, "prompts_before": len(prompts), "prompts_after": sum(times.values())}
+
+
+def _written(value: Any) -> str:
+    """What JSON does not have: pictures are kept whole, everything else as its text."""
+    return data_url(value) if isinstance(value, Image) else str(value)
 
 
 def open_sampler(config: TrainConfig, tokenizer: Any) -> Any:
@@ -351,6 +359,7 @@ def open_sampler(config: TrainConfig, tokenizer: Any) -> Any:
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
         device=default_device(),
+        sees=tokenizer.vision is not None,
     )
     sampler = build_sampler(config, model, tokenizer)
     if sampler.policy_version != 0:

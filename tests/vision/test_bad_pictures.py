@@ -293,3 +293,17 @@ def test_pictures_of_a_data_set(tmp_path: Path) -> None:
         else:
             with pytest.raises(DataError, match="is far too large"):
                 load_prompts([str(folder)])
+
+
+def test_balanced_rows_keep_their_pictures(tmp_path: Path) -> None:
+    from opdengine.tools.balance import _written, rows
+
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "x", "images": "a.png", "image_text": "noise"}))
+    found = load_prompts([str(tmp_path / "rows.jsonl")]).prompts
+    (tmp_path / "out").mkdir()
+    lines = [json.dumps(row, default=_written) + "\n" for row in rows(found, {found[0].id: 2})]
+    (tmp_path / "out" / "rows.jsonl").write_text("".join(lines))
+    again = load_prompts([str(tmp_path / "out" / "rows.jsonl")]).prompts
+    images = [image for prompt in again for image in images_of(prompt.messages)]
+    assert [(i.data, i.text) for i in images] == [(PNG, "noise")] * 2
