@@ -196,7 +196,7 @@ def test_what_is_started_again_is_the_same_run(world: dict[str, Any], refuse: Tr
     settings = yaml.safe_load((world["root"] / "whole" / "config.yaml").read_text())
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**settings, "output_dir": str(tmp_path)}))
     again = ("--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest")
-    assert "max_steps: 3 then, 2 now" in refuse(*again, "--max_steps", "2")
+    assert "seed: 0 then, 7 now" in refuse(*again, "--seed", "7", "--max_steps", "2")
     (tmp_path / "final").mkdir()
     assert "not an interrupted run" in refuse(*again)
 
@@ -231,7 +231,7 @@ def test_a_file_as_output_folder_is_refused(refuse: Train, tmp_path: Path) -> No
 def test_resuming_with_other_settings_shows_the_difference(refuse: Train) -> None:
     message = refuse("--resume_from_checkpoint", "latest", "--learning_rate", "1e-4", "--debate.tau", "0.5")
     assert "learning_rate: 0.003 then, 0.0001 now" in message
-    assert "debate" in message and "'tau': 0.5" in message
+    assert "debate.tau: 1.0 then, 0.5 now" in message and "--allow_changes" in message
     assert "max_steps" not in message
 
 
