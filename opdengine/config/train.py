@@ -323,9 +323,9 @@ class TrainConfig(Section):
     workspace_bytes: Resumable[Maybe[Annotated[Integer, Range(1, 2**50)]]] = None
     """byte budget for temporaries of the fused loss."""
     vocab_sample: Changeable[Annotated[Real, Range(0, 1, open_high=True)]] = 0.0
-    """share of the vocabulary from which the gradient of an exact divergence is computed: unbiased, and several times
-    cheaper; 0 is all of it. The metric `gradient_noise` is the distance of a micro-batch's gradient from the exact one,
-    as a share of it. With the reverse KL the loss and the teachers' statistics come from a sample of the rows."""
+    """share of the vocabulary from which the gradient of an exact divergence is computed: unbiased, for that share of
+    its products; 0 is all of it. The metric `gradient_noise` is the distance of a micro-batch's gradient from the exact
+    one, as a share of it. With the reverse KL the loss and the teachers' statistics come from a sample of the rows."""
     seed: Seed = 0
     """of data order, sampling and initialisation."""
 

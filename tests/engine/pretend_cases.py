@@ -59,7 +59,7 @@ def test_tensors_in_two_places_raise() -> None:
 def test_a_run_of_every_method(method: str, models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
     """Rollouts, scores, updates, evaluation and checkpoints."""
     settings = settings_of(method, models, prompt_file, steps=2) | {"output_dir": str(tmp_path)}
-    assert train(from_mapping(TrainConfig, settings), progress=False).steps == 2
+    assert train(from_mapping(TrainConfig, settings), progress=False).step == 2
 
 
 @pytest.mark.parametrize("bf16", [False, True])
