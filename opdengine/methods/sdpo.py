@@ -31,8 +31,8 @@ PAPER = Paper(
         "advantage.high": (2.0, "released code"),
         "advantage.max_gap": (float("inf"), "released code: no bound"),
         "loss_normalization": ("sequence", "as in TRL"),
-        "num_generations": (8, "section 4"),
-        "temperature": (1.0, "section 4"),
+        "num_generations": (8, "as in TRL"),
+        "temperature": (1.0, "as in TRL"),
         "learning_rate": (1e-6, "released code"),
     },
     choices={
