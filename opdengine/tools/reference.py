@@ -121,4 +121,6 @@ def _code(text: str) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not sys.argv[1].endswith(".md"):
+        sys.exit("usage: python -m opdengine.tools.reference docs/settings.md")
     Path(sys.argv[1]).write_text(reference(), "utf-8")

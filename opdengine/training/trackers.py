@@ -109,7 +109,7 @@ class Trackio:
             resume = "allow" if known else "never"
             known.setdefault("project", config.project or os.environ.get("TRACKIO_PROJECT") or PROJECT)
             known.setdefault("name", f"{config.run_name or folder.resolve().name}-{uuid4().hex[:8]}")
-            self._trackio = trackio
+            self._trackio: Any = trackio
             self._run: Any = trackio.init(
                 project=known["project"],
                 name=known["name"],

@@ -41,7 +41,7 @@ from opdengine.training.loop import prepared
 from opdengine.training.run import train
 from opdengine.training.step import Engine
 from opdengine.training.writer import read_metrics
-from opdengine.types import SamplingParams
+from opdengine.types import Image, Request, SamplingParams
 from tiny.agents.house import HOUSE
 
 
@@ -61,6 +61,12 @@ def sampler(server: Server, tokenizer: Any, models: dict[str, str]) -> Iterator[
     with open_server(server.url, tokenizer) as opened:
         opened.load_policy(0, model.state_dict().items())
         yield opened
+
+
+def test_a_prompt_with_pictures_is_refused_and_not_sent_without_them(sampler: VLLMSampler) -> None:
+    picture = Image("00", 1, 1, b"")
+    with pytest.raises(ValueError, match=r"prompt 'seen' has pictures.*set use_vllm to false"):
+        sampler.generate([*REQUESTS, Request("seen", (1, 2), 0, images=(picture,))], PARAMS)
 
 
 # --- faults ----------------------------------------------------------------------------------

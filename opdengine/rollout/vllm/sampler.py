@@ -334,6 +334,11 @@ class VLLMSampler:
         return path
 
     def _prompt_ids(self, request: Request, max_tokens: int) -> np.ndarray:
+        if request.images:
+            raise ValueError(
+                f"prompt {request.id!r} has pictures, which are not sent to vLLM yet: set use_vllm to false, or images "
+                "to 'text' or 'omit'"
+            )
         check_room(request, max_tokens, self.info.window)
         ids = np.asarray(request.token_ids)
         if ids.dtype.kind not in "iu":
