@@ -53,7 +53,7 @@ def test_an_offloaded_teacher_works_in_the_thread_of_its_device(
     monkeypatch.setattr(local, "work_on", work_on)
     home = teacher.backbone.device
     monkeypatch.setattr(Backbone, "device", property(lambda self: torch.device("meta")))
-    monkeypatch.setattr(teacher._scorer, "score", lambda ids, positions: [torch.zeros(2, 4)])
+    monkeypatch.setattr(teacher._scorer, "score", lambda ids, positions, images: [torch.zeros(2, 4)])
     ids = np.arange(5)
     asyncio.run(teacher.score([TeacherContext("r", "t", ids, np.array([3, 4]))]))
     assert asked == [home]
