@@ -14,8 +14,6 @@ from opdengine.errors import ConfigError
 from opdengine.models.given import find_given, is_given
 from opdengine.models.hub import hub_problem
 from opdengine.models.lfs import require_no_pointers
-from opdengine.models.lora import read_adapted
-from opdengine.models.processor import give_eyes
 from opdengine.models.rendering import (
     MARK,
     REPLY,
@@ -92,6 +90,10 @@ def load_tokenizer(
         ValueError: it cannot be read, no chat template is known, or there is no end-of-sequence token.
     """
     from transformers import AutoTokenizer
+
+    # Here: without the extra "train", doctor imports this module.
+    from opdengine.models.lora import read_adapted
+    from opdengine.models.processor import give_eyes
 
     if Path(path).is_dir():
         require_no_pointers(Path(path))

@@ -77,7 +77,29 @@ EURUS: list[Row] = [
     ("train_data.1.format", "eurus", "Eurus-2-RL"),
     ("train_data.1.where", {"ability": "code"}, "its code"),
 ]
+SEEING: list[Row] = [
+    *[row for row in RUN if row[0] not in ("model", "use_vllm", *(name for name, _, _ in THINKS_NOT))],
+    ("model", "Qwen/Qwen3-VL-4B-Instruct", "table C.1"),
+    ("freeze_vision_tower", True, "unstated"),
+    ("use_vllm", False, "ours: vLLM is given no pictures yet"),
+    *[row for row in UNI if row[0] not in ("uni_opd.margin_delta", "uni_opd.margin_direction")],
+    ("uni_opd.margin_delta", 0.0, "table C.2, multimodal"),
+    ("uni_opd.margin_direction", "lift", "table C.2, multimodal"),
+    ("train_data.0.format", "openmmreasoner_images", "released code: its scorer"),
+]
+SEEING_MATH: list[Row] = [
+    *teacher(0, model="models/qwen3-vl-4b-math-rl", name="vlm-math", key=[], images="image"),
+    ("verifier", "math", "released code"),
+]
+CROSS: list[Row] = [
+    *teacher(0, model="models/qwen3-vl-4b-math-rl", name="vlm-math", key=["vlm-math"], images="image"),
+    *teacher(1, model="models/qwen3-4b-code-rl", name="code", key=["code"], images="omit", chat_template_kwargs=QUIET),
+    ("train_data.0.data_source", "vlm-math", "released code: its alias"),
+    ("verifier", {"vlm-math": "math", "code": "code"}, "released code"),
+]
 PRESETS: dict[str, list[Row]] = {
+    "uni_opd_vl_math_qwen3_vl_4b": [*SEEING, *SEEING_MATH],
+    "uni_opd_cross_modal_qwen3_vl_4b": [*SEEING, *CROSS, *EURUS],
     "uni_opd_math_qwen3_4b": [*RUN, *UNI, *MATH],
     "uni_opd_math_code_qwen3_4b": [*RUN, *UNI, *BOTH],
     "uni_opd_qwen3_30b_a3b_to_4b": [*RUN, *UNI, *STRONG],
