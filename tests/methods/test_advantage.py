@@ -15,6 +15,7 @@ from engine_helpers import assert_same_gradients, loss_and_gradient, make_config
 from method_helpers import make_batch, make_rollout
 
 import opdengine.loss.objective
+from opd_kernels import LMHead
 from opdengine.config.train import ConfigError
 from opdengine.data.prompts import load_prompts
 from opdengine.distributed import Ranks
@@ -22,7 +23,6 @@ from opdengine.loss.objective import Objective
 from opdengine.methods import build_method
 from opdengine.methods.method import Method
 from opdengine.methods.policy_gradient import PolicyGradient, gap_of
-from opdengine.models.backbone import Head
 from opdengine.training.step import Engine
 from opdengine.types import Batch, Sample
 
@@ -67,7 +67,7 @@ def test_expected_gradient_is_that_of_the_exact_reverse_kl(mix: tuple[float, ...
     for y, sample in enumerate(samples):
         sample.scale = float(np.exp(behaviour[y]))
     objective = Objective(heads={}, divergence_of=lambda key: "reverse_kl", impl="torch")
-    loss = objective(hidden.repeat(VOCAB, 1), Head(weight, None, 1.0, None), samples)
+    loss = objective(hidden.repeat(VOCAB, 1), LMHead(weight, None, 1.0, None), samples)
     ours = torch.autograd.grad(loss, [hidden, weight])
 
     exact = sum(w * (student.exp() * (student - torch.from_numpy(q))).sum() for w, q in zip(mix, teachers, strict=True))

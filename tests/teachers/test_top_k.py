@@ -13,10 +13,10 @@ import torch
 from engine_helpers import assert_same_gradients, loss_and_gradient, make_config, make_engine, make_samples
 from teacher_helpers import Server
 
+from opd_kernels import LMHead
 from opdengine.data.prompts import load_prompts
 from opdengine.loss.objective import Objective, kl_weight
 from opdengine.loss.statistics import Statistics
-from opdengine.models.backbone import Head
 from opdengine.models.chat import vocabulary_size
 from opdengine.teachers.endpoint import BadAnswer
 from opdengine.teachers.top_k import read_top_k
@@ -225,7 +225,7 @@ def test_lists_of_different_widths_do_not_depend_on_the_micro_batch(kind: str) -
     """Loss, gradient and statistics of the whole are the sums of those of the parts."""
     items = [listed_item("a", [20, 20, 20, 20], 60, 0), listed_item("b", [3, 1, 2, 3], 60, 1)]
     g = torch.Generator().manual_seed(0)
-    head = Head(torch.randn(60, 8, generator=g, dtype=torch.float64))
+    head = LMHead(torch.randn(60, 8, generator=g, dtype=torch.float64))
     hidden = torch.randn(8, 8, generator=g, dtype=torch.float64)
     objective = Objective(heads={}, divergence_of=lambda key: kind)
 
