@@ -52,7 +52,7 @@ def folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @contextlib.contextmanager
-def serve(folder: str, log: Path, window: int = 512) -> Iterator[str]:
+def serve(folder: str, log: Path, window: int = 512, cache: int = 64 << 20) -> Iterator[str]:
     """A model in float32, with log-probs of at most K tokens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -65,7 +65,7 @@ def serve(folder: str, log: Path, window: int = 512) -> Iterator[str]:
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder,
         "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
         "--max-model-len", str(window), "--max-logprobs", str(K), "--enforce-eager",
-        "--kv-cache-memory-bytes", str(64 << 20),
+        "--kv-cache-memory-bytes", str(cache),
     ]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **on_cpu}
     with log.open("w") as output:
@@ -178,7 +178,7 @@ def test_a_real_model_debates_behind_a_server_while_vllm_samples_the_student(smo
         "max_steps": 2,
         "learning_rate": 1e-5,
     }
-    with serve(smollm2, tmp_path / "server.log", 2048) as address:
+    with serve(smollm2, tmp_path / "server.log", 2048, 256 << 20) as address:
         served = {"name": "served", "model": "tiny", "base_url": address, "tokenizer": smollm2, "score_top_k": K}
         settings["teachers"] = [served, {"name": "local", "model": smollm2}]
         file = tmp_path / "run.yaml"
