@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 help:
 	@echo "make demo     distil the bundled tiny models: MAD-OPD beside its baselines (minutes, 2 cores)"
-	@echo "make demo-real  a real language model in English learns from two experts that debate (20 minutes, 2 cores)"
+	@echo "make demo-real  a real language model in English learns from two experts that debate (2 cores)"
 	@echo "make demo-agents  agents in a little house: SAGE-OPD, then OPAD (minutes, 2 cores)"
 	@echo "make test     linters, type checker and the whole test suite"
 	@echo "make test-oldest  what touches transformers, on the oldest release that is supported"
