@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from opdengine.errors import ServiceError
+from opdengine.models.chat import encode_answer
 from opdengine.types import Completion, Failure, Message, Request, SamplingParams, TeacherContext, TeacherTargets
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from opd_kernels import LMHead
     from opdengine.config.sections import TeacherConfig
+    from opdengine.data.templates import Reader
 
 
 class TeacherError(ServiceError):
@@ -84,9 +86,11 @@ class Teacher(Protocol):
 
 
 class Configured:
-    """What its settings say of a teacher."""
+    """What its settings say of a teacher, and its chats in its own template."""
 
     config: TeacherConfig
+    tokenizer: Any
+    _reader: Reader
 
     @property
     def name(self) -> str:
@@ -99,3 +103,11 @@ class Configured:
     @property
     def weight(self) -> float:
         return self.config.weight
+
+    def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        return self._reader.encode(messages, tools)
+
+    def encode_answer(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), sampled: Sequence[int] = ()
+    ) -> list[int]:
+        return encode_answer(self.tokenizer, messages, tools, self.config.chat_template_kwargs, sampled)

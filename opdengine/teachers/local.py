@@ -8,7 +8,7 @@ local teachers take turns, in the order in which they were asked.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from opd_kernels import LMHead
 from opdengine.config.sections import TeacherConfig
 from opdengine.data.templates import Reader
 from opdengine.models.backbone import Backbone, load_model
-from opdengine.models.chat import encode_answer, load_tokenizer
+from opdengine.models.chat import load_tokenizer
 from opdengine.models.rendering import thought_opening
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.teachers import Configured
@@ -28,7 +28,7 @@ from opdengine.teachers.prefix import PrefixScorer
 from opdengine.teachers.server import ServedTeacher
 from opdengine.teachers.shard import Session
 from opdengine.teachers.threads import work_on
-from opdengine.types import Completion, Failure, Hidden, Message, Request, SamplingParams, TeacherContext
+from opdengine.types import Completion, Failure, Hidden, Request, SamplingParams, TeacherContext
 
 T = TypeVar("T")
 
@@ -107,14 +107,6 @@ class LocalTeacher(Configured):
     @property
     def head(self) -> LMHead:
         return self.backbone.head
-
-    def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        return self._reader.encode(messages, tools)
-
-    def encode_answer(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), sampled: Sequence[int] = ()
-    ) -> list[int]:
-        return encode_answer(self.tokenizer, messages, tools, self.config.chat_template_kwargs, sampled)
 
     async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion | Failure]:
         if self._writer is not None:

@@ -14,7 +14,6 @@ from opdengine.config.sections import TeacherConfig
 from opdengine.data.templates import Reader
 from opdengine.errors import ConfigError
 from opdengine.models.backbone import Backbone
-from opdengine.models.chat import encode_answer
 from opdengine.models.lora import base_of, digest, fingerprint
 from opdengine.models.policy import policy
 from opdengine.models.rendering import thought_opening
@@ -23,7 +22,7 @@ from opdengine.rollout.transformers import TransformersSampler
 from opdengine.teachers import Configured, Teacher
 from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.threads import work_on
-from opdengine.types import Completion, Failure, Hidden, Message, Request, SamplingParams, TeacherContext
+from opdengine.types import Completion, Failure, Hidden, Request, SamplingParams, TeacherContext
 
 T = TypeVar("T")
 
@@ -72,14 +71,6 @@ class SharedTeacher(Configured):
         own = self.backbone.head
         bias = None if own.bias is None else own.bias.detach()
         return LMHead(own.weight.detach(), bias, own.logit_scale, own.softcap)
-
-    def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        return self._reader.encode(messages, tools)
-
-    def encode_answer(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), sampled: Sequence[int] = ()
-    ) -> list[int]:
-        return encode_answer(self.tokenizer, messages, tools, self.config.chat_template_kwargs, sampled)
 
     async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion | Failure]:
         return [completions[0] for completions in await self._run(self._sampler.generate, requests, params)]

@@ -19,7 +19,6 @@ from opdengine.data.templates import Reader
 from opdengine.errors import ConfigError, ProbeError
 from opdengine.models.chat import (
     PROBES,
-    encode_answer,
     encode_behind,
     stop_token_ids,
     text_of_completion,
@@ -32,7 +31,7 @@ from opdengine.teachers import Configured
 from opdengine.teachers.echo import Echo
 from opdengine.teachers.endpoint import Answer, BadAnswer, Endpoint
 from opdengine.teachers.top_k import read_top_k
-from opdengine.types import Completion, Failure, Message, Request, SamplingParams, TeacherContext, TopK
+from opdengine.types import Completion, Failure, Request, SamplingParams, TeacherContext, TopK
 from opdengine.workers.printing import brief
 
 logger = logging.getLogger(__name__)
@@ -83,14 +82,6 @@ class ServedTeacher(Configured):
     def fingerprint(self) -> str:
         """The served name: a server does not tell which weights it holds."""
         return f"served {self.config.model}"
-
-    def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        return self._reader.encode(messages, tools)
-
-    def encode_answer(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), sampled: Sequence[int] = ()
-    ) -> list[int]:
-        return encode_answer(self.tokenizer, messages, tools, self.config.chat_template_kwargs, sampled)
 
     async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion | Failure]:
         """One completion per request; their log-probs are unknown (NaN)."""

@@ -19,6 +19,15 @@ import engine_cases
 from engine_cases import Bench
 from pretend_device import DEVICE, Pretend
 from run_settings import OF_METHODS, settings_of
+from test_gpu_rehearsal import (  # noqa: F401 - run here on the pretend device
+    test_a_resumed_run_goes_on,
+    test_a_step_of_a_debate,
+    test_an_adapter_learns,
+    test_checkpointing_changes_nothing,
+    test_every_method_of_weighing,
+    test_offloaded_teachers_judge_the_same,
+    test_the_same_loss_as_on_the_cpu,
+)
 
 from opdengine.config.loading import from_mapping
 from opdengine.config.train import TrainConfig
@@ -60,36 +69,6 @@ def test_a_run_of_every_method(method: str, models: dict[str, str], prompt_file:
     """Rollouts, scores, updates, evaluation and checkpoints."""
     settings = settings_of(method, models, prompt_file, steps=2) | {"output_dir": str(tmp_path)}
     assert train(from_mapping(TrainConfig, settings), progress=False).step == 2
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-def test_a_step_of_a_debate(bench: Bench, bf16: bool) -> None:
-    engine_cases.a_step_of_a_debate(bench, bf16)
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-def test_the_same_loss_as_on_the_cpu(bench: Bench, bf16: bool) -> None:
-    engine_cases.the_same_loss_as_on_the_cpu(bench, bf16, divergence="forward_kl")
-
-
-def test_checkpointing_changes_nothing(bench: Bench) -> None:
-    engine_cases.checkpointing_changes_nothing(bench)
-
-
-def test_a_resumed_run_goes_on(bench: Bench) -> None:
-    engine_cases.a_resumed_run_goes_on(bench, bf16=True)
-
-
-def test_offloaded_teachers_judge_the_same(bench: Bench) -> None:
-    engine_cases.offloaded_teachers_judge_the_same(bench)
-
-
-def test_an_adapter_learns(bench: Bench) -> None:
-    engine_cases.an_adapter_learns(bench)
-
-
-def test_every_method_of_weighing(bench: Bench) -> None:
-    engine_cases.every_method_of_weighing(bench)
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
