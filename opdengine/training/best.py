@@ -48,7 +48,8 @@ class Best:
         metric = name if name.startswith(PREFIX) else PREFIX + name.removeprefix("eval_")
         greater = config.greater_is_better
         if greater is None:
-            greater = not metric.endswith(("loss", "rate", "broken", "turns"))
+            greater = _is_better_when_greater(metric)
+            logger.info("%s: %s is better", metric, "more" if greater else "less")
         return cls(metric, greater, config.early_stopping_patience, config.early_stopping_threshold)
 
     def require(self, measured: Mapping[str, float]) -> None:
@@ -95,3 +96,11 @@ class Best:
             )  # fmt: skip
             return
         self.value, self.step, self.waited = saved["value"], saved["step"], saved["waited"]
+
+
+def _is_better_when_greater(metric: str) -> bool:
+    """Whether more is better of a metric of evaluations; what follows "accuracy" is a name from the data."""
+    parts = metric.partition("@")[0].split("/")
+    if "accuracy" in parts:
+        return True
+    return "verifier_failed" not in parts and not parts[-1].endswith(("loss", "rate", "ratio", "broken", "turns"))

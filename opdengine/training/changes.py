@@ -153,16 +153,19 @@ def speak_of_schedule(found: Sequence[Change], config: TrainConfig, step: int) -
     return bool(config.changed_schedule == "restart" and left)
 
 
-def note_changes(folder: Path, step: int, found: Sequence[Change]) -> None:
+def note_changes(folder: Path, step: int, found: Sequence[Change], *, keep: bool) -> None:
     """Write down what is otherwise from a step on; lines of later steps, which are done again, are left out.
 
     Args:
         folder: of the run.
         step: the last one that was done with the settings before.
         found: may be empty.
+        keep: whether, without changes, the line of this step stays: where no checkpoint says what the settings were,
+            those of a run that was killed before its next checkpoint have become the ones to compare with.
     """
     file = folder / CHANGES
-    lines = [line for line in read_changes(folder) if line["step"] < step or (line["step"] == step and not found)]
+    last = step if keep and not found else step - 1
+    lines = [line for line in read_changes(folder) if line["step"] <= last]
     if found:
         lines.append({"step": step, "changes": {change.place: [change.before, change.now] for change in found}})
     if lines or file.exists():

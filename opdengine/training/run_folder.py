@@ -201,14 +201,27 @@ class RunFolder:
             for name in ("config.yaml", "metrics.jsonl", CHANGES, NOTE):
                 (self.path / name).unlink(missing_ok=True)
         self._leave_later()
-        note_changes(self.path, self.state.get("step", 0), self.changes)
-        if self.changes or not (self.path / "config.yaml").exists():
+        note_changes(self.path, self.state.get("step", 0), self.changes, keep="settings" not in self.state)
+        if self._has_other_settings():
             text = dump_yaml(to_mapping(self.config))
             if PREFIX in text:
                 text = NOT_HERE + text
             partial = self.path / "config.yaml.tmp"
             partial.write_text(text, "utf-8")
             partial.replace(self.path / "config.yaml")
+
+    def _has_other_settings(self) -> bool:
+        """Whether ``config.yaml`` is not that of this run, but of none or of one that was killed before a checkpoint.
+
+        What a resumed run may have as it likes stays as the file has it.
+        """
+        file = self.path / "config.yaml"
+        if self.changes or not file.exists():
+            return True
+        try:
+            return bool(changes(read_settings(file), to_mapping(self.config)))
+        except ConfigError:  # a file that is damaged: the checkpoint has said what counts
+            return True
 
     def _leave_later(self) -> None:
         """Let nothing of a step after the one to continue from be taken for this run's.

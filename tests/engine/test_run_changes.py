@@ -25,6 +25,7 @@ from opdengine.models.fingerprint import contents, differences
 from opdengine.training.best import Best
 from opdengine.training.changes import read_changes
 from opdengine.training.run import in_steps, train
+from opdengine.training.run_folder import RunFolder
 from opdengine.training.writer import read_metrics
 
 STEPS = 4
@@ -141,6 +142,34 @@ def test_what_changes_what_is_learned_is_changed_on_request_only(
     assert line["changes"]["divergence"] == ["reverse_kl", "forward_kl"]
     # What the checkpoint says counts, so that it needs to be said once.
     train(dataclasses.replace(other, max_steps=7), progress=False)
+
+
+def test_what_a_killed_run_had_otherwise_is_forgotten_with_it(run: SimpleNamespace) -> None:
+    """It had no checkpoint: the next one goes on from the settings before, and its files say so."""
+
+    def claim(config: TrainConfig) -> Any:
+        """All that a run leaves which is killed before its next checkpoint; the settings in its file."""
+        folder = RunFolder(config)
+        folder.settle(config)
+        folder.claim()
+        folder.release()
+        return yaml.safe_load((run.folder / "config.yaml").read_text())
+
+    longer = resumed(run.config, max_steps=5)
+    train(longer, progress=False)
+    told = read_changes(run.folder)
+    other = dataclasses.replace(longer, learning_rate=5e-4, max_steps=6, allow_changes=True)
+    for _ in range(2):
+        assert claim(other)["learning_rate"] == 5e-4
+        assert read_changes(run.folder) == [
+            *told, {"step": 5, "changes": {"learning_rate": [1e-3, 5e-4], "max_steps": [5, 6]}},
+        ]  # fmt: skip
+    for _ in range(2):
+        left = claim(longer)
+        assert (left["learning_rate"], left["max_steps"]) == (1e-3, 5)
+        assert read_changes(run.folder) == told
+    (run.folder / "config.yaml").write_text("a: [")
+    assert claim(longer)["learning_rate"] == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -321,18 +350,40 @@ def test_a_run_stops_early_and_goes_on_with_more_patience(
         ("eval/accuracy", False, [0.1, 0.3, 0.2], 1, [False, False, True]),
         ("eval/accuracy", None, [float("nan"), 0.1, float("nan")], 2, [False, False, False]),
         ("eval/accuracy", None, [0.1, 0.15, 0.19], 3, [False, False, True]),  # better, but by too little
+        ("eval/pass@4", None, [0.1, 0.3, 0.2], 2, [False, False, False]),
+        ("eval/test/success@0.7", None, [0.1, 0.3, 0.2], 2, [False, False, False]),
+        *(
+            (f"eval/{name}", None, [3.0, 1.0, 2.0], 2, [False, False, False])
+            for name in (
+                "clipped_ratio",
+                "verifier_failed/timed out",
+                "verifier_failed/success",
+                "test/turns@0.7",
+                "test/broken@1",
+                "test/invalid_action_rate@0.7",
+                "test/repeated_action_rate",
+            )
+        ),
+        *(
+            (f"eval/accuracy/{key}", None, [0.1, 0.3, 0.2], 2, [False, False, False])
+            for key in ("multi_turns", "exchange_rate", "golden_ratio@2", "word/loss", "verifier_failed")
+        ),
     ],
 )
 def test_which_evaluation_is_the_best(
-    name: str, greater: bool | None, values: list[float], best: int, exhausted: list[bool]
-) -> None:
+    name: str, greater: bool | None, values: list[float], best: int, exhausted: list[bool],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     settings = {
         "model": "m", "train_data": ["d.jsonl"], "output_dir": "o", "eval_data": ["e.jsonl"], "eval_steps": 1,
         "metric_for_best_model": name, "greater_is_better": greater, "early_stopping_patience": 2,
         "early_stopping_threshold": 0.1 if values[-1] == 0.19 else 0.0,
     }  # fmt: skip
-    found = Best.from_config(from_mapping(TrainConfig, settings))
+    with caplog.at_level(logging.INFO, logger="opdengine"):
+        found = Best.from_config(from_mapping(TrainConfig, settings))
     assert found is not None
+    said = f"{found.metric}: {'more' if found.greater else 'less'} is better"
+    assert caplog.messages == ([said] if greater is None else [])
     ends = []
     for step, value in enumerate(values, start=1):
         found.look(step, {found.metric: value})
