@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from opdengine.config.sections import DataConfig
 from opdengine.models.pictures import MOST_BYTES, PictureError, read_picture
 from opdengine.models.rendering import image_part, text_part
 from opdengine.types import Image, Message
+
+logger = logging.getLogger(__name__)
 
 MARK = "<image>"
 MOST_IMAGES = 64
@@ -41,6 +44,8 @@ class Pictures:
         file = Path(at_home(source.path))
         self.folder = Path(at_home(source.image_folder)) if source.image_folder else file.parent
         self.max_pixels = source.max_image_pixels
+        self.path = source.path
+        self._told = False
 
     def place(self, messages: Sequence[Any], images: Any = None, texts: Any = None) -> Sequence[Any]:
         """The messages with every picture read and in its place; those without any stay as they are.
@@ -60,6 +65,14 @@ class Pictures:
                 raise ValueError("a message has a place for a picture, but the row has no 'images'")
             if _listed(texts):
                 raise ValueError("'image_text' has a text, but the row has no 'images'")
+            if not self._told and any(map(_places, messages)):
+                self._told = True
+                logger.warning(
+                    "%s: a text holds %r and its row no 'images', so it is read as words; name the column of "
+                    "pictures in the source's columns",
+                    self.path,
+                    MARK,
+                )
             return messages
         if given and own:
             raise ValueError("the row has pictures in 'images' and others in its messages; keep them in one place")
@@ -94,11 +107,11 @@ class Pictures:
     def _bytes(self, value: Any) -> tuple[bytes, str]:
         """The bytes of a picture's file, and its path where that is to be read again."""
         if isinstance(value, Mapping):
-            held = [value[field] for field in ("bytes", "path", "url", "base64") if value.get(field) is not None]
+            if value.get("bytes") is None and value.get("base64") is not None:
+                return _decoded(value["base64"]), ""
+            held = [value[field] for field in ("bytes", "path", "url") if value.get(field) is not None]
             if not held:
                 raise PictureError(f"is a mapping with {sorted(map(str, value))[:5]}; give it 'bytes' or 'path'")
-            if value.get("bytes") is None and value.get("base64") is not None:
-                return _decoded(held[-1]), ""
             return self._bytes(held[0])
         if isinstance(value, (bytes, bytearray)):
             return bytes(value), ""
@@ -114,9 +127,12 @@ class Pictures:
         width, height = picture.size
         if width * height > self.max_pixels:
             raise PictureError(f"has {width}x{height} pixels, and {self.max_pixels} are allowed (max_image_pixels)")
+        if (frames := getattr(picture, "n_frames", 1)) > 1:
+            raise PictureError(f"has {frames} frames; save the one that is meant")
         data = io.BytesIO()
         try:
-            picture.save(data, "PNG")
+            # What says which way is up goes along; PNG has no CMYK.
+            picture.save(data, "TIFF" if picture.mode == "CMYK" else "PNG", exif=picture.getexif())
         except Exception as error:  # Pillow raises what it likes
             raise PictureError(f"cannot be read: {error}") from error
         return data.getvalue()

@@ -73,14 +73,19 @@ def steps_of(trajectory: Sample) -> list[Sample]:
     """One sample per turn of the student: everything before it is the prompt, exact ids kept."""
     steps = []
     for number, (index, turn, chat) in enumerate(turns_of(trajectory)):
-        before = np.concatenate([t.token_ids for t in trajectory.turns[:index]])
+        before = trajectory.turns[:index]
+        state = Turn(
+            "prompt",
+            np.concatenate([t.token_ids for t in before]),
+            images=tuple(image for t in before for image in t.images),
+        )
         prompt = trajectory.prompt
         steps.append(
             replace(
                 trajectory,
                 id=f"{trajectory.id}/step{number}",
                 prompt=replace(prompt, id=f"{prompt.id}/{trajectory.id}/step{number}", messages=chat),
-                turns=(Turn("prompt", before), turn),
+                turns=(state, turn),
                 text="\n".join(map(written, turn.messages)),
                 trajectory=trajectory.id,
             )

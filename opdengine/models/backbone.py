@@ -39,7 +39,7 @@ from opdengine.models.lora import architecture, base_of, merge_adapter, read_ada
 from opdengine.models.packing import ONE_REGIME, Packed, Regimes, pack
 from opdengine.models.processor import can_see
 from opdengine.models.sharding import Sharded
-from opdengine.models.vision import Vision
+from opdengine.models.vision import Vision, counts_rows
 from opdengine.types import Image
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,8 @@ def load_model(
     model: Any
     config = read_config(path, trust_remote_code)
     whole = can_see(config) and (sees or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING)
+    if can_see(config) and not whole:
+        logger.warning("%s sees, but is loaded as its language model alone: there are no pictures for it", path)
     read = (AutoModelForImageTextToText if whole else AutoModelForCausalLM).from_pretrained
     try:
         model = read_model(read, path, attn_implementation=attn_implementation, **options)
@@ -343,13 +345,12 @@ class Backbone:
         """Final hidden states [B * L, d] of a packed batch, after the last norm."""
         if self.regimes.moving:
             forget_lengths(self.trunk)
-        positions = batch.position_ids.to(self.device)
-        # A model that counts rows and columns of pictures knows sequences apart by a fourth count alone.
-        counted = positions.expand(4, *positions.shape) if hasattr(self.trunk, "get_rope_index") else positions
-        inputs = {"position_ids": counted}
         if batch.images:
             assert self.vision is not None
             inputs = self.vision.inputs(self.model, self.trunk, batch)
+        else:
+            positions = batch.position_ids.to(self.device)
+            inputs = {"position_ids": positions.expand(4, *positions.shape) if counts_rows(self.trunk) else positions}
         with self.autocast():
             output = self.trunk(input_ids=batch.input_ids.to(self.device), use_cache=False, **inputs, **self.options)
         # With float32 parameters the last norm gives float32 under autocast, too; the head would follow.
@@ -484,10 +485,9 @@ class Backbone:
     def _choose_image_layout(self) -> str:
         """Like :meth:`_choose_layout`, of sequences with pictures of several sizes."""
         assert self.vision is not None
-        probes = self.vision.probe()
+        probes = self.vision.probe(self.probe_sequences()[1].tolist())
         images = [probe.images for probe in probes]
-        rest = self.probe_sequences()[1]
-        ids = [np.array([*probe, *(i for i in rest if i not in self.vision.token_ids)]) for probe in probes]
+        ids = [np.array(probe) for probe in probes]
 
         def lay_out(members: Sequence[int], layout: str) -> list[Packed]:
             part = [ids[i] for i in members]

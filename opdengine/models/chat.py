@@ -116,9 +116,7 @@ def load_tokenizer(
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     tokenizer.images = images
-    tokenizer.vision = None
-    if images == "image" and sees:
-        give_eyes(tokenizer, path, trust_remote_code=trust_remote_code)
+    give_eyes(tokenizer, path, sees=sees and images == "image", trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer of {path!r} has no chat template; set chat_template to a Jinja template "

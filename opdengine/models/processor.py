@@ -30,17 +30,21 @@ def can_see(config: Any) -> bool:
     return getattr(config, "vision_config", None) is not None and saved in set(KNOWN.values())
 
 
-def give_eyes(tokenizer: Any, path: str, *, trust_remote_code: bool = False) -> None:
-    """Set the tokenizer's ``vision`` where its model sees; of other models it is None.
+def give_eyes(tokenizer: Any, path: str, *, sees: bool = True, trust_remote_code: bool = False) -> None:
+    """Set the tokenizer's ``vision`` where its model sees and is to; else it is None.
+
+    The files of the processor are kept as ``processor_files`` in either case: a model that sees is saved with them,
+    also one that was given no pictures.
 
     Args:
         tokenizer: of the model; has its chat template, or gets the processor's.
         path: of the model, or of a tokenizer alone, which belongs to none.
+        sees: whether the model is given pictures.
 
     Raises:
-        ConfigError: the processor cannot be loaded.
+        ConfigError: the processor cannot be read or loaded.
     """
-    tokenizer.vision = None
+    tokenizer.vision, tokenizer.processor_files = None, {}
     if is_given(path):  # an object comes without a processor
         return
     path = architecture(path)
@@ -51,25 +55,27 @@ def give_eyes(tokenizer: Any, path: str, *, trust_remote_code: bool = False) -> 
             return
     except ModelFileError:  # what loads the model says so
         return
-    files = {name: file.read_bytes() for name in FILES if (file := _file(path, name)) is not None}
-    if not {"processor_config.json", "preprocessor_config.json"} & set(files):
-        logger.info("%s has no processor of pictures, so it reads text alone", path)
-        return
     try:
+        files = {name: file.read_bytes() for name in FILES if (file := _file(path, name)) is not None}
+        tokenizer.processor_files = files
+        if not sees:
+            return
+        if not {"processor_config.json", "preprocessor_config.json"} & set(files):
+            logger.warning("%s has no processor of pictures, so it reads text alone", path)
+            return
         processor = _load(path, tokenizer, trust_remote_code)
+        vision = Vision(processor)
     except Exception as error:  # transformers and the code of a model raise what they like
         said = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"the processor of {path!r} cannot be loaded: {said}") from error
     tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
-    tokenizer.vision = Vision(processor)
-    tokenizer.vision.files = files
+    tokenizer.vision = vision
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Save a tokenizer, and the processor that belongs to it, beside a model."""
     tokenizer.save_pretrained(folder)
-    vision: Vision | None = getattr(tokenizer, "vision", None)
-    for name, content in (vision.files if vision is not None else {}).items():
+    for name, content in getattr(tokenizer, "processor_files", {}).items():
         (folder / name).write_bytes(content)
 
 
@@ -95,7 +101,8 @@ def _load(path: str, tokenizer: Any, trust_remote_code: bool) -> Any:
 def _with_pillow(auto: Any, path: str, trust_remote_code: bool) -> Any:
     try:
         return auto.from_pretrained(path, backend="pil", trust_remote_code=trust_remote_code)
-    except (ImportError, ValueError):  # the model has none
+    except (ImportError, ValueError) as error:
+        logger.warning("%s: no reader of pictures with Pillow (%s), so its default one is used", path, error)
         return auto.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
@@ -123,7 +130,5 @@ def _file(path: str, name: str) -> Path | None:
     if Path(path).is_dir():
         file = Path(path) / name
         return file if file.is_file() else None
-    found = cached_file(
-        path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
+    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)

@@ -1,4 +1,4 @@
-"""What a model that sees makes of pictures: its processor, run once per prompt, and the inputs of a pass.
+"""What a model that sees makes of pictures: its processor, run over chats, and the inputs of a pass.
 
 A chat becomes token ids in which every picture has as many image tokens as it has features; the pixels are kept by
 the content of the pictures. A pass over several sequences gets the pixels of all of them in the order of their tokens,
@@ -19,7 +19,7 @@ import torch
 
 from opdengine.models.packing import Packed
 from opdengine.models.pictures import open_picture, read_picture
-from opdengine.models.rendering import MARK, render, text_of
+from opdengine.models.rendering import MARK, image_part, render, text_of, text_part
 from opdengine.types import Encoded, Image, Message, images_of
 
 MOST_BYTES = 1 << 30
@@ -57,8 +57,6 @@ class Vision:
         """Stands for a picture in the text that the chat template prints."""
         self.token_ids = tuple(int(i) for i in processor.image_token_ids if i is not None)
         """Every id in a sequence that stands for a feature of a picture."""
-        self.files: Mapping[str, bytes] = {}
-        """Those of the processor by name, which belong beside a saved model."""
         self._kept: OrderedDict[tuple[str, ...], Pixels] = OrderedDict()
 
     def encode(
@@ -127,7 +125,7 @@ class Vision:
         """
         device, dtype = model.get_input_embeddings().weight.device, model.dtype
         types = torch.isin(batch.input_ids, torch.tensor(self.token_ids)).long()
-        parts = [self.pixels(images).inputs for images in batch.images if images]
+        parts = [self.pixels(images).inputs for images in batch.images]
         found = {
             name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
             for name, tensor in _join(parts).items()
@@ -135,7 +133,7 @@ class Vision:
         accepted = inspect.signature(type(trunk).forward).parameters
         found |= {name: types.to(device) for name in ("token_type_ids", "mm_token_type_ids") if name in accepted}
         positions = batch.position_ids
-        if hasattr(trunk, "get_rope_index"):
+        if counts_rows(trunk):
             positions = self._positions(trunk, batch, types)
         return {"position_ids": positions.to(device), **found}
 
@@ -146,26 +144,32 @@ class Vision:
         for offset, length, images in zip(batch.offsets, batch.lengths, batch.images, strict=True):
             row, start = divmod(offset, width)
             span = slice(start, start + length)
-            grid = self.pixels(images).inputs["image_grid_thw"] if images else None
             found, _ = trunk.get_rope_index(
                 input_ids=batch.input_ids[row, span][None],
                 mm_token_type_ids=types[row, span][None],
-                image_grid_thw=grid,
+                image_grid_thw=self.pixels(images).inputs["image_grid_thw"],
             )
             positions[1:, row, span] = found[:, 0]
         return positions
 
-    def probe(self) -> list[Encoded]:
-        """Chats with one picture, with two of other sizes, and with the first one again behind more text."""
+    def probe(self, behind: Sequence[int] = ()) -> list[Encoded]:
+        """Chats with one picture, with two of other sizes, and with the first one again behind more text.
+
+        Args:
+            behind: ids that follow each chat; those that stand for pictures are left out.
+        """
         noise = np.random.default_rng(0)
         one, two, three = (_noise(noise, size) for size in ((64, 96), (120, 56), (80, 80)))
-        words = [{"type": "text", "text": MARK}]
-        chats = [[_part(one), *words], [_part(two), *words, _part(three), *words], [*words, *words, _part(one), *words]]
-        return [self.encode([{"role": "user", "content": content}]) for content in chats]
+        first, second, third, words = image_part(one), image_part(two), image_part(three), text_part(MARK)
+        chats = [[first, words], [second, words, third, words], [words, words, first, words]]
+        encoded = [self.encode([{"role": "user", "content": content}]) for content in chats]
+        rest = [i for i in behind if i not in self.token_ids]
+        return [Encoded([*ids, *rest], ids.images) for ids in encoded]
 
 
-def _part(image: Image) -> dict[str, Any]:
-    return {"type": "image", "image": image}
+def counts_rows(trunk: Any) -> bool:
+    """Whether a model counts rows and columns of pictures; it tells sequences apart by a fourth count alone."""
+    return hasattr(trunk, "get_rope_index")
 
 
 def _noise(random: np.random.Generator, size: tuple[int, int]) -> Image:

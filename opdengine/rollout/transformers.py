@@ -96,8 +96,7 @@ class TransformersSampler:
             return Ways()
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         ids = probe_sequences(self.model.config, vocabulary)[1].tolist()
-        shown = [i for i in ids if i not in self.vision.token_ids]
-        probes = [Encoded([*probe, *shown], probe.images) for probe in self.vision.probe()[:2]]
+        probes = self.vision.probe(ids)[:2]
         with self._evaluating():
             return choose_decoding(self.model, probes, self._limit, vision=self.vision)
 

@@ -131,7 +131,7 @@ def listed_options(messages: Sequence[Message]) -> dict[str, str]:
     options: dict[str, str] = {}
     try:
         text = text_of(asked[-1].get("content")) if asked else ""
-    except ValueError:  # pictures: the options are not to be read
+    except ValueError:  # a part that is neither text nor a picture that was read
         text = ""
     for line in text.split("\n"):
         found = _OPTION.match(line.strip())

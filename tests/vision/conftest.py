@@ -1,13 +1,17 @@
-"""Tiny models that see, made once per session."""
+"""Tiny models that see, made once per session; helpers of the engine's tests are used here too."""
 
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vision_helpers import make_picture, make_seeing
+
+sys.path.append(str(Path(__file__).parents[1] / "engine"))
 
 
 @pytest.fixture(scope="session")

@@ -106,13 +106,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"images": "text.png"}, "is no picture that can be read; save it as one of PNG, JPEG"),
     ({"images": "cut.png"}, "is damaged or cut off"),
     ({"images": "cut.jpg"}, "is damaged or cut off"),
-    ({"images": "cut.webp"}, "is "),
-    ({"images": "head.png"}, "is "),
+    ({"images": "cut.webp"}, "is damaged or cut off"),
+    ({"images": "head.png"}, "is damaged or cut off"),
     ({"images": "damaged.png"}, "is damaged or cut off"),
     ({"images": "bomb.png"}, "is far too large"),
     ({"images": "large.png"}, "has 5000x5000 pixels, and 16777216 are allowed; make it smaller, or raise max_image"),
-    ({"images": "negative.png"}, "is "),
-    ({"images": "nothing.png"}, "picture"),
+    ({"images": "negative.png"}, "is far too large"),
+    ({"images": "nothing.png"}, "is no picture that can be read"),
     ({"images": "animated.gif"}, "has 2 frames; save the one that is meant"),
     ({"images": "deep.png"}, "more than 8 bits a channel"),
     ({"images": "floats.tiff"}, "more than 8 bits a channel"),
@@ -220,8 +220,25 @@ def test_pictures_of_other_modes_are_shown_as_rgb(tmp_path: Path) -> None:
 def test_a_turned_photograph_is_put_upright(tmp_path: Path) -> None:
     exif = Pillow.Exif()
     exif[0x0112] = 6
-    image = read(saved("JPEG", exif=exif), tmp_path)
-    assert (image.width, image.height) == (30, 40) == open_picture(image).size
+    data = saved("JPEG", exif=exif)
+    for way in (data, Pillow.open(io.BytesIO(data))):
+        image = read(way, tmp_path)
+        assert (image.width, image.height) == (30, 40) == open_picture(image).size
+
+
+def test_an_open_picture_is_read_as_its_file_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has 2 frames"):
+        read(Pillow.open(io.BytesIO(animated())), tmp_path)
+    data = saved("JPEG", "CMYK")
+    of_file, opened = (open_picture(read(way, tmp_path)) for way in (data, Pillow.open(io.BytesIO(data))))
+    np.testing.assert_array_equal(np.asarray(opened), np.asarray(of_file))
+
+
+def test_a_mark_without_a_picture_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "<image>How many?", "photo": "a.png"}, {"prompt": "<image>And here?"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(load_prompts([DataConfig(str(tmp_path / "rows.jsonl"))]).prompts) == 2
+    assert caplog.text.count("a text holds '<image>' and its row no 'images'") == 1
 
 
 def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:

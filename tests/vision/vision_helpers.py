@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -248,9 +248,3 @@ def _gemma(kind: str, make_tokenizer: Callable[..., Any], hidden: int) -> tuple[
         "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": 4},
     }
     return config, tokenizer, files
-
-
-def answers(count: int, length: int, vocabulary: int, seed: int = 0) -> Sequence[np.ndarray]:
-    """Made-up completions of ordinary tokens."""
-    random = np.random.default_rng(seed)
-    return [random.integers(0, vocabulary, length + 3 * i) for i in range(count)]
