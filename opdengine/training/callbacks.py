@@ -26,7 +26,11 @@ class Event:
     is_stopped: bool = field(default=False, init=False)
 
     def stop(self) -> None:
-        """End the run after this step: ``final/`` is written, and a checkpoint where ``save_steps`` asks for any."""
+        """End the run after this step: ``final/`` is written, and a checkpoint where ``save_steps`` asks for any.
+
+        After the evaluation of step 0 nothing is trained, and there is no checkpoint: ``final/`` is the student as it
+        was given.
+        """
         self.is_stopped = True
 
 
@@ -37,7 +41,7 @@ class Callback:
         """A step is finished, and its files are written."""
 
     def on_evaluate(self, event: Event) -> None:
-        """An evaluation is finished, the one before the first step (step 0) too."""
+        """An evaluation is finished and its step's files are written; the one before the first step (step 0) too."""
 
 
 @dataclass

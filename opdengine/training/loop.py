@@ -128,13 +128,8 @@ class Loop:
         try:
             await self.engine.sync()
             if self.step == 0 and (config.eval_data or config.environment.eval_splits or self.first):
-                self.metrics |= {**(await self._measure(0)), **self.first}
-                if self.best is not None:
-                    self.best.require(self.metrics)
-                with self.engine.ranks.agree():
-                    self.writer.write(0, self.metrics)
-                bar.advance(0, self.metrics, self.metrics)
-            last_step = self.step if self._is_over() else config.max_steps
+                await self._before_training(bar)
+            last_step = self.step if self._is_over() or self._is_stopped() else config.max_steps
             batches = prepared(self.engine, self.stream, self.step, last_step, config.max_staleness)
             last = time.perf_counter()
             async with aclosing(batches):
@@ -153,10 +148,11 @@ class Loop:
                         last = now
                         line = await self._report(result)
                         bar.advance(number, line, self.metrics, result.samples)
-                    is_stopped = self._is_stopped(line, result)
-                    if self._is_over() or is_stopped:
+                    self._tell("on_step", Event(number, line, result.completions))
+                    if self._is_over() or self._is_stopped():
                         break
-            self.watch.finish(self.step)
+            if self.step:
+                self.watch.finish(self.step)
         except OSError as error:
             if error.errno in FULL:
                 raise WriteError(
@@ -173,12 +169,24 @@ class Loop:
         finally:
             self.engine.sampler.close()  # ends what is still being sampled
 
+    async def _before_training(self, bar: Progress) -> None:
+        """Evaluate the student as it is given, and write that down with the first metrics."""
+        measured = await self.engine.run_in_thread(self.measure, 0)
+        self.metrics |= {**measured, **self.first}
+        if self.best is not None:
+            self.best.require(self.metrics)
+        with self.engine.ranks.agree():
+            self.writer.write(0, self.metrics)
+        bar.advance(0, self.metrics, self.metrics)
+        self._tell_of_evaluation(measured)
+
     async def _report(self, result: StepResult) -> dict[str, float]:
+        """Evaluate where that is due, and write, save and tell what the step has given."""
         config, step = self.engine.config, self.step
-        line = dict(result.metrics)
+        line, measured = dict(result.metrics), dict[str, float]()
         is_best, is_last = False, step == config.max_steps
         if _due(step, config.eval_steps) or is_last:
-            measured = await self._measure(step)
+            measured = await self.engine.run_in_thread(self.measure, step)
             line |= measured
             is_best = self.best is not None and self.best.look(step, measured)
             is_last = is_last or (self.best is not None and self.best.exhausted)
@@ -187,6 +195,7 @@ class Loop:
         if is_best or _due(step, config.save_steps) or (is_last and config.save_steps):
             self._save()
         self._write_bad(result)
+        self._tell_of_evaluation(measured)
         self.watch.look(step, line)
         return line
 
@@ -230,29 +239,25 @@ class Loop:
             if result.bad and self.engine.ranks.is_first:
                 write_jsonl(self.folder / "bad_steps" / f"step_{self.step}.jsonl", result.bad)
 
-    async def _measure(self, step: int) -> dict[str, float]:
-        metrics = await self.engine.run_in_thread(self.measure, step)
-        if metrics:
-            self._tell("on_evaluate", Event(step, metrics, self._evaluated(step)))
-        return metrics
+    def _tell_of_evaluation(self, measured: Mapping[str, float]) -> None:
+        """Called once all of the step is written down, so that a callback that fails loses nothing of it."""
+        if measured:
+            self._tell("on_evaluate", Event(self.step, measured, self._evaluated()))
 
-    def _evaluated(self, step: int) -> list[dict[str, Any]]:
-        """The answers of an evaluation, as they were written down."""
+    def _evaluated(self) -> list[dict[str, Any]]:
+        """The answers of the step's evaluation, as they were written down."""
         if not self.callbacks or not self.engine.ranks.is_first:
             return []
-        path = self.folder / "evaluations" / f"step_{step}.jsonl"
+        path = self.folder / "evaluations" / f"step_{self.step}.jsonl"
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
-    def _is_stopped(self, line: Mapping[str, float], result: StepResult) -> bool:
-        """Tell the callbacks of a step; whether one of them ends the run. All ranks agree."""
-        if not self.callbacks:
-            return False
-        self._tell("on_step", Event(self.step, line, result.completions))
-        if not self.engine.ranks.max(int(self.callbacks.stopped)):
+    def _is_stopped(self) -> bool:
+        """Whether a callback ends the run, whose last step is saved then. All ranks agree."""
+        if not self.callbacks or not self.engine.ranks.max(int(self.callbacks.stopped)):
             return False
         logger.info("step %d: a callback ends the run", self.step)
         saved = list_checkpoints(self.folder / "checkpoints")
-        if self.engine.config.save_steps and not (saved and saved[-1].name == f"step_{self.step}"):
+        if self.step and self.engine.config.save_steps and not (saved and saved[-1].name == f"step_{self.step}"):
             self._save()
         return True
 

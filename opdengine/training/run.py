@@ -6,6 +6,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -95,19 +96,21 @@ def train(config: TrainConfig, *, progress: bool = True, callbacks: Callbacks | 
         HubError: the model is finished, and could not be pushed.
         Interrupted: SIGINT, SIGTERM or SIGHUP; the last finished step has been saved.
     """
-    with start(config.ddp_timeout) as ranks:
+    with start(config.ddp_timeout) as ranks, ExitStack() as closing:
         if not ranks.is_first:
             logging.getLogger("opdengine").setLevel(logging.WARNING)
-        return _train(config, ranks, progress and ranks.is_first, callbacks or Callbacks())
+        return _train(config, ranks, progress and ranks.is_first, callbacks or Callbacks(), closing)
 
 
-def _train(config: TrainConfig, ranks: Ranks, progress: bool, callbacks: Callbacks) -> TrainResult:
+def _train(config: TrainConfig, ranks: Ranks, progress: bool, callbacks: Callbacks, closing: ExitStack) -> TrainResult:
+    """Check, load, train and write; what is open then is given to ``closing``, however the run ends."""
     config.require_train_data()
     method = build_method(config)
     _check_needs(config)
     if config.num_train_epochs is None:
         require_updates(config)
     grader = Grader.from_config(config)
+    closing.callback(grader.close)
     folder = RunFolder(config, ranks)
     held_out, episodes = _held_out(config), held_out_tasks(config.environment)
     if config.environment.name:
@@ -146,6 +149,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool, callbacks: Callbac
     begin = saved.get("step", 0)
     schedule_begin = folder.settle(config)
     stream = _open_stream(config, method, prompts, saved)
+    best = _open_best(config, folder, saved)
     _seed_everything(config.seed)
     ranks.raise_on_all_ranks()  # everything that can be refused has been, on every rank
     for line in method.paper.report(config, ranks.world_size) if method.paper is not None else ():
@@ -155,25 +159,24 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool, callbacks: Callbac
             folder.look_at_models()
         repository = open_repository(config) if config.push_to_hub and ranks.is_first else None
     engine = build_engine(config, method, tokenizer, folder.checkpoint, ranks, tokenizers, schedule_begin)
+    for part in (engine.sampler, engine.episodes, engine.grader):
+        if part is not None:
+            closing.callback(part.close)
     engine.diagnostics = gradient_diagnostics(method, prompts.prompts)
     if ranks.rank:
         _seed_everything(config.seed + ranks.rank)  # dropout differs between ranks, what is loaded does not
     if folder.checkpoint is not None:
         _restore(engine, folder.checkpoint, saved)
     last_step = begin if saved else -1
+    writer: MetricsWriter | NoWriter = NoWriter()
     with ranks.agree():
         if ranks.is_first:
+            closing.callback(folder.release)
             folder.claim()
-        writer: MetricsWriter | NoWriter = NoWriter()
-        if ranks.is_first:
             writer = MetricsWriter(folder.path, open_trackers(config, folder.path, last_step), last_step)
+            closing.callback(writer.close)
 
     interrupts = Interrupts(ranks)
-    best = Best.from_config(config)
-    if best is not None:
-        best.restore(saved.get("best"), folder.path / "checkpoints")
-        if measured := {name: value for name, value in saved.get("metrics", {}).items() if name.startswith("eval/")}:
-            best.require(measured)
     loop = Loop(
         engine,
         stream,
@@ -190,43 +193,28 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool, callbacks: Callbac
         callbacks=callbacks,
     )
     final = folder.path / "final"
-    try:
-        with interrupts, Progress(config, begin, enabled=progress) as bar:
-            try:
-                check_room(method.room, prompts.prompts)
-                run_coroutine(loop.run(bar), lambda: not interrupts.is_whole)
-            except Interrupted as signal:
-                loop.rescue(str(signal))
-                raise
-        _write_final(config, loop, final)
-        if config.lora is not None and config.lora.merge_final and ranks.is_first:
-            merged = load_model(
-                str(final),
-                dtype=student_dtype(config),
-                trust_remote_code=config.trust_remote_code,
-                sees=tokenizer.vision is not None,
-            )
-            write_model(folder.path / "merged", merged, Ranks(), partial(save_tokenizer, tokenizer))
-        for line in bar.summary(folder.path) if progress else ():
-            logger.info("%s", line)
-        with ranks.agree():
-            if repository is not None:
-                push(final, repository, f"{config.method}: step {loop.step}")
-    finally:
-        folder.release()
-        writer.close()
-        grader.close()
-        engine.sampler.close()
-        if engine.episodes is not None:
-            engine.episodes.close()
-        if engine.grader is not None:
-            engine.grader.close()
+    with interrupts, Progress(config, begin, enabled=progress) as bar:
+        try:
+            check_room(method.room, prompts.prompts)
+            run_coroutine(loop.run(bar), lambda: not interrupts.is_whole)
+        except Interrupted as signal:
+            loop.rescue(str(signal))
+            raise
+    _write_final(config, loop, final)
+    for line in bar.summary(folder.path) if progress else ():
+        logger.info("%s", line)
+    with ranks.agree():
+        if repository is not None:
+            push(final, repository, f"{config.method}: step {loop.step}")
     history = tuple(read_metrics(folder.path / "metrics.jsonl")) if ranks.is_first else ()
     return TrainResult(folder.path, final, loop.metrics, history, loop.step, engine.student.model)
 
 
 def _write_final(config: TrainConfig, loop: Loop, final: Path) -> None:
-    """Write the final model with its card: that of the last step, or of the best one where that was asked for."""
+    """Write the final model with its card: that of the last step, or of the best one where that was asked for.
+
+    An adapter is written into its model, too, where ``lora.merge_final`` asks for it.
+    """
     engine, step = loop.engine, loop.step
     best = _best_checkpoint(config, loop)
     if best is not None:
@@ -243,12 +231,28 @@ def _write_final(config: TrainConfig, loop: Loop, final: Path) -> None:
         write_model(final, engine.student.model, engine.ranks, rest)
     else:
         copy_model(final, best, engine.ranks, card)
+    if config.lora is not None and config.lora.merge_final and engine.ranks.is_first:
+        merged = load_model(
+            str(final),
+            dtype=student_dtype(config),
+            trust_remote_code=config.trust_remote_code,
+            sees=engine.tokenizer.vision is not None,
+        )
+        write_model(final.with_name("merged"), merged, Ranks(), partial(save_tokenizer, engine.tokenizer))
 
 
 def _best_checkpoint(config: TrainConfig, loop: Loop) -> Path | None:
     """The checkpoint that the final model is taken from; says so, or why it is none."""
     best, ranks = loop.best, loop.engine.ranks
-    if best is None or best.step is None:
+    if best is None:
+        return None
+    if best.step is None:
+        if config.load_best_model_at_end and ranks.is_first:
+            logger.warning(
+                "load_best_model_at_end: no evaluation after a step gave a number for %s, so final/ is the model of "
+                "step %d, the last one",
+                best.metric, loop.step,
+            )  # fmt: skip
         return None
     checkpoint = loop.folder / "checkpoints" / f"step_{best.step}"
     with ranks.agree():
@@ -320,6 +324,21 @@ def _check_needs(config: TrainConfig) -> None:
         require_vllm("set use_vllm to false to sample without it")
     for path in [config.model, *(config.as_loaded(t).model for t in config.teachers if t.base_url is None)]:
         check_model_path(path)
+
+
+def _open_best(config: TrainConfig, folder: RunFolder, saved: Mapping[str, Any]) -> Best | None:
+    """The best evaluation so far, if one is looked for.
+
+    Raises:
+        ConfigError: the saved run's evaluations did not measure its metric.
+    """
+    best = Best.from_config(config)
+    if best is None:
+        return None
+    best.restore(saved.get("best"), folder.path / "checkpoints")
+    if measured := {name: value for name, value in saved.get("metrics", {}).items() if name.startswith("eval/")}:
+        best.require(measured)
+    return best
 
 
 def _open_stream(

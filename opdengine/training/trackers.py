@@ -185,16 +185,27 @@ def open_trackers(config: TrainConfig, folder: Path, last_step: int) -> dict[str
     note = folder / NOTE
     known: dict[str, dict[str, Any]] = json.loads(note.read_text("utf-8")) if note.is_file() and last_step >= 0 else {}
     trackers: dict[str, Tracker] = {}
-    for name in config.report_to:
-        own = known.setdefault(name, {})
-        try:
-            trackers[name] = OPENED[name](config, folder, last_step, own)
-        except Exception as error:  # each has errors of its own
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise ConfigError(f"report_to: {name} could not begin ({said}); correct that, or leave it out") from error
-    if told := {name: own for name, own in known.items() if own}:
-        note.write_text(json.dumps(told, indent=1), "utf-8")
+    with contextlib.ExitStack() as undo:
+        for name in config.report_to:
+            own = known.setdefault(name, {})
+            try:
+                trackers[name] = OPENED[name](config, folder, last_step, own)
+            except Exception as error:  # each has errors of its own
+                said = " ".join(str(error).split()) or type(error).__name__
+                raise ConfigError(
+                    f"report_to: {name} could not begin ({said}); correct that, or leave it out"
+                ) from error
+            undo.callback(_give_up, trackers[name])
+        if told := {name: own for name, own in known.items() if own}:
+            note.write_text(json.dumps(told, indent=1), "utf-8")
+        undo.pop_all()
     return trackers
+
+
+def _give_up(tracker: Tracker) -> None:
+    """Close a tracker of a run that does not begin; what has kept the run from it counts."""
+    with contextlib.suppress(Exception):
+        tracker.close()
 
 
 def rows_for_table(rows: Sequence[Row]) -> list[dict[str, Any]]:

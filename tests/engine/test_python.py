@@ -25,6 +25,7 @@ from opdengine.cli import main
 from opdengine.errors import ConfigError
 from opdengine.training.signals import Interrupted
 from opdengine.training.step import Engine
+from opdengine.training.writer import read_metrics
 
 ROWS = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(8)]
 
@@ -245,6 +246,45 @@ def test_a_callback_that_fails_ends_the_run_and_loses_nothing(settings: dict[str
         train(settings, callbacks=[Failing()])
     assert (Path(settings["output_dir"]) / "checkpoints" / "step_3").is_dir()
     assert train(settings, resume_from_checkpoint="latest").step == 4
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_callback_that_fails_at_an_evaluation_loses_nothing(settings: dict[str, Any], at: int) -> None:
+    class Failing:
+        def on_evaluate(self, event: Event) -> None:
+            if event.step == at:
+                raise RuntimeError("of the callback")
+
+    folder, wanted = Path(settings["output_dir"]), {"eval_data": ROWS[:3], "eval_steps": 2, "log_completions": True}
+    with pytest.raises(RuntimeError, match="of the callback"):
+        train(settings, **wanted, save_steps=3, callbacks=[Failing()])
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(at + 1)) and "eval/accuracy" in lines[-1]
+    assert [(folder / "rollouts" / f"step_{step}.jsonl").is_file() for step in (1, 2)] == [at == 2] * 2
+    result = train(settings, **wanted, resume_from_checkpoint="latest")
+    assert [line["step"] for line in result.history] == [0, 1, 2, 3, 4]
+    assert "eval/accuracy" in result.history[2]
+    assert sorted(path.name for path in (folder / "rollouts").iterdir()) == [f"step_{i}.jsonl" for i in (1, 2, 3, 4)]
+
+
+def test_a_callback_ends_a_run_before_its_first_step(settings: dict[str, Any]) -> None:
+    heard: list[str] = []
+
+    class Content:
+        def on_evaluate(self, event: Event) -> None:
+            heard.append(f"evaluate {event.step}")
+            event.stop()
+
+        def on_step(self, event: Event) -> None:
+            heard.append(f"step {event.step}")
+
+    result = train(settings, eval_data=ROWS[:3], eval_steps=2, callbacks=[Content()])
+    assert heard == ["evaluate 0"] and result.step == 0
+    assert [line["step"] for line in result.history] == [0]
+    given = weights(Path(settings["model"]))
+    final = weights(result.final_model)
+    assert final and all(torch.equal(value, given[name]) for name, value in final.items())
+    assert not (result.output_dir / "checkpoints").exists()
 
 
 def test_a_run_in_a_running_event_loop(settings: dict[str, Any], tmp_path: Path) -> None:

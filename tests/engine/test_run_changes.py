@@ -401,6 +401,34 @@ def test_a_metric_that_is_not_measured_is_refused_before_the_first_step(
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_metric_that_is_not_measured_changes_nothing_of_the_run_to_resume(
+    models: dict[str, str], prompt_file: str, tmp_path: Path
+) -> None:
+    config = best_config(models, prompt_file, tmp_path, max_steps=1, save_steps=1)
+    train(config, progress=False)
+    before = (tmp_path / "config.yaml").read_text()
+    other = resumed(config, max_steps=2, metric_for_best_model="eval/bleu")
+    with pytest.raises(ConfigError, match=r"'eval/bleu' is not measured .*'eval/accuracy'") as kept:
+        train(other, progress=False)
+    assert (tmp_path / "config.yaml").read_text() == before and read_changes(tmp_path) == []
+    assert train(resumed(config, max_steps=2), progress=False).step == 2
+    del kept  # until here, as in a notebook, which keeps what the error can reach
+
+
+def test_a_run_without_a_usable_evaluation_says_that_the_final_model_is_the_last_steps(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    config = best_config(models, prompt_file, tmp_path, max_steps=1, save_steps=1, load_best_model_at_end=True)
+    monkeypatch.setattr("opdengine.training.run.evaluate", measured([0.5, float("nan")]))
+    monkeypatch.setattr("opdengine.training.run._rows_of", lambda *_: [])
+    with caplog.at_level(logging.WARNING, logger="opdengine"):
+        train(config, progress=False)
+    said = "load_best_model_at_end: no evaluation after a step gave a number for eval/accuracy, so final/ is the model"
+    assert sum(said in message for message in caplog.messages) == 1
+    assert_same_weights(tmp_path / "final", tmp_path / "checkpoints" / "step_1" / "model")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

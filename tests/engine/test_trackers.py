@@ -21,8 +21,10 @@ from engine_helpers import make_config
 
 from opdengine.config.loading import from_mapping, to_mapping
 from opdengine.config.train import ConfigError, TrainConfig
+from opdengine.rollout.transformers import TransformersSampler
 from opdengine.training import trackers
 from opdengine.training.run import train
+from opdengine.training.run_folder import RunFolder
 from opdengine.training.trackers import CHARACTERS, NOTE, ROWS, require_trackers, rows_for_table
 from opdengine.training.writer import MetricsWriter, read_metrics
 
@@ -226,6 +228,26 @@ def test_a_tracker_that_cannot_begin_ends_the_run_before_its_first_step(
         train(config, progress=False)
     assert not list((tmp_path / "run").glob("rollouts/*"))
     shutil.rmtree(tmp_path / "run")
+
+
+def test_a_run_that_a_tracker_keeps_from_beginning_leaves_nothing_open(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("no more room")
+
+    first, closed = Seen(), list[object]()
+    monkeypatch.setattr(trackers, "OPENED", {"tensorboard": lambda *_: first, "trackio": refuse})
+    monkeypatch.setattr("opdengine.training.run.require_trackers", lambda _: None)
+    monkeypatch.setattr(TransformersSampler, "close", lambda self: closed.append(self))
+    config = settings(models, prompt_file, tmp_path / "run", report_to=["tensorboard", "trackio"])
+    with pytest.raises(ConfigError, match=r"report_to: trackio could not begin \(no more room\)") as kept:
+        train(config, progress=False)
+    assert first.told == ["closed"] and len(closed) == 1
+    again = RunFolder(config)  # in the same process, as in a notebook, which keeps what the error can reach
+    again.claim()
+    again.release()
+    del kept
 
 
 def test_rows_of_a_table_are_flat_and_bounded() -> None:
