@@ -174,15 +174,29 @@ def _named_rows(key: str, rows: Any, objects: dict[str, Given]) -> str:
     found = [dict(row) for row in rows]
     digest = hashlib.sha256()
     for row in found:
-        digest.update(json.dumps(row, default=str, sort_keys=True).encode("utf-8", "surrogatepass"))
+        digest.update(json.dumps(row, default=_content, sort_keys=True).encode("utf-8", "surrogatepass"))
     label = key.replace(".", "_")
     name = f"{PREFIX}{label} of {len(found)} rows with the content {digest.hexdigest()[:16]}"
     objects[name] = Given(rows=found)
     return name
 
 
-def _tell_of_frozen(student: Any) -> None:
-    """Which parameters are trained is for the caller to say, and is said again."""
+def _content(value: Any) -> Any:
+    """What a value of a row is, where JSON has no form for it: of pictures and arrays every byte counts."""
+    about = [type(value).__name__, *(str(getattr(value, name, "")) for name in ("mode", "size", "dtype", "shape"))]
+    if isinstance(value, (bytes, bytearray)):
+        return [about[0], hashlib.sha256(value).hexdigest()]
+    if not callable(getattr(value, "tobytes", None)):
+        return str(value)
+    palette = str(value.getpalette()) if hasattr(value, "getpalette") else ""
+    try:
+        return [*about, palette, hashlib.sha256(value.tobytes()).hexdigest()]
+    except (OSError, SyntaxError):  # a damaged picture, which is refused by name when it is read
+        return about
+
+
+def _require_trainable(student: Any) -> None:
+    """Refuse a student that is frozen as a whole; one of which a part is frozen is trained so, and a line says it."""
     frozen = [name for name, parameter in student.named_parameters() if not parameter.requires_grad]
     count = len(list(student.parameters()))
     if len(frozen) == count:
@@ -207,7 +221,7 @@ def _require_possible(config: TrainConfig, objects: Mapping[str, Given]) -> None
     if config.model not in models:
         return
     if config.lora is None:
-        _tell_of_frozen(models[config.model])
+        _require_trainable(models[config.model])
     for setting, wanted in (
         ("use_vllm", config.use_vllm),
         ("lora.merge_final", config.lora and config.lora.merge_final),

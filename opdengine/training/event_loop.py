@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -58,7 +59,8 @@ def _in_thread(work: Coroutine[Any, Any, T], may_cancel: Callable[[], bool]) -> 
     except BaseException:
         if not result.done():
             loop, task = running.result()
-            loop.call_soon_threadsafe(lambda: task.cancel() if may_cancel() else None)
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: the coroutine has ended
+                loop.call_soon_threadsafe(lambda: task.cancel() if may_cancel() else None)
         raise
     finally:
         thread.join()

@@ -34,6 +34,10 @@ TITLES = {
     "2601.19897": "SDFT: self-distillation from demonstrations",
     "2601.20802": "SDPO: self-distillation policy optimisation",
     "2601.18734": "OPSD: on-policy self-distillation",
+    "2402.03300": "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+    "2602.12125": "Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation",
+    "2603.11137": "Scaling Reasoning Efficiently via Relaxed On-Policy Distillation",
+    "2510.24021": "SelecTKD: Selective Token-Weighted Knowledge Distillation for LLMs",
 }
 """Numbers of arXiv -> titles, as in CITATION.cff."""
 
@@ -72,8 +76,10 @@ def _head(config: TrainConfig) -> str:
         told["base_model"] = names
     if any(teachers):
         told["teacher_models"] = [name for name in teachers if name]
-    title = config.run_name or f"{shown(config.model)}, {config.method}"
-    return f"---\n{dump_yaml(told)}---\n\n# {shown(title)}"
+    title = f"{shown(config.model)}, {shown(config.method)}"
+    if config.run_name:
+        title = plain(" ".join(map(_without_places, config.run_name.split())))
+    return f"---\n{dump_yaml(told)}---\n\n# {title}"
 
 
 def _origin(config: TrainConfig, prompts_per_step: int, step: int) -> str:
@@ -106,7 +112,7 @@ def _scores(run: Path, step: int) -> str:
         return ""
     before = measured[0][1] if measured[0][0] == 0 and step else {}
     lines = ["## Evaluation", "", "| metric | before | after |", "|---|---:|---:|"]
-    lines += [f"| {shown(name)} | {_number(before.get(name))} | {_number(value)} |" for name, value in now.items()]
+    lines += [f"| {plain(name)} | {_number(before.get(name))} | {_number(value)} |" for name, value in now.items()]
     return "\n".join(lines)
 
 
@@ -152,17 +158,23 @@ def _without_places(value: Any) -> Any:
         return {key: _without_places(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_places(item) for item in value]
-    return shown(value) if isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value else value
+    if isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value:
+        return Path(value).name or value
+    return value
 
 
 def _changes(run: Path) -> str:
     lines = [
-        f"- after step {line['step']}: `{place}` {shown(str(before))} -> {shown(str(now))}"
+        f"- after step {line['step']}: `{place}` {_value(before)} -> {_value(now)}"
         for line in read_changes(run)
         for place, (before, now) in line["changes"].items()
         if not place.endswith(("model", ".path")) and "train_data" not in place
     ]
     return "\n".join(["### Changed while it was trained", "", *lines]) if lines else ""
+
+
+def _value(value: Any) -> str:
+    return plain(str(_without_places(value)))
 
 
 def _versions(config: TrainConfig) -> str:
@@ -198,7 +210,12 @@ def hub_name(model: str) -> str | None:
 
 
 def shown(text: str) -> str:
-    """A path without its folders, or a name of the hub; nothing in it can break a table or a heading."""
+    """A path without its folders, or a name of the hub, as :func:`plain` text."""
     if Path(text).is_absolute() or text.startswith(("~", ".")) or text.count("/") > 1:
         text = Path(text).name or text
+    return plain(text)
+
+
+def plain(text: str) -> str:
+    """Text on one line, in which nothing can break a table or a heading."""
     return " ".join(text.split()).replace("|", "\\|").replace("`", "'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def push(folder: Path, repository: str, message: str) -> None:
     except Exception as error:
         raise HubError(
             f"the model could not be pushed: {_problem(repository, error)}. The run is finished, its model is whole "
-            f"in {str(folder)!r}; push it again with: hf upload {repository} {folder}"
+            f"in {str(folder)!r}; push it again with: hf upload {repository} {shlex.quote(str(folder))}"
         ) from error
     logger.info("pushed: %s", getattr(done, "commit_url", None) or repository)
 

@@ -126,7 +126,7 @@ class RunFolder:
         They are read like any configuration, so that a setting newer than that run has its default.
         """
         self.before = None if stored is None else to_mapping(from_mapping(TrainConfig, stored))
-        self._compare(self.processes)
+        self._compare()
 
     def settle(self, config: TrainConfig) -> int:
         """Take the settings as they are once the number of steps is known.
@@ -143,25 +143,25 @@ class RunFolder:
                 f"max_steps={config.max_steps} is not possible: the checkpoint to continue from is of step {step}; "
                 "give more steps, or name an earlier checkpoint with resume_from_checkpoint"
             )
-        self._compare(self.processes)
+        self._compare()
         begun: int = self.state.get("schedule_begin", 0)
         now: int = self.state.get("scheduler", {}).get("last_epoch", 0)
         return now if speak_of_schedule(self.changes, config, now) else begun
 
-    def _compare(self, processes: int) -> None:
+    def _compare(self) -> None:
         """Find what is otherwise than in the run before, and refuse what may not be."""
         config, before = self.config, self.state.get("prompts_per_step")
         self.changes = [] if self.before is None else changes(self.before, to_mapping(config))
         accept(self.changes, config, self.state.get("models", ()))
-        now = config.prompts_per_step * processes
+        now = config.prompts_per_step * self.processes
         if before in (None, now):
             return
         if not config.allow_changes:
             raise ConfigError(
                 f"the run to resume had {before} prompts in a step, this one has {now} (per_device_train_batch_size="
                 f"{config.per_device_train_batch_size} x gradient_accumulation_steps="
-                f"{config.gradient_accumulation_steps} x {processes} processes); change the first two so that their "
-                f"product with the processes is {before}, or go on with {now} by --allow_changes"
+                f"{config.gradient_accumulation_steps} x {self.processes} processes); change the first two so that "
+                f"their product with the processes is {before}, or go on with {now} by --allow_changes"
             )
         self.changes.append(Change("prompts_per_step", before, now, CHANGEABLE))
 

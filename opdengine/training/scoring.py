@@ -150,7 +150,8 @@ class Measurer:
         for sample in still:
             sample.policy_logratio = np.zeros(len(sample.target_ids), dtype=np.float32)
         older = [s for s in samples if s.policy_version != self.version and s.sampler_logprob is not None]
-        states = self.student.score([s.token_ids for s in older], [s.target_positions for s in older])
+        ids, images = [s.token_ids for s in older], [s.images for s in older]
+        states = self.student.score(ids, [s.target_positions for s in older], images)
         head = self.student.head.to(states[0].dtype) if states else self.student.head
         parts = list(zip(older, states, strict=True))
         own = [read["teacher_logprob"] for read in self._read(parts, head)]

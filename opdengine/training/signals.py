@@ -68,8 +68,10 @@ class Interrupts:
         """
         before, self._held = self._held, True
         self.is_whole = True
-        yield
-        self.is_whole = False
+        try:
+            yield
+        finally:
+            self.is_whole = False
         self._held = before
         caught = self.ranks.max(self.caught)
         if caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pty
 import select
@@ -19,8 +20,11 @@ from engine_helpers import PROMPTS
 from safetensors.torch import load_file
 
 from opdengine.cli import main
+from opdengine.distributed import Ranks
 from opdengine.models.checkpoint import list_checkpoints
 from opdengine.models.manifest import find_damage
+from opdengine.training.event_loop import run_coroutine
+from opdengine.training.signals import Interrupted, Interrupts
 from opdengine.training.step import Engine
 from opdengine.training.writer import read_metrics
 
@@ -146,3 +150,44 @@ def test_a_run_whose_terminal_is_closed_is_saved(arguments: list[str], tmp_path:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGHUP
     (saved,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert saved.name == f"step_{read_metrics(metrics)[-1]['step']}" and find_damage(saved) is None
+
+
+def test_a_guarded_part_that_fails_is_over() -> None:
+    interrupts, seen = Interrupts(Ranks()), list[bool]()
+
+    def fails() -> None:
+        with interrupts.whole():
+            seen.append(interrupts.is_whole)
+            raise RuntimeError("of the step")
+
+    with pytest.raises(RuntimeError, match="of the step"):
+        fails()
+    assert seen == [True] and not interrupts.is_whole
+
+
+def test_a_signal_that_comes_when_the_loop_is_closed_is_raised_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook, between the end of the coroutine and that of its thread."""
+    plain = asyncio.run
+
+    def slow(work: Any) -> Any:
+        found = plain(work)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.3)
+        return found
+
+    def raises(*_: Any) -> None:
+        raise Interrupted(signal.SIGUSR1)
+
+    async def nothing() -> None:
+        pass
+
+    async def cell() -> None:
+        monkeypatch.setattr("opdengine.training.event_loop.asyncio.run", slow)
+        run_coroutine(nothing())
+
+    before = signal.signal(signal.SIGUSR1, raises)
+    try:
+        with pytest.raises(Interrupted):
+            plain(cell())
+    finally:
+        signal.signal(signal.SIGUSR1, before)

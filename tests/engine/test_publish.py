@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from opdengine.config.loading import from_mapping, to_mapping
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.errors import HubError
 from opdengine.methods import PAPERS
-from opdengine.training.model_card import TITLES, hub_name, shown
+from opdengine.training.model_card import TITLES, hub_name, shown, write_card
 from opdengine.training.publish import open_repository, push
 from opdengine.training.run import train
 
@@ -88,13 +89,17 @@ def test_a_hub_that_cannot_be_reached_is_said_at_the_beginning(hub: Hub, monkeyp
 
 
 def test_a_failed_push_says_how_to_repeat_it(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "my run"
+    folder.mkdir()
     hub.add("alice/first")
-    (tmp_path / "config.json").write_text("{}")
+    (folder / "config.json").write_text("{}")
     hub.is_full = True
-    with pytest.raises(HubError, match=rf"model is whole in '{tmp_path}'; push it again with: hf upload alice/first"):
-        push(tmp_path, "alice/first", "again")
+    with pytest.raises(HubError, match=f"model is whole in '{folder}'; push it again with: hf upload") as failed:
+        push(folder, "alice/first", "again")
+    command = str(failed.value).partition("push it again with: ")[2]
+    assert shlex.split(command) == ["hf", "upload", "alice/first", str(folder)]
     hub.is_full = False
-    push(tmp_path, "alice/first", "again")
+    push(folder, "alice/first", "again")
     assert hub.repositories["alice/first"]["files"] == {"config.json": b"{}"}
     assert hub.repositories["alice/first"]["commits"] == ["again"]
 
@@ -195,6 +200,31 @@ def test_an_adapter_has_a_card_that_says_so(models: dict[str, str], prompt_file:
     assert head["library_name"] == "peft" and "A LoRA adapter (r=2) of `student`" in text and "peft " in text
 
 
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("gsm8k/opd/first", "gsm8k/opd/first"),
+        ("a | b", r"a \| b"),
+        ("from /home/someone/models/large, twice", "from large, twice"),
+        ("one\n\n# two", "one # two"),
+        ("./a and ~/b", "./a and b"),
+    ],
+)
+def test_the_title_of_a_card_is_the_name_of_the_run(tmp_path: Path, name: str, title: str) -> None:
+    """Only folders of this machine are cut off it, and it stays on one line."""
+    write_card(tmp_path, config(run_name=name), tmp_path, 1, 1)
+    assert card(tmp_path)[1].strip().splitlines()[0] == f"# {title}"
+
+
+def test_a_card_tells_values_of_changes_whole(tmp_path: Path) -> None:
+    changes = {"run_name": ["a/b/c", "x|y"], "debate.cache_dir": ["/home/someone/cache", None]}
+    (tmp_path / "changes.jsonl").write_text(json.dumps({"step": 2, "changes": changes}) + "\n")
+    write_card(tmp_path, config(), tmp_path, 1, 3)
+    text = card(tmp_path)[1]
+    assert "- after step 2: `run_name` a/b/c -> x\\|y\n" in text
+    assert "- after step 2: `debate.cache_dir` cache -> None\n" in text
+
+
 def test_names_of_the_hub_are_told_from_folders(models: dict[str, str], tmp_path: Path) -> None:
     assert hub_name("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B"
     assert hub_name(models["big"]) is None and hub_name("/nowhere/model") is None and hub_name("./a/b") is None
@@ -207,4 +237,5 @@ def test_titles_are_those_of_the_citations() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
     titles = {reference["identifiers"][0]["value"].removeprefix("arXiv:"): reference["title"] for reference in cited}
     assert all(titles[number].startswith(title) for number, title in TITLES.items())
-    assert {PAPERS[name].arxiv for name in ("mad_opd", "sage_opd", "uni_opd", "camopd")} <= TITLES.keys()
+    assert titles.keys() == TITLES.keys()
+    assert {paper.arxiv for paper in PAPERS.values()} <= TITLES.keys()

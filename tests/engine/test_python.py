@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image as Pillow
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from opdengine import Callback, Event, TrainConfig, train
 from opdengine.cli import main
 from opdengine.errors import ConfigError
+from opdengine.training.api import lift
 from opdengine.training.signals import Interrupted
 from opdengine.training.step import Engine
 from opdengine.training.writer import read_metrics
@@ -206,6 +209,31 @@ def test_objects_that_cannot_be_used(
     with pytest.raises(ValueError, match=message):
         train(settings, **change(student, teacher, tokenizer))
     assert not Path(settings["output_dir"]).exists()
+
+
+def test_rows_are_named_by_what_they_hold() -> None:
+    """Pictures and arrays of equal content in other objects give the same name; any other value another one."""
+
+    def name(value: Any) -> str:
+        plain, _ = lift({"train_data": [{"prompt": "What is this?", "images": value}]})
+        return str(plain["train_data"][0])
+
+    def picture(shade: int, mode: str = "L", size: tuple[int, int] = (4, 6)) -> Any:
+        return Pillow.new(mode, size, shade)
+
+    def painted(colour: int) -> Any:
+        made = picture(0, "P")
+        made.putpalette([colour] * 3)
+        return made
+
+    many = np.arange(5000)
+    same = [lambda: picture(3), lambda: [picture(3)], lambda: many.copy(), lambda: b"png", lambda: bytearray(b"png")]
+    assert all(name(make()) == name(make()) for make in same)
+    other = many.copy()
+    other[2500] = 7  # printed, both are "[0 1 2 ... 4999]"
+    values = [picture(3), picture(4), painted(1), painted(2), picture(3, size=(6, 4)), [picture(3)], many, other,
+              many.reshape(50, 100), many.astype(np.float64), b"png", b"pnh", "png"]  # fmt: skip
+    assert len({name(value) for value in values}) == len(values)
 
 
 class Recorder(Callback):

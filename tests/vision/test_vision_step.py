@@ -18,6 +18,7 @@ from opdengine.models.backbone import Backbone, load_model
 from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.models.pictures import open_picture
 from opdengine.rollout.transformers import TransformersSampler
+from opdengine.training.scoring import Measurer
 from opdengine.types import Request, Sample, SamplingParams, images_of
 
 
@@ -158,3 +159,22 @@ def test_the_sampler_says_what_the_trainer_says(seeing: Any, kind: str) -> None:
             np.testing.assert_allclose(completion.logprobs, told.detach().numpy(), atol=2e-4)
             compared += 1
     assert compared >= 5
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "gemma3"])
+def test_a_stale_rollout_is_read_with_its_pictures(seeing: Any, picture_rows: str, tmp_path: Path, kind: str) -> None:
+    """Without teachers, too: the ratio of policies is that of whole models."""
+    old = make_engine(vision_config(seeing(kind), seeing(kind, 1), picture_rows, tmp_path, temperature=1.0))
+    new = make_engine(vision_config(seeing(kind, 1), seeing(kind), picture_rows, tmp_path, temperature=1.0))
+    samples = list(asyncio.run(old.prepare(load_prompts([picture_rows]).prompts, 0)))
+    samples = [s for s in samples if new.student.vision.matches(s.token_ids, s.images)]
+    assert {len(s.images) for s in samples} > {1, 2}
+    Measurer(new.student, {}, new.vocab_size, sampling=new.sampling_params(), version=1)(samples, {"policy_logratio"})
+    student, tokenizer = read_whole(new.config.model), load_tokenizer(new.config.model)
+    for sample in samples:
+        answer = torch.tensor(sample.target_ids.tolist())
+        with torch.no_grad():
+            whole = plain_logprobs(student, tokenizer, sample.prompt.messages, answer.tolist())
+        wanted = whole[torch.arange(len(answer)), answer].numpy() - sample.sampler_logprob
+        np.testing.assert_allclose(sample.policy_logratio, wanted, atol=1e-4)
+        assert np.abs(wanted).max() > 0.1
