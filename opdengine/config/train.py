@@ -276,7 +276,7 @@ class TrainConfig(Section):
     1 on, rollouts and debates of the next batches run during the update (useful with vLLM and served teachers, which
     work elsewhere)."""
 
-    distillation_is_clip: Maybe[Positive] = None
+    distillation_is_clip: Changeable[Maybe[Positive]] = None
     """multiply the divergence at each token of a rollout from older weights by min(r, this), where r is the ratio of
     its probabilities under the policy now and the policy that sampled; null multiplies by nothing. With
     ``max_staleness`` 0 every r is 1. (Advantages have ``advantage.importance``.)"""
@@ -465,11 +465,6 @@ def _check_sampling(config: TrainConfig) -> None:
         config.max_staleness == 0 or config.use_vllm,
         "max_staleness",
         "without use_vllm the student samples with the weights that are being updated: use 0",
-    )
-    need(
-        config.distillation_is_clip is None or config.temperature > 0 or config.max_staleness == 0,
-        "distillation_is_clip",
-        "what is chosen greedily (temperature 0) has no density, so no ratio corrects for older weights: leave it out",
     )
     need(
         not config.vllm_enable_sleep_mode or config.max_staleness == 0,

@@ -20,6 +20,7 @@ from opdengine.loss.importance import clipped
 from opdengine.methods.checks import Check
 from opdengine.methods.method import Method
 from opdengine.methods.paper import Paper
+from opdengine.methods.policy_gradient import check_ratio
 from opdengine.methods.room import Need
 from opdengine.metrics import Mean
 from opdengine.types import Batch, Prompt, Sample
@@ -101,7 +102,9 @@ class RewardTerm(Method):
 
     def __init__(self, config: TrainConfig, **options: Any) -> None:
         super().__init__(config, **options)
-        need_rollouts(config, f"grpo.weight={config.grpo.weight}")
+        setting = f"grpo.weight={config.grpo.weight}"
+        need_rollouts(config, setting)
+        check_ratio(config, setting, "grpo.weight to 0")
         self.needs = self.needs | NEEDS
 
     @property
@@ -130,6 +133,10 @@ class GRPO(Method):
             raise ConfigError(
                 f"method 'grpo' asks no teacher, but {[t.name for t in config.teachers]} are given; leave them out, "
                 "or take method 'opd' with grpo.weight"
+            )
+        if config.teacher_prompt_template is not None:
+            raise ConfigError(
+                "teacher_prompt_template is not possible with method 'grpo', which asks no teacher; leave it out"
             )
 
     def room(self, prompt: Prompt) -> list[Need]:

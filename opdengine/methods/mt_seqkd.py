@@ -68,9 +68,10 @@ class MTSeqKD(Method):
         self._answers: dict[str, Completion] = {}
 
     def room(self, prompt: Prompt) -> list[Need]:
-        """The author reads the prompt and writes the longest answer."""
+        """The author reads the prompt (as ``teacher_prompt_template`` has it) and writes the longest answer."""
         teacher = author(prompt, route(self.teachers, prompt.key), self.params.seed)
-        return [answer_need(self.params.max_tokens, teacher, length(teacher, prompt.messages, prompt.tools))]
+        read = length(teacher, self.view(prompt).messages, prompt.tools)
+        return [answer_need(self.params.max_tokens, teacher, read)]
 
     async def write(self, prompts: Sequence[Prompt], encode: Callable[[Prompt], list[int]]) -> Batch:
         """One sample per prompt, written by one of its teachers."""
@@ -97,7 +98,7 @@ class MTSeqKD(Method):
     async def _write(self, teacher: Teacher, prompts: Sequence[Prompt]) -> None:
         queue = []
         for p in prompts:
-            ids = teacher.encode(p.messages, p.tools)
+            ids = teacher.encode(self.view(p).messages, p.tools)
             if teacher.window is not None and len(ids) + self.params.max_tokens > teacher.window:
                 self._answers[p.id] = replace(_FAILED, stop_reason=f"teacher_window/{teacher.name}")
             else:

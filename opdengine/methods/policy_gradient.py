@@ -166,30 +166,41 @@ def policy_gradient(config: TrainConfig, importance: str, max_gap: float) -> Pol
     low, high = (own if own is not None else usual for own, usual in zip(bounds, BOUNDS[kind], strict=True))
     if (kind == "band" and low > high) or (kind == "truncated" and high <= 0):
         raise ConfigError(f"advantage.low={low}, advantage.high={high} leaves no token any weight; raise high")
-    _check_ratio(config, kind)
+    if kind != "none":
+        check_ratio(config, f"advantage.importance={kind!r}", "advantage.importance to none")
     exact = section.kl_mode == "full_vocab"
     if not exact:
         need_reverse_kl(config, "advantage.kl_mode")
     return PolicyGradient(exact, kind, low, high, max_gap if section.max_gap is None else section.max_gap)
 
 
-def _check_ratio(config: TrainConfig, kind: str) -> None:
-    """Refuse importance weights between updates of what was not sampled from a density; point out their limit."""
-    if kind == "none" or not config.max_staleness:
+def check_ratio(config: TrainConfig, setting: str, off: str) -> None:
+    """Refuse importance weights between updates of what was not sampled from a density; point out their limit.
+
+    Args:
+        config: of the run.
+        setting: that asks for them, with its value.
+        off: what to set for none.
+
+    Raises:
+        ConfigError: rollouts of older weights are chosen greedily.
+    """
+    if not config.max_staleness:
         return
     if config.temperature == 0:
         raise ConfigError(
-            f"advantage.importance={kind!r} is not possible with temperature=0 and "
+            f"{setting} is not possible with temperature=0 and "
             f"max_staleness={config.max_staleness}: what is chosen greedily has no density, so no ratio corrects for "
-            "an older policy; set temperature above 0, max_staleness to 0, or advantage.importance to none"
+            f"an older policy; set temperature above 0, max_staleness to 0, or {off}"
         )
     if config.top_p < 1 or config.top_k:
         logger.warning(
-            "top_p=%g and top_k=%d with max_staleness=%d: importance weights compare what is left after them, and "
-            "cannot correct for tokens that an older policy excluded",
+            "top_p=%g and top_k=%d with max_staleness=%d and %s: importance weights compare what is left after them, "
+            "and cannot correct for tokens that an older policy excluded",
             config.top_p,
             config.top_k,
             config.max_staleness,
+            setting,
         )
 
 

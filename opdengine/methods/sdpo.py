@@ -17,7 +17,7 @@ from opdengine.methods import group_relative
 from opdengine.methods.checks import SAMPLED, Check
 from opdengine.methods.method import judged_by, route
 from opdengine.methods.paper import Paper
-from opdengine.methods.policy_gradient import CHECKS, gap_of, policy_gradient
+from opdengine.methods.policy_gradient import CHECKS, check_ratio, gap_of, policy_gradient
 from opdengine.methods.privileged import privileged_text, told
 from opdengine.methods.sdft import SelfTaught
 from opdengine.models.thoughts import without_thoughts
@@ -68,6 +68,9 @@ class SDPO(SelfTaught):
                 "1 - sdpo.distillation_weight; set that"
             )
         group_relative.need_rollouts(config, "method 'sdpo'")
+        weight = self.settings.distillation_weight
+        if weight < 1:
+            check_ratio(config, f"sdpo.distillation_weight={weight}", "sdpo.distillation_weight to 1")
 
     @property
     def checks(self) -> tuple[Check, ...]:

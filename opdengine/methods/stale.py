@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from opdengine.config.train import TrainConfig
+from opdengine.errors import ConfigError
 from opdengine.loss.importance import truncated
 from opdengine.methods.checks import SAMPLED, Check
 from opdengine.methods.method import Method
+from opdengine.methods.policy_gradient import PolicyGradient, check_ratio
 from opdengine.metrics import Mean
 from opdengine.types import Batch
 
@@ -31,6 +33,13 @@ class StaleWeights(Method):
 
     def __init__(self, config: TrainConfig, **options: Any) -> None:
         super().__init__(config, **options)
+        setting = f"distillation_is_clip={config.distillation_is_clip}"
+        if not _diverges(self):
+            raise ConfigError(
+                f"{setting} is not possible with method {config.method!r} as it is set: there is no divergence "
+                "here that it could multiply; leave it out (advantages have advantage.importance)"
+            )
+        check_ratio(config, setting, "distillation_is_clip to null")
         self.needs = self.needs | {"policy_logratio"}
 
     @property
@@ -55,3 +64,15 @@ class StaleWeights(Method):
         batch.metrics["stale/weight"] = Mean(total / max(count, 1), count)
         if unknown:
             batch.metrics["stale/unknown"] = float(unknown)
+
+
+def _diverges(method: Method) -> bool:
+    """Whether a method can give a divergence weight; those that have a policy gradient in its place cannot."""
+    config, gradient = method.config, getattr(method, "gradient", None)
+    if config.method in ("grpo", "mt_seqkd"):
+        return False
+    if config.method == "sage_opd":
+        return config.sage.kl_mode != "sampled"
+    if config.method == "sdpo" and config.sdpo.distillation_weight == 0:
+        return False
+    return not isinstance(gradient, PolicyGradient) or gradient.exact

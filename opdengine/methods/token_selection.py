@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from opdengine.config.train import TrainConfig
+from opdengine.errors import ConfigError
 from opdengine.methods.checks import Check
 from opdengine.methods.method import Method, need_teachers
 from opdengine.methods.opd import OPD
@@ -47,6 +48,11 @@ class RelaxedOPD(Method):
         super().__init__(config)
         need_teachers(config, 1)
         self.settings = config.relaxed_opd
+        if config.advantage.kl_mode == "full_vocab":
+            raise ConfigError(
+                "advantage.kl_mode='full_vocab' is not possible with method 'relaxed_opd', which bounds the reward of "
+                "each sampled token from below; use 'sampled'"
+            )
         self.gradient = policy_gradient(config, RELAXED["advantage.importance"], RELAXED["advantage.max_gap"])
         self.needs = self.gradient.needs | {"student_entropy"}
 
@@ -65,9 +71,6 @@ class RelaxedOPD(Method):
             kept, clipped, count = kept + int(chosen.sum()), clipped + int((gap < floor).sum()), count + len(gap)
             gaps.append(np.maximum(gap, floor) * chosen)
         self.gradient.weigh(batch, self.ranks, gaps)
-        for sample, gap in zip(batch, gaps, strict=True):
-            assert sample.kl_weight is not None
-            sample.kl_weight = sample.kl_weight * (gap != 0).astype(np.float32)
         batch.metrics["relaxed/kept"] = Mean(kept / max(count, 1), count)
         batch.metrics["relaxed/clipped"] = Mean(clipped / max(count, 1), count)
 

@@ -152,3 +152,15 @@ def test_requests_to_a_teacher_carry_its_own_template(models: dict[str, str], pr
     assert isinstance(teacher.calls[0][0], Request)
     assert written.samples[0].token_ids.tolist() == [1, 2, 1]
     assert written.samples[0].text == "answer"
+
+
+def test_the_author_reads_what_is_shown_to_teachers(models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
+    """The student's prompt stays; the room that is checked is that of what the author reads."""
+    template = {"teacher_prompt_template": "{prompt} ({answer})"}
+    method = MTSeqKD(make_config(models, prompt_file, tmp_path, method="mt_seqkd", **template))
+    teacher = ScriptedTeacher("a", lambda call, request: "answer")
+    method.teachers = [teacher]
+    prompt = Prompt("p", ({"role": "user", "content": "u"},), answer="42")
+    asyncio.run(method.write([prompt], lambda p: [len(p.messages[0]["content"])]))
+    assert teacher.asked(0) == "<user>u (42)<assistant>"
+    assert method.room(prompt)[0].tokens == len("<user>u (42)<assistant>") + method.params.max_tokens
