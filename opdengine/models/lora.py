@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from opdengine.config.sections import LoRAConfig
 from opdengine.distributed import Ranks
 from opdengine.errors import ConfigError, ModelFileError
-from opdengine.models.files import ADAPTER_FILE, read_object, some, tensor_shapes
-from opdengine.models.sharding import whole, whole_weights
+from opdengine.models.files import ADAPTER_FILE, read_model, read_object, some, tensor_shapes
+from opdengine.models.sharding import split_like, whole, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,34 @@ def save_model(model: Any, folder: Path, ranks: Ranks | None = None) -> None:
             _save_adapter(model, folder, identity, split)
 
 
+@torch.no_grad()
+def restore_model(model: Any, folder: Path, trust_remote_code: bool = False) -> None:
+    """Give a model the weights that :func:`save_model` wrote of it, in place. All ranks call this.
+
+    Args:
+        model: possibly split over the ranks.
+        folder: of its weights, or of its adapter's.
+        trust_remote_code: run code from the model folder.
+
+    Raises:
+        ModelFileError: they are not those of this model.
+    """
+    if is_adapted(model):
+        from peft import get_peft_model_state_dict
+
+        own = model.state_dict(keep_vars=True)
+        places = get_peft_model_state_dict(model, state_dict=own, save_embedding_layers=False)
+        stored = load_file(folder / ADAPTER_FILE)
+    else:
+        places = model.state_dict(keep_vars=True)
+        options = {"dtype": model.dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
+        stored = read_model(type(model).from_pretrained, str(folder), **options).state_dict()
+    if other := sorted(places.keys() ^ stored.keys()):
+        raise ModelFileError(f"the model in {str(folder)!r} has not the weights of the one to restore: {some(other)}")
+    for name, place in places.items():
+        place.copy_(split_like(stored[name].to(place.dtype), place))
+
+
 def _on_first(model: Any, ranks: Ranks, adapted: bool) -> dict[str, torch.Tensor]:
     """Whole weights, of an adapted model the adapter's, on the first rank's host."""
     weights = whole_weights(model, host=True)
@@ -233,12 +262,19 @@ def _refuse_embeddings(model: Any, targets: object) -> None:
 
 
 def base_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and whole weights of a model without its adapter, as the base alone calls them. All ranks call this."""
     for name, tensor in whole_weights(base_of(model)):
         if ".lora_" not in name:
             yield name.replace(".base_layer", ""), tensor
 
 
 def adapter_factors(model: Any) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """What an adapter adds to each weight of its base, as two factors. All ranks call this.
+
+    Yields:
+        The name of the base's weight, and float32 (left [..., r], right [..., r, :]) whose product, of that weight's
+        shape, is added to it; the adapter's scaling is in ``left``, and of experts the first dimension counts them.
+    """
     for name, layer in base_of(model).named_modules():
         if not hasattr(layer, "lora_A"):
             continue

@@ -29,6 +29,7 @@ from opdengine.metrics import write_jsonl
 from opdengine.models.backbone import check_model_path, load_model, read_window
 from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.models.checkpoint import copy_model, read_teachers, restore_optimizer, step_of, write_model
+from opdengine.models.lora import restore_model
 from opdengine.models.manifest import find_damage
 from opdengine.models.processor import save_tokenizer
 from opdengine.models.rendering import thought_opening
@@ -74,7 +75,8 @@ class TrainResult:
         metrics: the last value of every metric.
         history: the metrics of every step that was written down, as in ``metrics.jsonl``; on the first process.
         step: the last step.
-        model: the student as the last step left it, with its adapter.
+        model: the student with the weights of ``final_model``, and with its adapter: as the last step left it, or with
+            ``load_best_model_at_end`` as it was at the best evaluation.
     """
 
     output_dir: Path
@@ -231,6 +233,8 @@ def _write_final(config: TrainConfig, loop: Loop, final: Path) -> None:
         write_model(final, engine.student.model, engine.ranks, rest)
     else:
         copy_model(final, best, engine.ranks, card)
+        with engine.ranks.agree():
+            restore_model(engine.student.model, best / "model", config.trust_remote_code)
     if config.lora is not None and config.lora.merge_final and engine.ranks.is_first:
         merged = load_model(
             str(final),

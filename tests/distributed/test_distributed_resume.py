@@ -174,6 +174,29 @@ def test_when_one_process_is_told_to_end_all_end_with_a_checkpoint_of_that_step(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_the_best_checkpoint_and_an_early_stop_are_those_of_all_processes(world: Path) -> None:
+    """The mean over the processes decides: the answers of the first one alone are best at step 3 and go on."""
+    settings = {
+        "eval_max_prompts": 2, "eval_steps": 1, "metric_for_best_model": "accuracy", "load_best_model_at_end": True,
+        "early_stopping_patience": 2, "save_steps": 1, "save_total_limit": 1, "max_steps": 9,
+    }  # fmt: skip
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value).lower())]
+    done = train(world, 2, "best", *words, GRADES="1/1 0.2/0.2 0.1/0.9 0.9/0 0.6/0.3")
+    assert done.returncode == 0, done.stderr[-4000:]
+    folder = world / "best"
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["eval/accuracy"] for line in lines] == pytest.approx([1.0, 0.2, 0.5, 0.45, 0.45])
+    assert [p.name for p in list_checkpoints(folder / "checkpoints")] == ["step_2", "step_4"]
+    best, last = (load_file(folder / "checkpoints" / f"step_{i}" / "model" / "model.safetensors") for i in (2, 4))
+    kept = final(folder)
+    assert all(torch.equal(best[name], kept[name]) for name in kept)
+    assert any(not torch.equal(last[name], kept[name]) for name in kept)
+    assert all(f"rank {rank} has the model of step_2" in done.stderr for rank in (0, 1))
+    again = train(world, 2, "best", *words, "--resume_from_checkpoint", "latest")  # ends where it is
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert len(read_metrics(folder / "metrics.jsonl")) == 5
+
+
 def test_what_falls_apart_is_counted_over_all_processes_and_said_by_one(world: Path) -> None:
     """Every grade fails and every gap is masked: the first process speaks, and both end."""
     verifier = world / "broken.py"

@@ -25,11 +25,20 @@ from opdengine.cli import main
 from opdengine.config.loading import from_mapping
 from opdengine.config.train import ConfigError, LoRAConfig
 from opdengine.data.prompts import load_prompts
+from opdengine.errors import ModelFileError
 from opdengine.methods import build_method
 from opdengine.models.backbone import Backbone, load_model
 from opdengine.models.chat import load_tokenizer
 from opdengine.models.checkpoint import list_checkpoints
-from opdengine.models.lora import add_adapter, architecture, base_of, load_adapter, merge_adapter, save_model
+from opdengine.models.lora import (
+    add_adapter,
+    architecture,
+    base_of,
+    load_adapter,
+    merge_adapter,
+    restore_model,
+    save_model,
+)
 from opdengine.models.policy import policy
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.training.build import build_engine
@@ -218,6 +227,31 @@ def test_a_saved_adapter_is_small_and_comes_back(family: str, tmp_path: Path) ->
     merged = load_model(str(tmp_path))  # the way of teachers and of "opdengine eval"
     assert type(merged) is type(base_of(student))
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "gpt2"])
+def test_saved_weights_come_back_in_place(family: str, adapted: bool, tmp_path: Path) -> None:
+    base = str(tmp_path / "base")
+    make_model(family, True).save_pretrained(base)
+    student = load_model(base)
+    if adapted:
+        student = disturb(add_adapter(student, from_mapping(LoRAConfig, LORA)))
+    save_model(student, tmp_path / "saved")
+    expected, parameters = logits(student), list(student.parameters())
+    with torch.no_grad():
+        for parameter in (p for p in parameters if p.requires_grad):
+            parameter.add_(torch.randn_like(parameter))
+    assert not torch.equal(logits(student), expected)
+    restore_model(student, tmp_path / "saved")
+    assert torch.equal(logits(student), expected)
+    assert all(one is other for one, other in zip(parameters, student.parameters(), strict=True))
+
+
+def test_weights_of_another_model_are_not_taken(tmp_path: Path) -> None:
+    make_model("qwen3", True).save_pretrained(tmp_path)
+    with pytest.raises(ModelFileError):
+        restore_model(make_model("qwen3_moe", True), tmp_path)
 
 
 def test_an_adapter_without_a_tokenizer_has_its_bases(models: Models, tmp_path: Path) -> None:

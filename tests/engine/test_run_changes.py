@@ -307,18 +307,39 @@ def best_config(models: dict[str, str], prompt_file: str, folder: Path, **change
 def test_the_best_checkpoint_is_kept_and_becomes_the_final_model(
     models: dict[str, str], prompt_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The model that Python gets back is that one, too."""
     config = best_config(
         models, prompt_file, tmp_path, max_steps=5, save_steps=1, save_total_limit=1, load_best_model_at_end=True
     )
     values = [0.9, 0.1, 0.6, 0.6, 0.2, 0.3]
     monkeypatch.setattr("opdengine.training.run.evaluate", measured(values))
     monkeypatch.setattr("opdengine.training.run._rows_of", lambda *_: [])
-    train(config, progress=False)
+    result = train(config, progress=False)
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_2", "step_5"]
     assert_same_weights(tmp_path / "final", tmp_path / "checkpoints" / "step_2" / "model")
     last, final = weights(tmp_path / "checkpoints" / "step_5" / "model"), weights(tmp_path / "final")
     assert any(not torch.equal(last[name], final[name]) for name in last)
     assert (tmp_path / "final" / "tokenizer.json").is_file()
+    state = result.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in final.items()) and result.step == 5
+
+
+def test_the_best_adapter_is_the_one_that_python_gets_back(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = best_config(
+        models, prompt_file, tmp_path, max_steps=2, save_steps=1, load_best_model_at_end=True, lora={"r": 2}
+    )
+    monkeypatch.setattr("opdengine.training.run.evaluate", measured([0.1, 0.9, 0.2]))
+    monkeypatch.setattr("opdengine.training.run._rows_of", lambda *_: [])
+    result = train(config, progress=False)
+    last, final = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (tmp_path / "checkpoints" / "step_2" / "model", tmp_path / "final")
+    )
+    assert any(not torch.equal(last[name], final[name]) for name in last)
+    state = {name.replace(".default", ""): value for name, value in result.model.state_dict().items()}
+    assert all(torch.equal(state[name], value) for name, value in final.items())
 
 
 def test_a_run_stops_early_and_goes_on_with_more_patience(
