@@ -301,9 +301,8 @@ def paper(method: str) -> str:
     chosen = "; ".join(f"`{name}` {text}" for name, text in found.choices.items()).replace("<", "&lt;")
     head = ["| taken where you say nothing | value | source |", "|---|---|---|"]
     # Some readers of Markdown take a table right behind a comment for text.
-    return "\n".join(
-        ["", *head, *rows, "", f"Not set, as they depend on data and machine; the paper's runs had: {chosen}."]
-    )
+    had = ["", f"Not set, as they depend on data and machine; the paper's runs had: {chosen}."] if chosen else []
+    return "\n".join(["", *head, *rows, *had])
 
 
 def _plain(value: Any) -> str:

@@ -88,6 +88,7 @@ class Prompt:
         key: routing key (``data_source`` column): chooses teachers and divergence by task.
         answer: what a verifier compares with; never shown to the student or a teacher.
         extra: remaining columns of the row, for verifiers and environments.
+        place: where the row stands, "FILE, row N", for errors; "" for the task of an environment.
     """
 
     id: str
@@ -96,6 +97,12 @@ class Prompt:
     key: str = ""
     answer: Any = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
+
+    @property
+    def name(self) -> str:
+        """What an error calls it: its id, and where it stands."""
+        return f"prompt {self.id!r}" + (f" ({self.place})" if self.place else "")
 
 
 @dataclass(frozen=True)
@@ -258,7 +265,7 @@ class Failure:
         return f"teacher {self.teacher!r} failed ({self.reason}): {self.detail}"
 
 
-PER_TOKEN = (
+MEASURES = (
     "student_logprob",
     "student_entropy",
     "teacher_logprob",
@@ -266,9 +273,10 @@ PER_TOKEN = (
     "teacher_entropy",
     "policy_logratio",
     "sampler_logratio",
-    "kl_weight",
-    "advantage",
 )
+"""Fields of a :class:`Sample` that are measured before the update, where the method needs them."""
+
+PER_TOKEN = (*MEASURES, "kl_weight", "advantage")
 """Fields of a :class:`Sample` whose first axis is its T targets."""
 
 
@@ -290,7 +298,8 @@ class Sample:
         text: the decoded trained text (for debates, judges, verifiers and logs only).
         trajectory: samples that are steps of one episode share it; each holds a prefix of the same token ids, so
             the student reads them once. Empty: the sample stands alone.
-        info: of a whole episode: ``success``, ``score``, and the environment's first observation.
+        info: of a whole episode: ``success``, ``score``, and the environment's first observation; ``feedback``: what
+            the verifier or, at its end, the environment said.
         contexts: what each of the K teachers reads (set by ``Method.annotate``).
         mix: float32 [K] or [T, K] teacher weights; None is uniform.
         turn_weight: float32 [number of turns], None for ones. Where it is 0 on every trained turn no model is run;

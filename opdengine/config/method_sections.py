@@ -288,8 +288,8 @@ class SdpoConfig(Section):
     dont_reprompt_on_self_success: Flag = True
     """never show a rollout to the judge of itself."""
     include_environment_feedback: Flag = False
-    """show the feedback: the column ``privileged_context``, or else what the verifier said of a rollout that
-    failed."""
+    """show the feedback: the column ``privileged_context``, or else what the verifier, or at its end the environment,
+    said of a rollout that failed."""
     environment_feedback_only_without_solution: Flag = False
     """show it only where no successful rollout is shown."""
     remove_thinking_from_demonstration: Flag = False
@@ -316,7 +316,22 @@ class SdpoConfig(Section):
             except ValueError as error:
                 self.need(False, name, f"it is no format string ({error}); write {{{{ and }}}} for braces")
             self.need(used == fields, name, f"it must have the placeholders {sorted(fields)} and no other")
+        for switch, names in SDPO_PARTS.items():
+            for name in names if not getattr(self, switch) else ():
+                plain = getattr(self, name) == getattr(SdpoConfig, name)
+                self.need(plain, name, f"it has no effect with {switch}: false; leave it out, or set {switch}: true")
 
+
+SDPO_PARTS = {
+    "use_successful_as_teacher": (
+        "dont_reprompt_on_self_success",
+        "remove_thinking_from_demonstration",
+        "environment_feedback_only_without_solution",
+        "solution_template",
+    ),
+    "include_environment_feedback": ("environment_feedback_only_without_solution", "feedback_template"),
+}
+"""Settings that belong to what is shown."""
 
 SDPO_FIELDS = {
     "reprompt_template": {"prompt", "solution", "feedback"},

@@ -108,7 +108,7 @@ def load_prompts(sources: Sequence[str | DataConfig], *, skip_bad_rows: bool = F
                 reasons[str(error).split(" (")[0].split(" '")[0]] += 1
             else:
                 seen[prompt.id] = place
-                prompts.append(prompt)
+                prompts.append(replace(prompt, place=place))
     if bad and not skip_bad_rows:
         shown = "\n".join(bad[:10]) + ("\n  ..." if len(bad) > 10 else "")
         raise DataError(

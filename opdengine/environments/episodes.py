@@ -245,6 +245,8 @@ def _rollout(episode: Running, reason: str, version: int) -> Sample:
     success = bool(last.get("success", False))
     score = float(last.get("score", success))
     raw = {"raw_score": float(last["raw_score"])} if "raw_score" in last else {}
+    answer = episode.steps[-1].messages if episode.steps else ()
+    said = last.get("feedback") or last.get("observation") or "\n".join(map(written, answer))
     return Sample(
         id=episode.job.id,
         prompt=episode.prompt,
@@ -254,7 +256,7 @@ def _rollout(episode: Running, reason: str, version: int) -> Sample:
         reward=score,
         group=episode.job.group,
         text="\n".join(written(m) for t in turns for m in t.messages if t.role == "assistant"),
-        info={**episode.start, "success": success, "score": score, **raw},
+        info={**episode.start, "success": success, "score": score, "feedback": str(said), **raw},
     )
 
 

@@ -72,6 +72,7 @@ class Step:
         info: ``action`` (what was executed, "" if nothing), ``failure`` ("" or one of :data:`FAILURES`),
             ``admissible``, ``observation``; with the end also ``success`` (bool) and ``score`` in [0, 1]. A score
             that is told with every step counts where the caller ends the episode. ``raw_score``: the world's own.
+            ``feedback``: what SDPO's teacher is shown of an episode that failed; default: the last ``observation``.
 
     Raises:
         ValueError: the reward or a score is not a finite number, the score is not in [0, 1], ``success`` is not true

@@ -9,7 +9,7 @@ from opdengine.errors import ConfigError
 from opdengine.methods.agent_baselines import TCOD, EntropyOPD
 from opdengine.methods.camopd import CaMOPD
 from opdengine.methods.g_opd import GOPD
-from opdengine.methods.group_relative import GRPO, RewardTerm
+from opdengine.methods.group_relative import GRPO, RewardTerm, refuse_unused
 from opdengine.methods.mad_opd import MADOPD
 from opdengine.methods.method import Method
 from opdengine.methods.mt_seqkd import MTSeqKD
@@ -44,6 +44,9 @@ METHODS: dict[str, type[Method]] = {
     "selectkd": SelecTKD,
 }
 
+OF_DIVERGENCES = ("vocab_sample", "teacher_reduction", "divergence_temperature")
+"""Settings that change nothing where no method has a divergence."""
+
 PAPERS = {name: method.paper for name, method in METHODS.items() if method.paper is not None}
 """The settings that a run takes from its paper where the user sets none. A baseline has the settings of the method that
 it is compared with; plain "opd" is a baseline of every paper and has none."""
@@ -72,6 +75,8 @@ def build_method(config: TrainConfig) -> Method:
         inspect.signature(kind).bind(config, **options)
     except TypeError as error:
         raise ConfigError(f"method {name!r} cannot be called with (config, **method_options): {error}") from error
+    if name in METHODS and name != "sdpo" and not config.grpo.weight:
+        refuse_unused(config, "grpo.weight=0", "set that")
     added: list[type[Method]] = [RewardTerm] if config.grpo.weight else []
     added += [StaleWeights] if config.distillation_is_clip is not None else []
     if added:
@@ -82,4 +87,10 @@ def build_method(config: TrainConfig) -> Method:
         raise
     except (Exception, SystemExit) as error:
         raise ConfigError(f"method {name!r} failed: {explain(error)}") from error
+    for setting in OF_DIVERGENCES if not method.diverges else ():
+        if (value := getattr(config, setting)) != getattr(TrainConfig, setting):
+            raise ConfigError(
+                f"{setting}={value!r} has no effect with method {name!r} as it is set, which has no divergence; leave "
+                "it out"
+            )
     return method

@@ -72,7 +72,7 @@ class CaMOPD(Method):
         check(config)
         self.settings = config.camopd
         self.gradient = policy_gradient(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
-        self.needs = self.gradient.needs
+        self.needs, self.diverges = self.gradient.needs, self.gradient.exact
 
     def stream_of(self, prompt: Prompt) -> str:
         """The branch of a prompt."""

@@ -13,7 +13,7 @@ import numpy as np
 from opdengine.config.train import TrainConfig
 from opdengine.errors import ConfigError
 from opdengine.methods.checks import Check
-from opdengine.methods.method import Method, need_teachers
+from opdengine.methods.method import Method, need_teachers, route
 from opdengine.methods.paper import Paper
 from opdengine.methods.policy_gradient import CHECKS, policy_gradient
 from opdengine.types import Batch
@@ -58,7 +58,7 @@ class GOPD(Method):
                 "negatively; use 'sampled'"
             )
         self.gradient = policy_gradient(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
-        self.needs = self.gradient.needs
+        self.needs, self.diverges = self.gradient.needs, self.gradient.exact
 
     @property
     def checks(self) -> tuple[Check, ...]:
@@ -79,6 +79,6 @@ class GOPD(Method):
     def weigh(self, batch: Batch) -> None:
         """Advantages of rollouts that the reference and every teacher have judged."""
         for sample in batch:
-            if len(sample.teachers) < sum(not t.keys or sample.prompt.key in t.keys for t in self.teachers):
+            if len(sample.teachers) < len(route(self.teachers, sample.prompt.key)):
                 sample.drop = "teacher_failure"  # what is left would have another weight
         self.gradient.weigh(batch, self.ranks)

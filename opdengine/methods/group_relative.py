@@ -47,6 +47,10 @@ CHECKS = (
         "grpo/no_spread", "grpo/rollouts", "rollouts have the reward of all others of their prompt, and no advantage",
         "raise num_generations, or take prompts that are neither too easy nor too hard", share=1.0,
     ),
+    Check(
+        "grpo/unknown", "grpo/rollouts", "rollouts of older weights have no log-probs of the sampler, so no ratio is "
+        "known and nothing clips their advantage", "sample with what tells log-probs, or set max_staleness to 0",
+    ),
 )  # fmt: skip
 
 
@@ -91,6 +95,8 @@ def add_advantages(batch: Batch, ranks: Ranks, settings: GrpoConfig, weight: flo
         sample.advantage = (given + term).astype(np.float32)
     batch.metrics["grpo/rollouts"] = float(len(mine))
     batch.metrics["grpo/no_spread"] = float(sum(value == 0 for value in own.values()))
+    if unknown := len({_rollout(sample) for sample in rewarded if sample.policy_logratio is None}):
+        batch.metrics["grpo/unknown"] = float(unknown)
     if mine:
         batch.metrics["grpo/reward"] = Mean(float(np.mean([reward for _, reward in mine.values()])), len(mine))
 
@@ -124,6 +130,7 @@ class GRPO(Method):
     paper = PAPER
 
     teachers_per_prompt = 0
+    diverges = False
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
@@ -158,10 +165,20 @@ def _rollout(sample: Sample) -> str:
 
 def _ratio(sample: Sample, advantage: float, settings: GrpoConfig) -> np.ndarray:
     difference = sample.policy_logratio
-    if difference is None:  # the sampler told no log-probs: see ``advantage/without_sampler_logprobs``
+    if difference is None:  # the sampler told no log-probs: see ``grpo/unknown``
         difference = np.zeros(len(sample.target_ids))
     high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
     return clipped(difference, np.full(len(difference), advantage), settings.epsilon, high)
+
+
+def refuse_unused(config: TrainConfig, setting: str, remedy: str) -> None:
+    """Raise ConfigError where ``grpo`` says how rewards are weighed and ``setting`` gives them no weight."""
+    for name in ("scale_rewards", "epsilon", "epsilon_high"):
+        if (value := getattr(config.grpo, name)) != getattr(GrpoConfig, name):
+            raise ConfigError(
+                f"grpo.{name}={value!r} has no effect with {setting}, which gives rewards no weight: {remedy}, or "
+                "leave it out"
+            )
 
 
 def need_rollouts(config: TrainConfig, setting: str) -> None:

@@ -22,19 +22,6 @@ from opdengine.methods.room import Need, length
 from opdengine.teachers import Teacher
 from opdengine.types import Batch, Message, Prompt, Sample, TeacherContext
 
-MEASURES = frozenset(
-    {
-        "student_logprob",
-        "student_entropy",
-        "teacher_logprob",
-        "teacher_top1",
-        "teacher_entropy",
-        "policy_logratio",
-        "sampler_logratio",
-    }
-)
-"""The names that :attr:`Method.needs` may hold: fields of a sample that are measured before the update."""
-
 MAX_TEACHERS = 8
 
 
@@ -66,12 +53,13 @@ class Method:
 
     Attributes:
         paper: the settings of the method's paper, taken where the user says nothing; None for a method without one.
-        needs: which of :data:`MEASURES` the samples must have in :meth:`weigh`.
+        needs: which of :data:`opdengine.types.MEASURES` the samples must have in :meth:`weigh`.
         needs_reward: whether samples are graded by the verifier first (an episode's reward is its environment's).
         teachers_per_prompt: least number of teachers that every prompt needs.
         top1_temperature: of the distributions behind ``teacher_top1``.
         streams: names of the data streams that :meth:`schedule` draws from; empty: all data are one.
         writes: whether :meth:`write` makes the sequences, instead of the student.
+        diverges: whether :meth:`weigh` gives a divergence any weight; settings of it are refused where nothing does.
         contexts: what :meth:`annotate` asks.
         view: a prompt as the teachers read it.
         teachers, ranks: of the run; set before the first step.
@@ -87,6 +75,7 @@ class Method:
     top1_temperature = 1.0
     streams: tuple[str, ...] = ()
     writes = False
+    diverges = True
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -101,6 +90,16 @@ class Method:
     def checks(self) -> tuple[Check, ...]:
         """The ways in which the method can fail without an error; the run warns at the first step that shows one."""
         return self.contexts.checks
+
+    def lack(self, prompt: Prompt) -> str:
+        """What the method reads and a prompt does not have, in a sentence; "" where it has all."""
+        return self.view.lack(prompt)
+
+    def require(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ConfigError unless every prompt has what the method reads; names the first that does not."""
+        lacking = [problem for prompt in prompts if (problem := self.lack(prompt))]
+        if lacking:
+            raise ConfigError(f"{len(lacking)} of {len(prompts)} prompts: {lacking[0]}")
 
     def room(self, prompt: Prompt) -> list[Need]:
         """The tokens that the teachers' windows must hold for one prompt; all of them must fit."""

@@ -48,6 +48,7 @@ class MTSeqKD(Method):
     paper = PAPER
 
     writes = True
+    diverges = False
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)

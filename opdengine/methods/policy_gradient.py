@@ -24,7 +24,7 @@ from opdengine.types import Batch, Sample
 
 logger = logging.getLogger(__name__)
 
-MEASURES = frozenset({"student_logprob", "teacher_logprob", "teacher_entropy"})
+OF_GAP = frozenset({"student_logprob", "teacher_logprob", "teacher_entropy"})
 """The measures that a gap needs. The entropy is there because it shows a dead teacher."""
 
 RATIOS = {"none": "", "truncated": "sampler_logratio", "band": "sampler_logratio", "clip": "policy_logratio"}
@@ -56,7 +56,7 @@ class PolicyGradient:
     @property
     def needs(self) -> frozenset[str]:
         """The measures that it needs."""
-        return MEASURES | ({RATIOS[self.importance]} if self.importance != "none" else set())
+        return OF_GAP | ({RATIOS[self.importance]} if self.importance != "none" else set())
 
     def weigh(
         self,

@@ -54,27 +54,27 @@ class Privileged:
         """
         if self.template is None or not prompt.messages:
             return prompt
-        if problem := self._lack(prompt):
+        if problem := self.lack(prompt):
             raise ConfigError(problem)
-        columns = {name: privileged_text(_column(prompt, name)) for name in self.columns}
+        columns = {name: privileged_text(column(prompt, name)) for name in self.columns}
         return replace(prompt, messages=told(prompt.messages, self.template, columns))
 
-    def require(self, prompts: Sequence[Prompt]) -> None:
-        """Raise ConfigError unless every prompt has what the template shows; names the first that does not."""
-        lacking = [problem for prompt in prompts if (problem := self._lack(prompt))]
-        if lacking:
-            raise ConfigError(f"{len(lacking)} of {len(prompts)} prompts: {lacking[0]}")
-
-    def _lack(self, prompt: Prompt) -> str:
-        missing = [name for name in self.columns if not privileged_text(_column(prompt, name)).strip()]
+    def lack(self, prompt: Prompt) -> str:
+        """What a prompt lacks of all that the template shows, in a sentence; "" where it lacks nothing."""
+        missing = [name for name in self.columns if not privileged_text(column(prompt, name)).strip()]
         if missing:
             return (
-                f"prompt {prompt.id!r} has nothing in the column {missing[0]!r}, which teacher_prompt_template shows "
+                f"{prompt.name} has nothing in the column {missing[0]!r}, which teacher_prompt_template shows "
                 "to the teachers; fill the column in, or leave it out of the template"
             )
-        if self.columns and prompt.messages and _place(prompt.messages) is None:
-            return f"prompt {prompt.id!r} has no message of the user, which teacher_prompt_template is to replace"
+        return lack_of_user(prompt, "teacher_prompt_template") if self.columns else ""
+
+
+def lack_of_user(prompt: Prompt, setting: str) -> str:
+    """That a chat has no message of the user, which the template ``setting`` replaces, in a sentence; else ""."""
+    if not prompt.messages or _place(prompt.messages) is not None:  # an environment has yet to write the chat
         return ""
+    return f"{prompt.name} has no message of the user, which {setting} is to replace"
 
 
 def told(messages: Sequence[Message], template: str, columns: Mapping[str, str]) -> tuple[Message, ...]:
@@ -95,7 +95,7 @@ def _place(messages: Sequence[Message]) -> int | None:
     return next((i for i in reversed(range(len(messages))) if messages[i].get("role") == "user"), None)
 
 
-def _column(prompt: Prompt, name: str) -> Any:
+def column(prompt: Prompt, name: str) -> Any:
     """A column of the row, or a field of the environment's task."""
     if name == "answer" and prompt.answer is not None:
         return prompt.answer

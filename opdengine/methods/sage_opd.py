@@ -24,7 +24,7 @@ from opdengine.methods.checks import Check
 from opdengine.methods.debate.contexts import contexts_of
 from opdengine.methods.method import Method, need_teachers, route
 from opdengine.methods.paper import Paper
-from opdengine.methods.policy_gradient import MEASURES, gap_of, need_reverse_kl
+from opdengine.methods.policy_gradient import OF_GAP, gap_of, need_reverse_kl
 from opdengine.methods.room import Need
 from opdengine.methods.sage_judge import FAILED, Judge, Verdict, answer_metrics, judge_checks, turn_metrics
 from opdengine.metrics import Mean
@@ -73,7 +73,8 @@ class SAGEOPD(Method):
         self.top1_temperature = self.settings.confidence_temperature
         self.needs = frozenset({"teacher_top1"} if self.settings.use_confidence else ())
         if self.settings.kl_mode == "sampled":
-            self.needs |= MEASURES
+            self.needs |= OF_GAP
+        self.diverges = self.settings.kl_mode != "sampled"
 
     @property
     def checks(self) -> tuple[Check, ...]:

@@ -18,10 +18,11 @@ from opdengine.methods.checks import SAMPLED, Check
 from opdengine.methods.method import judged_by, route
 from opdengine.methods.paper import Paper
 from opdengine.methods.policy_gradient import CHECKS, check_ratio, gap_of, policy_gradient
-from opdengine.methods.privileged import privileged_text, told
+from opdengine.methods.privileged import column, lack_of_user, privileged_text, told
 from opdengine.methods.sdft import SelfTaught
+from opdengine.models.chat import written
 from opdengine.models.thoughts import without_thoughts
-from opdengine.types import Batch, Sample
+from opdengine.types import Batch, Prompt, Sample
 
 PAPER = Paper(
     arxiv="2601.20802",
@@ -69,8 +70,11 @@ class SDPO(SelfTaught):
             )
         group_relative.need_rollouts(config, "method 'sdpo'")
         weight = self.settings.distillation_weight
+        self.diverges = self.gradient.exact and weight > 0
         if weight < 1:
             check_ratio(config, f"sdpo.distillation_weight={weight}", "sdpo.distillation_weight to 1")
+        else:
+            group_relative.refuse_unused(config, "sdpo.distillation_weight=1.0", "set that below 1")
 
     @property
     def checks(self) -> tuple[Check, ...]:
@@ -80,7 +84,11 @@ class SDPO(SelfTaught):
             "not judged", "raise num_generations, lower sdpo.success_reward_threshold, or set "
             "sdpo.include_environment_feedback", share=1.0,
         )  # fmt: skip
-        return (*super().checks, *CHECKS, silent)
+        return (*super().checks, *CHECKS, *group_relative.CHECKS, silent)
+
+    def lack(self, prompt: Prompt) -> str:
+        """Its chat has a message of the user, which the teacher's takes the place of."""
+        return super().lack(prompt) or lack_of_user(prompt, "sdpo.reprompt_template")
 
     async def annotate(self, batch: Batch) -> None:
         """Put what succeeded and what was said into the teachers' prompts."""
@@ -110,16 +118,15 @@ class SDPO(SelfTaught):
             group_relative.add_advantages(batch, self.ranks, self.config.grpo, 1 - weight)
 
     def _solution(self, sample: Sample, group: Sequence[Sample]) -> str:
-        """The first successful rollout of the prompt, in its frame; "" where there is none."""
+        """The first successful rollout of the prompt that shows anything, in its frame; "" where there is none."""
         settings = self.settings
         if not settings.use_successful_as_teacher:
             return ""
         for other in group:
             itself = other is sample and settings.dont_reprompt_on_self_success
-            if not itself and other.reward is not None and other.reward >= settings.success_reward_threshold:
-                text = other.text
-                if settings.remove_thinking_from_demonstration:
-                    text = (without_thoughts(text) or "").strip()
+            if itself or other.reward is None or other.reward < settings.success_reward_threshold:
+                continue
+            if text := demonstration(other, settings.remove_thinking_from_demonstration):
                 return settings.solution_template.format(successful_previous_attempt=text)
         return ""
 
@@ -127,7 +134,21 @@ class SDPO(SelfTaught):
         """What was said of the rollout, in its frame; "" where nothing was."""
         if not self.settings.include_environment_feedback:
             return ""
-        said = privileged_text(sample.prompt.extra.get("privileged_context"))
+        said = privileged_text(column(sample.prompt, "privileged_context"))
         failed = sample.reward is not None and sample.reward < self.settings.success_reward_threshold
         said = said or (str(sample.info.get("feedback", "")) if failed else "")
         return self.settings.feedback_template.format(feedback_raw=said) if said.strip() else ""
+
+
+def demonstration(rollout: Sample, only_answers: bool) -> str:
+    """What the student wrote in a rollout, turn by turn; "" where there is nothing to show.
+
+    Args:
+        rollout: of one turn, or an episode.
+        only_answers: leave out thoughts, and turns of which the thoughts have no end.
+    """
+    said = [written(m) for turn in rollout.turns for m in turn.messages if m["role"] == "assistant"] or [rollout.text]
+    if only_answers:
+        said = [(without_thoughts(text) or "").strip() for text in said]
+    text = "\n".join(part for part in said if part)
+    return text if text.strip() else ""

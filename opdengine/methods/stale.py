@@ -16,7 +16,7 @@ from opdengine.errors import ConfigError
 from opdengine.loss.importance import truncated
 from opdengine.methods.checks import SAMPLED, Check
 from opdengine.methods.method import Method
-from opdengine.methods.policy_gradient import PolicyGradient, check_ratio
+from opdengine.methods.policy_gradient import check_ratio
 from opdengine.metrics import Mean
 from opdengine.types import Batch
 
@@ -34,7 +34,7 @@ class StaleWeights(Method):
     def __init__(self, config: TrainConfig, **options: Any) -> None:
         super().__init__(config, **options)
         setting = f"distillation_is_clip={config.distillation_is_clip}"
-        if not _diverges(self):
+        if not self.diverges:
             raise ConfigError(
                 f"{setting} is not possible with method {config.method!r} as it is set: there is no divergence "
                 "here that it could multiply; leave it out (advantages have advantage.importance)"
@@ -64,15 +64,3 @@ class StaleWeights(Method):
         batch.metrics["stale/weight"] = Mean(total / max(count, 1), count)
         if unknown:
             batch.metrics["stale/unknown"] = float(unknown)
-
-
-def _diverges(method: Method) -> bool:
-    """Whether a method can give a divergence weight; those that have a policy gradient in its place cannot."""
-    config, gradient = method.config, getattr(method, "gradient", None)
-    if config.method in ("grpo", "mt_seqkd"):
-        return False
-    if config.method == "sage_opd":
-        return config.sage.kl_mode != "sampled"
-    if config.method == "sdpo" and config.sdpo.distillation_weight == 0:
-        return False
-    return not isinstance(gradient, PolicyGradient) or gradient.exact

@@ -55,6 +55,7 @@ class RelaxedOPD(Method):
             )
         self.gradient = policy_gradient(config, RELAXED["advantage.importance"], RELAXED["advantage.max_gap"])
         self.needs = self.gradient.needs | {"student_entropy"}
+        self.diverges = self.gradient.exact
 
     @property
     def checks(self) -> tuple[Check, ...]:

@@ -85,7 +85,7 @@ class UniOPD(Method):
         need_teachers(config, 1)
         self.settings = config.uni_opd
         self.gradient = policy_gradient(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
-        self.needs = self.gradient.needs
+        self.needs, self.diverges = self.gradient.needs, self.gradient.exact
         self.contexts = contexts_of(config)
         need_groups(config)
         self.teachers_per_prompt = 2 if config.debates else 1

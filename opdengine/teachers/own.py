@@ -134,9 +134,11 @@ class AveragedTeacher(LocalTeacher):
 
     def _move(self, weights: tuple[Any, Mapping[str, Any] | None], rate: float) -> None:
         whole_of, low_rank = weights
+        left_out = set(self._places)
         for name, value in whole_of:
             if name not in self._places:  # a tied head has the name of the embedding
                 continue
+            left_out.discard(name)
             if low_rank is not None and name in low_rank:
                 left, right = low_rank[name]
                 value = value.float() + left @ right
@@ -145,6 +147,11 @@ class AveragedTeacher(LocalTeacher):
             _own(average).lerp_(_own(split_like(value.to(average.dtype), place)), rate)
             if name in self._averages:
                 place.copy_(average)
+        if left_out:
+            raise RuntimeError(
+                f"teacher {self.name!r} cannot follow the student, which has no weights {sorted(left_out)[:3]} "
+                f"({len(left_out)} in all)"
+            )
         self.fingerprint = digest(whole_weights(self.backbone.model))
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -228,10 +235,15 @@ def restore_own(
         steps: of the optimiser since the run began.
 
     Raises:
-        ConfigError: the student's model is no longer the one that the run began with.
+        ConfigError: the student's model is no longer the one that the run began with, or that is not known.
     """
     for name, mark in starts_of(teachers).items():
-        if starts.get(name, mark) != mark:
+        if name not in starts:
+            raise ConfigError(
+                f"the checkpoint does not say which weights teacher {name!r} began with, so it cannot be told whether "
+                "the model has them still; start a new run"
+            )
+        if starts[name] != mark:
             raise ConfigError(
                 f"teacher {name!r} has the weights that the run began with, but the model's are others now than at the "
                 "first step; put the model back, or start a new run"

@@ -111,7 +111,8 @@ def _paper(method: str) -> str:
         lines += [f"{section}:"] if section != open_ else []
         lines.append(f"{'  ' if section else ''}{name}: {in_yaml(value)}  # {where}")
         open_ = section
-    lines += ["# to be chosen; the paper's runs had", *(f"# {s}: {text}" for s, text in paper.choices.items())]
+    lines += ["# to be chosen; the paper's runs had"] if paper.choices else []
+    lines += [f"# {setting}: {text}" for setting, text in paper.choices.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -121,7 +121,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool, callbacks: Callbac
         prompts = load_prompts(config.train_data, skip_bad_rows=config.skip_bad_rows)
     check_ranks(config, ranks)
     check_routing(config, method, prompts)
-    method.view.require(prompts.prompts)
+    method.require(prompts.prompts)
     sees = check_pictures(config, [*prompts.prompts, *held_out], ranks)
     rewarded = prompts.prompts if method.needs_reward and not config.environment.name else ()
     grader.check([*held_out, *rewarded])

@@ -215,6 +215,8 @@ def test_tokens_are_verified_as_in_speculative_decoding() -> None:
         ("grpo", {"teachers": [{"model": "t"}]}, "method 'grpo' asks no teacher"),
         ("grpo", {"teachers": [], "teacher_prompt_template": "{prompt} {a}"}, "asks no teacher"),
         ("relaxed_opd", {"advantage": {"kl_mode": "full_vocab"}}, "method 'relaxed_opd', which bounds"),
+        ("opd", {"grpo": {"scale_rewards": "batch"}}, "grpo.scale_rewards='batch' has no effect with grpo.weight=0"),
+        ("opd", {"grpo": {"epsilon": 0.1}}, "grpo.epsilon=0.1 has no effect with grpo.weight=0"),
         ("sdpo", {"grpo": {"weight": 1.0}, "teachers": [{"model": "self", "weights": "ema"}]}, "1 - sdpo.distill"),
         ("relaxed_opd", {"relaxed_opd": {"mixture": 1.0}}, "relaxed_opd.mixture=1.0 is not possible"),
         ("relaxed_opd", {"relaxed_opd": {"entropy_share": 0}}, "relaxed_opd.entropy_share=0.0 is not possible"),

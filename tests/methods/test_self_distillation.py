@@ -1,235 +1,43 @@
-"""SDFT, SDPO and OPSD: what the student's teacher reads, closed forms, and the losses of TRL on the same tokens."""
+"""SDFT, SDPO and OPSD: what the student's teacher reads, closed forms, and what is refused."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from agent_helpers import make_rollout as make_episode
-from engine_helpers import PROMPTS, ScriptedTeacher, make_config, make_engine, make_samples
+from engine_helpers import (
+    PROMPTS,
+    ScriptedTeacher,
+    divergence,
+    full_logprobs,
+    make_config,
+    make_engine,
+    make_samples,
+)
 from method_helpers import make_batch, make_rollout
-from transformers import AutoModelForCausalLM
+from self_taught_helpers import REWARDS, SELF, SHOWN, config_of, graded, our_loss
 
 from opdengine.config.method_sections import GrpoConfig
 from opdengine.config.train import ConfigError
 from opdengine.data.prompts import load_prompts
 from opdengine.distributed import Ranks
+from opdengine.environments.setup import load_tasks
 from opdengine.methods import build_method
 from opdengine.methods.group_relative import add_advantages, advantages
 from opdengine.methods.privileged import Privileged
-from opdengine.methods.sdft import TEMPLATE
+from opdengine.methods.sdpo import demonstration
 from opdengine.training.run import train
 from opdengine.types import Batch, Prompt, Sample, Turn
 from tiny.agents.house import HOUSE
 
-trl = pytest.importorskip("trl.experimental.sdft.sdft_trainer")
-trl_sdpo = pytest.importorskip("trl.experimental.sdpo.sdpo_trainer")
-
 Models = dict[str, str]
-SELF = [{"model": "self", "weights": "base"}]
-SHOWN = "{prompt}\n\n{privileged_context}"
-
-
-@pytest.fixture(scope="module")
-def shown_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Prompts with an answer and a demonstration."""
-    path = tmp_path_factory.mktemp("shown") / "shown.jsonl"
-    rows = [
-        {"id": f"p{i}", "prompt": f"What is {i} + {i}?", "answer": str(2 * i), "privileged_context": f"It is {2 * i}."}
-        for i in range(6)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def config_of(models: Models, file: str, folder: Path, method: str, **changes: Any) -> Any:
-    settings: dict[str, Any] = {"method": method, "teachers": SELF}
-    if method != "sdpo":
-        settings["teacher_prompt_template"] = SHOWN
-    else:
-        settings |= {"num_generations": 4, "verifier": "numeric"}
-    return make_config(models, file, folder, **{**settings, **changes})
-
-
-def logits(path: str, ids: np.ndarray, start: int) -> torch.Tensor:
-    """float64 [1, T, V]: the logits that predict ``ids[start:]``."""
-    model = AutoModelForCausalLM.from_pretrained(path).double().eval()
-    with torch.no_grad():
-        return model(input_ids=torch.from_numpy(ids)[None]).logits[:, start - 1 : -1]
-
-
-def trainer(**arguments: Any) -> Any:
-    """As much of TRL's trainer as its losses look at."""
-    args = SimpleNamespace(distillation_is_clip=None, distillation_topk=None, distillation_add_tail=False, **arguments)
-    return SimpleNamespace(
-        args=args, accelerator=SimpleNamespace(gather=lambda x: x), _metrics={"eval": {}},
-        _log_self_distillation_metric=lambda *_: None,
-    )  # fmt: skip
-
-
-def trl_loss(samples: list[Sample], student: str, teacher: str, skip: int = 0, **arguments: Any) -> float:
-    """The mean over rollouts of TRL's own loss of each; one without a context counts as 0."""
-    losses = []
-    for sample in samples:
-        first = int(sample.target_positions[0])
-        if not sample.contexts:
-            losses.append(0.0)
-            continue
-        context = sample.contexts[0]
-        mask = torch.ones(1, len(sample.target_ids))
-        mask[:, :skip] = 0
-        given = trl.DistillationLogits(
-            torch.from_numpy(sample.target_ids)[None], mask, logits(student, sample.token_ids, first),
-            logits(teacher, context.token_ids, int(context.target_positions[0])),
-        )  # fmt: skip
-        model = SimpleNamespace(training=False)
-        loss = trl.SDFTTrainer._compute_self_distillation_loss(trainer(**arguments), model, {}, given)
-        losses.append(float(loss))
-    return float(np.mean(losses))
-
-
-def our_loss(engine: Any, samples: list[Sample]) -> float:
-    engine._optimizer_step = lambda loss, norm: {"loss": loss}
-    return float(engine.update(Batch(samples=samples)).metrics["loss"])
-
-
-# ------------------------------------------------------------------------------------------------ against TRL
-
-
-@pytest.mark.parametrize(
-    ("alpha", "divergence"),
-    [(0.0, {"divergence": "forward_kl"}), (1.0, {"divergence": "reverse_kl"}),
-     (0.3, {"divergence": "jsd", "jsd_beta": 0.3})],
-)  # fmt: skip
-@pytest.mark.parametrize(("method", "skip"), [("sdft", 0), ("sdft", 2), ("opsd", 0)])
-def test_the_loss_is_trls(
-    models: Models, shown_file: str, tmp_path: Path, alpha: float, divergence: dict[str, Any], method: str, skip: int
-) -> None:
-    sdft = {"num_loss_tokens_to_skip": skip}
-    config = config_of(
-        models, shown_file, tmp_path, method, loss_normalization="sequence", sdft=sdft, **divergence
-    )  # fmt: skip
-    engine = make_engine(config)
-    samples = make_samples(engine, load_prompts([shown_file]).prompts[:4])
-    theirs = trl_loss(
-        samples, models["student"], models["student"], skip, distillation_mode="full_logits", distillation_alpha=alpha
-    )
-    assert theirs > 1e-3
-    assert our_loss(engine, samples) == pytest.approx(theirs, rel=1e-5)
-
-
-def test_the_prompt_of_the_teacher_is_trls(shown_file: str) -> None:
-    prompts = load_prompts([shown_file]).prompts
-    args = SimpleNamespace(args=SimpleNamespace(teacher_prompt_template=TEMPLATE))
-    builder = trl.DemonstrationTeacherContextBuilder(args)
-    context: Any
-    for context in ("a way", [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}], 7):
-        prompt = Prompt(
-            "1", ({"role": "system", "content": "s"}, *prompts[0].messages), extra={"privileged_context": context}
-        )
-        theirs = builder._compose_teacher_prompt(list(prompt.messages), context)
-        assert [dict(m) for m in Privileged(TEMPLATE)(prompt).messages] == theirs
-
-
-def graded(engine: Any, prompts: Any, rewards: list[float]) -> list[Sample]:
-    """Samples of a step whose rollouts got these rewards."""
-
-    async def run() -> list[Sample]:
-        batch = Batch(0)
-        batch = await engine.rollout(prompts, 0)
-        for sample, reward in zip(batch, rewards, strict=True):
-            sample.reward = reward
-        engine.method.split(batch)
-        await engine.annotate(batch)
-        await engine.score(batch)
-        engine.measure(batch)
-        engine.weigh(batch)
-        return list(batch)
-
-    return asyncio.run(run())
-
-
-REWARDS = [1.0, 0.0, 0.4, 0.0, 0.0, 0.0, 0.2, 0.0]
-"""Of the second prompt none succeeds: three of the first and none of the second are told anything."""
-
-
-@pytest.mark.parametrize("weight", [1.0, 0.25, 0.0])
-def test_sdpos_loss_is_trls(models: Models, shown_file: str, tmp_path: Path, weight: float) -> None:
-    config = config_of(
-        models, shown_file, tmp_path, "sdpo", loss_normalization="sequence", sdpo={"distillation_weight": weight}
-    )
-    engine = make_engine(config)
-    samples = graded(engine, load_prompts([shown_file]).prompts[:2], REWARDS)
-    assert [bool(s.contexts) for s in samples] == [False, True, True, True, False, False, False, False]
-    distilled = trl_loss(
-        samples, models["student"], models["student"], distillation_mode="sampled_token", distillation_alpha=1.0
-    )
-    rewards = torch.tensor(REWARDS)
-    mean = rewards.view(-1, 4).mean(1).repeat_interleave(4)
-    std = rewards.view(-1, 4).std(1).repeat_interleave(4)
-    given = (rewards - mean) / (std + 1e-4)
-    policy = []
-    for sample, advantage in zip(samples, given, strict=True):
-        first = int(sample.target_positions[0])
-        inputs = {
-            "completion_ids": torch.from_numpy(sample.target_ids)[None], "advantages": advantage[None],
-            "completion_mask": torch.ones(1, len(sample.target_ids)),
-        }  # fmt: skip
-        mock = trainer()
-        mock._metrics = {"eval": {"self_distillation/policy_loss": []}}
-        mock.model = SimpleNamespace(training=False)
-        mock.importance_sampling_level, mock.epsilon_low, mock.epsilon_high, mock.loss_type = "token", 0.2, 0.2, "grpo"
-        own = logits(models["student"], sample.token_ids, first).requires_grad_()
-        loss = trl_sdpo.SDPOTrainer._compute_policy_loss(mock, inputs, own)
-        (gradient,) = torch.autograd.grad(loss, own)
-        # The surrogate's value is -A whatever the policy; its gradient is what counts: that of -A log p(y).
-        log_p = own.log_softmax(-1).gather(2, inputs["completion_ids"][..., None])
-        (expected,) = torch.autograd.grad(-(advantage * log_p).mean(), own)
-        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
-        policy.append(-(float(advantage) * float(log_p.detach().mean())))
-    expected_loss = weight * distilled + (1 - weight) * float(np.mean(policy))
-    assert our_loss(engine, samples) == pytest.approx(expected_loss, rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.parametrize("clip", [1.2, 1.02])
-def test_the_divergence_of_older_rollouts_is_weighed_as_in_trl(
-    models: Models, shown_file: str, tmp_path: Path, clip: float
-) -> None:
-    """Ratios below and above the clip; the student has moved since it sampled."""
-    config = config_of(models, shown_file, tmp_path, "sdft", loss_normalization="sequence", distillation_is_clip=clip)
-    engine = make_engine(config)
-    samples = make_samples(engine, load_prompts([shown_file]).prompts[:4])
-    assert all((s.policy_logratio == 0).all() and (s.kl_weight == 1).all() for s in samples)
-    for parameter in engine.student.model.parameters():
-        parameter.data *= 1.15
-    engine.version = 1
-    engine.student.model.save_pretrained(tmp_path / "moved")
-    batch = Batch(samples=samples)
-    engine.measure(batch)
-    engine.weigh(batch)
-    losses, seen = [], []
-    for sample in samples:
-        context, first = sample.contexts[0], int(sample.target_positions[0])
-        own = logits(str(tmp_path / "moved"), sample.token_ids, first)
-        given = trl.DistillationLogits(
-            torch.from_numpy(sample.target_ids)[None], torch.ones(1, len(sample.target_ids)), own,
-            logits(models["student"], context.token_ids, int(context.target_positions[0])),
-        )  # fmt: skip
-        mock = trainer(distillation_mode="full_logits", distillation_alpha=1.0)
-        mock.args.distillation_is_clip = clip
-        old = {"old_per_token_logps": torch.from_numpy(sample.sampler_logprob)[None].double()}
-        model = SimpleNamespace(training=False)
-        losses.append(float(trl.SDFTTrainer._compute_self_distillation_loss(mock, model, old, given)))
-        now = own.log_softmax(-1).gather(2, given.completion_ids[..., None])[..., 0]
-        seen.append((now - old["old_per_token_logps"]).exp())
-    assert min(s.min() for s in seen) < clip < max(s.max() for s in seen)
-    assert our_loss(engine, samples) == pytest.approx(float(np.mean(losses)), rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ contexts
@@ -237,11 +45,11 @@ def test_the_divergence_of_older_rollouts_is_weighed_as_in_trl(
 
 def test_sdpo_shows_what_succeeded_and_what_was_said(models: Models, tmp_path: Path) -> None:
     def read(said: Any = None, **sdpo: Any) -> list[str]:
-        templates = {
-            "reprompt_template": "{prompt}|{solution}|{feedback}",
-            "solution_template": "S {successful_previous_attempt}",
-            "feedback_template": "F {feedback_raw}",
-        }
+        templates = {"reprompt_template": "{prompt}|{solution}|{feedback}"}
+        if sdpo.get("use_successful_as_teacher", True):
+            templates["solution_template"] = "S {successful_previous_attempt}"
+        if sdpo.get("include_environment_feedback"):
+            templates["feedback_template"] = "F {feedback_raw}"
         config = config_of(models, "d.jsonl", tmp_path, "sdpo", sdpo={**templates, **sdpo})
         method = build_method(config)
         method.teachers = [ScriptedTeacher("self", [])]
@@ -273,6 +81,91 @@ def test_sdpo_shows_what_succeeded_and_what_was_said(models: Models, tmp_path: P
     assert read("hint", **feedback)[:2] == frames(f"{good}|F hint", f"{best}|F hint")
     assert read(**feedback, environment_feedback_only_without_solution=True)[0] == frames(f"{good}|")[0]
     assert read(**feedback, use_successful_as_teacher=False) == frames("|F said 0", "", "|F said 2", "")
+
+
+@pytest.mark.parametrize(
+    ("said", "thinks", "shown"),
+    [
+        (["<think>never ends"], False, "<think>never ends"),
+        (["<think>never ends"], True, ""),
+        (["<think>all is thought</think>"], True, ""),
+        ([" \n"], False, ""),
+        (["a</think>left", "b</think>right"], True, "left\nright"),
+        (["<think>a", "b</think>right"], True, "right"),
+        (["left", "right"], False, "left\nright"),
+    ],
+)
+def test_what_shows_nothing_is_no_demonstration(said: list[str], thinks: bool, shown: str) -> None:
+    """Of an episode every turn is read by itself, as the chat template leaves thoughts open in each."""
+    turns = [
+        Turn("assistant", np.array([1]), trains=True, messages=({"role": "assistant", "content": text},))
+        for text in said
+    ]
+    episode = Sample("0", Prompt("p", ()), tuple(turns), text="\n".join(said))
+    assert demonstration(episode, thinks) == shown
+    if len(said) == 1:  # a rollout of one turn has its text alone
+        assert demonstration(make_rollout("1"), thinks) == ""
+        rollout = make_rollout("1")
+        rollout.text = said[0]
+        assert demonstration(rollout, thinks) == shown
+
+
+def test_the_next_success_is_shown_where_the_first_shows_nothing(models: Models, tmp_path: Path) -> None:
+    sdpo = {"remove_thinking_from_demonstration": True, "reprompt_template": "{prompt}|{solution}|{feedback}"}
+    method = build_method(config_of(models, "d.jsonl", tmp_path, "sdpo", sdpo=sdpo))
+    method.teachers = [ScriptedTeacher("self", [])]
+    samples = [make_rollout(str(i), group="g", reward=reward) for i, reward in enumerate([1.0, 1.0, 0.0])]
+    samples[0].text, samples[1].text = "<think>so", "<think>so</think>yes"
+    asyncio.run(method.annotate(batch := Batch(samples=samples)))
+    assert "Correct solution:\n\nyes" in "".join(map(chr, samples[2].contexts[0].token_ids))
+    assert [bool(s.contexts) for s in samples] == [True, False, True] and batch.metrics["sdpo/unshown"] == 1
+
+
+def test_what_an_environment_says_at_the_end_is_feedback(models: Models, tmp_path: Path) -> None:
+    """A whole run of episodes that all fail, by chance or by the limit: each is told what was said last."""
+    config = config_of(
+        models, "", tmp_path, "sdpo", environment={"name": HOUSE, "options": {"count": 4}, "max_turns": 2},
+        sdpo={"include_environment_feedback": True, "use_successful_as_teacher": False}, max_steps=1,
+        max_completion_length=4,
+    )  # fmt: skip
+    engine = make_engine(config)
+    samples = make_samples(engine, list(load_tasks(config.environment, "train").prompts[:2]))
+    assert samples and all(s.reward == 0 and s.info["feedback"] for s in samples)
+    for sample in samples:
+        read = engine.tokenizer.decode(sample.contexts[0].token_ids)
+        assert "feedback from your unsuccessful earlier attempt" in read and str(sample.info["feedback"]) in read
+
+
+def test_feedback_may_be_a_field_of_the_environments_task(models: Models, tmp_path: Path) -> None:
+    sdpo = {"include_environment_feedback": True, "use_successful_as_teacher": False}
+    method = build_method(config_of(models, "d.jsonl", tmp_path, "sdpo", sdpo=sdpo))
+    method.teachers = [ScriptedTeacher("self", [])]
+    sample = make_rollout("0", reward=0.0)
+    sample.prompt = replace(sample.prompt, extra={"task": {"privileged_context": "look left"}})
+    asyncio.run(method.annotate(Batch(samples=[sample])))
+    assert "look left" in "".join(map(chr, sample.contexts[0].token_ids))
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_sdpo_over_the_whole_vocabulary(models: Models, shown_file: str, tmp_path: Path, weight: float) -> None:
+    """float64: the divergence of every token of rollouts that are told anything, and the rewards' part of all."""
+    config = config_of(
+        models, shown_file, tmp_path, "sdpo", loss_normalization="sequence", divergence="forward_kl",
+        advantage={"kl_mode": "full_vocab"}, sdpo={"distillation_weight": weight},
+    )  # fmt: skip
+    engine = make_engine(config)
+    samples = graded(engine, load_prompts([shown_file]).prompts[:2], REWARDS)
+    given = advantages([s.group for s in samples], REWARDS, "group")
+    expected = 0.0
+    for sample, advantage in zip(samples, given, strict=True):
+        own = full_logprobs(models["student"], sample.token_ids, sample.target_positions, engine.vocab_size)
+        if sample.contexts:
+            (read,) = sample.contexts
+            their = full_logprobs(models["student"], read.token_ids, read.target_positions, engine.vocab_size)
+            expected += weight * float(divergence("forward_kl", own, their).mean())
+        labels = torch.from_numpy(sample.target_ids)[:, None]
+        expected -= (1 - weight) * advantage * float(own.gather(1, labels).mean())
+    assert our_loss(engine, samples) == pytest.approx(expected / len(samples), rel=1e-4, abs=1e-6)
 
 
 def test_privileged_teachers_debate(models: Models, shown_file: str, tmp_path: Path) -> None:
@@ -331,28 +224,28 @@ def test_templates_that_cannot_be_filled_are_refused(template: str, words: str) 
         Privileged(template)
 
 
+FEEDBACK_ALONE = {"include_environment_feedback": True, "use_successful_as_teacher": False}
+NOBODY = {"messages": [{"role": "system", "content": "Q"}], "privileged_context": "a"}
+
+
 @pytest.mark.parametrize(
-    ("prompt", "words"),
+    ("method", "row", "words"),
     [
-        (Prompt("x", ({"role": "user", "content": "Q"},)), "'x' has nothing in the column 'privileged_context'"),
-        (Prompt("x", ({"role": "user", "content": "Q"},), extra={"privileged_context": " "}), "prompt 'x' has nothing"),
-        (Prompt("x", ({"role": "system", "content": "Q"},), extra={"privileged_context": "a"}), "no message of"),
+        ("sdft", {"prompt": "Q"}, "has nothing in the column 'privileged_context', which teacher_prompt_template"),
+        ("sdft", {"prompt": "Q", "privileged_context": " "}, "has nothing in the column 'privileged_context'"),
+        ("sdft", NOBODY, "has no message of the user, which teacher_prompt_template is to replace"),
+        ("sdpo", {**NOBODY, "answer": "1"}, "has no message of the user, which sdpo.reprompt_template is to replace"),
     ],
 )  # fmt: skip
-def test_prompts_that_lack_what_is_shown_are_refused(prompt: Prompt, words: str) -> None:
-    good = Prompt("y", ({"role": "user", "content": "Q"},), extra={"privileged_context": "a"})
-    with pytest.raises(ConfigError, match=f"1 of 2 prompts: .*{words}"):
-        Privileged(SHOWN).require([good, prompt])
-
-
-def test_a_run_whose_data_lack_the_column_loads_no_model(
-    models: Models, prompt_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_prompts_that_lack_what_is_shown_load_no_model(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, row: dict[str, Any], words: str
 ) -> None:
     monkeypatch.setattr("opdengine.training.run.build_engine", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(
-        ConfigError, match="12 of 12 prompts: prompt 'p0' has nothing in the column 'privileged_context'"
-    ):
-        train(config_of(models, prompt_file, tmp_path, "sdft"), progress=False)
+    file = tmp_path / "d.jsonl"
+    good = {"id": "y", "prompt": "Q", "privileged_context": "a", "answer": "1"}
+    file.write_text("\n".join(json.dumps(each) for each in (good, {"id": "x", **row})))
+    with pytest.raises(ConfigError, match=rf"1 of 2 prompts: prompt 'x' \({file}, row 2\) {words}"):
+        train(config_of(models, str(file), tmp_path / "run", method), progress=False)
 
 
 def test_the_last_message_of_the_user_is_replaced_and_no_other() -> None:
@@ -378,6 +271,14 @@ def test_the_last_message_of_the_user_is_replaced_and_no_other() -> None:
         ("sdpo", {"sdpo": {"feedback_template": "{"}}, "sdpo.feedback_template=.* is no format string"),
         ("sdpo", {"sdpo": {"distillation_weight": 1.5}}, "sdpo.distillation_weight=1.5 is not possible"),
         ("sdpo", {"sdpo": {"success_reward_threshold": 0}}, "sdpo.success_reward_threshold=0.0 is not possible"),
+        ("sdpo", {"sdpo": {"feedback_template": "{feedback_raw}"}}, "no effect with include_environment_feedback: f"),
+        ("sdpo", {"sdpo": {"environment_feedback_only_without_solution": True}}, "include_environment_feedback: false"),
+        *(("sdpo", {"sdpo": {**FEEDBACK_ALONE, **part}}, "no effect with use_successful_as_teacher: false")
+          for part in ({"solution_template": "{successful_previous_attempt}"}, {"dont_reprompt_on_self_success": False},
+                       {"remove_thinking_from_demonstration": True},
+                       {"environment_feedback_only_without_solution": True})),
+        ("sdpo", {"grpo": {"scale_rewards": "none"}}, "='none' has no effect with sdpo.distillation_weight"),
+        ("sdft", {"grpo": {"epsilon_high": 0.3}}, "grpo.epsilon_high=0.3 has no effect with grpo.weight=0"),
         ("sdpo", {"contexts": "debate"}, "contexts='debate' is not possible"),
         ("sdpo", {"grpo": {"scale_rewards": "all"}}, "grpo.scale_rewards='all' is not possible"),
     ],

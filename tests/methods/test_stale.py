@@ -56,6 +56,8 @@ def test_where_nothing_diverges_there_is_nothing_to_multiply(method: str, settin
     built(method, **settings)  # is possible in itself
     with pytest.raises(ConfigError, match=rf"distillation_is_clip=2.0 is not possible with method '{method}' as it is"):
         built(method, distillation_is_clip=2.0, **settings)
+    with pytest.raises(ConfigError, match=rf"teacher_reduction='mixture' has no effect with method '{method}' as it"):
+        built(method, teacher_reduction="mixture", **settings)
 
 
 @pytest.mark.parametrize(
@@ -99,3 +101,19 @@ def test_the_limit_of_every_ratio_is_said(
             settings = {**settings, "teachers": [{"model": "self", "weights": "base"}]}
         built(method, top_p=0.9, **OLDER, **settings)
     assert f"max_staleness=1 and {asks}: importance weights" in caplog.text
+
+
+def test_rewards_say_what_they_cannot_clip() -> None:
+    """A rollout of older weights of which the sampler told nothing."""
+    method = built("grpo", [], num_generations=2)
+    known, unknown = (make_rollout(name, [1, 2], group="g", reward=reward) for name, reward in (("a", 1.0), ("b", 0.0)))
+    known.policy_logratio = np.zeros(2, dtype=np.float32)
+    batch = Batch(samples=[known, unknown])
+    method.weigh(batch)
+    assert batch.metrics["grpo/unknown"] == 1 and batch.metrics["grpo/rollouts"] == 2
+    assert any(c.fires(batch.metrics) for c in method.checks if c.failed == "grpo/unknown")
+    sdpo = built("sdpo", SELF, sdpo={"distillation_weight": 0.5})
+    assert any(c.fires(batch.metrics) for c in sdpo.checks if c.failed == "grpo/unknown")
+    unknown.policy_logratio = known.policy_logratio
+    method.weigh(batch := Batch(samples=[known, unknown]))
+    assert "grpo/unknown" not in batch.metrics

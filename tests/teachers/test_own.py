@@ -193,6 +193,17 @@ def test_a_checkpoint_of_another_start_is_refused(models: Models, prompt_file: s
     restore_own(engine.teachers, {}, starts_of(engine.teachers), 1)
     with pytest.raises(ConfigError, match="'self' has the weights that the run began with, but the model's are others"):
         restore_own(engine.teachers, {}, {"self": "other"}, 1)
+    with pytest.raises(ConfigError, match="does not say which weights teacher 'self' began with"):
+        restore_own(engine.teachers, {}, {}, 1)
+
+
+def test_an_average_that_would_not_follow_is_refused(models: Models, prompt_file: str, tmp_path: Path) -> None:
+    """A weight that the student has under another name, or not at all, would stay as it was at the start."""
+    (teacher,) = engine_of(models, prompt_file, tmp_path, "ema").teachers
+    weights, _ = policy(teacher._followed)
+    some = [(name, value) for name, value in weights if "embed" not in name]
+    with pytest.raises(RuntimeError, match=r"cannot follow .* no weights \['model.embed_tokens.weight'\]"):
+        teacher._move((some, None), 0.5)
 
 
 @pytest.mark.parametrize(
