@@ -58,8 +58,8 @@ MUTANTS = [
     ("loss/objective.py", "len(lengths) * max(len(sample.target_ids), 1)", "sum(lengths)", "tests/engine/test_step.py::test_token_and_sequence_means_differ_as_their_closed_forms_do"),
     ("methods/sdft.py", ">= skipped", "> skipped", "tests/methods/test_self_distillation.py::test_the_first_tokens_are_left_out_of_the_mean"),
     ("methods/sdpo.py", "itself = other is sample and settings.dont_reprompt_on_self_success", "itself = False", "tests/methods/test_self_distillation.py::test_sdpo_shows_what_succeeded_and_what_was_said"),
-    ("methods/sdpo.py", "other.reward >= settings.success_reward_threshold", "other.reward > 0", "tests/methods/test_self_distillation.py::test_sdpo_shows_what_succeeded_and_what_was_said"),
-    ("methods/sdpo.py", "self.config.grpo, 1 - weight)", "self.config.grpo, 1.0)", "tests/methods/test_self_distillation.py::test_sdpos_loss_is_trls"),
+    ("methods/sdpo.py", "other.reward < settings.success_reward_threshold", "other.reward <= 0", "tests/methods/test_self_distillation.py::test_sdpo_shows_what_succeeded_and_what_was_said"),
+    ("methods/sdpo.py", "self.config.grpo, 1 - weight)", "self.config.grpo, 1.0)", "tests/methods/test_against_trl.py::test_sdpos_loss_is_trls"),
     ("methods/group_relative.py", "LEAST_DEVIATION = 1e-4", "LEAST_DEVIATION = 1e-2", "tests/methods/test_self_distillation.py::test_group_relative_advantages"),
     ("methods/group_relative.py", "values[members].std(ddof=1)", "values[members].std()", "tests/methods/test_self_distillation.py::test_group_relative_advantages"),
     ("methods/group_relative.py", "settings.epsilon if settings.epsilon_high is None", "1.0 if settings.epsilon_high is None", "tests/methods/test_self_distillation.py::test_rewards_are_clipped_as_in_ppo"),
@@ -70,7 +70,7 @@ MUTANTS = [
     ("methods/token_selection.py", "np.log(draws) < teacher", "np.log(draws) > teacher", "tests/methods/test_rewards.py::test_tokens_are_verified_as_in_speculative_decoding"),
     ("teachers/own.py", "self.steps % self.every == 0", "self.steps % self.every == 1", "tests/teachers/test_own.py::test_averages_are_those_of_the_closed_form"),
     ("teachers/own.py", "p.dtype.itemsize < 4", "p.dtype.itemsize < 1", "tests/teachers/test_own.py::test_averages_of_half_precision_are_not_lost"),
-    ("methods/stale.py", "truncated(sample.policy_logratio, clip)", "truncated(sample.policy_logratio, 99.0)", "tests/methods/test_self_distillation.py::test_the_divergence_of_older_rollouts_is_weighed_as_in_trl"),
+    ("methods/stale.py", "truncated(sample.policy_logratio, clip)", "truncated(sample.policy_logratio, 99.0)", "tests/methods/test_against_trl.py::test_the_divergence_of_older_rollouts_is_weighed_as_in_trl"),
 ]  # fmt: skip
 
 
