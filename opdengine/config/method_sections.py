@@ -213,6 +213,30 @@ class SdftConfig(Section):
 
 
 @settings
+class GkdConfig(Section):
+    """GKD's mixture (arXiv 2306.13649): answers of the student, and given ones. Names are those of TRL and ms-swift."""
+
+    section = "gkd"
+
+    lmbda: Share = 1.0
+    """share of the prompts of a step that the student answers itself; each of the others is given an answer, on which
+    the teachers judge it. 1 is on-policy distillation, 0 supervised."""
+    seq_kd: Flag = False
+    """the given answer is one that a teacher of the prompt has written, once, as the student is sampled."""
+    completion_column: Text = "completion"
+    """the column with recorded answers: text, or one message of the assistant."""
+    sft_alpha: Factor = 0.0
+    """weight of -log p of given answers beside the divergence; 0 is none."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_kd", "completion_column", "sft_alpha") if self.lmbda == 1 else ():
+            plain = getattr(self, name) == getattr(GkdConfig, name)
+            self.need(plain, name, "it has no effect with gkd.lmbda: 1, which gives no answer; lower that")
+        plain = self.completion_column == GkdConfig.completion_column
+        self.need(plain or not self.seq_kd, "completion_column", "with gkd.seq_kd teachers write the answers")
+
+
+@settings
 class GrpoConfig(Section):
     """The group-relative policy gradient (GRPO, arXiv 2402.03300) beside a distillation. Names are those of TRL."""
 

@@ -50,6 +50,7 @@ from opdengine.config.method_sections import (
     CaMOPDConfig,
     DebateConfig,
     EntropyConfig,
+    GkdConfig,
     GOPDConfig,
     GrpoConfig,
     OpadConfig,
@@ -131,7 +132,7 @@ class TrainConfig(Section):
     """the models that judge the student, and debate."""
     method: Name = "mad_opd"
     """one of "opd", "mt_opd", "mt_seqkd", "mad_opd", "opad", "sage_opd", "tcod", "entropy_opd", "uni_opd", "camopd",
-    "sdft", "sdpo", "opsd", "grpo", "g_opd", "relaxed_opd", "selectkd", or a class of your own: "module:Class" or
+    "sdft", "sdpo", "opsd", "grpo", "gkd", "g_opd", "relaxed_opd", "selectkd", or a class of your own: "module:Class" or
     "file.py:Class"."""
     method_options: Free = field(default_factory=dict)
     """keywords of a method of your own."""
@@ -186,6 +187,8 @@ class TrainConfig(Section):
     """settings of the method "sdpo"."""
     grpo: Changeable[GrpoConfig] = field(default_factory=GrpoConfig)
     """the group-relative policy gradient: beside any method, alone ("grpo"), and in "sdpo"."""
+    gkd: Changeable[GkdConfig] = field(default_factory=GkdConfig)
+    """how answers of the student are mixed with given ones: beside any method with a divergence, and in "gkd"."""
     g_opd: Changeable[GOPDConfig] = field(default_factory=GOPDConfig)
     """settings of the method "g_opd"."""
     relaxed_opd: Changeable[RelaxedOPDConfig] = field(default_factory=RelaxedOPDConfig)

@@ -9,6 +9,7 @@ from opdengine.errors import ConfigError
 from opdengine.methods.agent_baselines import TCOD, EntropyOPD
 from opdengine.methods.camopd import CaMOPD
 from opdengine.methods.g_opd import GOPD
+from opdengine.methods.gkd import GKD, Mixture
 from opdengine.methods.group_relative import GRPO, RewardTerm, refuse_unused
 from opdengine.methods.mad_opd import MADOPD
 from opdengine.methods.method import Method
@@ -39,6 +40,7 @@ METHODS: dict[str, type[Method]] = {
     "sdpo": SDPO,
     "opsd": OPSD,
     "grpo": GRPO,
+    "gkd": GKD,
     "g_opd": GOPD,
     "relaxed_opd": RelaxedOPD,
     "selectkd": SelecTKD,
@@ -77,7 +79,8 @@ def build_method(config: TrainConfig) -> Method:
         raise ConfigError(f"method {name!r} cannot be called with (config, **method_options): {error}") from error
     if name in METHODS and name != "sdpo" and not config.grpo.weight:
         refuse_unused(config, "grpo.weight=0", "set that")
-    added: list[type[Method]] = [RewardTerm] if config.grpo.weight else []
+    added: list[type[Method]] = [Mixture] if config.gkd.lmbda < 1 else []
+    added += [RewardTerm] if config.grpo.weight else []
     added += [StaleWeights] if config.distillation_is_clip is not None else []
     if added:
         kind = type(kind.__name__, (*added, kind), {})

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from opdengine.config.train import TrainConfig
+from opdengine.data.prompts import PromptSet
 from opdengine.distributed import Ranks
 from opdengine.errors import ConfigError
 from opdengine.methods.checks import Check
@@ -58,7 +59,8 @@ class Method:
         teachers_per_prompt: least number of teachers that every prompt needs.
         top1_temperature: of the distributions behind ``teacher_top1``.
         streams: names of the data streams that :meth:`schedule` draws from; empty: all data are one.
-        writes: whether :meth:`write` makes the sequences, instead of the student.
+        writes: whether :meth:`write` makes all sequences, instead of the student; see :meth:`is_written` for some.
+        mixes: whether :meth:`write` makes some of the sequences.
         diverges: whether :meth:`weigh` gives a divergence any weight; settings of it are refused where nothing does.
         contexts: what :meth:`annotate` asks.
         view: a prompt as the teachers read it.
@@ -75,6 +77,7 @@ class Method:
     top1_temperature = 1.0
     streams: tuple[str, ...] = ()
     writes = False
+    mixes = False
     diverges = True
 
     def __init__(self, config: TrainConfig) -> None:
@@ -101,6 +104,13 @@ class Method:
         if lacking:
             raise ConfigError(f"{len(lacking)} of {len(prompts)} prompts: {lacking[0]}")
 
+    def fit(self, prompts: PromptSet, encode: Callable[..., list[int]]) -> PromptSet:
+        """The prompts that the method can use, before any model is loaded; what it leaves out is counted.
+
+        ``encode(prompt)`` gives the student's prompt ids, ``encode(prompt, answer)`` those of an answer behind it.
+        """
+        return prompts
+
     def room(self, prompt: Prompt) -> list[Need]:
         """The tokens that the teachers' windows must hold for one prompt; all of them must fit."""
         return self.contexts.room(prompt, self.teachers)
@@ -117,9 +127,13 @@ class Method:
 
     # Before the teachers score. These three may run ahead, while an earlier batch is updated.
 
-    async def write(self, prompts: Sequence[Prompt], encode: Callable[[Prompt], list[int]]) -> Batch:
-        """Sequences that teachers write, where :attr:`writes` says so; ``encode`` gives the student's prompt ids."""
-        raise TypeError(f"{type(self).__name__}.writes is set, but the class does not define 'write'")
+    def is_written(self, prompt: Prompt, number: int) -> bool:
+        """Whether :meth:`write` makes the sequence of a prompt in batch ``number``, instead of the student."""
+        return self.writes
+
+    async def write(self, prompts: Sequence[Prompt], encode: Callable[..., list[int]]) -> Batch:
+        """One sequence for each of these prompts that the student does not sample; ``encode`` as in :meth:`fit`."""
+        raise TypeError(f"{type(self).__name__}.writes or mixes is set, but the class does not define 'write'")
 
     def split(self, batch: Batch) -> None:
         """Make several samples of one, or leave samples out."""

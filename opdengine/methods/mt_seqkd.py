@@ -74,7 +74,7 @@ class MTSeqKD(Method):
         read = length(teacher, self.view(prompt).messages, prompt.tools)
         return [answer_need(self.params.max_tokens, teacher, read)]
 
-    async def write(self, prompts: Sequence[Prompt], encode: Callable[[Prompt], list[int]]) -> Batch:
+    async def write(self, prompts: Sequence[Prompt], encode: Callable[..., list[int]]) -> Batch:
         """One sample per prompt, written by one of its teachers."""
         missing = {p.id: p for p in prompts if p.id not in self._answers}
         queues: dict[str, tuple[Teacher, list[Prompt]]] = {}

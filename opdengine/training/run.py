@@ -33,6 +33,7 @@ from opdengine.models.lora import restore_model
 from opdengine.models.manifest import find_damage
 from opdengine.models.processor import save_tokenizer
 from opdengine.models.rendering import thought_opening
+from opdengine.models.reply import encode_prompt
 from opdengine.rollout.vllm.engine import require_vllm
 from opdengine.teachers.own import restore_own
 from opdengine.training.best import Best
@@ -138,6 +139,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool, callbacks: Callbac
     prompts = _read_in_full(readers_of(config, tokenizer, tokenizers), config, prompts, held_out)
     if not config.environment.name:
         prompts = fit_prompts(config, tokenizer, prompts, held_out)
+        prompts = method.fit(prompts, partial(encode_prompt, tokenizer, config.chat_template_kwargs))
     warn_of_overlap({**({"eval_data": held_out} if held_out else {}), **episodes}, prompts.prompts)
     if config.eval_steps and not held_out and not episodes:
         missing = "environment.eval_splits" if config.environment.name else "eval_data"

@@ -22,8 +22,8 @@ from opdengine.loss.statistics import Statistics
 from opdengine.loss.vocab_parallel import VocabParallel
 from opdengine.methods.method import Method
 from opdengine.models.backbone import Backbone
-from opdengine.models.chat import encode_chat
 from opdengine.models.policy import policy
+from opdengine.models.reply import encode_prompt
 from opdengine.rollout import Sampler
 from opdengine.teachers import Teacher
 from opdengine.teachers.shard import Session
@@ -147,28 +147,32 @@ class Engine:
     # -------------------------------------------------------------------------- its phases
 
     async def rollout(self, prompts: Sequence[Prompt], number: int) -> Batch:
-        """The sequences of this rank's share of a batch: sampled from the student, or written by teachers."""
-        batch = Batch(number)
+        """The sequences of this rank's share of a batch: sampled from the student, or written by others."""
+        batch, mine = Batch(number), self.ranks.share(len(prompts))
+        given = [place for place in mine if self.method.is_written(prompts[place], number)]
         with batch.timed("rollout"):
+            if self.method.writes or self.method.mixes:
+                await self.write(prompts, given, batch)
             if self.method.writes:
-                return await self.write(prompts, batch)
+                return batch
+            own = [place for place in mine if place not in set(given)]
             async with self._turn:  # in the order of the batches, and not between weights and version
                 work = self.sample if self.episodes is None else self.play
-                await self.run_in_thread(work, prompts, batch)
+                await self.run_in_thread(work, prompts, own, batch)
         return batch
 
-    async def write(self, prompts: Sequence[Prompt], batch: Batch) -> Batch:
-        """Have the teachers write the sequences."""
-        mine = self.ranks.share(len(prompts))
+    async def write(self, prompts: Sequence[Prompt], places: Sequence[int], batch: Batch) -> None:
+        """Add the sequences of some prompts that the method makes."""
         async with self.calls():
-            written = await self.method.write([prompts[place] for place in mine], self.encode)
-        batch.samples = [replace(s, id=str(place)) for place, s in zip(mine, written.samples, strict=True)]
+            written = await self.method.write([prompts[place] for place in places], self.encode)
+        batch.samples += [
+            replace(sample, id=str(place), group=str(place), policy_version=self.version)
+            for place, sample in zip(places, written.samples, strict=True)
+        ]
         batch.metrics |= written.metrics
-        return batch
 
-    def sample(self, prompts: Sequence[Prompt], batch: Batch) -> None:
-        """``num_generations`` samples of the sampler's policy for every prompt of this rank."""
-        mine = self.ranks.share(len(prompts))
+    def sample(self, prompts: Sequence[Prompt], mine: Sequence[int], batch: Batch) -> None:
+        """Add ``num_generations`` samples of the sampler's policy for each of some prompts."""
         encoded = [self.encode(prompts[place]) for place in mine]
         # A prompt that comes again in a later step gets new samples; a resumed run, or one on another
         # number of ranks, gets the same.
@@ -179,7 +183,7 @@ class Engine:
         version = self.sampler.policy_version
         sampled = self.sampler.generate(requests, self.sampling_params())
         self._let_sleep()
-        batch.samples = [
+        batch.samples += [
             Sample(
                 id=f"{place}.{i}",
                 prompt=prompts[place],
@@ -196,13 +200,13 @@ class Engine:
             for i, completion in enumerate(completions)
         ]
 
-    def play(self, prompts: Sequence[Prompt], batch: Batch) -> None:
-        """``num_generations`` episodes of the sampler's policy for every task of this rank."""
+    def play(self, prompts: Sequence[Prompt], mine: Sequence[int], batch: Batch) -> None:
+        """``num_generations`` episodes of the sampler's policy for each of some tasks."""
         assert self.episodes is not None
         count = self.config.num_generations
         jobs = [
             Job(f"{place}.{i}", prompts[place], _seed(batch.number, place * count + i), group=str(place))
-            for place in self.ranks.share(len(prompts))
+            for place in mine
             for i in range(count)
         ]
         batch.samples, broken = self.episodes.play(self.sampler, jobs, self.sampling_params())
@@ -336,9 +340,9 @@ class Engine:
         """Await work that no rank waits for, unless teachers are split: then all ranks learn of a failure here."""
         return await (work if self.session is None else self.ranks.agreed(work))
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """The prompt in the student's chat template."""
-        return encode_chat(self.tokenizer, prompt.messages, prompt.tools, self.config.chat_template_kwargs)
+    def encode(self, prompt: Prompt, answer: str | None = None) -> list[int]:
+        """The prompt in the student's chat template, or an answer behind it."""
+        return encode_prompt(self.tokenizer, self.config.chat_template_kwargs, prompt, answer)
 
     def sampling_params(self) -> SamplingParams:
         """Return how the student is sampled in training."""

@@ -53,6 +53,7 @@ OF_METHODS: dict[str, dict[str, Any]] = {
         "num_generations": 4,
         "verifier": f"{Path(__file__).with_name('even_verifier.py')}:even",
     },
+    "gkd": {"gkd": {"lmbda": 0.5, "completion_column": "answer", "sft_alpha": 0.5}},
     "g_opd": {"g_opd": {"reference": "small"}},
     "relaxed_opd": {"relaxed_opd": {"entropy_share": 0.5}},
     "selectkd": {"selectkd": {"rejected_weight": 0.1}},
@@ -66,7 +67,7 @@ def settings_of(method: str, models: dict[str, str], prompt_file: str, steps: in
     teachers = [{"model": models["big"]}, {"model": models["small"]}]
     if method == "camopd":
         teachers = [{"model": models["big"], "key": ["code"]}, {"model": models["small"], "key": ["agentic"]}]
-    elif method in ("opd", "sage_opd", "tcod", "entropy_opd", "relaxed_opd", "selectkd"):
+    elif method in ("opd", "gkd", "sage_opd", "tcod", "entropy_opd", "relaxed_opd", "selectkd"):
         teachers = teachers[:1]
     answers = {} if "environment" in own else {
         "train_data": [prompt_file], "eval_data": [prompt_file], "eval_max_prompts": 2,

@@ -1,4 +1,4 @@
-"""SDFT, SDPO and OPSD: their losses are those of TRL on the same tokens."""
+"""SDFT, SDPO, OPSD and GKD: their losses are those of TRL on the same tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_helpers import make_engine, make_samples
+from engine_helpers import make_config, make_engine, make_samples
 from self_taught_helpers import REWARDS, config_of, graded, our_loss
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +21,7 @@ from opdengine.types import Batch, Prompt, Sample
 Models = dict[str, str]
 
 trl = pytest.importorskip("trl.experimental.sdft.sdft_trainer")
+trl_gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer")
 trl_sdpo = pytest.importorskip("trl.experimental.sdpo.sdpo_trainer")
 
 
@@ -175,3 +176,44 @@ def test_the_divergence_of_older_rollouts_is_weighed_as_in_trl(
         seen.append((now - old["old_per_token_logps"]).exp())
     assert min(s.min() for s in seen) < clip < max(s.max() for s in seen)
     assert our_loss(engine, samples) == pytest.approx(float(np.mean(losses)), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("beta", "divergence"),
+    [(0.0, {"divergence": "forward_kl"}), (1.0, {"divergence": "reverse_kl"}),
+     (0.3, {"divergence": "jsd", "jsd_beta": 0.3})],
+)  # fmt: skip
+@pytest.mark.parametrize("lmbda", [0.0, 0.5])
+def test_a_mixtures_loss_is_trls(
+    models: Models, shown_file: str, tmp_path: Path, beta: float, divergence: dict[str, Any], lmbda: float
+) -> None:
+    """Its trainer's own loss of one padded batch of the same sequences, the student's and those of the data."""
+    settings = {"lmbda": lmbda, "completion_column": "privileged_context"}
+    config = make_config(
+        models, shown_file, tmp_path, method="gkd", teachers=[{"model": models["big"]}], gkd=settings, **divergence
+    )
+    engine = make_engine(config)
+    samples = make_samples(engine, load_prompts([shown_file]).prompts)
+    given = sum(bool(sample.info.get("given")) for sample in samples)
+    assert given == len(samples) if lmbda == 0 else 0 < given < len(samples)
+    longest = max(len(sample.token_ids) for sample in samples)
+    ids = torch.zeros(len(samples), longest, dtype=torch.long)
+    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for row, sample in enumerate(samples):
+        ids[row, : len(sample.token_ids)] = torch.from_numpy(sample.token_ids)
+        mask[row, : len(sample.token_ids)] = 1
+        labels[row, torch.from_numpy(sample.target_positions)] = torch.from_numpy(sample.target_ids)
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(models[name]).double().eval() for name in ("student", "big")
+    )
+    # Rows of the head beyond the tokenizer's ids are no part of our distributions.
+    for model in (student, teacher):
+        model.register_forward_hook(lambda _, __, out: type(out)(logits=out.logits[..., : engine.vocab_size]))
+    mock = SimpleNamespace(
+        teacher_model=teacher, beta=beta, generalized_jsd_loss=trl_gkd.GKDTrainer.generalized_jsd_loss
+    )
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    with torch.no_grad():
+        theirs = float(trl_gkd.GKDTrainer.compute_loss(mock, student, inputs))
+    assert theirs > 1e-3
+    assert our_loss(engine, samples) == pytest.approx(theirs, rel=1e-5)

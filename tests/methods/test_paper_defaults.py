@@ -63,6 +63,10 @@ VALUES: dict[str, dict[str, Any]] = {
     "grpo": {
         "loss_normalization": "sequence", "num_generations": 64, "learning_rate": 1e-6, "grpo.weight": 1.0,
     },
+    "gkd": {
+        "gkd.lmbda": 0.5, "divergence": "jsd", "jsd_beta": 0.5, "loss_normalization": "token", "num_generations": 1,
+        "temperature": 0.9,
+    },
     "g_opd": {
         "divergence": "reverse_kl", "advantage.importance": "none", "advantage.max_gap": float("inf"),
         "loss_normalization": "token", "temperature": 1.0,

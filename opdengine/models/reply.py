@@ -1,0 +1,44 @@
+"""Prompts and recorded answers as the student's token ids, as if it had read the one and sampled the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from opdengine.models.chat import as_read, encode_behind, encode_chat
+from opdengine.models.rendering import render, thought_opening, turn_end
+from opdengine.models.thoughts import answer_part
+from opdengine.types import Prompt
+
+
+def encode_prompt(
+    tokenizer: Any, template_kwargs: Mapping[str, Any] | None, prompt: Prompt, answer: str | None = None
+) -> list[int]:
+    """Token ids of a prompt, ready for the student's answer; with ``answer`` those of that answer behind it.
+
+    An answer ends with the token that ends a turn. Where the chat template opens a thought, the answer goes on in it.
+
+    Args:
+        tokenizer, template_kwargs: of the student.
+        prompt: is read with its tools and pictures.
+        answer: a recorded one, in words.
+
+    Raises:
+        ValueError: the template refuses the chat, or opens a thought that the answer does not close.
+    """
+    if answer is None:
+        return encode_chat(tokenizer, prompt.messages, prompt.tools, template_kwargs)
+    if opened := thought_opening(tokenizer, template_kwargs):
+        begins = next((tag for tag in (opened, opened.strip()) if answer.lstrip().startswith(tag)), "")
+        answer = answer.lstrip().removeprefix(begins) if begins else answer
+        if answer_part(opened + answer) is None:
+            raise ValueError(
+                f"the chat template begins every answer with {opened.strip()}, and the recorded one of {prompt.name} "
+                "does not end that thought; write the thought before the answer, or switch thinking off with "
+                "chat_template_kwargs"
+            )
+    messages = as_read(prompt.messages, getattr(tokenizer, "images", "image"))
+    before = render(tokenizer, messages, prompt.tools, template_kwargs)
+    ids, end = encode_behind(tokenizer, before, answer), turn_end(tokenizer, template_kwargs)
+    end = tokenizer.eos_token_id if end is None else end
+    return ids if ids and ids[-1] == end else [*ids, end]
