@@ -1,4 +1,4 @@
-"""``opdengine train | report | balance | eval | debate | plan | settings | fetch | vllm-serve | doctor``."""
+"""``opdengine train | report | balance | eval | debate | plan | settings | fetch | teacher-serve | ...``."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 FETCH = "get a small real model, or convert a GGUF file: opdengine fetch smollm2-135m --out models/smollm2"
 REPORT = "show runs on one page, without network: opdengine report outputs/one outputs/other --out report.html"
+TEACH = "serve an exact teacher to trainers elsewhere: opdengine teacher-serve --model MODEL --port 8765"
 SERVE = "run a vLLM server for vllm_mode: server; more arguments go to `vllm serve`"
 
 
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if options.command in ("doctor", "settings", "fetch", "report") and rest:
+    if options.command in ("doctor", "settings", "fetch", "report", "teacher-serve") and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}; 'opdengine {options.command} --help' lists all")
     if options.command == "doctor":
         return doctor()
@@ -183,6 +184,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, help="the page to write (default report.html)")
     command.add_argument("--watch", action="store_true", help="serve the page on this machine and keep it up to date")
     command.add_argument("--port", type=int, help="with --watch (default 8765)")
+    command = commands.add_parser("teacher-serve", help=TEACH, description=TEACH, example=TEACH.partition(": ")[2])
+    command.add_argument("--model", required=True, help="model folder or hub name")
+    command.add_argument("--host", default="127.0.0.1", help="a loopback address, or with a token any other")
+    command.add_argument("--port", type=int, default=8765, help="0 takes a free one (default 8765)")
+    command.add_argument("--token_env", "--token-env", metavar="NAME", help="the variable that holds the token")
+    command.add_argument("--token_file", "--token-file", metavar="FILE", help="or the file that holds it")
+    command.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    command.add_argument("--attn_implementation", "--attn-implementation", default="auto", help="of transformers")
+    command.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true")
+    command.add_argument(
+        "--max_tokens_per_batch", "--max-tokens-per-batch", type=int, default=16384, help="of a pass (default 16384)"
+    )
     commands.add_parser("doctor", help="show what is installed, what is missing and how to get it")
     commands.add_parser("vllm-serve", help=SERVE, add_help=False)
     return parser
@@ -198,6 +211,8 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return _fetch(options)
     if options.command == "report":
         return _report(options)
+    if options.command == "teacher-serve":
+        return _teach(options)
     config = load_config(options.config, rest, {} if options.command == "train" else {"output_dir": "."})
     if options.command == "plan":
         return _plan(config, options)
@@ -217,6 +232,18 @@ def _fetch(options: argparse.Namespace) -> int:
     _hide_bars()
     _say(f"written: {fetch(options.name, options.out)}")
     return 0
+
+
+def _teach(options: argparse.Namespace) -> int:
+    from opdengine.teachers.serve import serve
+
+    _hide_bars()
+
+    def say(text: str) -> None:
+        _say(text)
+        sys.stdout.flush()
+
+    return serve(say=say, **{name: value for name, value in vars(options).items() if name != "command"})
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -344,7 +371,7 @@ def _debate(config: TrainConfig, text: str, key: str) -> int:
     from opdengine.methods.debate.contexts import DebateContexts
     from opdengine.models.backbone import default_device
     from opdengine.teachers.local import LocalTeacher
-    from opdengine.training.build import serve_teachers, teacher_tokenizer
+    from opdengine.training.build import reach_teachers, serve_teachers, teacher_tokenizer
 
     if not text.strip():
         raise ValueError("--prompt is empty; give what the teachers are to debate")
@@ -354,8 +381,10 @@ def _debate(config: TrainConfig, text: str, key: str) -> int:
         raise ValueError(f"a debate needs two teachers; data_source {key!r} has {len(chosen)}")
     tokenizers = [teacher_tokenizer(config, t) for t in config.teachers]
     served = serve_teachers(config, tokenizers, judges=False)
+    remote = reach_teachers(config, tokenizers, served, default_device(), judges=False)
     teachers = [
-        served.get(t.name)
+        remote.get(t.name)
+        or served.get(t.name)
         or LocalTeacher(config.as_loaded(t), device=default_device(), trust_remote_code=config.trust_remote_code)
         for t in chosen
     ]

@@ -164,7 +164,7 @@ SELF = "self"
 
 @settings
 class TeacherConfig(Section):
-    """One teacher: a model in this process, or one that a server offers (``base_url``)."""
+    """One teacher: a model in this process, or one on servers (``hidden_states_url``, as exact, or ``base_url``)."""
 
     model: Annotated[ByContent[NeededPath], Elsewhere({"teacher_model": "", "teacher_model_name_or_path": ""})]
     """model folder or hub name; with ``base_url`` the name under which it is served; "self" is the student itself, with
@@ -204,15 +204,21 @@ class TeacherConfig(Section):
     base_url: Resumable[Maybe[Text]] = None
     """OpenAI-compatible endpoint, such as ``http://host:8000/v1``. It writes debates and answers; it judges by top-k
     log-probs, a lower bound of the exact divergence."""
+    hidden_states_url: Resumable[Listed[Text]] = field(default_factory=list)
+    """addresses of ``opdengine teacher-serve`` on other machines, such as ``http://host:8765``; several share the work.
+    They send hidden states and the loss is computed here, so the teacher judges exactly; they write, too."""
+    hidden_states_dtype: Changeable[Choice[Literal["auto", "float32", "bfloat16"]]] = "auto"
+    """in which hidden states travel; "auto" is the dtype in which the server computes, which rounds nothing."""
     writer_base_url: Resumable[Maybe[Text]] = None
-    """an OpenAI-compatible endpoint that serves a local teacher's model, too: it writes the teacher's text, and the
-    weights here judge, exactly."""
+    """an OpenAI-compatible endpoint that serves the model of a local teacher, or of one with ``hidden_states_url``,
+    too: it writes the teacher's text, and the weights here (or there) judge, exactly."""
     writer_model: Resumable[Maybe[Filled]] = None
     """the name under which it is served there; default: ``model``."""
     tokenizer: Resumable[Maybe[FilledPath]] = None
-    """with ``base_url``: folder or hub name of the tokenizer; default: ``model``."""
+    """with ``base_url`` or ``hidden_states_url``: folder or hub name of the tokenizer; default: ``model``."""
     api_key_env: Resumable[Maybe[Text]] = None
-    """of an endpoint: the environment variable that holds the key (never the key)."""
+    """of an endpoint: the environment variable that holds the key, or the token of ``teacher-serve`` (never the key
+    itself)."""
     max_concurrency: Resumable[Annotated[Integer, Range(1, 10**5)]] = 32
     """most calls at the same time."""
     timeout: Resumable[Seconds] = 600.0
@@ -222,24 +228,41 @@ class TeacherConfig(Section):
     score_top_k: Changeable[Annotated[Integer, Range(1, 10**6)]] = 64
     """log-probs per token (vLLM: start the server with ``--max-logprobs`` as large)."""
 
+    @property
+    def is_here(self) -> bool:
+        """Whether its weights are in this process."""
+        return self.base_url is None and not self.hidden_states_url
+
+    @property
+    def judges_exactly(self) -> bool:
+        """Whether it tells its distributions over the whole vocabulary."""
+        return self.base_url is None
+
     def __post_init__(self) -> None:
         need, served = self.need, self.base_url is not None
         need(not self.name or bool(self.name.strip()), "name", "it must not be blank")
         need(all(self.key), "key", "a routing key must not be empty; [] is every prompt")
         endpoint = "base_url" if served else "writer_base_url"
         url = getattr(self, endpoint)
-        if url is not None:
-            if re.search("[@?#]", url):
+        addresses = [(endpoint, url, "http://host:8000/v1")] if url is not None else []
+        addresses += [("hidden_states_url", place, "http://host:8765") for place in self.hidden_states_url]
+        for key, address, example in addresses:
+            if re.search("[@?#]", address):
                 remedy = "put the key's variable into api_key_env"
-                raise Refused(f"{{key}} holds a credential or a query; {remedy}", endpoint, url)
-            need(is_address(url, ("http", "https")), endpoint, "give a URL such as http://host:8000/v1")
+                raise Refused(f"{{key}} holds a credential or a query; {remedy}", key, address)
+            need(is_address(address, ("http", "https")), key, f"give a URL such as {example}")
         if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
             raise Refused(
                 "{key} is the name of an environment variable such as TEACHER_KEY, not the key", "api_key_env"
             )
-        need(url is not None or self.api_key_env is None, "api_key_env", "it belongs to an endpoint; set base_url too")
+        need(bool(addresses) or self.api_key_env is None, "api_key_env", "it belongs to an endpoint; set base_url too")
+        if self.hidden_states_url:
+            self._check_remote(served)
+        else:
+            need(self.hidden_states_dtype == "auto", "hidden_states_dtype", "it belongs to hidden_states_url")
         if not served:
-            need(self.tokenizer is None, "tokenizer", "it belongs to a served teacher; set base_url too")
+            remote = bool(self.hidden_states_url)
+            need(remote or self.tokenizer is None, "tokenizer", "it belongs to a served teacher; set base_url too")
             need(url is not None or self.writer_model is None, "writer_model", "set writer_base_url too")
             need(not (self.shard and self.offload), "shard", "with offload the weights leave the GPU: choose one")
             self._check_own(url)
@@ -249,6 +272,18 @@ class TeacherConfig(Section):
         for key in ("offload", "shard"):
             need(not getattr(self, key), key, "the weights of a served teacher are not here")
         need(self.weights is None, "weights", "they belong to model: self, which no server holds")
+
+    def _check_remote(self, served: bool) -> None:
+        """Refuse what does not go with servers of hidden states."""
+        need, places = self.need, [place.rstrip("/") for place in self.hidden_states_url]
+        need(not served, "base_url", "hidden_states_url judges exactly; leave one of the two out")
+        need(len(set(places)) == len(places), "hidden_states_url", "an address is named twice")
+        need(self.model != SELF, "model", "no server follows the student; name the served model")
+        need(
+            self.dtype == "auto", "dtype", "the weights are where 'opdengine teacher-serve --dtype' runs; leave it out"
+        )
+        for key in ("offload", "shard"):
+            need(not getattr(self, key), key, "the weights of a served teacher are not here")
 
     def _check_own(self, url: str | None) -> None:
         """Refuse what the student cannot be as its own teacher."""

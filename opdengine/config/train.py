@@ -451,9 +451,9 @@ def _check_loss(config: TrainConfig) -> None:
     sampled = config.vocab_sample > 0
     need(not sampled or config.loss_impl != "reference", "vocab_sample", "loss_impl 'reference' computes every column")
     need(
-        not sampled or (config.method != "mt_seqkd" and any(teacher.base_url is None for teacher in config.teachers)),
+        not sampled or (config.method != "mt_seqkd" and any(teacher.judges_exactly for teacher in config.teachers)),
         "vocab_sample",
-        "it is for divergences to local teachers, and none judges here: use 0",
+        "it is for divergences to teachers that judge exactly, and none does: use 0",
     )
     hub = config.hub_model_id is None and config.hub_private_repo is None
     need(config.push_to_hub or hub, "push_to_hub", "hub_model_id and hub_private_repo belong to push_to_hub: true")
@@ -537,14 +537,14 @@ def _check_best(config: TrainConfig) -> None:
 
 
 def _check_teacher(config: TrainConfig, teacher: TeacherConfig, where: str) -> None:
-    if teacher.base_url is None:
+    if teacher.judges_exactly:
         _check_own(config, teacher, where)
         sharded = teacher.shard and config.max_staleness > 0
         config.need(not sharded, f"{where}.shard", "it calls for max_staleness: 0", teacher.shard)
         return
     if config.method == "mt_seqkd":
         return  # its teachers write and never judge
-    exact = "a served teacher tells its likeliest tokens only; use a local teacher"
+    exact = "a served teacher tells its likeliest tokens only; use a local teacher, or hidden_states_url"
     if config.divergence_temperature != 1.0:
         raise ConfigError(
             f"divergence_temperature={config.divergence_temperature} is not possible with {where}: {exact}, or 1.0"

@@ -147,7 +147,7 @@ def check(config: TrainConfig) -> None:
             "is a token mean; use 'token'"
         )
     sage = config.sage
-    listed = [t.name for t in config.teachers if t.base_url is not None]
+    listed = [t.name for t in config.teachers if not t.judges_exactly]
     if sage.use_confidence and sage.confidence_temperature != 1.0 and listed:
         raise ConfigError(
             f"sage.confidence_temperature={sage.confidence_temperature} is not possible with the served teachers "

@@ -71,7 +71,7 @@ class ServedTeacher(Configured):
         self.endpoint = Endpoint(
             name=config.name,
             base_url=config.base_url.rstrip("/"),
-            api_key=_api_key(config),
+            api_key=api_key(config),
             timeout=config.timeout,
             max_retries=config.max_retries,
             max_concurrency=config.max_concurrency,
@@ -282,7 +282,12 @@ def _choice(answer: Answer) -> Mapping[str, Any]:
     return choices[0]
 
 
-def _api_key(config: TeacherConfig) -> str | None:
+def api_key(config: TeacherConfig) -> str | None:
+    """The key of a teacher's endpoint; None where its settings name none.
+
+    Raises:
+        ConfigError: the variable is not set, or holds no key.
+    """
     if config.api_key_env is None:
         return None
     where = f"teacher {config.name!r}: the environment variable {config.api_key_env!r} named by api_key_env"

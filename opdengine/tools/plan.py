@@ -61,7 +61,7 @@ ACTIVATIONS, HIDDEN, LOSS, SAMPLER = "activations", "teachers' hidden states", "
 REMEDIES = {
     STUDENT: "more GPUs (its states are sharded), or lora",
     GATHERED: "vocab_parallel_head: true, or a GPU with more memory",
-    TEACHERS: "shard: true or offload: true for the teachers, or a base_url for the larger ones",
+    TEACHERS: "shard: true or offload: true for the teachers, or a hidden_states_url or base_url for the larger ones",
     ACTIVATIONS: "gradient_checkpointing: true, or a smaller max_tokens_per_batch",
     HIDDEN: "a smaller max_tokens_per_batch",
     LOSS: "a smaller workspace_bytes",
@@ -157,8 +157,8 @@ def plan(config: TrainConfig, machine: Machine, lengths: Lengths | None = None) 
         raise ConfigError(f"--gpus {machine.gpus} is not possible; it must be at least 1")
     lengths = lengths or Lengths(config.max_prompt_length, config.max_completion_length, config.debate.max_tokens)
     student = shape_of(config.model, trust_remote_code=config.trust_remote_code)
-    local = [config.as_loaded(t) for t in config.teachers if t.base_url is None]
-    teachers = [shape_of(t.model, trust_remote_code=config.trust_remote_code) for t in local]
+    exact, teachers = exact_teachers(config)
+    local = [t for t in exact if t.is_here]
     prompts = config.prompts_per_step * machine.gpus
     rollouts = prompts * config.num_generations
     tokens = rollouts * lengths.completion
@@ -174,8 +174,8 @@ def plan(config: TrainConfig, machine: Machine, lengths: Lengths | None = None) 
     phases = {"rollout": _decode(student, machine, rollouts, lengths.prompt, lengths.completion)}
     if debates:
         turns = []
-        for t, shape in zip(local, teachers, strict=True):
-            for r in range(rounds) if t.writer_base_url is None else ():
+        for t, shape in zip(exact, teachers, strict=True):
+            for r in range(rounds) if t.is_here and t.writer_base_url is None else ():
                 prompt = lengths.prompt + r * len(teachers) * lengths.turn
                 work = _decode(shape, machine, prompts, prompt, lengths.turn)
                 batches = passes(prompts, prompt + lengths.turn, 4 * budget)
@@ -183,7 +183,9 @@ def plan(config: TrainConfig, machine: Machine, lengths: Lengths | None = None) 
         phases["debate"] = _add(turns)
     length = lengths.prompt + lengths.completion
     reads = []
-    for t, shape in zip(local, teachers, strict=True):
+    for t, shape in zip(exact, teachers, strict=True):
+        if not t.is_here:
+            continue
         work = _read(shape, machine, rollouts, length + transcript)
         batches = passes(rollouts, length + transcript, budget)
         reads.append(_gathering(work, shape, machine, batches) if t.shard else work)
@@ -191,11 +193,17 @@ def plan(config: TrainConfig, machine: Machine, lengths: Lengths | None = None) 
     phases["update"] = update_work(config, student, teachers, machine, rollouts * length, length, tokens)
     phases["sync"] = sync_work(student, machine)
     notes = []
-    if local:
+    if exact:
         waiting = 2.0 * tokens / machine.gpus * sum(shape.hidden for shape in teachers)
         notes.append(f"teachers' hidden states of a step on the host: {waiting / GIB:.1f} GiB per GPU")
-    if served := [t.name for t in config.teachers if t.base_url is not None]:
+    if served := [t.name for t in config.teachers if not t.is_here]:
         notes.append(f"served elsewhere, not counted: {', '.join(served)}")
+    for t, shape in zip(exact, teachers, strict=True):
+        if not t.is_here:
+            size = (4 if t.hidden_states_dtype == "float32" else 2) * tokens * shape.hidden
+            notes.append(f"{t.name} sends {size / 1e9:.2f} GB of hidden states a step, and its head once to every GPU")
+    if unknown := [t.name for t in config.teachers if t.hidden_states_url and t.name not in {e.name for e in exact}]:
+        notes.append(f"heads and hidden states not counted, since no config.json is here: {', '.join(unknown)}")
     if written := [t.name for t in local if t.writer_base_url is not None]:
         notes.append(f"debate turns written elsewhere, not counted: {', '.join(written)}")
     memory = memory_of(config, student, teachers, machine, length)
@@ -208,6 +216,20 @@ def plan(config: TrainConfig, machine: Machine, lengths: Lengths | None = None) 
     if slow := [t.name for t in writing if t.shard]:
         notes.append(f"gather all weights for every token they write (a writer_base_url saves that): {', '.join(slow)}")
     return found
+
+
+def exact_teachers(config: TrainConfig) -> tuple[list[TeacherConfig], list[Shape]]:
+    """The teachers that judge by hidden states, and their shapes; without those of servers that are not known here."""
+    exact, shapes = [], []
+    for teacher in (config.as_loaded(t) for t in config.teachers if t.judges_exactly):
+        try:
+            shapes.append(shape_of(teacher.model, trust_remote_code=config.trust_remote_code))
+        except (ValueError, OSError):
+            if teacher.is_here:
+                raise
+            continue
+        exact.append(teacher)
+    return exact, shapes
 
 
 def assumptions(config: TrainConfig, machine: Machine, lengths: Lengths) -> list[str]:
@@ -297,10 +319,9 @@ def memory_of(
         activations = budget * (between * student.layers * student.hidden + element * _insides(student))
     else:
         activations = element * budget * student.layers * _insides(student)
-    local = [t for t in config.teachers if t.base_url is None]
     states = sum(
         _resident(t, shape, machine)
-        for t, shape in zip(local, teachers, strict=bool(teachers))
+        for t, shape in zip(exact_teachers(config)[0], teachers, strict=bool(teachers))
         if machine.gpus > 1 or not config.shares_student(t)
     )
     sampler = config.vllm_gpu_memory_utilization * machine.memory if config.use_vllm else 2.0 * student.parameters
@@ -322,8 +343,8 @@ def memory_of(
 
 
 def _resident(teacher: TeacherConfig, shape: Shape, machine: Machine) -> float:
-    """Bytes of a local teacher that stay on one GPU, in bf16."""
-    if teacher.offload:
+    """Bytes of a teacher that stay on one GPU, in bf16; of one elsewhere and of one that waits on the CPU its head."""
+    if teacher.offload or not teacher.is_here:
         return 2.0 * shape.head_parameters
     if not teacher.shard:
         return 2.0 * shape.parameters

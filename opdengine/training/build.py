@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -38,6 +38,7 @@ from opdengine.rollout.vllm.weight_names import find_naming
 from opdengine.teachers import Teacher
 from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.own import build_own, follow
+from opdengine.teachers.remote import RemoteTeacher
 from opdengine.teachers.server import ServedTeacher
 from opdengine.teachers.shard import Session
 from opdengine.training.event_loop import run_coroutine
@@ -90,6 +91,7 @@ def build_engine(
             tokenizer, config.chat_template_kwargs, its_tokenizer, teacher.chat_template_kwargs, teacher.name
         )
     served = serve_teachers(config, tokenizers, judges=not method.writes)
+    remote = reach_teachers(config, tokenizers, served, device, judges=not method.writes)
     many = ranks.world_size > 1
     split_head = many and config.vocab_parallel_head
     mesh = ranks.mesh(device) if many else None
@@ -109,6 +111,8 @@ def build_engine(
     def build(teacher: TeacherConfig, its_tokenizer: Any) -> Teacher:
         if teacher.base_url is not None:
             return served[teacher.name]
+        if teacher.hidden_states_url:
+            return remote[teacher.name]
         options: dict[str, Any] = {
             "device": device,
             "attn_implementation": config.attn_implementation,
@@ -418,13 +422,50 @@ def serve_teachers(config: TrainConfig, tokenizers: Sequence[Any], *, judges: bo
     return {teacher.name: teacher for teacher in teachers}
 
 
+def reach_teachers(
+    config: TrainConfig,
+    tokenizers: Sequence[Any],
+    served: Mapping[str, ServedTeacher],
+    device: torch.device,
+    *,
+    judges: bool,
+) -> dict[str, RemoteTeacher]:
+    """The exact teachers on other machines by name, each asked what it is, and for its head if it ``judges``.
+
+    Args:
+        config: of the run.
+        tokenizers: of all teachers, in their order.
+        served: the endpoints that write for some of them.
+        device: of the heads.
+        judges: whether teachers score; else they only write.
+
+    Raises:
+        ConfigError: the variable of a token is not set.
+        ProbeError: no endpoint answers, or one serves another model.
+    """
+    stop = config.on_teacher_failure == "stop"
+    teachers = [
+        RemoteTeacher(teacher, tokenizer, device=device, stop_on_failure=stop, writer=served.get(teacher.name))
+        for teacher, tokenizer in zip(config.teachers, tokenizers, strict=True)
+        if teacher.hidden_states_url
+    ]
+
+    async def probe() -> None:
+        await asyncio.gather(*(teacher.probe(judges=judges) for teacher in teachers))
+
+    if teachers:
+        run_coroutine(probe())
+    return {teacher.name: teacher for teacher in teachers}
+
+
 def _as_served(teacher: TeacherConfig) -> TeacherConfig:
     """Return the settings by which a teacher is called at its endpoint."""
     if teacher.base_url is not None:
         return teacher
     here: dict[str, Any] = {"writer_base_url": None, "writer_model": None, "offload": False, "shard": False}
-    model = teacher.writer_model or teacher.model
-    return replace(teacher, base_url=teacher.writer_base_url, model=model, tokenizer=teacher.model, **here)
+    there: dict[str, Any] = {"hidden_states_url": [], "hidden_states_dtype": "auto"}
+    model, tokenizer = teacher.writer_model or teacher.model, teacher.tokenizer or teacher.model
+    return replace(teacher, base_url=teacher.writer_base_url, model=model, tokenizer=tokenizer, **here, **there)
 
 
 def teacher_tokenizer(config: TrainConfig, teacher: TeacherConfig, sees: bool = True) -> Any:
@@ -440,9 +481,9 @@ def teacher_tokenizer(config: TrainConfig, teacher: TeacherConfig, sees: bool = 
             trust_remote_code=config.trust_remote_code,
             chat_template=teacher.chat_template,
             images=teacher.images,
-            sees=sees and teacher.base_url is None,
+            sees=sees and teacher.is_here,
         )
     except ValueError as error:
-        if teacher.base_url is None or teacher.tokenizer is not None:
+        if teacher.is_here or teacher.tokenizer is not None:
             raise
         raise ConfigError(f"{error}; set 'tokenizer' of the teacher {teacher.name!r} to the model's folder") from error

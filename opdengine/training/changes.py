@@ -16,6 +16,8 @@ from opdengine.config.train import TrainConfig
 from opdengine.errors import ConfigError
 from opdengine.models.files import some
 from opdengine.models.fingerprint import contents, differences
+from opdengine.teachers.about import ask_about, pool_of
+from opdengine.training.event_loop import run_coroutine
 
 logger = logging.getLogger(__name__)
 
@@ -112,18 +114,29 @@ def accept(found: Sequence[Change], config: TrainConfig, known: Container[str]) 
 
 
 def models_of(config: TrainConfig) -> dict[str, str]:
-    """The settings that name models which are loaded here -> place."""
-    here = [(i, t.model) for i, t in enumerate(config.teachers) if t.base_url is None and t.model != SELF]
-    return {"model": config.model, **{f"teachers.{i}.model": path for i, path in here}}
+    """The settings that name models which are loaded here, or judge exactly elsewhere -> place."""
+    known = [(i, t.model) for i, t in enumerate(config.teachers) if t.judges_exactly and t.model != SELF]
+    return {"model": config.model, **{f"teachers.{i}.model": path for i, path in known}}
 
 
 def contents_of_models(config: TrainConfig) -> dict[str, dict[str, str]]:
-    """What the models of a run are, by setting."""
+    """What the models of a run are, by setting; servers of hidden states are asked.
+
+    Raises:
+        ProbeError: of such servers none answers, or one serves another model.
+    """
     seen: dict[str, dict[str, str] | None] = {}
-    for path in models_of(config).values():
+    found: dict[str, dict[str, str]] = {}
+    elsewhere = {f"teachers.{i}.model": t for i, t in enumerate(config.teachers) if t.hidden_states_url}
+    for place, path in models_of(config).items():
+        if place in elsewhere:
+            found[place] = dict(run_coroutine(ask_about(pool_of(elsewhere[place]), elsewhere[place])).contents)
+            continue
         if path not in seen:
             seen[path] = contents(path, config.trust_remote_code)
-    return {place: found for place, path in models_of(config).items() if (found := seen[path]) is not None}
+        if (files := seen[path]) is not None:
+            found[place] = files
+    return found
 
 
 def require_same_models(config: TrainConfig, before: Contents, now: Contents) -> None:

@@ -84,7 +84,7 @@ def _head(config: TrainConfig) -> str:
 
 def _origin(config: TrainConfig, prompts_per_step: int, step: int) -> str:
     what = "Weights" if config.lora is None else f"A LoRA adapter (r={config.lora.r})"
-    teachers = ", ".join(f"`{shown(t.model)}`" + (" (served)" if t.base_url else "") for t in config.teachers)
+    teachers = ", ".join(f"`{shown(t.model)}`" + ("" if t.is_here else " (served)") for t in config.teachers)
     kind: type[Method] | None = METHODS.get(config.method)
     about = " ".join(((kind.__doc__ or "") if kind else "").split("\n\n")[0].split())
     data = ", ".join(f"`{shown(s if isinstance(s, str) else s.path)}`" for s in config.train_data)

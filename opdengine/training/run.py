@@ -328,7 +328,7 @@ def _check_needs(config: TrainConfig) -> None:
         require_writable("debate.cache_dir", config.debate.cache_dir)
     if config.use_vllm and config.vllm_mode == "colocate":
         require_vllm("set use_vllm to false to sample without it")
-    for path in [config.model, *(config.as_loaded(t).model for t in config.teachers if t.base_url is None)]:
+    for path in [config.model, *(config.as_loaded(t).model for t in config.teachers if t.is_here)]:
         check_model_path(path)
 
 
@@ -433,7 +433,7 @@ def check_pictures(config: TrainConfig, prompts: Sequence[Prompt], ranks: Ranks)
             "samples), or set images to 'text' or 'omit'"
         )
     for teacher in config.teachers:
-        if teacher.images == "image" and (teacher.base_url or teacher.writer_base_url):
+        if teacher.images == "image" and (teacher.writer_base_url or not teacher.is_here):
             raise ConfigError(
                 f"teacher {teacher.name!r} is asked over a network, where no pictures are sent, but there are prompts "
                 "with pictures: set its images to 'text' or 'omit', or take a teacher in this process"
