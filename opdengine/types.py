@@ -147,6 +147,65 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Spans:
+    """Which targets of a student and of a teacher with another tokenizer stand for the same text.
+
+    Spans are numbered from 0 in the order of the text; each has at least one token on either side.
+
+    Args:
+        student: int64 [T] the span of each target of the sample, -1 for none.
+        teacher: int64 [R] the span of each of the R tokens in which the teacher reads the targets, -1 for none.
+        pairs: int64 [2, n] ids of student and teacher that stand for the same bytes.
+        vocabulary: ids of the teacher's tokenizer.
+    """
+
+    student: np.ndarray
+    teacher: np.ndarray
+    pairs: np.ndarray
+    vocabulary: int
+
+    @classmethod
+    def joined(cls, parts: Sequence[Spans], pairs: np.ndarray, vocabulary: int) -> Spans:
+        """The spans of several texts as those of one."""
+        starts = np.cumsum([0, *(len(part.lengths) for part in parts)])[:-1]
+        student, teacher = (
+            np.concatenate(
+                [np.zeros(0, dtype=np.int64), *(np.where(x < 0, -1, x + s) for x, s in zip(side, starts, strict=True))]
+            )
+            for side in ([part.student for part in parts], [part.teacher for part in parts])
+        )
+        return cls(student, teacher, pairs, vocabulary)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [S]: how many of the student's tokens each span has."""
+        return np.bincount(self.student[self.student >= 0])
+
+    @property
+    def one_to_one(self) -> np.ndarray:
+        """bool [T]: whether a target's span is one token on either side."""
+        theirs = np.bincount(self.teacher[self.teacher >= 0])
+        single = np.append((self.lengths == 1) & (theirs == 1), False)
+        found: np.ndarray = single[self.student]
+        return found
+
+    def pooled(self, values: np.ndarray) -> np.ndarray:
+        """[T]: for each target the sum of ``values`` [T] over its span; 0 where it has none."""
+        inside = self.student >= 0
+        sums = np.append(np.bincount(self.student[inside], weights=values[inside]), 0.0)
+        found: np.ndarray = sums[self.student]
+        return found
+
+    def shared(self, values: np.ndarray) -> np.ndarray:
+        """[T]: the sum of ``values`` [R] over each span, in equal parts for its targets; NaN where it has none."""
+        inside = self.teacher >= 0
+        sums = np.bincount(self.teacher[inside], weights=values[inside])
+        parts = np.append(sums / self.lengths, np.nan)
+        found: np.ndarray = parts[self.student]
+        return found
+
+
+@dataclass(frozen=True)
 class TeacherContext:
     """What one teacher reads to judge one sample: its own prefix, then the same target ids.
 
@@ -154,8 +213,10 @@ class TeacherContext:
         sample_id: the judged sample.
         teacher: name of the teacher.
         token_ids: int64 [L], the teacher's whole input.
-        target_positions: int64 [T], positions in ``token_ids`` of the sample's targets, in order.
+        target_positions: int64 [T], positions in ``token_ids`` of the sample's targets, in order; with ``spans``
+            [R] those of the tokens in which the teacher reads them.
         images: pictures that the teacher sees where ``token_ids`` have its image tokens, in their order.
+        spans: of a teacher with another tokenizer; None: it reads the student's own ids.
     """
 
     sample_id: str
@@ -163,6 +224,7 @@ class TeacherContext:
     token_ids: np.ndarray
     target_positions: np.ndarray
     images: tuple[Image, ...] = ()
+    spans: Spans | None = None
 
     @classmethod
     def replace_prompt(
@@ -196,6 +258,14 @@ class TeacherContext:
                 f"teacher {self.teacher!r}: target positions {positions[0]}..{positions[-1]} leave "
                 f"the context of {len(self.token_ids)} tokens (sample {sample.id!r})"
             )
+        if self.spans is not None:
+            given = (len(self.spans.student), len(self.spans.teacher))
+            if given != (len(sample.target_ids), len(positions)):
+                raise ValueError(
+                    f"teacher {self.teacher!r}: spans of {given} tokens for {len(sample.target_ids)} targets, which it "
+                    f"reads as {len(positions)} tokens (sample {sample.id!r})"
+                )
+            return
         if not np.array_equal(self.token_ids[positions], sample.target_ids):
             raise ValueError(
                 f"teacher {self.teacher!r}: its context does not hold the student's exact token "

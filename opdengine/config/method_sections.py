@@ -294,6 +294,28 @@ class SelecTKDConfig(Section):
 
 
 @settings
+class GoldConfig(Section):
+    """GOLD and ULD (arXiv 2402.12030): the divergence to a teacher with another tokenizer. Names are those of TRL."""
+
+    section = "gold"
+
+    uld_use_hybrid_loss: Flag = True
+    """compare tokens that both vocabularies have by ``divergence``, and only the others sorted (GOLD); off: all of them
+    sorted (ULD)."""
+    uld_hybrid_matched_weight: Maybe[Factor] = None
+    """of the tokens that both have; null is their share of the teacher's vocabulary. Set both or neither."""
+    uld_hybrid_unmatched_weight: Maybe[Factor] = None
+    """of the others; null is 1 less that share."""
+
+    def __post_init__(self) -> None:
+        one, other = self.uld_hybrid_matched_weight, self.uld_hybrid_unmatched_weight
+        name = "uld_hybrid_matched_weight" if one is None else "uld_hybrid_unmatched_weight"
+        self.need((one is None) == (other is None), name, "set both weights or neither")
+        self.need(one is None or self.uld_use_hybrid_loss, "uld_hybrid_matched_weight",
+                  "it belongs to uld_use_hybrid_loss: true")  # fmt: skip
+
+
+@settings
 class SdpoConfig(Section):
     """SDPO (arXiv 2601.20802): the student, shown what succeeded and what went wrong, teaches itself.
 

@@ -196,6 +196,12 @@ class TeacherConfig(Section):
     images: Images = "image"
     """what it reads where a message has a picture: the "image", the "text" in its place (column ``image_text``), or
     nothing ("omit"): then it judges under the words alone."""
+    tokenizer_alignment: Annotated[
+        Changeable[Choice[Literal["none", "spans"]]],
+        Elsewhere({"use_uld_loss": " (spans)", "use_extended_uld": " (spans)", "teacher_tokenizer_name_or_path": ""}),
+    ] = "none"
+    """of a teacher with another tokenizer than the student's: "spans" judges spans of equal text, in which the
+    probabilities of several tokens are merged; "none" refuses it (docs/methods/gold.md)."""
     offload: Resumable[Flag] = False
     """keep a local teacher's weights on the CPU while it neither writes nor judges."""
     shard: Resumable[Flag] = False
@@ -290,6 +296,7 @@ class TeacherConfig(Section):
         need = self.need
         if self.model == SELF:
             need(self.weights is not None, "weights", "say which weights of the student judge: base, live or ema")
+            need(self.tokenizer_alignment == "none", "tokenizer_alignment", "the student has its own tokenizer")
             need(url is None, "writer_base_url", "a server does not follow the student: with model: self leave it out")
         for key in ("teacher_update_rate", "teacher_sync_steps"):
             plain = getattr(self, key) == getattr(TeacherConfig, key)

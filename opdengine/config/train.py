@@ -51,6 +51,7 @@ from opdengine.config.method_sections import (
     DebateConfig,
     EntropyConfig,
     GkdConfig,
+    GoldConfig,
     GOPDConfig,
     GrpoConfig,
     OpadConfig,
@@ -132,8 +133,8 @@ class TrainConfig(Section):
     """the models that judge the student, and debate."""
     method: Name = "mad_opd"
     """one of "opd", "mt_opd", "mt_seqkd", "mad_opd", "opad", "sage_opd", "tcod", "entropy_opd", "uni_opd", "camopd",
-    "sdft", "sdpo", "opsd", "grpo", "gkd", "g_opd", "relaxed_opd", "selectkd", or a class of your own: "module:Class" or
-    "file.py:Class"."""
+    "sdft", "sdpo", "opsd", "grpo", "gkd", "g_opd", "relaxed_opd", "selectkd", "gold", or a class of your own:
+    "module:Class" or "file.py:Class"."""
     method_options: Free = field(default_factory=dict)
     """keywords of a method of your own."""
     contexts: Choice[Literal["plain", "debate"]] = "plain"
@@ -166,7 +167,7 @@ class TrainConfig(Section):
     debate: Changeable[DebateConfig] = field(default_factory=DebateConfig)
     """how teachers debate, for "mad_opd", "opad" and ``contexts: debate``."""
     advantage: Changeable[AdvantageConfig] = field(default_factory=AdvantageConfig)
-    """how ``uni_opd``, ``camopd``, ``sdpo``, ``g_opd`` and ``relaxed_opd`` weigh sampled tokens."""
+    """how ``uni_opd``, ``camopd``, ``sdpo``, ``g_opd``, ``relaxed_opd`` and ``gold`` weigh sampled tokens."""
     uni_opd: Changeable[UniOPDConfig] = field(default_factory=UniOPDConfig)
     """settings of the method "uni_opd"."""
     camopd: CaMOPDConfig = field(default_factory=CaMOPDConfig)
@@ -195,6 +196,8 @@ class TrainConfig(Section):
     """settings of the method "relaxed_opd"."""
     selectkd: Changeable[SelecTKDConfig] = field(default_factory=SelecTKDConfig)
     """settings of the method "selectkd"."""
+    gold: Changeable[GoldConfig] = field(default_factory=GoldConfig)
+    """how the divergence to teachers with ``tokenizer_alignment: spans`` is taken."""
 
     dtype: Annotated[Dtype, Elsewhere({"torch_dtype": ""})] = "auto"
     """of the student's parameters; "auto" keeps the checkpoint's (float32 where that is float16)."""

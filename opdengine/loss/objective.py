@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from opd_kernels import LMHead, LogprobOutput, TeacherHead, linear_divergence, linear_logprob, topk_divergence
+from opdengine.config.method_sections import GoldConfig
 from opdengine.distributed import Ranks
+from opdengine.loss.gold import Gold
 from opdengine.loss.statistics import Statistics
 from opdengine.types import Hidden, Sample, TeacherTargets, TopK
 
@@ -59,6 +61,7 @@ class Objective:
         vocab_sample: share of the columns from which gradients of exact divergences are computed; 0 is all.
         draw: names the draw of the columns; another one in every step.
         group: process group over which all heads are split by vocabulary, or None.
+        gold: how teachers with another tokenizer are compared.
     """
 
     heads: dict[str, LMHead]
@@ -73,6 +76,7 @@ class Objective:
     vocab_sample: float = 0.0
     draw: str = ""
     group: Any = None
+    gold: GoldConfig = field(default_factory=GoldConfig)
 
     def __call__(
         self, hidden: torch.Tensor, head: LMHead, samples: Sequence[Sample], statistics: Statistics | None = None
@@ -97,7 +101,7 @@ class Objective:
             judged = bool(teachers) and any(np.any(kl_weight(sample)) for sample in chosen)
             advised = any(sample.advantage is not None and np.any(sample.advantage) for sample in chosen)
             # One pass serves both terms where they are about the same distribution.
-            joined = judged and advised and self.temperature == 1.0 and any(name in self.heads for name in teachers)
+            joined = judged and advised and self.temperature == 1.0 and bool(self._kinds(chosen)[0])
             if judged:
                 loss = loss + self._divergence(part, head, chosen, divergence, statistics, joined)
             if advised and not joined:
@@ -127,17 +131,25 @@ class Objective:
         statistics: Statistics | None,
         advised: bool,
     ) -> torch.Tensor:
-        """Sum over teachers: the exact divergence to those with a head, its lower bound to the others. With
-        ``advised`` the weighted log-probs of the targets, too."""
-        names = samples[0].teachers
-        exact = [k for k, name in enumerate(names) if name in self.heads]
-        listed = [k for k, name in enumerate(names) if name not in self.heads]
+        """Sum over teachers: the exact divergence to those with a head, its lower bound to the others, and spans of
+        text where tokenizers differ. With ``advised`` the weighted log-probs of the targets, too."""
+        exact, listed, aligned = self._kinds(samples)
         loss = hidden.new_zeros((), dtype=torch.float32)
         if exact:
             loss = loss + self._exact(hidden, head, samples, exact, divergence, statistics, advised)
         if listed:
             loss = loss + self._listed(hidden, head, samples, listed, divergence, statistics)
+        if aligned:
+            loss = loss + self._aligned(hidden, head, samples, aligned, divergence, statistics)
         return loss
+
+    def _kinds(self, samples: Sequence[Sample]) -> tuple[list[int], list[int], list[int]]:
+        """Which teachers of these samples judge exactly, by lists, and in tokens of their own."""
+        names, contexts = samples[0].teachers, samples[0].contexts
+        aligned = [k for k in range(len(names)) if contexts[k].spans is not None]
+        same = [k for k in range(len(names)) if k not in aligned]
+        exact = [k for k in same if names[k] in self.heads]
+        return exact, [k for k in same if k not in exact], aligned
 
     def _exact(
         self,
@@ -207,7 +219,7 @@ class Objective:
         if statistics is not None:
             with torch.no_grad():
                 student = self._logprob(hidden, head, _labels(samples, device))
-            if len(listed) == len(samples[0].teachers):  # else the exact part has noted them
+            if not self._kinds(samples)[0]:  # else the exact part has noted them
                 statistics.add_student(samples, student.logprob, student.entropy)
         mixes = [sample.token_mix(len(sample.teachers)).astype(np.float32) for sample in samples]
         for k in listed:
@@ -235,6 +247,31 @@ class Objective:
                 kl = output.token_loss if divergence == "reverse_kl" else None
                 statistics.add_listed(samples[0].teachers[k], logprobs, width, student.logprob, kl, samples)
                 statistics.add_loss(samples, output.token_loss, k)
+        return loss
+
+    def _aligned(
+        self,
+        hidden: torch.Tensor,
+        head: LMHead,
+        samples: Sequence[Sample],
+        aligned: Sequence[int],
+        divergence: str,
+        statistics: Statistics | None,
+    ) -> torch.Tensor:
+        """Teachers with another tokenizer, compared over spans of equal text."""
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        gold = Gold(self.gold, divergence, self.jsd_beta, self.temperature, self.vocab_size, self.workspace_bytes)
+        if statistics is not None and len(aligned) == len(samples[0].teachers):
+            with torch.no_grad():
+                student = self._logprob(hidden, head.to(hidden.dtype), _labels(samples, hidden.device))
+            statistics.add_student(samples, student.logprob, student.entropy)
+        for k in aligned:
+            mix = [sample.token_mix(len(sample.teachers))[:, k] for sample in samples]
+            weights = np.concatenate([kl_weight(s) * own for s, own in zip(samples, mix, strict=True)])
+            part, tokens = gold(hidden, head, self.heads[samples[0].teachers[k]], samples, k, weights)
+            loss = loss + part
+            if statistics is not None:
+                statistics.add_loss(samples, torch.from_numpy(tokens), k)
         return loss
 
     def _advantage(

@@ -10,6 +10,7 @@ from opdengine.methods.agent_baselines import TCOD, EntropyOPD
 from opdengine.methods.camopd import CaMOPD
 from opdengine.methods.g_opd import GOPD
 from opdengine.methods.gkd import GKD, Mixture
+from opdengine.methods.gold import GOLD, CrossTokenizer
 from opdengine.methods.group_relative import GRPO, RewardTerm, refuse_unused
 from opdengine.methods.mad_opd import MADOPD
 from opdengine.methods.method import Method
@@ -44,6 +45,7 @@ METHODS: dict[str, type[Method]] = {
     "g_opd": GOPD,
     "relaxed_opd": RelaxedOPD,
     "selectkd": SelecTKD,
+    "gold": GOLD,
 }
 
 OF_DIVERGENCES = ("vocab_sample", "teacher_reduction", "divergence_temperature")
@@ -82,6 +84,7 @@ def build_method(config: TrainConfig) -> Method:
     added: list[type[Method]] = [Mixture] if config.gkd.lmbda < 1 else []
     added += [RewardTerm] if config.grpo.weight else []
     added += [StaleWeights] if config.distillation_is_clip is not None else []
+    added += [CrossTokenizer] if any(t.tokenizer_alignment != "none" for t in config.teachers) else []
     if added:
         kind = type(kind.__name__, (*added, kind), {})
     try:

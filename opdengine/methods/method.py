@@ -21,6 +21,7 @@ from opdengine.methods.paper import Paper
 from opdengine.methods.privileged import Privileged
 from opdengine.methods.room import Need, length
 from opdengine.teachers import Teacher
+from opdengine.teachers.aligned import read_aligned
 from opdengine.types import Batch, Message, Prompt, Sample, TeacherContext
 
 MAX_TEACHERS = 8
@@ -193,8 +194,11 @@ def read_by(teacher: Teacher, sample: Sample, messages: Sequence[Message]) -> Te
     """The sample as a teacher reads it: ``messages`` in place of its prompt.
 
     All that the student has not written is rendered in the teacher's chat template: the prompt and, in an
-    episode, every answer of the environment.
+    episode, every answer of the environment. A teacher with another tokenizer reads the student's words in its own
+    tokens.
     """
+    if (alignment := getattr(teacher, "alignment", None)) is not None:
+        return read_aligned(teacher, alignment, sample, messages)
     tools = sample.prompt.tools
     answers = {
         i: teacher.encode_answer(turn.messages, tools, before.token_ids.tolist())

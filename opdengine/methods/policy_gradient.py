@@ -143,10 +143,17 @@ CHECKS = (
 
 
 def gap_of(sample: Sample) -> np.ndarray:
-    """float64 [T]: ``sum_k w_k (log q_k(y) - log p(y))``; 0 where no teacher judged the sample."""
+    """float64 [T]: ``sum_k w_k (log q_k(y) - log p(y))``; 0 where no teacher judged the sample.
+
+    Of a teacher with another tokenizer every token has the gap of its whole span: ``gap * sum d log p(y)`` over the
+    span is then the sample of its gradient.
+    """
     if sample.student_logprob is None or sample.teacher_logprob is None:
         return np.zeros(len(sample.target_ids))
     each = sample.teacher_logprob.astype(np.float64) - sample.student_logprob.astype(np.float64)[:, None]
+    for k, context in enumerate(sample.contexts):
+        if context.spans is not None:
+            each[:, k] = context.spans.pooled(each[:, k])
     gap: np.ndarray = (each * sample.token_mix(each.shape[1])).sum(axis=1)
     return gap
 

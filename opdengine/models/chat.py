@@ -340,7 +340,7 @@ def require_same_tokenizer(student: Any, teacher: Any, name: str) -> None:
         raise ValueError(
             f"teacher {name!r} does not share the student's tokenizer, so it cannot judge the "
             f"student's token ids; {len(differing)} probes differ:\n{shown}\n"
-            "Use a teacher of the same family."
+            "Use a teacher of the same family, or set its tokenizer_alignment to spans."
         )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from opd_kernels import LMHead
     from opdengine.config.sections import TeacherConfig
     from opdengine.data.templates import Reader
+    from opdengine.models.alignment import Alignment
 
 
 class TeacherError(ServiceError):
@@ -91,6 +92,8 @@ class Configured:
     config: TeacherConfig
     tokenizer: Any
     _reader: Reader
+    alignment: Alignment | None = None
+    """With the student's tokenizer, where this one is another; None: both are the same."""
 
     @property
     def name(self) -> str:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 
 from opdengine.config.sections import SELF, TeacherConfig
@@ -19,8 +20,10 @@ from opdengine.environments.setup import open_episodes
 from opdengine.errors import ConfigError
 from opdengine.loss.vocab_parallel import VocabParallel
 from opdengine.methods.method import Method
+from opdengine.models.alignment import Alignment
 from opdengine.models.backbone import Backbone, choose_attention, default_device, load_model, read_dtype, read_window
 from opdengine.models.chat import (
+    PROBES,
     load_tokenizer,
     require_same_mode,
     require_same_tokenizer,
@@ -85,8 +88,12 @@ def build_engine(
     device = default_device()
     tokenizers = tokenizers or [teacher_tokenizer(config, teacher) for teacher in config.teachers]
     vocab_size = shared_vocabulary(tokenizer, tokenizers)
+    alignments: dict[str, Alignment] = {}
     for teacher, its_tokenizer in zip(map(config.as_loaded, config.teachers), tokenizers, strict=True):
-        require_same_tokenizer(tokenizer, its_tokenizer, teacher.name)
+        if teacher.tokenizer_alignment == "spans":
+            alignments[teacher.name] = align(config, teacher, tokenizer, its_tokenizer)
+        else:
+            require_same_tokenizer(tokenizer, its_tokenizer, teacher.name)
         require_same_mode(
             tokenizer, config.chat_template_kwargs, its_tokenizer, teacher.chat_template_kwargs, teacher.name
         )
@@ -127,13 +134,18 @@ def build_engine(
         return build_own(own, student, config.shares_student(teacher), its_tokenizer, options)
 
     teachers = [build(teacher, its) for teacher, its in zip(config.teachers, tokenizers, strict=True)]
+    for built in teachers:
+        if (alignment := alignments.get(built.name)) is not None:
+            alignment.ends.update(stop_token_ids(tokenizer, model, config.chat_template_kwargs))
+            built.alignment = alignment  # type: ignore[attr-defined]
     if not method.writes:
         check_switch(config, student.regimes.switch)
     for name, head in [("student", student.head), *((t.name, t.head) for t in teachers)]:
-        if head is not None and head.weight.shape[0] < vocab_size:
+        known = alignments[name].vocabulary if name in alignments else vocab_size
+        if head is not None and head.weight.shape[0] < known:
             raise ConfigError(
                 f"{name}: its head has {head.weight.shape[0]} rows, but the tokenizer knows "
-                f"{vocab_size} ids; model and tokenizer do not belong together"
+                f"{known} ids; model and tokenizer do not belong together"
             )
     optimizer = build_optimizer(config, model)
     follow(teachers, optimizer)
@@ -153,6 +165,20 @@ def build_engine(
         session=session,
         vocabulary=VocabParallel(ranks) if split_head else None,
     )
+
+
+def align(config: TrainConfig, teacher: TeacherConfig, student: Any, tokenizer: Any) -> Alignment:
+    """A teacher's tokenizer beside the student's; the log tells how much of probe texts they share."""
+    kwargs = config.chat_template_kwargs, teacher.chat_template_kwargs
+    alignment = Alignment(student, tokenizer, teacher.name, *kwargs)
+    spans = [alignment.turn(student.encode(probe, add_special_tokens=False))[1] for probe in PROBES]
+    inside, single = (np.concatenate(x) for x in ([s.student >= 0 for s in spans], [s.one_to_one for s in spans]))
+    logger.info(
+        "teacher %r has another tokenizer: of probe texts it keeps %.0f %%, in tokens of equal bounds %.0f %%; %d of "
+        "its %d tokens are the student's, too",
+        teacher.name, 100 * inside.mean(), 100 * single.mean(), alignment.pairs.shape[1], alignment.vocabulary,
+    )  # fmt: skip
+    return alignment
 
 
 def check_ranks(config: TrainConfig, ranks: Ranks) -> None:

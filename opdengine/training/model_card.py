@@ -38,6 +38,7 @@ TITLES = {
     "2602.12125": "Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation",
     "2603.11137": "Scaling Reasoning Efficiently via Relaxed On-Policy Distillation",
     "2510.24021": "SelecTKD: Selective Token-Weighted Knowledge Distillation for LLMs",
+    "2402.12030": "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs",
 }
 """Numbers of arXiv -> titles, as in CITATION.cff."""
 

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,17 @@ from opdengine.models.backbone import Backbone
 from opdengine.models.vision import Vision
 from opdengine.teachers import Teacher
 from opdengine.training.agreement import processed_rows
-from opdengine.types import Batch, Failure, Hidden, Sample, SamplingParams, TeacherContext, TeacherTargets, TopK
+from opdengine.types import (
+    Batch,
+    Failure,
+    Hidden,
+    Sample,
+    SamplingParams,
+    Spans,
+    TeacherContext,
+    TeacherTargets,
+    TopK,
+)
 
 
 async def score(batch: Batch, teachers: Sequence[Teacher], vocab_size: int, vision: Vision | None = None) -> None:
@@ -188,8 +199,10 @@ class Measurer:
         columns: dict[tuple[int, str], dict[str, np.ndarray]] = {}
         parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
         for i, sample in enumerate(samples):
-            for name, targets in zip(sample.teachers, sample.teacher_targets, strict=True):
-                if isinstance(targets, TopK):
+            for name, context, targets in zip(sample.teachers, sample.contexts, sample.teacher_targets, strict=True):
+                if context.spans is not None:
+                    columns[i, name] = self._aligned(sample, context, context.spans, targets)
+                elif isinstance(targets, TopK):
                     columns[i, name] = _read_list(targets, self.vocab_size)
                 else:
                     parts.setdefault(name, []).append((i, targets.states))
@@ -201,6 +214,25 @@ class Measurer:
                 reads = [{**r, "teacher_top1": w["teacher_top1"]} for r, w in zip(reads, warm, strict=True)]
             columns |= {(i, name): read for (i, _), read in zip(members, reads, strict=True)}
         return columns
+
+    def _aligned(
+        self, sample: Sample, context: TeacherContext, spans: Spans, targets: TeacherTargets
+    ) -> dict[str, np.ndarray]:
+        """What a teacher with another tokenizer says: the log-prob of each span, in equal parts for its targets.
+
+        Entropy and largest probability are those of other tokens, and NaN.
+        """
+        if isinstance(targets, TopK):
+            own = targets.logprobs[:, 0]
+        else:
+            head = self.heads[context.teacher]
+            hidden = targets.states.to(head.weight.device)
+            labels = torch.from_numpy(context.token_ids[context.target_positions]).to(hidden.device)
+            options: Any = {"workspace_bytes": self.workspace_bytes, "vocab_size": spans.vocabulary}
+            own = linear_logprob(hidden, head, labels, impl=self.impl, **options).logprob.float().cpu().numpy()
+        logprob = np.where(sample.target_turn_weight != 0, spans.shared(own.astype(np.float64)), 0.0)
+        unknown = np.full(len(logprob), np.nan, dtype=np.float32)
+        return {"teacher_logprob": logprob.astype(np.float32), "teacher_entropy": unknown, "teacher_top1": unknown}
 
     def _read(
         self, parts: Sequence[tuple[Sample, torch.Tensor]], head: LMHead, temperature: float = 1.0

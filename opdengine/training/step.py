@@ -373,6 +373,7 @@ class Engine:
             workspace_bytes=c.workspace_bytes,
             vocab_sample=c.vocab_sample,
             draw=f"{c.seed} {self.version}",
+            gold=c.gold,
         )
 
     async def run_in_thread(self, function: Callable[..., T], *arguments: Any) -> T:

@@ -57,6 +57,7 @@ OF_METHODS: dict[str, dict[str, Any]] = {
     "g_opd": {"g_opd": {"reference": "small"}},
     "relaxed_opd": {"relaxed_opd": {"entropy_share": 0.5}},
     "selectkd": {"selectkd": {"rejected_weight": 0.1}},
+    "gold": {"advantage": {"kl_mode": "full_vocab"}},
 }
 """What every method needs beside :func:`settings_of`."""
 
@@ -69,6 +70,8 @@ def settings_of(method: str, models: dict[str, str], prompt_file: str, steps: in
         teachers = [{"model": models["big"], "key": ["code"]}, {"model": models["small"], "key": ["agentic"]}]
     elif method in ("opd", "gkd", "sage_opd", "tcod", "entropy_opd", "relaxed_opd", "selectkd"):
         teachers = teachers[:1]
+    elif method == "gold":
+        teachers = [{**teachers[0], "tokenizer_alignment": "spans"}]
     answers = {} if "environment" in own else {
         "train_data": [prompt_file], "eval_data": [prompt_file], "eval_max_prompts": 2,
     }  # fmt: skip

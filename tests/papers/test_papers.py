@@ -11,6 +11,7 @@ from typing import Any
 
 import camopd_table
 import gkd_table
+import gold_table
 import mad_opd_table
 import pytest
 import rewards_table
@@ -34,6 +35,7 @@ TABLES: tuple[ModuleType, ...] = (
     self_distillation_table,
     rewards_table,
     gkd_table,
+    gold_table,
 )
 PRESETS: dict[str, list[Row]] = {name: rows for table in TABLES for name, rows in table.PRESETS.items()}
 DEFAULTS: dict[str, list[Row]] = {name: rows for table in TABLES for name, rows in table.DEFAULTS.items()}
@@ -78,6 +80,7 @@ def test_every_method_with_a_paper_has_a_table() -> None:
         "entropy_opd": "2606.19659",
         "g_opd": "2602.12125",
         "gkd": "2306.13649",
+        "gold": "2402.12030",
         "grpo": "2402.03300",
         "mad_opd": "2605.01347",
         "mt_opd": "2605.01347",
