@@ -6,6 +6,7 @@ import inspect
 
 from opdengine.config.train import TrainConfig
 from opdengine.errors import ConfigError
+from opdengine.methods import gold
 from opdengine.methods.agent_baselines import TCOD, EntropyOPD
 from opdengine.methods.camopd import CaMOPD
 from opdengine.methods.g_opd import GOPD
@@ -84,7 +85,10 @@ def build_method(config: TrainConfig) -> Method:
     added: list[type[Method]] = [Mixture] if config.gkd.lmbda < 1 else []
     added += [RewardTerm] if config.grpo.weight else []
     added += [StaleWeights] if config.distillation_is_clip is not None else []
-    added += [CrossTokenizer] if any(t.tokenizer_alignment != "none" for t in config.teachers) else []
+    if any(t.tokenizer_alignment != "none" for t in config.teachers):
+        added.append(CrossTokenizer)
+    else:
+        gold.refuse_unused(config, "teachers of which none has tokenizer_alignment: spans")
     if added:
         kind = type(kind.__name__, (*added, kind), {})
     try:

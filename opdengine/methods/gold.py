@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from opdengine.config.method_sections import GoldConfig
 from opdengine.config.train import TrainConfig
 from opdengine.errors import ConfigError
 from opdengine.methods.checks import ROLLOUTS, Check
@@ -29,21 +30,20 @@ PAPER = Paper(
         "advantage.kl_mode": ("full_vocab", "equation 6, and as in TRL"),
         "advantage.importance": ("none", "unstated: one update per rollout"),
         "advantage.max_gap": (float("inf"), "unstated: no bound"),
-        "divergence": ("jsd", "as in TRL, of tokens that both vocabularies have"),
-        "jsd_beta": (0.5, "as in TRL"),
         "loss_normalization": ("sequence", "as in TRL"),
         "num_generations": (1, "as in TRL"),
         "temperature": (0.9, "as in TRL"),
         "top_p": (0.95, "as in TRL"),
         "learning_rate": (1e-7, "as in TRL"),
     },
-    choices={"gold.uld_use_hybrid_loss": "false, which is TRL's default, too; true is GOLD"},
+    choices={
+        "gold.uld_use_hybrid_loss": "false, which is TRL's default, too; true is GOLD",
+        "divergence": "jsd in TRL",
+    },
 )
 
-EXACT = ("opd", "mt_opd", "mad_opd", "opad")
-"""Methods that take the divergence over whole distributions."""
-SAMPLED = ("g_opd",)
-"""Methods that take gaps of sampled tokens."""
+METHODS = ("opd", "mt_opd", "mad_opd", "opad", "g_opd", "gold")
+"""Methods that may have such teachers."""
 
 LOST = Check(
     "alignment/unaligned", "alignment/tokens", "tokens are of text that a teacher's tokenizer changes (it normalises "
@@ -60,14 +60,15 @@ class CrossTokenizer(Method):
         super().__init__(config, **options)
         names = [t.name for t in config.teachers if t.tokenizer_alignment != "none"]
         setting = f"tokenizer_alignment: spans of teacher {names[0]!r}"
-        sampled = config.method in SAMPLED or (config.method == "gold" and config.advantage.kl_mode == "sampled")
-        if config.method not in (*EXACT, *SAMPLED, "gold") and ":" not in config.method:
+        if config.method not in METHODS and ":" not in config.method:
             raise ConfigError(
                 f"method={config.method!r} is not possible with {setting}: it reads a teacher's judgement token by "
-                f"token; use one of {[*EXACT, *SAMPLED, 'gold']}"
+                f"token; use one of {list(METHODS)}"
             )
-        if not sampled:
+        if self.diverges:
             _need_distributions(config, setting)
+        else:
+            refuse_unused(config, f"method {config.method!r} as it is set, which has no divergence")
 
     @property
     def checks(self) -> tuple[Check, ...]:
@@ -91,6 +92,13 @@ class CrossTokenizer(Method):
             batch.metrics[f"alignment/one_to_one/{name}"] = Mean(single / max(count, 1), count)
         batch.metrics["alignment/tokens"] = float(total[0])
         batch.metrics["alignment/unaligned"] = float(total[0] - total[1])
+
+
+def refuse_unused(config: TrainConfig, where: str) -> None:
+    """Raise ConfigError where a setting of ``gold`` would have no effect."""
+    for name in GoldConfig.__dataclass_fields__:
+        if (value := getattr(config.gold, name)) != getattr(GoldConfig, name):
+            raise ConfigError(f"gold.{name}={value!r} has no effect with {where}; leave it out")
 
 
 def _need_distributions(config: TrainConfig, setting: str) -> None:
@@ -124,7 +132,7 @@ class GOLD(OPD):
                 "it, or use 'opd'"
             )
         self.gradient = policy_gradient(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
-        self.needs = self.gradient.needs
+        self.needs, self.diverges = self.gradient.needs, self.gradient.exact
 
     @property
     def checks(self) -> tuple[Check, ...]:

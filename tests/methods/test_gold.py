@@ -331,6 +331,9 @@ def test_the_bundled_student_learns_from_another_tokenizer(other: Models, tmp_pa
         ({"teachers": [{"model": "t", "tokenizer_alignment": "spans", "base_url": "http://127.0.0.1:1/v1"}]},
          "base_url of teacher .*advantage.kl_mode sampled, or a local teacher"),
         ({"divergence": "jsd", "advantage": {"kl_mode": "sampled"}}, "advantage.kl_mode=sampled"),
+        ({"advantage": {"kl_mode": "sampled"}, "gold": {"uld_use_hybrid_loss": False}}, "no effect with method"),
+        ({"method": "opd", "teachers": [{"model": "t"}], "gold": {"uld_use_hybrid_loss": False}},
+         "gold.uld_use_hybrid_loss=False has no effect with teachers of which none"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(

@@ -78,7 +78,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "selectkd": {"loss_normalization": "token"},
     "gold": {
         "advantage.kl_mode": "full_vocab", "advantage.importance": "none", "advantage.max_gap": float("inf"),
-        "divergence": "jsd", "jsd_beta": 0.5, "loss_normalization": "sequence", "num_generations": 1,
+        "loss_normalization": "sequence", "num_generations": 1,
         "temperature": 0.9, "top_p": 0.95, "learning_rate": 1e-7,
     },
 }  # fmt: skip

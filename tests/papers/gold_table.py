@@ -10,8 +10,6 @@ GOLD: list[Row] = [
     ("advantage.kl_mode", "full_vocab", "equation 6"),
     ("advantage.importance", "none", "unstated"),
     ("advantage.max_gap", math.inf, "unstated"),
-    ("divergence", "jsd", "as in TRL"),
-    ("jsd_beta", 0.5, "as in TRL"),
     ("loss_normalization", "sequence", "as in TRL"),
     ("num_generations", 1, "as in TRL"),
     ("temperature", 0.9, "as in TRL"),
