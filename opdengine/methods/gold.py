@@ -42,7 +42,7 @@ PAPER = Paper(
     },
 )
 
-METHODS = ("opd", "mt_opd", "mad_opd", "opad", "g_opd", "gold")
+METHODS = ("opd", "mt_opd", "mad_opd", "opad", "gkd", "g_opd", "gold")
 """Methods that may have such teachers."""
 
 LOST = Check(
@@ -64,6 +64,11 @@ class CrossTokenizer(Method):
             raise ConfigError(
                 f"method={config.method!r} is not possible with {setting}: it reads a teacher's judgement token by "
                 f"token; use one of {list(METHODS)}"
+            )
+        if config.gkd.seq_kd:
+            raise ConfigError(
+                f"gkd.seq_kd is not possible with {setting}: what that teacher writes is in its own tokens; leave "
+                "seq_kd out and give recorded answers"
             )
         if self.diverges:
             _need_distributions(config, setting)

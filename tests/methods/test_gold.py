@@ -318,6 +318,7 @@ def test_the_bundled_student_learns_from_another_tokenizer(other: Models, tmp_pa
     ("changes", "said"),
     [
         ({"method": "uni_opd", "num_generations": 2}, "method='uni_opd' is not possible with tokenizer_alignment"),
+        ({"method": "gkd", "gkd": {"lmbda": 0.5, "seq_kd": True}}, "gkd.seq_kd is not possible.*recorded answers"),
         ({"divergence": "skew_kl"}, "divergence='skew_kl' is not possible.*use reverse_kl, forward_kl or jsd"),
         ({"divergence": {"a": "skew_kl", "default": "jsd"}}, "divergence='skew_kl'"),
         ({"teacher_reduction": "mixture"}, "teacher_reduction='mixture' is not possible.*use sum"),
