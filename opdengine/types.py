@@ -371,7 +371,8 @@ class Sample:
         info: of a whole episode: ``success``, ``score``, and the environment's first observation; ``feedback``: what
             the verifier or, at its end, the environment said.
         contexts: what each of the K teachers reads (set by ``Method.annotate``).
-        mix: float32 [K] or [T, K] teacher weights; None is uniform.
+        mix: float32 [K] or [T, K] teacher weights; None is uniform. The student moves away from a teacher that has a
+            negative one.
         turn_weight: float32 [number of turns], None for ones. Where it is 0 on every trained turn no model is run;
             the tokens still count in the denominators.
         teacher_targets: what each teacher said about the targets, in the order of ``contexts``; empty where no

@@ -137,6 +137,8 @@ class Objective:
         loss = hidden.new_zeros((), dtype=torch.float32)
         if exact:
             loss = loss + self._exact(hidden, head, samples, exact, divergence, statistics, advised)
+        if exact and any(np.any(sample.token_mix(len(names))[:, exact] < 0) for sample in samples):
+            loss = loss + self._exact(hidden, head, samples, exact, divergence, statistics, advised=False, sign=-1)
         if listed:
             loss = loss + self._listed(hidden, head, samples, listed, divergence, statistics)
         if aligned:
@@ -160,8 +162,12 @@ class Objective:
         divergence: str,
         statistics: Statistics | None,
         advised: bool,
+        sign: int = 1,
     ) -> torch.Tensor:
+        """The teachers with positive weights, or with ``sign`` -1 those with negative ones, which the op takes in the
+        weights of tokens."""
         device, names = hidden.device, [samples[0].teachers[k] for k in exact]
+        mixes = [sample.token_mix(len(sample.teachers))[:, exact] for sample in samples]
         teachers = []
         for k, name in zip(exact, names, strict=True):
             their = self.heads[name]
@@ -175,8 +181,8 @@ class Objective:
             divergence=divergence,
             **self._shape(divergence),
             teacher_reduction=self.teacher_reduction,
-            mix=_tensor([sample.token_mix(len(sample.teachers))[:, exact] for sample in samples], device),
-            token_weight=_tensor([kl_weight(sample) for sample in samples], device),
+            mix=_tensor([np.maximum(sign * mix, 0) for mix in mixes], device),
+            token_weight=_tensor([sign * kl_weight(sample) for sample in samples], device),
             labels=_labels(samples, device),
             logprob_weight=weights,
             temperature=self.temperature,
@@ -189,8 +195,8 @@ class Objective:
             group=self.group,
         )
         if statistics is not None and output.stats is not None:
-            statistics.add_divergence(names, samples, output.stats)
-            statistics.add_loss(samples, output.token_loss)
+            statistics.add_divergence(names, samples, output.stats, sign)
+            statistics.add_loss(samples, sign * output.token_loss, more=sign < 0)
             if output.sampling is not None:
                 statistics.add_noise(output.sampling.hidden_noise)
             if weights is not None and output.logprob is not None:

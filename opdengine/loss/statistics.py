@@ -28,9 +28,8 @@ class Statistics:
         self.tokens: dict[str, dict[str, np.ndarray]] = {}
         self._values: dict[str, list[np.ndarray]] = {}
 
-    def add_divergence(self, names: Sequence[str], samples: Sequence[Sample], stats: TokenStats) -> None:
-        """Add the statistics that the fused op returned for these samples."""
-        self._extend("student_entropy", stats.student_entropy)
+    def add_divergence(self, names: Sequence[str], samples: Sequence[Sample], stats: TokenStats, sign: int = 1) -> None:
+        """Add the statistics that the fused op returned for these samples; with ``sign`` -1 those of teachers alone."""
         if stats.gap is not None:
             self._extend("gap", stats.gap)
         for k, name in enumerate(names):
@@ -40,25 +39,31 @@ class Statistics:
             self._note(samples, "teacher_entropy", stats.teacher_entropy, k, name)
             self._note(samples, "teacher_top1", stats.teacher_top1_prob, k, name)
             self._note(samples, "reverse_kl", stats.reverse_kl, k, name)
+        if sign < 0:
+            return
+        self._extend("student_entropy", stats.student_entropy)
         self._note(samples, "student_logprob", stats.student_logprob)
         self._note(samples, "student_entropy", stats.student_entropy)
         self._difference(samples, stats.student_logprob)
 
-    def add_loss(self, samples: Sequence[Sample], token_loss: torch.Tensor, teacher: int | None = None) -> None:
+    def add_loss(
+        self, samples: Sequence[Sample], token_loss: torch.Tensor, teacher: int | None = None, more: bool = False
+    ) -> None:
         """Keep the divergence of every token, before its weight, for the log.
 
         Args:
             samples: whose targets the rows are.
             token_loss: [T], to all teachers, or to one; NaN where nothing was computed.
             teacher: index of that one, whose weight in the sum is the sample's mix.
+            more: it comes to what is known already.
         """
         for sample, rows in self._kept(samples):
             own = token_loss[rows].detach().float().cpu().numpy()
             noted = self.tokens.setdefault(sample.id, {})
             if teacher is not None:
-                own = np.nan_to_num(noted.get("divergence", np.zeros_like(own))) + np.nan_to_num(own) * (
-                    sample.token_mix(len(sample.teachers))[:, teacher].astype(np.float32)
-                )
+                own = np.nan_to_num(own) * sample.token_mix(len(sample.teachers))[:, teacher].astype(np.float32)
+            if more or teacher is not None:
+                own = np.nan_to_num(noted.get("divergence", np.zeros_like(own))) + np.nan_to_num(own)
             noted["divergence"] = own
 
     def add_student(self, samples: Sequence[Sample], logprob: torch.Tensor, entropy: torch.Tensor) -> None:

@@ -3,7 +3,9 @@
 Distillation is reinforcement learning with the reward log q(y) - log r(y), where r is a reference, and a KL to r.
 Scaled by lambda, ``lambda * (log q - log r) - KL(p || r)``, it has the policy gradient of the advantage
 ``lambda * (log q(y) - log p(y)) + (1 - lambda) * (log r(y) - log p(y))``: teachers mixed with the weights lambda and
-1 - lambda, of which the second is negative where the student is to go beyond its teacher.
+1 - lambda, of which the second is negative where the student is to go beyond its teacher. Over the whole vocabulary
+(``advantage.kl_mode: full_vocab``) the loss is ``lambda KL(p || q) + (1 - lambda) KL(p || r)``, whose gradient is the
+mean of that: the student goes to the distribution in proportion to ``q^lambda r^(1 - lambda)``.
 """
 
 from __future__ import annotations
@@ -53,10 +55,7 @@ class GOPD(Method):
                 f"teacher {self.settings.reference!r} is g_opd.reference and judges every prompt; leave its key out"
             )
         if config.advantage.kl_mode == "full_vocab":
-            raise ConfigError(
-                "advantage.kl_mode='full_vocab' is not possible with method 'g_opd', which weighs a teacher "
-                "negatively; use 'sampled'"
-            )
+            need_exact(config)
         self.gradient = policy_gradient(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
         self.needs, self.diverges = self.gradient.needs, self.gradient.exact
 
@@ -82,3 +81,27 @@ class GOPD(Method):
             if len(sample.teachers) < len(route(self.teachers, sample.prompt.key)):
                 sample.drop = "teacher_failure"  # what is left would have another weight
         self.gradient.weigh(batch, self.ranks)
+
+
+def need_exact(config: TrainConfig) -> None:
+    """Raise ConfigError where the scaled reward has no form over the whole vocabulary."""
+    kinds = config.divergence.values() if isinstance(config.divergence, dict) else (config.divergence,)
+    served = [teacher.name for teacher in config.teachers if teacher.base_url is not None]
+    for ok, setting, remedy in (
+        (
+            set(kinds) == {"reverse_kl"},
+            f"divergence={config.divergence!r}",
+            "the reward is one of reverse KLs: use that",
+        ),
+        (
+            config.teacher_reduction == "sum",
+            "teacher_reduction='mixture'",
+            "no mixture has a negative share: use 'sum'",
+        ),
+        (not served, f"the served teachers {served}", "they tell their likeliest tokens only: use local ones"),
+    ):
+        if not ok:
+            raise ConfigError(
+                f"method 'g_opd' with advantage.kl_mode='full_vocab' is not possible with {setting}; {remedy}, or "
+                "kl_mode 'sampled'"
+            )

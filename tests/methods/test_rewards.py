@@ -13,15 +13,20 @@ import torch
 from engine_helpers import ScriptedTeacher, full_logprobs, make_config, make_engine, make_samples
 from method_helpers import make_batch, make_rollout
 
+from opd_kernels import LMHead
 from opdengine.config.loading import from_mapping
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.data.prompts import load_prompts
+from opdengine.distributed import Ranks
+from opdengine.loss.objective import Objective, set_scales
+from opdengine.loss.statistics import Statistics
 from opdengine.methods import build_method
 from opdengine.methods.token_selection import uncertain
 from opdengine.training.run import train
 from opdengine.types import Batch, Hidden
 
 Models = dict[str, str]
+EXACT: dict[str, Any] = {"g_opd": {"reference": "self"}, "advantage": {"kl_mode": "full_vocab"}}
 EVEN = f"{Path(__file__).parents[1] / 'engine' / 'even_verifier.py'}:even"
 
 
@@ -61,6 +66,68 @@ def test_the_advantage_gives_the_gradient_of_a_scaled_reward(scale: float) -> No
     (found,) = torch.autograd.grad((p.detach() * advantage * student).sum(), logits)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert not np.any(sample.kl_weight)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.25, 2.0])
+def test_the_exact_form_has_the_gradient_of_a_scaled_reward(scale: float) -> None:
+    """Through the fused loss, in hidden states and head: that of KL(p || r) - lambda E[log q/r] in float64."""
+    draw = torch.Generator().manual_seed(1)
+    rows, width, vocab = 6, 5, 11
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=draw)
+
+    hidden, weight = normal(rows, width), normal(vocab, width)
+    heads = {name: (normal(rows, width), normal(vocab, width)) for name in ("t", "self")}
+    method = built(
+        "g_opd", [{"model": "t"}, {"model": "self", "weights": "base"}],
+        g_opd={"reference": "self", "reward_scale": scale}, advantage={"kl_mode": "full_vocab"},
+    )  # fmt: skip
+    method.teachers = [ScriptedTeacher(name, []) for name in ("t", "self")]
+    samples = [make_rollout("a", [1, 2, 3, 4]), make_rollout("b", [5, 6])]
+    batch = Batch(samples=samples)
+    asyncio.run(method.annotate(batch))
+    start = 0
+    for sample in samples:
+        end = start + len(sample.target_ids)
+        sample.teacher_targets = tuple(Hidden(heads[name][0][start:end].float()) for name in ("t", "self"))
+        start = end
+    method.weigh(batch)
+    set_scales(samples, "token", Ranks())
+    assert method.diverges and not any(np.any(sample.advantage) for sample in samples)
+    given = [x.float().requires_grad_() for x in (hidden, weight)]
+    statistics = Statistics(["a", "b"])
+    objective = Objective({name: LMHead(w.float()) for name, (_, w) in heads.items()}, lambda key: "reverse_kl")
+    loss = objective(given[0], LMHead(given[1]), samples, statistics)
+    found = torch.autograd.grad(loss, given)
+    exact = [x.clone().requires_grad_() for x in (hidden, weight)]
+    student = (exact[0] @ exact[1].T).log_softmax(-1)
+    teacher, reference = ((h @ w.T).log_softmax(-1) for h, w in heads.values())
+    goal = scale * (student.exp() * (teacher - reference)).sum(1) - (student.exp() * (student - reference)).sum(1)
+    expected = torch.autograd.grad(-goal.mean(), exact)
+    assert float(loss.detach()) == pytest.approx(-float(goal.mean().detach()), rel=1e-5, abs=1e-6)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6)
+    noted = np.concatenate([statistics.tokens[sample.id]["divergence"] for sample in samples])
+    np.testing.assert_allclose(noted, -goal.detach().numpy(), rtol=1e-4, atol=1e-5)
+    for name, judge in (("t", teacher), ("self", reference)) if scale != 1 else (("t", teacher),):
+        kl = (student.exp() * (student - judge)).sum(1).detach().numpy()
+        np.testing.assert_allclose(statistics.get(f"teacher_kl/{name}"), kl, rtol=1e-4)
+    assert len(statistics.get("student_entropy")) == rows
+
+
+def test_a_run_goes_beyond_its_teacher_over_the_whole_vocabulary(
+    models: Models, prompt_file: str, tmp_path: Path
+) -> None:
+    """The base model under an adapter is the reference; the loss of the first step is lambda times the teacher's KL."""
+    config = make_config(
+        models, prompt_file, tmp_path, method="g_opd", lora={"r": 2}, g_opd={"reference": "self", "reward_scale": 1.5},
+        teachers=[{"model": models["big"]}, {"model": "self", "weights": "base"}], advantage={"kl_mode": "full_vocab"},
+    )  # fmt: skip
+    result = train(config, progress=False)
+    first = result.history[0]
+    assert first["loss"] == pytest.approx(1.5 * first["teacher_kl/big"], rel=1e-4)
+    assert first["teacher_kl/self"] == pytest.approx(0, abs=1e-6) and result.metrics["teacher_kl/self"] > 0
 
 
 def test_a_rollout_that_only_some_have_judged_is_left_out() -> None:
@@ -206,7 +273,11 @@ def test_tokens_are_verified_as_in_speculative_decoding() -> None:
     ("method", "settings", "words"),
     [
         ("g_opd", {"g_opd": {"reference": "x"}}, r"g_opd.reference='x' is no teacher; name one of \['self', 't'\]"),
-        ("g_opd", {"g_opd": {"reference": "self"}, "advantage": {"kl_mode": "full_vocab"}}, "weighs a teacher"),
+        ("g_opd", {**EXACT, "divergence": "jsd"}, "full_vocab' is not possible with divergence='jsd'"),
+        ("g_opd", {**EXACT, "divergence": {"a": "reverse_kl", "default": "forward_kl"}}, "divergence={'a'"),
+        ("g_opd", {**EXACT, "teacher_reduction": "mixture"}, "full_vocab' is not possible with teacher_reduction"),
+        ("g_opd", {**EXACT, "teachers": [{"model": "t", "base_url": "http://h/v1", "tokenizer": "t"},
+                                         {"model": "self", "weights": "base"}]}, r"with the served teachers \['t'\]"),
         ("g_opd", {"g_opd": {"reference": "self", "reward_scale": 0}}, "g_opd.reward_scale=0.0 is not possible"),
         ("g_opd", {"g_opd": {"reference": "self"}, "teachers": [{"model": "t"}]}, "needs at least 2 teacher"),
         ("opd", {"grpo": {"weight": 1.0}, "teachers": [{"model": "t"}]}, "num_generations=1 is not possible with grpo"),
