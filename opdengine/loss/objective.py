@@ -137,7 +137,7 @@ class Objective:
         loss = hidden.new_zeros((), dtype=torch.float32)
         if exact:
             loss = loss + self._exact(hidden, head, samples, exact, divergence, statistics, advised)
-        if exact and any(np.any(sample.token_mix(len(names))[:, exact] < 0) for sample in samples):
+        if exact and any(np.any(sample.token_mix(len(sample.teachers))[:, exact] < 0) for sample in samples):
             loss = loss + self._exact(hidden, head, samples, exact, divergence, statistics, advised=False, sign=-1)
         if listed:
             loss = loss + self._listed(hidden, head, samples, listed, divergence, statistics)

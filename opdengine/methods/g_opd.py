@@ -86,7 +86,7 @@ class GOPD(Method):
 def need_exact(config: TrainConfig) -> None:
     """Raise ConfigError where the scaled reward has no form over the whole vocabulary."""
     kinds = config.divergence.values() if isinstance(config.divergence, dict) else (config.divergence,)
-    served = [teacher.name for teacher in config.teachers if teacher.base_url is not None]
+    partial = [t.name for t in config.teachers if t.base_url is not None or t.tokenizer_alignment != "none"]
     for ok, setting, remedy in (
         (
             set(kinds) == {"reverse_kl"},
@@ -98,7 +98,7 @@ def need_exact(config: TrainConfig) -> None:
             "teacher_reduction='mixture'",
             "no mixture has a negative share: use 'sum'",
         ),
-        (not served, f"the served teachers {served}", "they tell their likeliest tokens only: use local ones"),
+        (not partial, f"the teachers {partial}", "of a served one, or of other tokens, only a part of q is known"),
     ):
         if not ok:
             raise ConfigError(

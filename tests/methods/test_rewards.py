@@ -276,8 +276,9 @@ def test_tokens_are_verified_as_in_speculative_decoding() -> None:
         ("g_opd", {**EXACT, "divergence": "jsd"}, "full_vocab' is not possible with divergence='jsd'"),
         ("g_opd", {**EXACT, "divergence": {"a": "reverse_kl", "default": "forward_kl"}}, "divergence={'a'"),
         ("g_opd", {**EXACT, "teacher_reduction": "mixture"}, "full_vocab' is not possible with teacher_reduction"),
-        ("g_opd", {**EXACT, "teachers": [{"model": "t", "base_url": "http://h/v1", "tokenizer": "t"},
-                                         {"model": "self", "weights": "base"}]}, r"with the served teachers \['t'\]"),
+        *(("g_opd", {**EXACT, "teachers": [{"model": "t", **other}, {"model": "self", "weights": "base"}]},
+           r"full_vocab' is not possible with the teachers \['t'\]")
+          for other in ({"base_url": "http://h/v1", "tokenizer": "t"}, {"tokenizer_alignment": "spans"})),
         ("g_opd", {"g_opd": {"reference": "self", "reward_scale": 0}}, "g_opd.reward_scale=0.0 is not possible"),
         ("g_opd", {"g_opd": {"reference": "self"}, "teachers": [{"model": "t"}]}, "needs at least 2 teacher"),
         ("opd", {"grpo": {"weight": 1.0}, "teachers": [{"model": "t"}]}, "num_generations=1 is not possible with grpo"),
