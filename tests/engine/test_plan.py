@@ -197,3 +197,27 @@ def test_a_debate_under_another_method_is_counted(models: Models, prompt_file: s
     plain = make_config(models, prompt_file, tmp_path, method="uni_opd", **settings)
     debated = make_config(models, prompt_file, tmp_path, method="uni_opd", contexts="debate", **settings)
     assert "debate" not in plan(plain, Machine()).phases and plan(debated, Machine()).phases["debate"].flops > 0
+
+
+def test_a_plan_with_an_exact_teacher_elsewhere() -> None:
+    """Its head and its states are here; what it computes is not."""
+    from opdengine.config.train import TeacherConfig, TrainConfig
+
+    def make(**teacher: object) -> Plan:
+        one = TeacherConfig(**{"model": "Qwen/Qwen3-32B", **teacher})  # type: ignore[arg-type]
+        config = TrainConfig(model="Qwen/Qwen3-14B", output_dir="o", train_data=["d"], teachers=[one], method="opd")
+        return plan(config, Machine(gpus=8), Lengths(500, 2000, 800))
+
+    here, far = make(), make(hidden_states_url=["http://h:1"])
+    shape = QWEN3["Qwen3-32B"]
+    assert far.memory["teachers"] == 2 * shape.head_parameters < here.memory["teachers"]
+    for name in ("teachers' hidden states", "fused loss"):
+        assert far.memory[name] == here.memory[name]
+    assert far.phases["score"].flops == 0 < here.phases["score"].flops
+    assert far.phases["update"] == here.phases["update"]
+    size = 2 * 8 * 8 * 2000 * shape.hidden / 1e9
+    assert f"Qwen3-32B sends {size:.2f} GB of hidden states a step" in str(far) and "served elsewhere" in str(far)
+    whole = make(hidden_states_url=["http://h:1"], hidden_states_dtype="float32")
+    assert f"sends {2 * size:.2f} GB" in str(whole)
+    unknown = make(model="its-name", hidden_states_url=["http://h:1"])
+    assert "no config.json is here: its-name" in str(unknown) and unknown.memory["teachers"] == 0

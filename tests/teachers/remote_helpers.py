@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from opdengine.config.sections import TeacherConfig
 from opdengine.models.chat import load_tokenizer
 from opdengine.teachers.remote import RemoteTeacher
 from opdengine.teachers.serve import server_of
-from opdengine.teachers.served_model import Served
+from opdengine.teachers.served_model import Reply, Served
 from opdengine.types import TeacherContext
 
 ROOT = Path(__file__).parents[2]
@@ -101,3 +101,29 @@ def contexts(count: int = 5) -> list[TeacherContext]:
         ids = np.random.default_rng(n).integers(0, 250, 20 + n)
         found.append(TeacherContext(f"s{n}", "t", ids, np.arange(8 + n, len(ids))))
     return found
+
+
+class Spoiled:
+    """A model that answers as another does, but for what a test changes.
+
+    Args:
+        served: the model.
+        score: (answer of the model) -> what is answered.
+    """
+
+    def __init__(self, served: Served, score: Callable[[Reply], Reply], **fields: Any) -> None:
+        self._served, self._score = served, score
+        self.asked = 0
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._served, name)
+
+    def score(self, *arguments: Any) -> Reply:
+        self.asked += 1
+        return self._score(self._served.score(*arguments))
+
+
+def plain(reply: Reply) -> Reply:
+    return reply

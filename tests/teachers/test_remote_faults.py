@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hostile_http import REASONS, SECRET, hostile_server, mutations
-from remote_helpers import answering, contexts, nobody, remote
+from remote_helpers import Spoiled, answering, contexts, nobody, plain, remote
 
 from opdengine.errors import ProbeError
 from opdengine.teachers import TeacherError
@@ -28,32 +28,6 @@ from opdengine.workers.printing import harmless
 @pytest.fixture(scope="module")
 def served(models: dict[str, str]) -> Served:
     return Served(models["big"], max_tokens=64)
-
-
-class Spoiled:
-    """A model that answers as another does, but for what a test changes.
-
-    Args:
-        served: the model.
-        score: (answer of the model) -> what is answered.
-    """
-
-    def __init__(self, served: Served, score: Callable[[Reply], Reply], **fields: Any) -> None:
-        self._served, self._score = served, score
-        self.asked = 0
-        for name, value in fields.items():
-            setattr(self, name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._served, name)
-
-    def score(self, *arguments: Any) -> Reply:
-        self.asked += 1
-        return self._score(self._served.score(*arguments))
-
-
-def plain(reply: Reply) -> Reply:
-    return reply
 
 
 def probed(teacher: RemoteTeacher, judges: bool = True) -> RemoteTeacher:

@@ -10,24 +10,25 @@ from typing import Any
 import pytest
 import torch
 from engine_helpers import loss_and_gradient, make_config, make_engine, make_samples
-from remote_helpers import TeacherServer, teacher_serve
+from remote_helpers import answering, teacher_serve
 
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import load_prompts
 from opdengine.teachers.remote import RemoteTeacher
+from opdengine.teachers.served_model import Served
 from opdengine.types import Hidden
 
 
 @pytest.fixture(scope="module")
-def servers(models: dict[str, str]) -> Iterator[dict[str, TeacherServer]]:
-    with teacher_serve(models["big"]) as big, teacher_serve(models["small"], "--max_tokens_per_batch", "200") as small:
-        yield {"big": big, "small": small}
+def servers(models: dict[str, str]) -> Iterator[dict[str, str]]:
+    with teacher_serve(models["big"]) as big, answering(Served(models["small"], max_tokens=200)) as small:
+        yield {"big": big.url, "small": small}
 
 
-def elsewhere(config: TrainConfig, servers: dict[str, TeacherServer], **settings: Any) -> TrainConfig:
+def elsewhere(config: TrainConfig, servers: dict[str, str], **settings: Any) -> TrainConfig:
     """The same run with its teachers behind servers."""
     moved = [
-        dataclasses.replace(t, hidden_states_url=[servers[name].url], **settings)
+        dataclasses.replace(t, hidden_states_url=[servers[name]], **settings)
         for t, name in zip(config.teachers, ("big", "small"), strict=True)
     ]
     return dataclasses.replace(config, teachers=moved)
@@ -43,7 +44,7 @@ def elsewhere(config: TrainConfig, servers: dict[str, TeacherServer], **settings
     ids=["opd", "debate", "mixture"],
 )
 def test_loss_and_gradient_are_those_of_teachers_here(
-    models: dict[str, str], servers: dict[str, TeacherServer], prompt_file: str, tmp_path: Path, changes: dict[str, Any]
+    models: dict[str, str], servers: dict[str, str], prompt_file: str, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     config = make_config(models, prompt_file, tmp_path, **changes)
     prompts = load_prompts([prompt_file]).prompts[:4]
@@ -64,7 +65,7 @@ def test_loss_and_gradient_are_those_of_teachers_here(
 
 
 def test_half_the_bytes_round_the_states_and_nothing_else(
-    models: dict[str, str], servers: dict[str, TeacherServer], prompt_file: str, tmp_path: Path
+    models: dict[str, str], servers: dict[str, str], prompt_file: str, tmp_path: Path
 ) -> None:
     """The gradient is that of the rounded states: bfloat16 keeps 8 bits, so it moves by less than a percent."""
     config = make_config(models, prompt_file, tmp_path)
