@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,12 @@ from transformers import AutoModelForCausalLM
 from opdengine.config.train import ConfigError
 from opdengine.data.prompts import load_prompts
 from opdengine.methods import build_method
+from opdengine.models.chat import encode_answer
 from opdengine.training.run import train
 from opdengine.types import Batch, Sample, Turn
+
+sys.path.append(str(Path(__file__).parents[1] / "teachers"))
+from teacher_helpers import serve
 
 gold = pytest.importorskip("trl.experimental.gold.gold_trainer")
 
@@ -261,6 +266,47 @@ def test_text_that_is_not_kept_is_not_judged(
     exact = make_engine(config_of(other, prompt_file, tmp_path, "lower"))
     samples = weighed(exact, load_prompts([prompt_file]).prompts, ["BBBB"])
     assert loss_and_gradient(exact, samples)[0] == 0
+
+
+def test_an_agents_turns(other: Models, prompt_file: str, tmp_path: Path) -> None:
+    """Every turn is read in the teacher's tokens, answers in its template; a closed turn ends once."""
+    engine = make_engine(config_of(other, prompt_file, tmp_path, "pieces", advantage={"kl_mode": "sampled"}))
+    (prompt,) = load_prompts([prompt_file]).prompts[:1]
+    said = [engine.tokenizer.encode(text, add_special_tokens=False) for text in ("the answer", "is 42")]
+    said[0].append(engine.tokenizer.eos_token_id)
+    answer = ({"role": "user", "content": "fox?"},)
+    between = encode_answer(engine.tokenizer, answer, (), {}, said[0])
+    turns = (
+        Turn.of_prompt(engine.encode(prompt)), Turn("assistant", np.array(said[0]), trains=True),
+        Turn("environment", np.array(between), messages=answer), Turn("assistant", np.array(said[1]), trains=True),
+    )  # fmt: skip
+    sample = Sample("0", prompt, turns, group="0")
+    asyncio.run(engine.annotate(Batch(0, [sample])))
+    context = sample.contexts[0]
+    text = engine.teachers[0].tokenizer.decode(context.token_ids).replace("</s> [", "</s>[").removeprefix(" ")
+    assert text == "[user] What is 0 + 0?</s>[assistant] the answer</s>[user] fox?</s>[assistant] is 42"
+    assert context.spans is not None and (np.diff(context.spans.student) >= 0).all() and context.spans.student[0] == 0
+    batch = Batch(0, [sample])
+    asyncio.run(engine.score(batch))
+    engine.measure(batch)
+    engine.weigh(batch)
+    models = (AutoModelForCausalLM.from_pretrained(other[n]).double().eval() for n in ("student", "pieces"))
+    gaps, _ = reference_gaps(sample, *models)
+    np.testing.assert_allclose(sample.advantage, np.array(gaps)[context.spans.student], rtol=1e-4, atol=1e-4)
+
+
+def test_a_served_teacher_tells_its_own_tokens(other: Models, prompt_file: str, tmp_path: Path) -> None:
+    """It judges spans as the same weights in this process do."""
+    found = []
+    with serve(other["bytes"]) as server:
+        served = {"model": "tiny", "base_url": server.url, "tokenizer": other["bytes"], "score_top_k": 2}
+        for teacher in (served, {"model": other["bytes"]}):
+            teachers = [{**teacher, "tokenizer_alignment": "spans", "name": "t"}]
+            config = config_of(other, prompt_file, tmp_path, teachers=teachers, advantage={"kl_mode": "sampled"})
+            found.append(weighed(make_engine(config), load_prompts([prompt_file]).prompts, ended=True))
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_allclose(one.advantage, two.advantage, rtol=1e-3, atol=1e-3)
+        assert np.any(one.advantage)
 
 
 # ------------------------------------------------------------------------------------------------- whole runs
