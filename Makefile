@@ -141,11 +141,15 @@ $(VENV)-docs/.ready: pyproject.toml requirements/extras.py
 docs: $(VENV)-docs/.ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS_PY) -m mkdocs build --strict --clean
 
+# The real model of one of the browser's tests (93 MB to download, 0.5 GB on disk).
+$(VENV)/smollm2: | $(VENV)/.dev
+	$(PY) -m opdengine fetch smollm2-135m --out $@
+
 # The page of `opdengine report` in a real browser without a window: Debian's chromium, installed where it is missing.
-test-browser: $(VENV)/.dev
+test-browser: $(VENV)/.dev $(VENV)/smollm2
 	command -v chromium > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 	$(PY) -m pip install --quiet -e ".[browser]"
-	$(PY) -m pytest tests/report -m browser $(ARGS)
+	SMOLLM2=$(abspath $(VENV)/smollm2) $(PY) -m pytest tests/report -m browser $(ARGS)
 
 bench: $(VENV)/.dev
 	$(PY) -m pytest benchmarks -m "not vllm and not gpu" $(ARGS)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,41 @@ def torchrun(world: int, *arguments: str, **environment: str) -> subprocess.Comp
         timeout=400,
         check=False,
     )
+
+
+def in_processes(world: int, arguments: Callable[[int], Sequence[str]], **environment: str) -> None:
+    """Run a program in one process for each rank, without torchrun; what the first that failed has printed is shown.
+
+    Args:
+        world: number of processes.
+        arguments: rank -> what follows ``python``.
+        environment: further variables of all of them.
+    """
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": str(world), **environment}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", *arguments(rank)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        output = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    failed = [text for process, text in zip(running, output, strict=True) if process.returncode]
+    assert not failed, failed[0][-4000:]
+
+
+def free_port() -> str:
+    """A port of this machine at which nobody listens."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return str(listening.getsockname()[1])
 
 
 def same_steps(one: Mapping[str, Any], many: Mapping[str, Any], tolerance: float) -> None:

@@ -44,6 +44,7 @@ PHASES = ((32, {"plain": 6, "first": 3}), (44, {"plain": 2, "first": 1, "later":
 
 
 def main() -> None:
+    """Train the adapters of the market's experts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=BASE, help="folder of `opdengine fetch smollm2-135m`")
     parser.add_argument("--out", type=Path, required=True, help="where the adapters' folders go")

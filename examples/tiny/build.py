@@ -44,6 +44,7 @@ FOLDERS = (*(str(teacher["name"]) for teacher in TEACHERS), "student")
 
 
 def main() -> None:
+    """Train the models of the demo, and measure them in ``report.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the model folders go")
     parser.add_argument("--seed", type=int, default=0)

@@ -74,6 +74,7 @@ def define(
 
 
 def names_of(arguments: str) -> list[str]:
+    """The names in the arguments of a schema, in order."""
     return [argument.split()[-1] for argument in arguments.split(", ")]
 
 
@@ -95,6 +96,7 @@ def run_divergence(given: Arguments) -> list[Tensor]:
 
 
 def fake_divergence(given: Arguments) -> list[Tensor]:
+    """Empty tensors of the shapes and dtypes of :func:`run_divergence`."""
     hidden, dtype = given["student_hidden"], compute_dtype(given)
     whole, rows = given["reduction"] == "none", hidden.shape[0]
     found = empty_stats(given) if given["stats"] else []
@@ -125,12 +127,14 @@ def run_logprob(given: Arguments) -> list[Tensor]:
 
 
 def fake_logprob(given: Arguments) -> list[Tensor]:
+    """Empty tensors of the shapes and dtypes of :func:`run_logprob`."""
     hidden, labels, dtype = given["hidden"], given["labels"], compute_dtype(given)
     rows, width = hidden.shape[0], labels.shape[1] if labels.dim() == 2 else 1
     return [hidden.new_empty(rows, width, dtype=dtype), *(hidden.new_empty(rows, dtype=dtype) for _ in range(3))]
 
 
 def run_logprob_backward(given: Arguments) -> list[Tensor]:
+    """Three gradients for the upstream ones of log-probs [N, L], tail [N] and entropy [N], of which any may be None."""
     call = logprob_call_of(given)
     tail = given["tail_value"]
     gradients = (given["grad_logprob"], given["grad_entropy"], given["grad_tail"])
@@ -141,11 +145,13 @@ def run_logprob_backward(given: Arguments) -> list[Tensor]:
 
 
 def run_stats(given: Arguments) -> list[Tensor]:
+    """All statistics in the order of ``TokenStats``, absent ones empty."""
     problem = problem_of({**given, **STATS_OPTIONS})
     return present(compute_stats(problem), problem.mix)
 
 
 def fake_gradients(given: Arguments) -> list[Tensor]:
+    """Empty tensors in place of the gradients that a backward op returns."""
     return empty_gradients(given, given["wants"])
 
 
@@ -172,6 +178,7 @@ class Saved:
         self.rest = [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
 
     def join(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """The arguments again, with these tensors in their places."""
         stream = iter(tensors)
         joined: list[Any] = pytree.tree_unflatten([next(stream) if x is _TENSOR else x for x in self.rest], self.spec)
         return joined
@@ -181,6 +188,7 @@ _TENSOR = object()
 
 
 def divergence_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    """Keep what :func:`divergence_backward` needs: the gradients, or with ``reduction="none"`` the arguments."""
     given = dict(zip(names_of(DIVERGENCE), inputs, strict=True))
     ctx.set_materialize_grads(False)
     ctx.wants, ctx.dtypes = given["wants"], [None if x is None else x.dtype for x in inputs[:3]]
@@ -190,6 +198,7 @@ def divergence_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) 
 
 
 def divergence_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """A gradient, or None, for every argument of the op; only that of the loss reaches any."""
     found: Sequence[Tensor | None] = (None, None, None)
     grad_loss = gradients[0]
     if grad_loss is not None and ctx.recompute:
@@ -202,6 +211,7 @@ def divergence_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[A
 
 
 def logprob_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    """Keep the arguments and the tail, from which :func:`logprob_backward` makes the logits again."""
     ctx.set_materialize_grads(False)
     ctx.wants, ctx.dtypes = inputs[-1], [None if x is None else x.dtype for x in inputs[:3]]
     ctx.arguments = Saved([output[1], *inputs])
@@ -209,6 +219,7 @@ def logprob_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
 
 
 def logprob_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """A gradient, or None, for every argument of the op; the largest probability passes none on."""
     found: Sequence[Tensor | None] = (None, None, None)
     if any(x is not None for x in gradients[:3]):
         arguments = ctx.arguments.join(ctx.saved_tensors)
@@ -288,16 +299,19 @@ def problem_of(given: Arguments) -> Problem:
 
 
 def logprob_call_of(given: Arguments) -> LabelSets:
+    """The validated call of an op's arguments."""
     tensors = (given["hidden"], given["weight"], given["bias"], given["labels"])
     passed = ("logit_scale", "softcap", "tail", "temperature", "impl", "workspace_bytes", "vocab_size")
     return prepare_logprob(*tensors, **{name: given[name] for name in passed}, group=group_of(given["group_name"]))
 
 
 def name_of(group: Any) -> str:
+    """The name under which an op knows a process group; "" for none."""
     return "" if group is None else group.group_name
 
 
 def group_of(name: str) -> Any:
+    """The process group of a name of :func:`name_of`."""
     if not name:
         return None
     from torch.distributed.distributed_c10d import _resolve_process_group
@@ -331,6 +345,7 @@ def gradients_of(outcome: Outcome, hidden: Tensor, weight: Tensor, group_name: s
 
 
 def empty_gradients(given: Arguments, wants: Sequence[bool]) -> list[Tensor]:
+    """Empty tensors of the shapes and dtypes of :func:`gradients_of`."""
     prefix = "" if "weight" in given else "student_"
     tensors = [given[f"{prefix}{name}"] for name in ("hidden", "weight", "bias")]
     dtypes = stored_dtypes(tensors[0], tensors[1], compute_dtype(given), bool(given["group_name"]))
@@ -350,17 +365,20 @@ def asked(
 
 
 def present(found: TokenStats, like: Tensor) -> list[Tensor]:
+    """Statistics as an op returns them: absent ones are empty."""
     values = [getattr(found, name) for name in STATISTICS]
     return [like.new_empty(0) if x is None else x for x in values]
 
 
 def empty_stats(given: Arguments) -> list[Tensor]:
+    """Empty tensors of the shapes and dtypes of :func:`run_stats`."""
     like = given["student_hidden"].new_empty(0, dtype=compute_dtype(given))
     rows, teachers = given["student_hidden"].shape[0], len(given["teacher_hidden"])
     return present(TokenStats.empty(rows, teachers, given["labels"] is not None, like), like)
 
 
 def unpack_stats(values: Sequence[Tensor], given: Arguments) -> TokenStats:
+    """The statistics from what an op returns; those of labels are None without labels."""
     absent = () if given["labels"] is not None else ("student_logprob", "teacher_logprob", "gap")
     pairs = zip(STATISTICS, values, strict=True)
     return TokenStats(**{name: None if name in absent else value.detach() for name, value in pairs})  # type: ignore[arg-type]

@@ -117,6 +117,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def check_teacher(k: int, teacher: Tensor, rows: Tensor) -> None:
+    """Raise ValueError, with the first row, where logits [n, V] of teacher k are not finite; rows [n] number them."""
     bad = ~torch.isfinite(teacher).all(1)
     if bool(bad.any()):
         row = int(rows[torch.nonzero(bad)[0, 0]])

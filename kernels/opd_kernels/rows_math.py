@@ -235,6 +235,7 @@ def log_ratio(table, row, head):
 
 @triton.jit
 def probability(x, table, row, head):
+    """softmax of a row's logits x, from its largest and its log-sum in the table."""
     top = entry(table, row, head, TOP)
     return exp((x - top) - entry(table, row, head, LOG))
 

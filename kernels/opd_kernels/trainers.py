@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .causal_lm import Replaced, in_place_of_head, teacher_head, unwrapped
 from .divergence import from_trl_beta, linear_divergence
 from .logprob import linear_logprob
+from .trl_self_distillation import trl_self_distillation_compute_loss as trl_self_distillation_compute_loss
 from .types import LMHead
 
 IGNORED = -100

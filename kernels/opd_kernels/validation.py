@@ -22,11 +22,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ValueError unless a value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
 
 
 def check_positive(name: str, value: float) -> None:
+    """Raise ValueError unless a value is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}={value!r} must be a finite number greater than 0")
 
@@ -78,6 +80,7 @@ def check_vector(name: str, tensor: object, length: int, device: torch.device, i
 
 
 def check_constant(name: str, tensor: Tensor) -> None:
+    """Raise ValueError where a tensor wants a gradient that no op computes."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, which this op does not compute: pass {name}.detach()")
 
@@ -126,6 +129,7 @@ def make_head(
 def make_student(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float
 ) -> Head:
+    """Check the student's tensors and constants, and the temperature."""
     check_positive("temperature", temperature)
     return make_head("student_", hidden, weight, bias, scale, softcap, temperature)
 
@@ -328,6 +332,7 @@ def check_labels(labels: object, vocab: int, hidden: Tensor) -> Tensor:
 
 
 def make_workspace_bytes(workspace_bytes: int | None, device: torch.device) -> int:
+    """Check the budget of temporaries, or choose that of the device."""
     if workspace_bytes is None:
         return default_workspace_bytes(device)
     if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
@@ -410,4 +415,5 @@ def make_problem(
 
 
 def check_impl(impl: str) -> None:
+    """Raise ValueError unless there is such an implementation."""
     check_choice("impl", impl, IMPLS)

@@ -7,6 +7,7 @@ shapes; :func:`read_tokens` takes it apart again. With :func:`recompute_loss` a 
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -108,7 +109,7 @@ class Pieces:
     _known: dict[int, str] = field(default_factory=dict)
 
     def __call__(self, ids: Iterable[int]) -> dict[int, str]:
-        """The text of each id; of a part of a character that is U+FFFD."""
+        """The text of each id; bytes that are a part of a character stand as ``<F0 9F>``."""
         return {token: self._known.setdefault(token, self._piece(token)) for token in ids}
 
     def _piece(self, token: int) -> str:
@@ -118,8 +119,31 @@ class Pieces:
         if name is None:  # a padding row of the head
             return f"[{token}]"
         text = str(self.tokenizer.decode([token]))
+        if "\ufffd" in text:
+            return _bytes_of(str(name)) or text
         # SentencePiece leaves out the space before the first word of what it decodes.
         return f" {text}" if str(name).startswith("\u2581") and not text.startswith(" ") else text
+
+
+_PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTES = {chr(byte): byte for byte in _PRINTED}
+_BYTES |= {chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(_PRINTED)))}
+"""How tokenizers in the manner of GPT-2 write the bytes of a token."""
+
+
+def _bytes_of(name: str) -> str:
+    """The text of a token that holds parts of characters; "" where its name does not tell its bytes."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", name):  # SentencePiece
+        data = bytes.fromhex(name[3:5])
+    elif set(name) <= _BYTES.keys():
+        data = bytes(_BYTES[letter] for letter in name)
+    else:
+        return ""
+    return re.sub(
+        "[\udc80-\udcff]+",
+        lambda found: f"<{' '.join(f'{ord(letter) - 0xDC00:02X}' for letter in found[0])}>",
+        data.decode("utf-8", "surrogateescape"),
+    )
 
 
 def write_tokens(path: Path, samples: Sequence[tuple[int, Arrays]], pieces: Pieces) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from ranks_helpers import free_port, in_processes
 from transformers import AutoModelForCausalLM
 from trl.experimental.gkd import GKDTrainer
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
@@ -112,42 +112,10 @@ def test_two_processes_train_alike(tmp_path: Path) -> None:
 def _in_processes(folder: Path) -> dict[str, list[float]]:
     script = Path(__file__).with_name("trl_gkd_process.py")
     path = os.pathsep.join([str(Path(trl_gkd.__file__).parent), *sys.path])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": path,
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": _free_port(),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script), str(folder)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        output = [process.communicate(timeout=300)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    failed = [text for process, text in zip(running, output, strict=True) if process.returncode]
-    assert not failed, failed[0][-3000:]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    in_processes(2, lambda _: (str(script), str(folder)), PYTHONPATH=path, **place)
     found: dict[str, list[float]] = json.loads((folder / "losses.json").read_text())
     return found
-
-
-def _free_port() -> str:
-    import socket
-
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return str(listening.getsockname()[1])
 
 
 def test_evaluation_has_the_loss_of_trl(tmp_path: Path) -> None:

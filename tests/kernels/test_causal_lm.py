@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +10,7 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from causal_lm_cases import CONFIGS, assert_same, batch, counted, fused_loss, gradients, make, plain_loss
 from peft import LoraConfig, get_peft_model
+from ranks_helpers import in_processes
 from torch import nn
 
 from opd_kernels import LMHead, linear_divergence
@@ -127,25 +125,7 @@ def test_compiled():
 @pytest.mark.parametrize("how", ["split", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_processes_equal_one(tmp_path, how):
     """DDP with and without a search for unused parameters, FSDP2, and compiled DDP, on two gloo processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-W", "ignore", str(SCRIPT)]
-    running = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(tmp_path / "store"), how],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    try:
-        output = [process.communicate(timeout=300)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    failed = [text for process, text in zip(running, output, strict=True) if process.returncode]
-    assert not failed, failed[0][-4000:]
+    in_processes(2, lambda rank: (str(SCRIPT), str(rank), "2", str(tmp_path / "store"), how))
 
 
 def test_the_model_is_left_as_it_was():

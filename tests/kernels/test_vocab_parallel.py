@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks_helpers import in_processes
 
 from opd_kernels.shards import column_offsets
 
@@ -17,24 +15,7 @@ SCRIPT = Path(__file__).with_name("vocab_parallel_cases.py")
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_equal_one(tmp_path, processes):
     """All cases of ``vocab_parallel_cases`` in one group of gloo processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(processes), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        for rank in range(processes)
-    ]
-    try:
-        output = [process.communicate(timeout=300)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    failed = [text for process, text in zip(running, output, strict=True) if process.returncode]
-    assert not failed, failed[0][-4000:]
+    in_processes(processes, lambda rank: (str(SCRIPT), str(rank), str(processes), str(tmp_path / "store")))
 
 
 @pytest.mark.parametrize(

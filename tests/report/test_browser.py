@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,8 @@ def test_curves_are_drawn_compared_and_filtered(page: Any) -> None:
     page.locator(".chip").nth(1).click()
     page.wait_for_selector(".u-legend")
     assert page.locator(".u-legend .u-series").count() == 3
+    low, high = page.evaluate("around(null, 0, 0)")  # of a metric that is always 0
+    assert -0.2 <= low < 0 < high <= 0.2
 
 
 def test_rollouts_are_filtered_and_their_tokens_tell_numbers(page: Any) -> None:
@@ -130,6 +133,14 @@ def test_debates_drops_and_settings(page: Any) -> None:
     assert "teachers.0.model" in page.locator("table:not(.u-legend)").inner_text()
 
 
+def train(folder: Path, settings: dict[str, Any]) -> None:
+    """A run as a user starts it."""
+    file = folder.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump({**settings, "output_dir": str(folder)}))
+    command = [sys.executable, "-m", "opdengine", "train", "--config", str(file)]
+    subprocess.run(command, check=True, timeout=1200, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+
+
 @pytest.fixture(scope="module")
 def demo_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled demo's models: a few steps of MAD-OPD and of MT-OPD."""
@@ -143,10 +154,7 @@ def demo_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     arms = {"mad_opd": {"debate": demo._debate(rounds=2)}, "mt_opd": {"divergence": "jsd"}}
     for method, own in arms.items():
-        settings = {**shared, **own, "method": method, "output_dir": str(root / method)}
-        (root / f"{method}.yaml").write_text(yaml.safe_dump(settings))
-        command = [sys.executable, "-m", "opdengine", "train", "--config", str(root / f"{method}.yaml")]
-        subprocess.run(command, check=True, timeout=400, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+        train(root / method, {**shared, **own, "method": method})
     write_report([root / method for method in arms], root / "report.html")
     return root / "report.html"
 
@@ -166,3 +174,56 @@ def test_a_run_of_the_demo_is_shown_whole(browser: Any, demo_report: Path) -> No
         assert "expected answer" in page.locator(".detail").inner_text().lower()
         page.locator("nav a[href='#settings']").click()
         assert "divergence" in page.locator("main").inner_text() and "jsd" in page.locator("main").inner_text()
+
+
+@pytest.fixture(scope="module")
+def real_report(tmp_path_factory: pytest.TempPathFactory, smollm2: str) -> Path:
+    """A step of MAD-OPD with SmolLM2, which writes code, long words and several alphabets."""
+    root = tmp_path_factory.mktemp("real")
+    prompts = {
+        "alphabets": "Say hello in Japanese, Arabic and Russian, e.g. こんにちは, مرحبا, Привет, and end with 🎉.",
+        "code": "Write a Python function fib(n) with a docstring, in a fenced block, and explain it at length.",
+    }
+    write_jsonl(root / "data.jsonl", [{"id": i, "prompt": prompt, "answer": "none"} for i, prompt in prompts.items()])
+    teachers = [{"model": smollm2, "name": name, "dtype": "float32"} for name in ("first", "second")]
+    settings = {
+        "model": smollm2, "teachers": teachers, "dtype": "float32", "method": "mad_opd", "max_steps": 1,
+        "train_data": [str(root / "data.jsonl")], "eval_data": [str(root / "data.jsonl")], "verifier": "numeric",
+        "debate": {"rounds": 2, "max_tokens": 16}, "max_completion_length": 64, "per_device_train_batch_size": 2,
+        "temperature": 0.3, "repetition_penalty": 1.0,
+    }  # fmt: skip
+    train(root / "real", settings)
+    write_report([root / "real"], root / "report.html")
+    return root / "report.html"
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")], ids=["wide", "narrow"])
+def test_a_run_of_a_real_model_can_be_read(browser: Any, real_report: Path, width: int, scheme: str) -> None:
+    for page in opened(browser, real_report, width, scheme):
+        for tab in TABS:
+            page.locator(f"nav a[href='#{tab}']").click()
+            page.wait_for_selector(f"nav a[href='#{tab}'][aria-current]")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
+        value = page.locator(".settings tr", has_text="teachers.0.name").locator("td").nth(1)
+        assert value.inner_text() == "first" and value.bounding_box()["x"] + 40 < width
+        page.locator("nav a[href='#rollouts']").click()
+        assert page.locator(".list button").count() == 2
+        for name in ("alphabets", "code"):
+            page.locator(".list button", has_text=name).first.click()
+            spans = page.locator(".tokens span")
+            texts = spans.all_inner_texts()
+            assert len(texts) > 20 and "\ufffd" not in "".join(texts)
+            parts = [i for i, text in enumerate(texts) if re.search("<[0-9A-F]{2}", text)]
+            assert bool(parts) == (name == "alphabets")
+            words = [i for i, text in enumerate(texts) if text.strip().isalpha()]
+            for i in (parts[0] if parts else words[0], words[-1]):
+                spans.nth(i).hover()
+                shown = page.locator(".facts").inner_text()
+                assert "student log p" in shown and "first: KL" in shown and "second: share" in shown
+                assert f'token "{texts[i]}"' in shown
+                inside = page.locator(".facts").bounding_box()
+                top, bottom = inside["y"], inside["y"] + inside["height"]
+                assert top >= 0 and bottom <= 900  # in view beside the token that is pointed at
+        assert "Debate of its teachers" in page.locator(".detail").inner_text()
+        page.locator("nav a[href='#evaluations']").click()
+        assert "こんにちは" in page.locator(".detail").inner_text()

@@ -86,6 +86,7 @@ PLANS = {
 
 
 def main() -> None:
+    """Train the models of the agents' demos, and measure them in ``report.json``."""
     kept = [name for name in PLANS if name != BEGINNER]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=MODELS, help="where the model folders go")

@@ -16,6 +16,12 @@ function smoothed(values, weight) {
   });
 }
 
+/** The range of an axis; what never changes is in its middle. */
+function around(_, low, high) {
+  const pad = low === high ? Math.abs(low) / 10 || 0.1 : 0;
+  return low === null ? [0, 1] : uPlot.rangeNum(low - pad, high + pad, 0.1, !pad);
+}
+
 function plot(name, box) {
   const shown = runs().filter((run) => run.curves[name]);
   const tables = shown.map((run) => {
@@ -28,11 +34,12 @@ function plot(name, box) {
     box.append(el("p", { class: "dim" }, "no positive value"));
     return;
   }
+  const steps = [1, 2, 5].flatMap((one) => Array.from({ length: 10 }, (_, power) => one * 10 ** power)).sort((a, b) => a - b);
   const axis = { stroke: css("--dim"), grid: { stroke: css("--grid"), width: 1 }, ticks: { stroke: css("--grid") }, font: "11px system-ui" };
   new uPlot({
     width: Math.max(box.clientWidth, 200), height: 170,
-    scales: { x: { time: false }, y: view.log ? { distr: 3 } : {} },
-    axes: [axis, { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => tick === null ? "" : short(tick)) }],
+    scales: { x: { time: false }, y: view.log ? { distr: 3 } : { range: around } },
+    axes: [{ ...axis, incrs: steps }, { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => tick === null ? "" : short(tick)) }],
     cursor: { sync: { key: "steps" } },
     series: [{ label: "step" }, ...shown.map((run) => ({
       label: run.name.length > 26 ? `…${run.name.slice(-25)}` : run.name, stroke: color(run.index), width: 1.6, spanGaps: true,

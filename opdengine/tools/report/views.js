@@ -142,12 +142,12 @@ tab("dropped", "Dropped", () => {
 
 const look = { text: "", differing: DATA.runs.length > 1 };
 tab("settings", "Settings", () => {
-  const box = el("div", { class: "card scroll" });
+  const box = el("div", { class: "card scroll settings" });
   function fill() {
     const shown = runs(), names = [...new Set(shown.flatMap((run) => Object.keys(run.settings)))];
     const differs = (name) => new Set(shown.map((run) => run.settings[name] ?? "")).size > 1;
     const chosen = names.filter((name) => (!look.differing || differs(name)) && name.toLowerCase().includes(look.text.toLowerCase()));
-    box.replaceChildren(el("table", null, el("tr", null, el("th", null, "setting"), shown.map((run) => el("th", null, dot(run.index), " ", run.name))),
+    box.replaceChildren(el("table", { style: `min-width:${9 + 9 * shown.length}rem` }, el("tr", null, el("th", null, "setting"), shown.map((run) => el("th", null, dot(run.index), " ", run.name))),
       chosen.map((name) => el("tr", { class: differs(name) ? "differs" : null }, el("td", null, name), shown.map((run) => el("td", null, run.settings[name] ?? "–"))))),
     chosen.length ? "" : el("p", { class: "dim" }, look.differing && runs().length > 1 ? "The settings do not differ." : "No setting has such a name."));
   }
