@@ -45,6 +45,25 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(rows, "BLOCK", 16)
 
 
+@pytest.fixture(autouse=True)
+def patched_once(monkeypatch):
+    """The interpreter replaces the functions of ``triton.language`` at each call of a jitted function by another,
+    which takes most of its time; once per launch is enough."""
+    if CUDA:
+        return
+    from triton import language
+    from triton.runtime import interpreter
+
+    replace_all = interpreter._patch_lang
+
+    def replace_missing(fn):
+        seen = [lang for lang in (language, language.core) if any(value is lang for value in fn.__globals__.values())]
+        done = not any(language.core.is_builtin(lang.load) for lang in seen)
+        return interpreter._LangPatchScope() if done else replace_all(fn)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", replace_missing)
+
+
 @dataclass
 class Case:
     """A student and K teachers; ``double()`` gives the same numbers in float64."""
