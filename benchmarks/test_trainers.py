@@ -94,7 +94,8 @@ def test_step_beside_other_trainers(tmp_path, record, guard):
             found[name].append(launch(name, file))
     case = {}
     for name, runs in found.items():
-        case[name] = {key: statistics.median(run[key] for run in runs) for key in ("step_s", "peak_bytes", "loss")}
+        case[name] = {key: statistics.median(run[key] for run in runs) for key in ("step_s", "peak_bytes")}
+        case[name]["loss"] = statistics.median(statistics.mean(run["losses"]) for run in runs)
         print(name, case[name])
     record("step", case)
     assert abs(case["trl"]["loss"] / case["ours"]["loss"] - 1) < 0.1  # the same work

@@ -1,10 +1,11 @@
-"""Optimiser steps of one trainer, in a process of its own; prints JSON: seconds of a step, peak memory, loss.
+"""Optimiser steps of one trainer, in a process of its own; prints JSON: seconds of a step, peak memory, losses.
 
 python benchmarks/trainer_worker.py PROVIDER settings.json
 
 Every provider does the same: sample the student on all prompts, ask the teacher, reverse KL over the
-completions' tokens, backward, AdamW. Steps after the first are timed. Memory is the process's peak beyond what it
-held with both models loaded, before the first step.
+completions' tokens, backward, AdamW. Steps after the first are timed, by the clock and in seconds of all processors.
+Memory is the process's peak beyond what it held with both models loaded, before the first step. With ``top_k: 1`` all
+trainers get the same completions; ``lora`` is the rank of an adapter on every linear layer.
 """
 
 from __future__ import annotations
@@ -34,20 +35,21 @@ class Stopwatch:
     """Told at the beginning and after every step."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.times: list[tuple[float, float]] = []
         self.begun = 0
 
     def begin(self) -> None:
         forget_peak()
         self.begun = memory("VmRSS")
-        self.times.append(time.perf_counter())
+        self.step()
 
     def step(self) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append((time.perf_counter(), time.process_time()))
 
     def figures(self) -> dict[str, float]:
-        steps = [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
-        return {"step_s": statistics.median(steps[1:]), "peak_bytes": memory("VmHWM") - self.begun}
+        steps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(self.times[1:], self.times[2:], strict=False)]
+        wall, processor = (statistics.median(column) for column in zip(*steps, strict=True))
+        return {"step_s": wall, "processor_s": processor, "peak_bytes": memory("VmHWM") - self.begun}
 
 
 def ours(settings: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
@@ -75,15 +77,19 @@ def ours(settings: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
             "warmup_ratio": 0.0,
             "lr_scheduler_type": "constant",
             "weight_decay": 0.0,
+            "top_k": settings.get("top_k", 0),
+            **({"lora": {"r": settings["lora"], "lora_alpha": settings["lora"]}} if settings.get("lora") else {}),
         },
     )
     engine = build_engine(config, build_method(config), load_tokenizer(config.model))
     batch = load_prompts(config.train_data).prompts
     watch.begin()
+    losses = []
     for _ in range(settings["steps"]):
         metrics = asyncio.run(engine.step(batch)).metrics
+        losses.append(metrics["loss"])
         watch.step()
-    return {"loss": metrics["loss"], "tokens": metrics["completions/mean_length"] * settings["prompts"]}
+    return {"losses": losses, "tokens": metrics["completions/mean_length"] * settings["prompts"]}
 
 
 def trl(settings: dict[str, Any], watch: Stopwatch, kind: str) -> dict[str, Any]:
@@ -104,7 +110,7 @@ def trl(settings: dict[str, Any], watch: Stopwatch, kind: str) -> dict[str, Any]
         "max_steps": settings["steps"],
         "learning_rate": settings["learning_rate"],
         "lr_scheduler_type": "constant",
-        "logging_steps": settings["steps"],
+        "logging_steps": 1,
         "beta": 1.0,
         "temperature": 1.0,
         "save_strategy": "no",
@@ -117,12 +123,19 @@ def trl(settings: dict[str, Any], watch: Stopwatch, kind: str) -> dict[str, Any]
     }
     models = [AutoModelForCausalLM.from_pretrained(settings[name]) for name in ("student", "teacher")]
     tokenizer = AutoTokenizer.from_pretrained(settings["student"], padding_side="left")
-    columns = {"args": None, "processing_class": tokenizer, "callbacks": [Watcher()]}
+    columns: dict[str, Any] = {"args": None, "processing_class": tokenizer, "callbacks": [Watcher()]}
+    if settings.get("lora"):
+        from peft import LoraConfig
+
+        rank = settings["lora"]
+        columns["peft_config"] = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer: Any
     if kind == "trl":
         from trl import DistillationConfig, DistillationTrainer
 
-        columns["args"] = DistillationConfig(**shared, max_completion_length=settings["tokens"])
+        columns["args"] = DistillationConfig(
+            **shared, max_completion_length=settings["tokens"], top_k=settings.get("top_k", 0)
+        )
         trainer = DistillationTrainer(models[0], models[1], train_dataset=data, **columns)
     else:
         from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -133,8 +146,9 @@ def trl(settings: dict[str, Any], watch: Stopwatch, kind: str) -> dict[str, Any]
             remove_columns=["prompt"],
         )
         trainer = GKDTrainer(models[0], models[1], train_dataset=answered, **columns)
+        trainer.generation_config.top_k = settings.get("top_k", 0)
     trainer.train()
-    return {"loss": next(row for row in reversed(trainer.state.log_history) if "train_loss" in row)["train_loss"]}
+    return {"losses": [row["loss"] for row in trainer.state.log_history if "loss" in row]}
 
 
 PROVIDERS: dict[str, Callable[[dict[str, Any], Stopwatch], dict[str, Any]]] = {

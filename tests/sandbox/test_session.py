@@ -147,6 +147,7 @@ def later():
     time.sleep(0.2)
     for _ in range(5):
         if os.fork() == 0:
+            time.sleep(2)  # the test sees them before they are ended
             block = bytearray(100 << 20)
             time.sleep(1000)
 threading.Thread(target=later, daemon=True).start()
