@@ -70,9 +70,9 @@ def scramble(file: Path) -> None:
         content.write(b"\x3e" * (size - header))
 
 
-def mapped() -> list[str]:
-    """The safetensors files that this process has in its memory."""
-    return [line for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
+def mapped() -> set[str]:
+    """The safetensors files that this process has in its memory; other tests may have left some."""
+    return {line for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line}
 
 
 # -------------------------------------------------------------------------------------- memory
@@ -80,10 +80,10 @@ def mapped() -> list[str]:
 
 @pytest.mark.parametrize("damage", ["overwritten", "cut off"])
 def test_a_model_does_not_change_with_its_file(folder: Callable[[str], Path], damage: str) -> None:
-    path = folder("student")
+    path, others = folder("student"), mapped()
     model = load_model(str(path))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert not mapped()
+    assert not mapped() - others
     if damage == "overwritten":
         scramble(path / "model.safetensors")
     else:
@@ -94,21 +94,21 @@ def test_a_model_does_not_change_with_its_file(folder: Callable[[str], Path], da
 
 def test_nothing_of_a_run_stays_a_view_of_a_file(models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
     """Of the first life of a run and of its next one: student, teachers, optimiser and adapter."""
-    run = tmp_path / "run"
+    run, others = tmp_path / "run", mapped()
     config = make_config(models, prompt_file, run, method="mt_opd", max_steps=1, save_steps=1)
     train(config, progress=False)
     checkpoint = run / "checkpoints" / "step_1"
     recipe, tokenizer = build_method(config), load_tokenizer(config.model)
     engine = build_engine(config, recipe, tokenizer, checkpoint)
     restore_optimizer(checkpoint, engine.student.model, engine.optimizer)
-    assert not mapped()
+    assert not mapped() - others
     tensors = [*engine.student.model.parameters(), *(v for s in engine.optimizer.state.values() for v in s.values())]
     assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)  # as torch allocates them: results depend on it
     adapted = make_config(models, prompt_file, tmp_path / "adapted", lora={"r": 2}, max_steps=1, save_steps=1)
     train(adapted, progress=False)
     student = load_student(adapted, torch.device("cpu"), tmp_path / "adapted" / "checkpoints" / "step_1")
     teacher = load_model(str(tmp_path / "adapted" / "final"))
-    assert not mapped()
+    assert not mapped() - others
     assert all(parameter.data_ptr() % 64 == 0 for m in (student, teacher) for parameter in m.parameters())
 
 
