@@ -1,9 +1,9 @@
 """A whole step beside TRL's trainers with a real language model: sampling, teacher, loss, backward, AdamW.
 
-    python benchmarks/real_trainers.py --model models/smollm2 [--save] [--rounds 2] [--steps 3] [--cases short long lora]
+    python benchmarks/real_trainers.py --model models/smollm2 [--save] [--rounds 2] [--steps 3] [--cases short long]
 
-Every trainer takes the likeliest token (``top_k: 1``), so that all train on the same completions, which end where the
-model ends them; the first step's losses are compared. The teacher is the same model with sharper distributions: its
+Every trainer takes the likeliest token (``top_k: 1``), so that all train on the same completions, which end where
+the model ends them; the first step's losses are compared. The teacher is the same model with sharper distributions: its
 last norm is multiplied by 1.2. Each trainer runs in processes of its own, in turns; the ratios are those of medians, by
 the clock and in seconds of the processors, which other programs on the machine hardly stretch. ``--save`` writes
 ``benchmarks/results/real/trainers.json``.
