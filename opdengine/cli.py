@@ -1,4 +1,4 @@
-"""``opdengine train | report | balance | eval | debate | plan | settings | fetch | teacher-serve | ...``."""
+"""``opdengine train | report | balance | eval | bench | debate | plan | settings | fetch | teacher-serve | ...``."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ PLANNED = {
     "mean_turn": COUNT,
 }
 """What ``opdengine plan`` can count with."""
+
+BENCH = "run a benchmark: opdengine bench humaneval --model run/final; without a name all are listed"
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """Failures of a disk, which say nothing of a file."""
@@ -170,6 +172,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--cap", type=float, default=4.0, help="a prompt occurs at most this often (default 4)")
     command.add_argument("--target", default="largest", help="raise scarce counts to the largest or median one")
     command.add_argument("--chunk", type=int, default=64, help="prompts between two saves (default 64)")
+    example = "opdengine bench humaneval --model run/final"
+    command = commands.add_parser("bench", help=BENCH, description=BENCH, epilog=SETTINGS, example=example)
+    command.add_argument("name", nargs="?", help="of the benchmark, or NAME:PART,PART; before all settings")
+    command.add_argument("--config", help="YAML file of settings")
+    command.add_argument("--limit", type=int, help="the first so many questions of each kind; default: all")
+    command.add_argument("--seeds", type=int, default=1, help="how many, from --seed on (default 1)")
+    command.add_argument("--data", help="file of the questions, in place of those of the package")
+    command.add_argument("--out", type=Path, help="the result file; default: bench/NAME.json beside run/final")
     command = commands.add_parser("settings", help=DESCRIBE, description=DESCRIBE)
     command.add_argument(
         "names", nargs="*", metavar="NAME", help="settings, sections, environment.NAME or method.NAME; default: all"
@@ -213,6 +223,8 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return _report(options)
     if options.command == "teacher-serve":
         return _teach(options)
+    if options.command == "bench" and options.name is None:
+        return _list_benchmarks(options, rest)
     config = load_config(options.config, rest, {} if options.command == "train" else {"output_dir": "."})
     if options.command == "plan":
         return _plan(config, options)
@@ -221,6 +233,8 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return _train(config)
     if options.command == "balance":
         return _balance(config, options)
+    if options.command == "bench":
+        return _bench(config, options)
     if options.command == "debate":
         return _debate(config, options.prompt, options.data_source)
     return _eval(config)
@@ -316,6 +330,24 @@ def _eval(config: TrainConfig) -> int:
         with grader:
             metrics = evaluate(sampler, prompts, encode, grader, answer_params(config)).metrics()
     _say(json.dumps(metrics, indent=1))
+    return 0
+
+
+def _list_benchmarks(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from opdengine.tools.bench.loop import listing
+
+    if rest or options.config is not None:
+        raise ValueError("the name of the benchmark is missing: opdengine bench humaneval --model run/final")
+    _say(listing())
+    return 0
+
+
+def _bench(config: TrainConfig, options: argparse.Namespace) -> int:
+    from opdengine.tools.bench.loop import BenchSettings, bench
+
+    names = ("name", "limit", "seeds", "data", "out")
+    record = bench(config, BenchSettings(**{name: getattr(options, name) for name in names}), _load_student)
+    _say(f"{record.markdown()}\n\nwritten: {record.file}")
     return 0
 
 

@@ -62,8 +62,9 @@ class DataConfig(Section):
     section = "data"
 
     path: ByContent[Text]
-    """JSONL, JSON-list or Parquet file, ``datasets`` folder, hub data set as ``name:split``, or generated tasks as
-    ``reasoning_gym:NAMES?size=1000&seed=0&split=train``."""
+    """JSONL, JSON-list or Parquet file, ``datasets`` folder, hub data set as ``name:split``, generated tasks as
+    ``reasoning_gym:NAMES?size=1000&seed=0&split=train``, or a benchmark as ``bench:NAME`` (``opdengine bench`` lists
+    them)."""
     format: Text = "prompts"
     """layout of its rows: "prompts" (ours), or that of a public data set (docs/verifiers.md lists them)."""
     data_source: Maybe[Text] = None

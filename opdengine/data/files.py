@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opdengine.config.fields import at_home
+from opdengine.data.benchmarks import BENCH, rows_of
 from opdengine.data.reasoning_tasks import GENERATED, generate
 from opdengine.models.given import find_given, is_given
 from opdengine.models.hub import hub_problem
@@ -99,6 +100,9 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
     if path.startswith(GENERATED):
         yield from enumerate(_read(path, lambda: list(generate(path))), start=1)
         return
+    if path.startswith(BENCH):
+        yield from enumerate(_read(path, lambda: list(rows_of(path))), start=1)
+        return
     file = Path(at_home(path))
     if file.is_file():
         _require_plain(path, file)
@@ -117,7 +121,8 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
     else:
         raise DataError(
             f"data file {path!r} does not exist or is none of .jsonl, .json, .parquet, a folder written by "
-            "datasets.save_to_disk, a hub data set as 'name:split', or generated tasks as 'reasoning_gym:NAMES'"
+            "datasets.save_to_disk, a hub data set as 'name:split', generated tasks as 'reasoning_gym:NAMES', or "
+            "'bench:NAME'"
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opdengine.config.sections import DataConfig
+from opdengine.data.benchmarks.evalplus import problem
 from opdengine.data.files import parse_json
 from opdengine.data.rows import chat_of_text
 from opdengine.errors import ConfigError
@@ -329,6 +330,8 @@ FORMATS: dict[str, Format] = {
     # Generated: see opdengine.verifiers.reasoning_tasks.
     "reasoning_gym": Format(suffix=TAGGED),
     "humaneval": Format({"id": ["task_id"], "prompt": ["prompt"]}, _human_eval, data_source="code", suffix=PROGRAM),
+    # HumanEval+ and MBPP+, as evalplus keeps them.
+    "evalplus": Format({"id": ["task_id"]}, problem, data_source="code", suffix=PROGRAM),
     "mbpp": Format({"id": ["task_id"], "prompt": ["text", "prompt"]}, _mbpp, data_source="code", suffix=PROGRAM),
 }
 """By name."""

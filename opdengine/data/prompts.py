@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from opdengine.config.sections import DataConfig
+from opdengine.data.benchmarks import BENCH, find_benchmark
 from opdengine.data.files import DataError, Undecodable, read_rows
 from opdengine.data.formats import NotSelected, adapt, find_format
 from opdengine.data.images import Pictures
@@ -69,8 +70,11 @@ class PromptSet:
 def as_source(source: str | DataConfig) -> DataConfig:
     """A path alone stands for a source of our own layout."""
     config = DataConfig(source) if isinstance(source, str) else source
-    generated = config.path.startswith(GENERATED) and config.format == "prompts"
-    return replace(config, format="reasoning_gym") if generated else config
+    if config.format == "prompts" and config.path.startswith(GENERATED):
+        return replace(config, format="reasoning_gym")
+    if config.format == "prompts" and config.path.startswith(BENCH):
+        return replace(config, format=find_benchmark(config.path.removeprefix(BENCH)).format)
+    return config
 
 
 def load_prompts(sources: Sequence[str | DataConfig], *, skip_bad_rows: bool = False) -> PromptSet:
@@ -78,7 +82,7 @@ def load_prompts(sources: Sequence[str | DataConfig], *, skip_bad_rows: bool = F
 
     Args:
         sources: JSONL, JSON-list or Parquet files, ``datasets`` folders, hub data sets as
-            ``name:split``, ``reasoning_gym:...``, or sections that say more than a path.
+            ``name:split``, ``reasoning_gym:...``, ``bench:...``, or sections that say more than a path.
         skip_bad_rows: leave malformed rows out (counted) instead of refusing the file.
 
     Raises:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from opdengine.data.benchmarks import BENCHMARKS
 from opdengine.environments.java import find_java
 from opdengine.verifiers.sandbox.session import SandboxError, find_tier
 
@@ -36,6 +37,11 @@ OPTIONAL = {
     "alfworld": ('the environment "alfworld"', "pip install 'opdengine[alfworld]'"),
     "textworld": ('the environment "textworld"', "pip install 'opdengine[textworld]'"),
     "scienceworld": ('the environment "scienceworld"', "pip install 'opdengine[scienceworld]'"),
+    **{
+        package: (f"opdengine bench {name}", benchmark.install)
+        for name, benchmark in BENCHMARKS.items()
+        for package in benchmark.packages[:1]
+    },
     "bm25s": ('the environment "search"', "pip install 'opdengine[search]'"),
 }
 

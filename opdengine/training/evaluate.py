@@ -69,7 +69,7 @@ class Evaluation:
         return values
 
 
-def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(successes: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's 95 % interval of a share; (0, 1) of nothing."""
     if not count:
         return 0.0, 1.0

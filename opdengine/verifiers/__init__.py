@@ -33,6 +33,8 @@ FACTORIES = {
     "math": "opdengine.verifiers.math_answer:MathVerifier",
     "reasoning_gym": "opdengine.verifiers.reasoning_tasks:ReasoningGymVerifier",
     "code": "opdengine.verifiers.program:CodeVerifier",
+    "evalplus": "opdengine.verifiers.evalplus:EvalPlusVerifier",
+    "bfcl": "opdengine.verifiers.bfcl:BFCLVerifier",
 }
 """Verifiers with requirements or limits, made with the :class:`VerifierSettings`."""
 

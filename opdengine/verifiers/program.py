@@ -173,10 +173,10 @@ def _call_function(session: Session, code: str, tests: CodeTests, clock: _Clock)
     """Return what is wrong with the values that a function returns; empty if they are right."""
     answer = session.start("functions", code, clock.seconds())
     for number, (given, expected) in enumerate(zip(tests.inputs, tests.outputs, strict=True), start=1):
-        if wrong := _trouble(answer):
+        if wrong := trouble(answer):
             return f"before case {number}: {wrong}"
         answer = session.tell({"call": [tests.entry, [encode(a) for a in given], []]}, clock.seconds())
-        if wrong := _trouble(answer):
+        if wrong := trouble(answer):
             return f"case {number}: {wrong}"
         try:
             value = decode(answer["value"])
@@ -195,16 +195,16 @@ def _run_test(session: Session, judge: Session, code: str, tests: CodeTests, clo
     here, so that the program sees neither the test nor what is expected.
     """
     answer = session.start("functions", code, clock.seconds())
-    if wrong := _trouble(answer):
+    if wrong := trouble(answer):
         return wrong
     names = free_names(tests)
     step = judge.start("test", tests.test, clock.seconds(), setup=tests.prefix, names=names)
     while "call" in step:
         reply = session.tell(step, clock.seconds())
         if "failed" in reply:
-            return _trouble(reply)
+            return trouble(reply)
         step = judge.tell({k: reply[k] for k in ("value", "raised") if k in reply}, clock.seconds())
-    return "" if step.get("passed") is True else _trouble(step) or "the test did not end"
+    return "" if step.get("passed") is True else trouble(step) or "the test did not end"
 
 
 def free_names(tests: CodeTests) -> list[str]:
@@ -227,7 +227,7 @@ def free_names(tests: CodeTests) -> list[str]:
     return sorted(({tests.entry} - {""}) | (used - stored - set(dir(builtins))))
 
 
-def _trouble(answer: Mapping[str, Any]) -> str:
+def trouble(answer: Mapping[str, Any]) -> str:
     """Why an answer of the sandbox is none."""
     if "failed" in answer:
         return f"{answer['failed']}: {answer.get('detail')}"

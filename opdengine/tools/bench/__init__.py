@@ -1,0 +1,1 @@
+"""``opdengine bench``: benchmarks through the harnesses that keep them, with this project's sampler and sandbox."""
