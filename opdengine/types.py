@@ -346,7 +346,9 @@ MEASURES = (
 )
 """Fields of a :class:`Sample` that are measured before the update, where the method needs them."""
 
-PER_TOKEN = (*MEASURES, "kl_weight", "advantage")
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
+
+PER_TOKEN = (*MEASURES, "kl_weight", "divergence_kind", "advantage")
 """Fields of a :class:`Sample` whose first axis is its T targets."""
 
 
@@ -390,6 +392,8 @@ class Sample:
         sampler_logratio: float32 [T] the same with the sampler's log-prob always, so that it also shows how
             trainer and sampler differ with the same weights.
         kl_weight: float32 [T] multiplies the divergence at each target (set by ``Method.weigh``).
+        divergence_kind: [T] the name of each target's divergence, one of :data:`DIVERGENCES`; None: that of the
+            prompt's routing key.
         advantage: float32 [T] multiplies log p(target); None for no such term.
         scale: the loss denominator: what both weights are multiplied with in the loss.
         drop: why the sample is left out of the update; empty while it is kept. Every reason is counted.
@@ -417,6 +421,7 @@ class Sample:
     policy_logratio: np.ndarray | None = None
     sampler_logratio: np.ndarray | None = None
     kl_weight: np.ndarray | None = None
+    divergence_kind: np.ndarray | None = None
     advantage: np.ndarray | None = None
     scale: float = 1.0
     drop: str = ""

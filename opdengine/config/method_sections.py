@@ -203,6 +203,16 @@ class EntropyConfig(Section):
 
 
 @settings
+class EOPDConfig(Section):
+    """EOPD (arXiv 2603.07079): the divergence of every token by the teacher's entropy."""
+
+    section = "eopd"
+
+    tau: Annotated[Real, Entropy] = 0.8
+    """the entropy of the teacher above which a token has the forward KL, nats."""
+
+
+@settings
 class SdftConfig(Section):
     """SDFT (arXiv 2601.19897): the student, shown a demonstration, teaches itself."""
 

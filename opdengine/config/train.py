@@ -50,6 +50,7 @@ from opdengine.config.method_sections import (
     CaMOPDConfig,
     DebateConfig,
     EntropyConfig,
+    EOPDConfig,
     GkdConfig,
     GoldConfig,
     GOPDConfig,
@@ -77,6 +78,7 @@ from opdengine.config.sections import (
     is_address,
 )
 from opdengine.errors import ConfigError
+from opdengine.types import DIVERGENCES
 
 __all__ = ["ConfigError", "DebateConfig", "LoRAConfig", "SageConfig", "TeacherConfig", "TrainConfig", "by_key"]
 
@@ -84,7 +86,6 @@ MOST_PER_STEP = 10**7
 """Rollouts of one step on one device."""
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
 Middle = Annotated[
     Real, Range(0, 1, open_low=True, open_high=True, remedy="it lies between 0 and 1; the ends are KLs by name")
 ]
@@ -132,8 +133,8 @@ class TrainConfig(Section):
     teachers: Annotated[Listed[TeacherConfig], AfterValidator(_named)] = field(default_factory=list)
     """the models that judge the student, and debate."""
     method: Name = "mad_opd"
-    """one of "opd", "mt_opd", "mt_seqkd", "mad_opd", "opad", "sage_opd", "tcod", "entropy_opd", "uni_opd", "camopd",
-    "sdft", "sdpo", "opsd", "grpo", "gkd", "g_opd", "relaxed_opd", "selectkd", "gold", or a class of your own:
+    """one of "opd", "mt_opd", "mt_seqkd", "mad_opd", "opad", "sage_opd", "tcod", "entropy_opd", "eopd", "uni_opd",
+    "camopd", "sdft", "sdpo", "opsd", "grpo", "gkd", "g_opd", "relaxed_opd", "selectkd", "gold", or a class of your own:
     "module:Class" or "file.py:Class"."""
     method_options: Free = field(default_factory=dict)
     """keywords of a method of your own."""
@@ -182,6 +183,8 @@ class TrainConfig(Section):
     """settings of the method "tcod"."""
     entropy_opd: Changeable[EntropyConfig] = field(default_factory=EntropyConfig)
     """settings of the method "entropy_opd"."""
+    eopd: Changeable[EOPDConfig] = field(default_factory=EOPDConfig)
+    """settings of the method "eopd"."""
     sdft: Changeable[SdftConfig] = field(default_factory=SdftConfig)
     """settings of the method "sdft"."""
     sdpo: Changeable[SdpoConfig] = field(default_factory=SdpoConfig)

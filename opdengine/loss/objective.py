@@ -6,6 +6,7 @@ op only sums; so the loss and its gradient do not depend on how a step is cut in
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -102,8 +103,8 @@ class Objective:
             advised = any(sample.advantage is not None and np.any(sample.advantage) for sample in chosen)
             # One pass serves both terms where they are about the same distribution.
             joined = judged and advised and self.temperature == 1.0 and bool(self._kinds(chosen)[0])
-            if judged:
-                loss = loss + self._divergence(part, head, chosen, divergence, statistics, joined)
+            for place, (kind, weighted) in enumerate(_by_kind(chosen, divergence) if judged else ()):
+                loss = loss + self._divergence(part, head, weighted, kind, statistics, joined and not place)
             if advised and not joined:
                 loss = loss + self._advantage(part, head, chosen, statistics)
         return loss
@@ -306,6 +307,29 @@ class Objective:
             vocab_size=self.vocab_size,
             group=self.group,
         )
+
+
+def _by_kind(samples: Sequence[Sample], divergence: str) -> list[tuple[str, Sequence[Sample]]]:
+    """Each divergence that some of these tokens have, and the samples with weight on these tokens alone.
+
+    Args:
+        samples: of one group.
+        divergence: of tokens for which none was chosen.
+    """
+    kinds = [
+        np.full(len(s.target_ids), divergence) if s.divergence_kind is None else s.divergence_kind for s in samples
+    ]
+    found = sorted({str(kind) for own in kinds for kind in own})
+    if len(found) == 1:
+        return [(found[0], samples)]
+    parts: list[tuple[str, Sequence[Sample]]] = []
+    for kind in found:
+        copies = [copy.copy(sample) for sample in samples]
+        for sample, own in zip(copies, kinds, strict=True):
+            assert sample.kl_weight is not None
+            sample.kl_weight = np.where(own == kind, sample.kl_weight, 0)
+        parts.append((kind, copies))
+    return parts
 
 
 def kl_weight(sample: Sample) -> np.ndarray:

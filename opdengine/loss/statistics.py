@@ -64,7 +64,8 @@ class Statistics:
                 own = np.nan_to_num(own) * sample.token_mix(len(sample.teachers))[:, teacher].astype(np.float32)
             if more or teacher is not None:
                 own = np.nan_to_num(noted.get("divergence", np.zeros_like(own))) + np.nan_to_num(own)
-            noted["divergence"] = own
+            known = noted.get("divergence", own)
+            noted["divergence"] = np.where(np.isnan(own), known, own)
 
     def add_student(self, samples: Sequence[Sample], logprob: torch.Tensor, entropy: torch.Tensor) -> None:
         """Add the student's own statistics where no exact divergence adds them."""

@@ -167,6 +167,7 @@ def without_tokens(sample: Sample) -> Sample:
             Hidden(torch.zeros(0, 0)) if isinstance(t, Hidden) else t for t in sample.teacher_targets
         ),
         kl_weight=sample.kl_weight,
+        divergence_kind=sample.divergence_kind,
         advantage=sample.advantage,
         scale=sample.scale,
     )

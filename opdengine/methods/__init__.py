@@ -9,6 +9,7 @@ from opdengine.errors import ConfigError
 from opdengine.methods import gold
 from opdengine.methods.agent_baselines import TCOD, EntropyOPD
 from opdengine.methods.camopd import CaMOPD
+from opdengine.methods.eopd import EOPD
 from opdengine.methods.g_opd import GOPD
 from opdengine.methods.gkd import GKD, Mixture
 from opdengine.methods.gold import GOLD, CrossTokenizer
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
     "sage_opd": SAGEOPD,
     "tcod": TCOD,
     "entropy_opd": EntropyOPD,
+    "eopd": EOPD,
     "uni_opd": UniOPD,
     "camopd": CaMOPD,
     "sdft": SDFT,

@@ -37,6 +37,7 @@ TITLES = {
     "2402.03300": "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
     "2602.12125": "Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation",
     "2603.11137": "Scaling Reasoning Efficiently via Relaxed On-Policy Distillation",
+    "2603.07079": "Entropy-Aware On-Policy Distillation of Language Models",
     "2510.24021": "SelecTKD: Selective Token-Weighted Knowledge Distillation for LLMs",
     "2402.12030": "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs",
 }

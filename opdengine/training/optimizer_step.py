@@ -141,6 +141,7 @@ def describe(batches: Sequence[MicroBatch], losses: Sequence[float]) -> list[dic
             "finite": bool(np.isfinite(loss)),
             "teachers": list(sample.teachers),
             "kl_weight": kl_weight(sample).tolist(),
+            "divergence_kind": None if sample.divergence_kind is None else sample.divergence_kind.tolist(),
             "mix": sample.token_mix(len(sample.teachers)).tolist(),
             "advantage": None if sample.advantage is None else advantage(sample).tolist(),
             "token_ids": sample.token_ids.tolist(),

@@ -405,7 +405,8 @@ class Engine:
         if self.probed or not samples or not samples[0].teachers:
             return
         c, group = self.config, None if self.vocabulary is None else self.vocabulary.group
-        for divergence in sorted({c.divergence_of(s.prompt.key) for s in samples}):
+        chosen = [kind for s in samples if s.divergence_kind is not None for kind in s.divergence_kind.tolist()]
+        for divergence in sorted({*chosen, *(c.divergence_of(s.prompt.key) for s in samples)}):
             sanity.self_distillation_is_zero(hidden, head, divergence, self.vocab_size, c.loss_impl, group)
         self.probed = True
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from opdengine.types import Sample, TopK
+from opdengine.types import DIVERGENCES, Sample, TopK
 
 SAMPLED = 8
 """Rollouts of a step whose tokens are logged with ``log_tokens: sample``."""
@@ -56,8 +56,8 @@ def token_arrays(sample: Sample) -> dict[str, np.ndarray]:
         ``token_ids`` int32 [L] and ``is_target`` bool [L]; ``context_ids`` int32 and ``context_is_target`` bool, of all
         teachers end to end, and their lengths ``context_lengths`` int32 [K]; ``scale`` float64 [1], the loss
         denominator; float32 [T] or [T, K] the fields of :data:`NOTED` and :data:`GIVEN`, NaN where nothing was
-        computed; of served teachers ``alternatives`` int32 and ``alternatives_logprob`` float32 [T, K, n]. What is not
-        known is left out.
+        computed; ``divergence_kind`` int32 [T], places in :data:`opdengine.types.DIVERGENCES`; of served teachers
+        ``alternatives`` int32 and ``alternatives_logprob`` float32 [T, K, n]. What is not known is left out.
     """
     found = {
         "token_ids": sample.token_ids.astype(np.int32),
@@ -74,6 +74,10 @@ def token_arrays(sample: Sample) -> dict[str, np.ndarray]:
         value = getattr(sample, name, None)
         if value is not None:
             found[name] = np.asarray(value, dtype=np.float32)
+    if sample.divergence_kind is not None:
+        found["divergence_kind"] = np.array(
+            [DIVERGENCES.index(kind) for kind in sample.divergence_kind], dtype=np.int32
+        )
     return found | _alternatives(sample)
 
 

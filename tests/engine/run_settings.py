@@ -53,6 +53,7 @@ OF_METHODS: dict[str, dict[str, Any]] = {
         "num_generations": 4,
         "verifier": f"{Path(__file__).with_name('even_verifier.py')}:even",
     },
+    "eopd": {"eopd": {"tau": 3.0}},
     "gkd": {"gkd": {"lmbda": 0.5, "completion_column": "answer", "sft_alpha": 0.5}},
     "g_opd": {"g_opd": {"reference": "small"}},
     "relaxed_opd": {"relaxed_opd": {"entropy_share": 0.5}},
@@ -68,7 +69,7 @@ def settings_of(method: str, models: dict[str, str], prompt_file: str, steps: in
     teachers = [{"model": models["big"]}, {"model": models["small"]}]
     if method == "camopd":
         teachers = [{"model": models["big"], "key": ["code"]}, {"model": models["small"], "key": ["agentic"]}]
-    elif method in ("opd", "gkd", "sage_opd", "tcod", "entropy_opd", "relaxed_opd", "selectkd"):
+    elif method in ("opd", "eopd", "gkd", "sage_opd", "tcod", "entropy_opd", "relaxed_opd", "selectkd"):
         teachers = teachers[:1]
     elif method == "gold":
         teachers = [{**teachers[0], "tokenizer_alignment": "spans"}]

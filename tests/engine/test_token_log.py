@@ -22,7 +22,7 @@ from opdengine.models.chat import load_tokenizer, vocabulary_size
 from opdengine.training.run import train
 from opdengine.training.token_log import Pieces, TokenLog, read_tokens, recompute_loss, write_tokens
 from opdengine.training.writer import read_metrics
-from opdengine.types import Hidden, TopK
+from opdengine.types import DIVERGENCES, Hidden, TopK
 
 STEPS = 2
 
@@ -50,8 +50,11 @@ def from_models(folder: Path, config: TrainConfig, step: int, log: TokenLog, voc
                 part = slice(starts[k], starts[k + 1])
                 context, marks = arrays["context_ids"][part].tolist(), arrays["context_is_target"][part]
                 theirs = full_logprobs(paths[name], context, np.flatnonzero(marks), vocab)
-                kind = config.divergence_of(rows[line]["data_source"])
-                loss += torch.from_numpy(arrays["kl_weight"] * mix[:, k]) * divergence(kind, ours, theirs)
+                usual = DIVERGENCES.index(config.divergence_of(rows[line]["data_source"]))
+                kinds = arrays.get("divergence_kind", np.full(len(places), usual))
+                for kind in np.unique(kinds):
+                    weight = np.where(kinds == kind, arrays["kl_weight"] * mix[:, k], 0)
+                    loss += torch.from_numpy(weight) * divergence(DIVERGENCES[kind], ours, theirs)
         if "advantage" in arrays:
             targets = torch.tensor(ids)[torch.from_numpy(places)]
             loss -= torch.from_numpy(arrays["advantage"]) * ours[torch.arange(len(places)), targets]

@@ -63,6 +63,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "grpo": {
         "loss_normalization": "sequence", "num_generations": 64, "learning_rate": 1e-6, "grpo.weight": 1.0,
     },
+    "eopd": {"divergence": "reverse_kl", "loss_normalization": "token"},
     "gkd": {
         "gkd.lmbda": 0.5, "divergence": "jsd", "jsd_beta": 0.5, "loss_normalization": "token", "num_generations": 1,
         "temperature": 0.9,

@@ -1,4 +1,5 @@
-"""GRPO, arXiv 2402.03300, G-OPD, arXiv 2602.12125, and CaMOPD's baselines, arXiv 2603.11137 and 2510.24021."""
+"""GRPO, arXiv 2402.03300, G-OPD, arXiv 2602.12125, CaMOPD's baselines, arXiv 2603.11137 and 2510.24021, and EOPD,
+arXiv 2603.07079."""
 
 from __future__ import annotations
 
@@ -37,9 +38,22 @@ SELECTIVE: list[Row] = [
     ("selectkd.rejected_weight", 0.0, "rejected tokens are masked"),
 ]
 
+EOPD: list[Row] = [
+    ("divergence", "reverse_kl", "abstract"),
+    ("loss_normalization", "token", "unstated"),
+    ("eopd.tau", 0.8, "as in arXiv 2606.19659, equation 26"),
+]
+
 PRESETS: dict[str, list[Row]] = {}
-DEFAULTS: dict[str, list[Row]] = {"grpo": GRPO, "g_opd": G_OPD, "relaxed_opd": RELAXED, "selectkd": SELECTIVE}
+DEFAULTS: dict[str, list[Row]] = {
+    "eopd": EOPD,
+    "grpo": GRPO,
+    "g_opd": G_OPD,
+    "relaxed_opd": RELAXED,
+    "selectkd": SELECTIVE,
+}
 SECTIONS: dict[str, tuple[str, set[str]]] = {
+    "eopd": ("eopd", set()),
     "g_opd": ("g_opd", set()),
     "relaxed_opd": ("relaxed_opd", set()),
     "selectkd": ("selectkd", set()),

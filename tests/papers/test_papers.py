@@ -78,6 +78,7 @@ def test_every_method_with_a_paper_has_a_table() -> None:
     assert {method: PAPERS[method].arxiv for method in sorted(PAPERS)} == {
         "camopd": "2605.27115",
         "entropy_opd": "2606.19659",
+        "eopd": "2603.07079",
         "g_opd": "2602.12125",
         "gkd": "2306.13649",
         "gold": "2402.12030",
