@@ -78,9 +78,9 @@ def test_the_loss_of_every_method_follows_from_its_files(
         assert log.lines == tuple(range(len(rows)))
         loss = lines[step]["loss"]
         assert recompute_loss(log.samples) == pytest.approx(loss, rel=1e-4, abs=1e-7)
-        assert from_models(tmp_path, config, step, log, vocabulary_size(tokenizer)) == pytest.approx(
-            loss, rel=2e-3, abs=1e-6
-        )
+        if method != "gold":  # its teacher has other tokens, of which a log has no alignment
+            found = from_models(tmp_path, config, step, log, vocabulary_size(tokenizer))
+            assert found == pytest.approx(loss, rel=2e-3, abs=1e-6)
         assert loss != 0
         for row, arrays in zip(rows, log.samples, strict=True):
             targets = arrays["token_ids"][arrays["is_target"]]

@@ -22,7 +22,7 @@ MUTANTS = [
     # (file, what stands there, what is put in its place, the test that must fail)
     ("methods/agent_baselines.py", "> settings.tau", "< settings.tau", f"{RULES}::test_entropy_aware_opd_doubles_the_weight_of_uncertain_tokens"),
     ("methods/agent_baselines.py", "1 + settings.alpha * uncertain", "settings.alpha * uncertain", f"{RULES}::test_entropy_aware_opd_doubles_the_weight_of_uncertain_tokens"),
-    ("config/method_sections.py", "tau: Annotated[Real, Entropy] = 0.8", "tau: Annotated[Real, Entropy] = 0.5", f"{RULES}::test_entropy_aware_opd_doubles_the_weight_of_uncertain_tokens"),
+    ("config/method_sections.py", "tau: Annotated[Real, Entropy] = 0.8\n    \"\"\"the entropy of the teacher above which it is", "tau: Annotated[Real, Entropy] = 0.5\n    \"\"\"the entropy of the teacher above which it is", f"{RULES}::test_entropy_aware_opd_doubles_the_weight_of_uncertain_tokens"),
     ("methods/policy_gradient.py", "np.abs(own) < self.max_gap", "np.abs(own) < np.inf", f"{RULES}::test_the_mask_of_gaps_looks_at_the_gap_and_not_at_what_is_shifted"),
     ("methods/policy_gradient.py", "np.abs(own) < self.max_gap", "np.abs(own + extra) < self.max_gap", f"{RULES}::test_the_mask_of_gaps_looks_at_the_gap_and_not_at_what_is_shifted"),
     ("loss/importance.py", "weight > 1 + high, weight", "weight > 1e9, weight", f"{RULES}::test_ppo_clips_at_0_8_and_1_28"),
@@ -71,6 +71,12 @@ MUTANTS = [
     ("teachers/own.py", "self.steps % self.every == 0", "self.steps % self.every == 1", "tests/teachers/test_own.py::test_averages_are_those_of_the_closed_form"),
     ("teachers/own.py", "p.dtype.itemsize < 4", "p.dtype.itemsize < 1", "tests/teachers/test_own.py::test_averages_of_half_precision_are_not_lost"),
     ("methods/stale.py", "truncated(sample.policy_logratio, clip)", "truncated(sample.policy_logratio, 99.0)", "tests/methods/test_against_trl.py::test_the_divergence_of_older_rollouts_is_weighed_as_in_trl"),
+    ("methods/gkd.py", "/ 2**64 >= self.settings.lmbda", "/ 2**64 < self.settings.lmbda", "tests/methods/test_gkd.py::test_a_draw_is_that_of_seed_step_and_prompt"),
+    ("methods/gkd.py", "{self.config.seed}:{number}:", "{self.config.seed}:", "tests/methods/test_gkd.py::test_a_draw_is_that_of_seed_step_and_prompt"),
+    ("methods/eopd.py", "[:, 0] > self", "[:, 0] < self", "tests/methods/test_eopd.py::test_uncertain_tokens_have_the_forward_kl"),
+    ("loss/objective.py", "np.where(own == kind, sample.kl_weight, 0)", "sample.kl_weight", "tests/methods/test_eopd.py::test_every_token_has_the_gradient_of_its_own_divergence"),
+    ("loss/objective.py", "[sign * kl_weight(sample)", "[kl_weight(sample)", "tests/methods/test_rewards.py::test_the_exact_form_has_the_gradient_of_a_scaled_reward"),
+    ("teachers/own.py", "            left_out.discard(name)\n", "            left_out.clear()\n", "tests/teachers/test_own.py::test_an_average_that_would_not_follow_is_refused"),
 ]  # fmt: skip
 
 
