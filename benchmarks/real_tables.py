@@ -158,10 +158,36 @@ def real_teachers() -> str:
     )
 
 
+def teacher_serve() -> str:
+    """Bytes, seconds and errors of an exact teacher elsewhere and of one that tells its likeliest tokens."""
+    document = read("teacher_serve")
+    if document is None:
+        return NONE
+    found = document["results"]
+    titles = {"here": "teacher in this process"}
+    titles |= {f"states {dtype}": f"hidden states, {dtype}" for dtype in ("float32", "bfloat16")}
+    rows = []
+    for name, way in found["ways"].items():
+        title = titles.get(name, f"{name.removeprefix('top ')} log-probs and tail")
+        size = f"{(way['sent'] + way['received']) / found['targets'] / 1e3:.1f}" if "sent" in way else ""
+        wrong = [way["errors"][kind][what] for kind in ("reverse_kl", "forward_kl") for what in ("value", "gradient")]
+        cells = [f"{100 * error:.2g} %" if error > 1e-6 else "0" for error in wrong]
+        rows.append([title, size, f"{way['processor_seconds']:.1f}", f"{way['seconds']:.1f}", *cells])
+    headings = ["", "kB a target", "processor s", "wall s", "reverse KL", "its gradient", "forward KL", "its gradient"]
+    versions = document["versions"]
+    return table(headings, rows) + (
+        f"\n\nSmolLM2-135M-Instruct with noise in its matrices judges {found['targets']} targets in contexts of "
+        f"{found['tokens']} tokens together, float32, one thread each; log-probs by {found['lists']}, transformers "
+        f"{versions['transformers']}. Errors are relative to the teacher in this process (0: below 1e-6). The head is "
+        f"sent once, {found['head_bytes'] / 1e6:.0f} MB. Seconds are of a busy machine."
+    )
+
+
 TABLES = {
     "demo_real": demo_real,
     "real_confidences": real_confidences,
     "real_debate": real_debate,
     "real_example": real_example,
     "real_teachers": real_teachers,
+    "teacher_serve": teacher_serve,
 }

@@ -36,6 +36,9 @@ from opdengine.teachers.wire import (
 from opdengine.types import Request, SamplingParams
 from opdengine.workers.printing import one_line
 
+NO_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+"""Trainers render the chats, so that models without a template can be served."""
+
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Label = Annotated[str, Field(max_length=200)]
 
@@ -115,9 +118,10 @@ class Served:
         trust_remote_code: bool = False,
         max_tokens: int = 16384,
     ) -> None:
-        self.name = Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
+        folder = Path(model).expanduser()
+        self.name = folder.absolute().name if folder.is_dir() else model
         self.max_tokens = max_tokens
-        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, sees=False)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, chat_template=NO_TEMPLATE, sees=False)
         files = contents(model, trust_remote_code)
         loaded = load_model(
             model,

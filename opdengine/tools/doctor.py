@@ -67,7 +67,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Everything that the engine can use on this machine."""
     found = [Finding("ok", f"python {platform.python_version()}")]
-    return [*found, *_packages(), *_devices(), *_vllm(), *_memory(), *_sandbox(), *_java()]
+    return [*found, *_packages(), *_devices(), *_teacher_serve(), *_vllm(), *_memory(), *_sandbox(), *_java()]
 
 
 def _packages() -> Iterator[Finding]:
@@ -113,6 +113,15 @@ def _devices() -> Iterator[Finding]:
             f"torch for CUDA {torch.version.cuda} finds no GPU ({line})",
             "look at nvidia-smi and CUDA_VISIBLE_DEVICES; the driver may be too old for this CUDA version",
         )
+
+
+def _teacher_serve() -> Iterator[Finding]:
+    lacking = [name for name in ("torch", "transformers", "pydantic", "safetensors") if not _version(name)]
+    if lacking:
+        text = f"opdengine teacher-serve: exact teachers for trainers elsewhere; it lacks {', '.join(lacking)}"
+        yield Finding("optional", text, NEEDED["transformers"])
+    else:
+        yield Finding("ok", "opdengine teacher-serve: exact teachers for trainers elsewhere")
 
 
 def _vllm() -> Iterator[Finding]:

@@ -42,6 +42,13 @@ def test_packages_of_environments_and_verifiers_are_named(monkeypatch: pytest.Mo
         assert f"-> pip install 'opdengine[{extra}]'" in text
 
 
+def test_serving_teachers_needs_what_training_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = dict.fromkeys(("torch", "transformers", "pydantic", "safetensors"), "1")
+    assert "[      ok] opdengine teacher-serve: exact teachers" in report(monkeypatch, **needed)
+    text = report(monkeypatch, **{**needed, "pydantic": ""})
+    assert "[optional] opdengine teacher-serve: exact teachers for trainers elsewhere; it lacks pydantic\n" in text
+
+
 def test_java_matters_where_scienceworld_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_java", lambda: "/opt/java")
     assert '[      ok] Java of the environment "scienceworld": /opt/java' in report(monkeypatch)

@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import logging
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -244,6 +245,15 @@ def test_a_taken_port_is_said(served: Served, open_one: str) -> None:
     port = int(open_one.rsplit(":", 1)[1])
     with pytest.raises(ConfigError, match=f"--host 127.0.0.1 --port {port} is not possible .*choose another address"):
         server_of(served, "127.0.0.1", port, None)
+
+
+def test_a_model_without_a_chat_template_can_be_served(models: dict[str, str], tmp_path: Path) -> None:
+    """Trainers render the chats; the name is the folder's, also that of a link."""
+    folder = Path(shutil.copytree(models["big"], tmp_path / "plain"))
+    (folder / "chat_template.jinja").unlink()
+    (tmp_path / "big").symlink_to(folder)
+    with answering(Served(str(tmp_path / "big"))) as url:
+        asyncio.run(remote(models["big"], url).probe(judges=True))
 
 
 def test_the_command_serves_with_a_token(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
