@@ -55,7 +55,7 @@ class About:
         fingerprint: of its weights, and of the dtype in which they compute.
         identity: of its weights in caches, the same as of this teacher here.
         model: its name.
-        contents: its files by hash.
+        contents: its files by hash, and the dtype where it is not theirs.
         dtype: in which it computes.
         width: of its hidden states.
         rows: of its head.

@@ -129,8 +129,14 @@ class Pool:
         """
         answers: dict[int, Answer | Failure] = {}
         waiting: asyncio.Queue[int] = asyncio.Queue()
+        slots = asyncio.Semaphore(self.max_concurrency)
         for index in range(len(questions)):
             waiting.put_nowait(index)
+
+        async def attempt(endpoint: Endpoint, index: int) -> Answer | Failure | None:
+            await asyncio.sleep(max(endpoint.resting - asyncio.get_running_loop().time(), 0.0))
+            async with slots:
+                return await self._attempt(endpoint, path, questions[index], expects[index])
 
         async def work(endpoint: Endpoint) -> None:
             if endpoint.lost is not None and not await self._is_back(endpoint):
@@ -139,7 +145,7 @@ class Pool:
                 index = await waiting.get()
                 if endpoint.lost is not None:  # meanwhile
                     waiting.put_nowait(index)
-                elif (found := await self._attempt(endpoint, path, questions[index], expects[index])) is not None:
+                elif (found := await attempt(endpoint, index)) is not None:
                     if isinstance(found, Failure) and stop:
                         raise TeacherError(str(found))
                     answers[index] = found
@@ -147,10 +153,8 @@ class Pool:
                     waiting.put_nowait(index)
                 waiting.task_done()
 
-        width = min(IN_FLIGHT, max(1, self.max_concurrency // len(self.endpoints)))
-        asked = [e for e in self.endpoints for _ in range(width)][: max(self.max_concurrency, 1)]
         whole = asyncio.ensure_future(waiting.join())
-        open_ = {asyncio.ensure_future(work(endpoint)) for endpoint in asked}
+        open_ = {asyncio.ensure_future(work(endpoint)) for endpoint in self.endpoints for _ in range(IN_FLIGHT)}
         try:
             while open_ and not whole.done():
                 ended, _ = await asyncio.wait({whole, *open_}, return_when=asyncio.FIRST_COMPLETED)
@@ -172,7 +176,6 @@ class Pool:
     async def _attempt(self, endpoint: Endpoint, path: str, question: Any, expect: Expect) -> Answer | Failure | None:
         """An answer, a failure that no endpoint could avoid, or None where another attempt may do better."""
         now = asyncio.get_running_loop().time
-        await asyncio.sleep(max(endpoint.resting - now(), 0.0))
         began = now()
         try:
             answer = await self.ask(endpoint, path, question, expect)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from opdengine.models.backbone import Backbone, load_model
+from opdengine.models.backbone import Backbone, load_model, read_dtype
 from opdengine.models.chat import load_tokenizer, stop_token_ids
 from opdengine.models.fingerprint import contents
 from opdengine.models.lora import digest
@@ -139,6 +139,8 @@ class Served:
         self._identity = model_fingerprint(model, loaded)
         self._tokenizer = tokenizer_fingerprint(tokenizer)
         self.contents = files if files is not None else {"weights": digest(loaded.named_parameters())}
+        if loaded.dtype != (read_dtype(model, trust_remote_code=trust_remote_code) or loaded.dtype):
+            self.contents |= {"dtype": name_of(loaded.dtype)}  # a run that is resumed shall not get another one
         self.fingerprint = weights_fingerprint(self.contents, self.head.weight.dtype)
         self._model = threading.Lock()
 

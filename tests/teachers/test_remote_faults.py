@@ -116,6 +116,23 @@ def test_all_servers_share_the_work(models: dict[str, str], served: Served) -> N
     assert one.asked and other.asked
 
 
+def test_one_question_at_a_time_is_asked_of_any_server(models: dict[str, str], served: Served) -> None:
+    most, at_once = [0], [0]
+
+    def counting(reply: Reply) -> Reply:
+        at_once[0] += 1
+        most[0] = max(most[0], at_once[0])
+        time.sleep(0.05)
+        at_once[0] -= 1
+        return reply
+
+    good = Spoiled(served, counting)
+    with answering(Spoiled(served, cut)) as bad, answering(good) as url, answering(good) as other:
+        teacher = probed(remote(models["big"], bad, url, other, max_concurrency=1, max_retries=0))
+        states(asyncio.run(teacher.score(contexts(12))))
+    assert good.asked > 2 and most == [1]
+
+
 def test_all_dead_names_them_all(models: dict[str, str], served: Served) -> None:
     with answering(served) as first, answering(served) as second:
         teacher = probed(remote(models["big"], first, second, max_retries=1))

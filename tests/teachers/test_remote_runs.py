@@ -146,6 +146,18 @@ def test_other_weights_end_the_run_with_a_checkpoint(
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
+def test_another_dtype_is_another_teacher(
+    served: Served, models: dict[str, str], prompt_file: str, tmp_path: Path
+) -> None:
+    with answering(served) as url:
+        config = config_of(models, prompt_file, tmp_path, url, max_steps=1, save_steps=1)
+        train(config, progress=False)
+    with answering(Served(models["big"], dtype="bfloat16")) as url:
+        again = config_of(models, prompt_file, tmp_path, url, max_steps=2, resume_from_checkpoint="latest")
+        with pytest.raises(ConfigError, match=r"teachers.0.model=.*what differs: dtype"):
+            train(again, progress=False)
+
+
 def test_a_run_may_move_between_a_teacher_here_and_elsewhere(
     whole: tuple[Path, list[dict[str, Any]]], served: Served, models: dict[str, str], prompt_file: str, tmp_path: Path
 ) -> None:
