@@ -151,7 +151,7 @@ def save_model(model: Any, folder: Path, ranks: Ranks | None = None) -> None:
 
 @torch.no_grad()
 def restore_model(model: Any, folder: Path, trust_remote_code: bool = False) -> None:
-    """Give a model the weights that :func:`save_model` wrote of it, in place. All ranks call this.
+    """Give a model the weights that :func:`save_model` wrote of it, in place; no rank waits for another.
 
     Args:
         model: possibly split over the ranks.

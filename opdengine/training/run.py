@@ -235,8 +235,8 @@ def _write_final(config: TrainConfig, loop: Loop, final: Path) -> None:
         write_model(final, engine.student.model, engine.ranks, rest)
     else:
         copy_model(final, best, engine.ranks, card)
-        with engine.ranks.agree():
-            restore_model(engine.student.model, best / "model", config.trust_remote_code)
+        student, trusted = engine.student.model, config.trust_remote_code
+        engine.ranks.in_turn(lambda: restore_model(student, best / "model", trusted))
     if config.lora is not None and config.lora.merge_final and engine.ranks.is_first:
         merged = load_model(
             str(final),
