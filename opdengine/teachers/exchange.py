@@ -30,12 +30,13 @@ class AttemptFailed(Exception):
     Args:
         reason: one word for the metrics.
         detail: what went wrong.
-        may_pass: whether another attempt, or another endpoint, may do better.
+        may_pass: whether another attempt at the same endpoint may do better.
+        fingerprint: of the weights that a refusal names, if it does.
     """
 
-    def __init__(self, reason: str, detail: str, may_pass: bool = True) -> None:
+    def __init__(self, reason: str, detail: str, may_pass: bool = True, fingerprint: Any = None) -> None:
         super().__init__(detail)
-        self.reason, self.may_pass = reason, may_pass
+        self.reason, self.may_pass, self.fingerprint = reason, may_pass, fingerprint
 
 
 async def exchange(
@@ -54,20 +55,22 @@ async def exchange(
     Raises:
         AttemptFailed: there was no usable answer; the key is never in the message.
     """
+    fingerprint = None
     try:
         async with asyncio.timeout(timeout):
             return await _exchange(url, path, question, expect, key, min(timeout, CONNECT_SECONDS))
     except TimeoutError:
         reason, detail, may_pass = "timeout", f"no answer within {timeout:g} s", True
     except AttemptFailed as error:
-        reason, detail, may_pass = error.reason, str(error), error.may_pass
+        reason, detail, may_pass, fingerprint = error.reason, str(error), error.may_pass, error.fingerprint
     except BadAnswer as error:
         reason, detail, may_pass = error.reason, str(error), True
     except asyncio.IncompleteReadError:
         reason, detail, may_pass = "connection", "the connection was cut before the end of the answer", True
     except (OSError, asyncio.LimitOverrunError) as error:
         reason, detail, may_pass = "connection", one_line(f"{type(error).__name__}: {error}"), True
-    raise AttemptFailed(reason, detail.replace(key, "***") if key else detail, may_pass)  # some servers repeat it
+    detail = detail.replace(key, "***") if key else detail  # some servers repeat it
+    raise AttemptFailed(reason, detail, may_pass, fingerprint)
 
 
 async def _exchange(url: str, path: str, question: Any, expect: Expect, key: str | None, connecting: float) -> Answer:
@@ -102,7 +105,8 @@ async def _answer(reader: asyncio.StreamReader, expect: Expect) -> Answer:
     if status != 200:
         body = await reader.readexactly(min(length, 1 << 16))
         passes = status >= 500 or status in RETRIED_STATUS
-        raise AttemptFailed(f"http_{status}", f"it refused with status {status}: {_message(body)}", passes)
+        said, fingerprint = _refusal(body)
+        raise AttemptFailed(f"http_{status}", f"it refused with status {status}: {said}", passes, fingerprint)
     line, size = await _line(reader, length)
     tensors = expect(line)
     awaited = sum(t.numel() * t.element_size() for t in tensors)
@@ -155,10 +159,11 @@ async def _fill(reader: asyncio.StreamReader, place: memoryview) -> None:
         done += len(piece)
 
 
-def _message(body: bytes) -> str:
-    """What a refusal says, briefly."""
+def _refusal(body: bytes) -> tuple[str, Any]:
+    """What a refusal says, briefly, and of which weights it is."""
     try:
-        said = json.loads(body)["error"]
+        answer = json.loads(body)
+        said = answer["error"]
     except (ValueError, RecursionError, TypeError, KeyError):
-        return repr(body[:200])
-    return one_line(said, 600) if isinstance(said, str) else brief(said, 200)
+        return repr(body[:200]), None
+    return one_line(said, 600) if isinstance(said, str) else brief(said, 200), answer.get("fingerprint")

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 IN_FLIGHT = 2
 """Questions to one endpoint: while the states of one are on their way, the next is computed."""
 
+OF_THE_QUESTION = ("http_400", "http_413", "http_422")
+"""Refusals that every endpoint would give."""
+
 PROBE_SECONDS = 10.0
 """What an endpoint that was lost has to show that it is back."""
 
@@ -97,7 +100,12 @@ class Pool:
             return expect(line)
 
         limit = self.timeout if timeout is None else min(self.timeout, timeout)
-        return await exchange(endpoint.url, path, question, checked, key=self.key, timeout=limit)
+        try:
+            return await exchange(endpoint.url, path, question, checked, key=self.key, timeout=limit)
+        except AttemptFailed as error:
+            if isinstance(error.fingerprint, str):
+                self._check(endpoint, {"fingerprint": error.fingerprint})
+            raise
 
     def _check(self, endpoint: Endpoint, line: Line) -> None:
         told = line.get("fingerprint")
@@ -180,7 +188,7 @@ class Pool:
         try:
             answer = await self.ask(endpoint, path, question, expect)
         except AttemptFailed as error:
-            if not error.may_pass:
+            if error.reason in OF_THE_QUESTION:
                 return Failure(self.name, error.reason, f"{endpoint.url}: {error}")
             if began >= endpoint.failed_at:  # two attempts that end together are one failure
                 self._note_failure(endpoint, error, now())
@@ -191,7 +199,7 @@ class Pool:
     def _note_failure(self, endpoint: Endpoint, error: AttemptFailed, now: float) -> None:
         endpoint.failures += 1
         endpoint.failed_at = now
-        if endpoint.failures <= self.max_retries:
+        if error.may_pass and endpoint.failures <= self.max_retries:
             self.counts[f"teacher_retries/{self.name}"] += 1
             wait = self.backoff * 2 ** (endpoint.failures - 1) * self._jitter.uniform(0.5, 1.0)
             endpoint.resting = now + min(wait, self.longest_wait)

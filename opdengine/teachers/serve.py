@@ -9,6 +9,7 @@ import hmac
 import json
 import logging
 import os
+import re
 import select
 import socket
 import threading
@@ -29,17 +30,23 @@ from opdengine.workers.printing import brief, one_line
 
 logger = logging.getLogger(__name__)
 
-MOST_BYTES = 64 << 20
+MOST_BYTES = 16 << 20
 """Of one question."""
 
-MOST_CONNECTIONS = 64
+MOST_CONNECTIONS = 1024
 """At the same time; a further one is closed and may come again."""
 
 SOCKET_SECONDS = 60.0
 """How long a client may neither send nor take a byte."""
 
+PIECE = 1 << 20
+"""Bytes that are sent at a time: the time limit is that of one piece, and a head is large."""
+
 HELD = 2
 """Answers in memory: while one is sent, the next is computed."""
+
+UNKNOWN_ASKER = (401, 403)
+"""Whoever is refused like this learns nothing of the model."""
 
 SHORTEST_TOKEN = 16
 """Characters; what is shorter can be guessed."""
@@ -86,19 +93,25 @@ class Handler(BaseHTTPRequestHandler):
         """Answer whoever has the token; what is refused or fails is said."""
         self.close_connection = True
         try:
-            self._check_token()
+            self._check_asker()
             work()
         except RefusedError as error:
-            self._send(error.status, {"error": str(error)})
+            of = {"fingerprint": self._served.fingerprint} if error.status not in UNKNOWN_ASKER else {}
+            self._send(error.status, {"error": str(error), **of})
         except OSError:  # the client has gone
             return
         except Exception as error:
             logger.exception("%s failed", self.path)
             self._send(500, {"error": one_line(f"{type(error).__name__}: {error}")})
 
-    def _check_token(self) -> None:
-        """Compare in constant time."""
+    def _check_asker(self) -> None:
+        """Refuse whoever lacks the token, which is compared in constant time.
+
+        Where there is none, a page in a browser could have its own name lead to this machine; its questions bear that.
+        """
         if self._token is None:
+            if not is_loopback(re.sub(r":\d+$", "", self.headers.get("Host", ""))):
+                raise RefusedError(403, "this server has no token and answers as 127.0.0.1 or localhost only")
             return
         given = self.headers.get("Authorization", "").encode("latin-1", "replace")
         if not hmac.compare_digest(given, f"Bearer {self._token}".encode()):
@@ -136,7 +149,9 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(head)
         for tensor in tensors:
-            self.wfile.write(raw(tensor.detach().cpu().contiguous()))
+            view = raw(tensor.detach().cpu().contiguous())
+            for begin in range(0, len(view), PIECE):
+                self.wfile.write(view[begin : begin + PIECE])
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing of single questions."""

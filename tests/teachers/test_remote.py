@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from engine_helpers import full_logprobs
 from remote_helpers import TeacherServer, contexts, remote, teacher_serve
 
 from opdengine.config.train import TeacherConfig
@@ -50,3 +52,14 @@ def test_it_writes_as_a_local_teacher_does(models: dict[str, str], server: Teach
         assert mine.token_ids.tolist() == theirs.token_ids.tolist()
         assert (mine.text, mine.stop_reason) == (theirs.text, theirs.stop_reason)
         np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-5)
+
+
+def test_its_log_probs_are_those_of_the_model(models: dict[str, str], server: TeacherServer, tokenizer: Any) -> None:
+    """States and head that have travelled, against the logits of the whole model in float64."""
+    teacher = remote(models["big"], server.url)
+    asyncio.run(teacher.probe(judges=True))
+    for context, found in zip(contexts(), asyncio.run(teacher.score(contexts())), strict=True):
+        assert isinstance(found, Hidden) and teacher.head is not None
+        logprobs = teacher.head.logits(found.states)[:, : len(tokenizer)].double().log_softmax(-1)
+        expected = full_logprobs(models["big"], context.token_ids.tolist(), context.target_positions, len(tokenizer))
+        torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-4)

@@ -171,6 +171,30 @@ def test_other_weights_end_the_run(models: dict[str, str], served: Served, stop:
         asyncio.run(teacher.score(contexts()))
 
 
+def test_a_refusal_of_other_weights_ends_the_run_too(models: dict[str, str], served: Served) -> None:
+    """A smaller model was put there: what it refuses says more of it than of the question."""
+    with answering(served) as url:
+        teacher = probed(remote(models["big"], url, stop=False))
+
+    def refuse(reply: Reply) -> Reply:
+        raise RefusedError(422, "too long for me")
+
+    restarted = Spoiled(served, refuse, fingerprint="another")
+    with answering(restarted, port=int(url.rsplit(":", 1)[1])), pytest.raises(OtherWeightsError):
+        asyncio.run(teacher.score(contexts()))
+
+
+def test_an_address_where_another_program_answers_is_lost_at_once(
+    models: dict[str, str], served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    with answering(served) as goes, answering(served) as stays:
+        teacher = probed(remote(models["big"], goes, stays))
+        with hostile_server("redirect") as other:
+            teacher.pool.endpoints[0].url = other
+            states(asyncio.run(teacher.score(contexts())))
+    assert f"has lost {other} (http_307: " in caplog.text and "attempt 1 of 3" in caplog.text
+
+
 def test_a_server_that_was_lost_and_is_another_one_ends_the_run(models: dict[str, str], served: Served) -> None:
     with answering(served) as stays:
         with answering(served) as goes:

@@ -8,16 +8,18 @@ import json
 import logging
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from remote_helpers import answering, contexts, remote, teacher_serve
+import torch
+from remote_helpers import Spoiled, answering, contexts, plain, remote, teacher_serve
 
 from opdengine.cli import main
 from opdengine.errors import ConfigError, ProbeError
-from opdengine.teachers.serve import MOST_BYTES, read_token, require_safe, server_of
+from opdengine.teachers.serve import MOST_BYTES, Handler, read_token, require_safe, server_of
 from opdengine.teachers.served_model import Served
 from opdengine.types import Hidden
 
@@ -193,9 +195,36 @@ def test_a_question_has_a_type_and_a_bounded_length(open_one: str) -> None:
     assert ask(open_one, "/score", good, **{"Content-Type": "text/plain"})[0] == 415
     for length, status in ((str(MOST_BYTES + 1), 413), ("9" * 400, 411), ("-1", 411), ("x", 411)):
         with socket.create_connection(("127.0.0.1", int(open_one.rsplit(":", 1)[1])), 20) as raw:
-            fields = f"Content-Type: application/json\r\nContent-Length: {length}"
+            fields = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}"
             raw.sendall(f"POST /score HTTP/1.1\r\n{fields}\r\n\r\n".encode())
             assert f" {status} ".encode() in raw.recv(4096)
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8765", "", "[", "127.0.0.1.evil.example", "a@b:c"])
+def test_a_name_that_leads_here_opens_nothing(open_one: str, guarded: str, host: str) -> None:
+    """Of a page in a browser, whose own name may be made to lead to this machine."""
+    status, line = ask(open_one, "/about", Host=host)
+    assert status == 403 and "no token" in line["error"]
+    assert ask(guarded, "/about", Host=host, Authorization=f"Bearer {TOKEN}")[0] == 200
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:1", "[::1]:8765"])
+def test_the_names_of_this_machine_do(open_one: str, host: str) -> None:
+    assert ask(open_one, "/about", Host=host)[0] == 200
+
+
+def test_a_slow_way_takes_a_large_head(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time limit is for a client that takes nothing, not for the whole answer."""
+    monkeypatch.setattr(Handler, "timeout", 0.6)
+    spoiled = Spoiled(served, plain)
+    spoiled.send_head = lambda: ({}, [torch.zeros(24 << 20, dtype=torch.uint8)])  # type: ignore[attr-defined]
+    with answering(spoiled) as url, socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), 20) as raw:
+        raw.sendall(b"GET /head HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        taken = 0
+        while data := raw.recv(1 << 20):
+            taken += len(data)
+            time.sleep(0.05)
+    assert taken > 24 << 20
 
 
 def test_nobody_is_answered_who_has_gone(served: Served) -> None:
