@@ -38,6 +38,7 @@ from opdengine.models.lfs import require_no_gguf
 from opdengine.models.lora import architecture, base_of, merge_adapter, read_adapted
 from opdengine.models.packing import ONE_REGIME, Packed, Regimes, pack
 from opdengine.models.processor import can_see
+from opdengine.models.quantised import explained, is_quantised, quantisation, require_quantiser, restore_head, rounding
 from opdengine.models.sharding import Sharded
 from opdengine.models.vision import Vision, counts_rows
 from opdengine.types import Image
@@ -91,29 +92,48 @@ def load_model(
     logger.info("loading %s", path)
     attn_implementation = choose_attention(attn_implementation, device)
     # Pickled weights (*.bin) can run code when they are read.
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "revision": revision, "use_safetensors": True}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "revision": revision,
+        "use_safetensors": True,
+    }
     model: Any
     config = read_config(path, trust_remote_code)
     whole = can_see(config) and (sees or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING)
     if can_see(config) and not whole:
         logger.warning("%s sees, but is loaded as its language model alone: there are no pictures for it", path)
     read = (AutoModelForImageTextToText if whole else AutoModelForCausalLM).from_pretrained
-    try:
-        model = read_model(read, path, attn_implementation=attn_implementation, **options)
-    except ModelFileError:
-        raise
-    except ValueError as error:
-        if "attention" not in str(error).lower() or attn_implementation not in ("sdpa", "flash_attention_2"):
+    kind = quantisation(config)
+    if kind:
+        require_quantiser(path, trust_remote_code)
+        if torch.device(device).type == "cuda":
+            options["device_map"] = {"": device}
+    with explained(path, kind):
+        try:
+            model = read_model(read, path, attn_implementation=attn_implementation, **options)
+        except ModelFileError:
             raise
-        logger.warning("%s does not support %s attention: using eager", path, attn_implementation)
-        model = read_model(read, path, attn_implementation="eager", **options)
-    except (OSError, ImportError) as error:
-        if not Path(path).is_dir() and (problem := hub_problem(path, error)):
-            raise ModelFileError(f"the model {path!r} {problem}") from error
-        remedy = "; only safetensors are read: save it with save_pretrained" if "safetensors" in str(error) else ""
-        raise ValueError(f"the model {path!r} cannot be loaded: {error}{remedy}") from error
+        except ValueError as error:
+            if "attention" not in str(error).lower() or attn_implementation not in ("sdpa", "flash_attention_2"):
+                raise
+            logger.warning("%s does not support %s attention: using eager", path, attn_implementation)
+            model = read_model(read, path, attn_implementation="eager", **options)
+        except (OSError, ImportError) as error:
+            if not Path(path).is_dir() and (problem := hub_problem(path, error)):
+                raise ModelFileError(f"the model {path!r} {problem}") from error
+            remedy = "; only safetensors are read: save it with save_pretrained" if "safetensors" in str(error) else ""
+            raise ValueError(f"the model {path!r} cannot be loaded: {error}{remedy}") from error
+    if kind:
+        restore_head(model, path)
+        if not is_quantised(model):
+            own = str(model.dtype).removeprefix("torch.")
+            logger.warning(
+                "%s is quantised by %s, which does not run here: its weights are restored to %s", path, kind, own
+            )
     fit_attention(model, bf16=bf16)
-    model = model.to(device)
+    if not is_quantised(model) or model.device != torch.device(device):
+        model = model.to(device)
     own_memory(model)
     return model
 
@@ -252,8 +272,9 @@ class Backbone:
         self._scale, self._softcap = head_constants(model.config.get_text_config())
         self.regimes = ONE_REGIME
         self.with_weights(self._prove_head)
-        self.regimes = self.with_weights(self._find_regimes)
-        self.layout = self.with_weights(self._choose_layout)
+        with rounding(model):
+            self.regimes = self.with_weights(self._find_regimes)
+            self.layout = self.with_weights(self._choose_layout)
         self.image_layout = "alone" if vision is None else self.with_weights(self._choose_image_layout)
         trained = any(p.requires_grad for p in model.parameters())
         self.has_dropout = trained and self.with_weights(self._changes_in_training)

@@ -86,10 +86,17 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
 
 def merge_adapter(model: Any, folder: Path) -> Any:
-    """A plain model from a base and an adapter's folder, under the name of that folder."""
+    """A plain model from a base and an adapter's folder, under the name of that folder.
+
+    In a quantised base the adapter stays beside the weights, which merging would round to others.
+    """
     if trained_on := _other_base(model, folder):
         logger.warning("the adapter in %s was trained on other weights or another dtype (%s)", folder, trained_on)
-    merged = _with_adapter(model, folder, trained=False).merge_and_unload().requires_grad_(True)
+    adapted = _with_adapter(model, folder, trained=False)
+    if getattr(model, "is_quantized", False):
+        merged = base_of(adapted)
+    else:
+        merged = adapted.merge_and_unload().requires_grad_(True)
     merged.name_or_path = str(folder)
     return merged
 

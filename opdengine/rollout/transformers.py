@@ -21,6 +21,7 @@ from opdengine.models.batching import find_regimes, forward_options, probe_seque
 from opdengine.models.chat import stop_token_ids, text_of_completion, vocabulary_size
 from opdengine.models.lora import LowRank
 from opdengine.models.packing import Regimes
+from opdengine.models.quantised import is_quantised
 from opdengine.models.vision import Vision
 from opdengine.rollout.decoding import Decoding, Ways, choose_decoding
 from opdengine.types import Completion, Encoded, Request, SamplingParams
@@ -124,6 +125,9 @@ class TransformersSampler:
         self, version: int, weights: Iterable[tuple[str, torch.Tensor]], low_rank: LowRank | None = None
     ) -> None:
         """Stamp the version; copy the weights unless they are the model's own (with its adapter inside)."""
+        if is_quantised(self.model):  # always the trainer's own; its state is made anew whenever it is asked for
+            self.policy_version = version
+            return
         own = self.model.state_dict()
         places = {tensor.data_ptr() for tensor in own.values()}
         with torch.no_grad():

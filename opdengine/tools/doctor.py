@@ -26,6 +26,10 @@ NEEDED = {
 }
 OPTIONAL = {
     "peft": ("LoRA students (lora:)", "pip install 'opdengine[train]'"),
+    "torchao": ("models quantised by torchao", "pip install 'opdengine[quantised]'"),
+    "bitsandbytes": ("models quantised by bitsandbytes (QLoRA)", "pip install 'opdengine[quantised]'"),
+    "compressed-tensors": ("models quantised by llm-compressor", "pip install compressed-tensors"),
+    "gptqmodel": ("models quantised by GPTQ or AWQ, GPU only", "pip install gptqmodel"),
     "flash-attn": ("faster attention on packed batches, GPU only", "pip install 'opdengine[flash-attn]'"),
     "tensorboard": ("report_to: [tensorboard]", "pip install 'opdengine[train]'"),
     "wandb": ("report_to: [wandb]", "pip install 'opdengine[trackers]'"),

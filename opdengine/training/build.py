@@ -33,6 +33,7 @@ from opdengine.models.chat import (
 )
 from opdengine.models.given import is_given
 from opdengine.models.lora import add_adapter, architecture, base_of, freeze_head, load_adapter, require_peft
+from opdengine.models.quantised import refuse_quantised
 from opdengine.models.rendering import thought_opening
 from opdengine.models.sharding import Sharded
 from opdengine.models.vision_tower import freeze_vision_tower, vision_layers
@@ -85,6 +86,7 @@ def build_engine(
     if config.lora is not None:
         require_peft()
     ranks = ranks or Ranks()
+    refuse_quantised(config, ranks.world_size)
     device = default_device()
     tokenizers = tokenizers or [teacher_tokenizer(config, teacher) for teacher in config.teachers]
     vocab_size = shared_vocabulary(tokenizer, tokenizers)

@@ -32,6 +32,7 @@ from opdengine.models.checkpoint import copy_model, read_teachers, restore_optim
 from opdengine.models.lora import restore_model
 from opdengine.models.manifest import find_damage
 from opdengine.models.processor import save_tokenizer
+from opdengine.models.quantised import refuse_quantised
 from opdengine.models.rendering import thought_opening
 from opdengine.models.reply import encode_prompt
 from opdengine.rollout.vllm.engine import require_vllm
@@ -135,6 +136,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool, callbacks: Callbac
     )
     grader.opening = thought_opening(tokenizer, config.chat_template_kwargs)
     student_dtype(config)  # refuses what cannot be trained
+    refuse_quantised(config, ranks.world_size)
     tokenizers = [teacher_tokenizer(config, teacher, sees) for teacher in config.teachers]
     prompts = _read_in_full(readers_of(config, tokenizer, tokenizers), config, prompts, held_out)
     if not config.environment.name:
