@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import torch
 
 from opdengine.teachers.endpoint import RETRIED_STATUS, BadAnswer
-from opdengine.teachers.wire import MOST_LINE, raw
+from opdengine.teachers.wire import MOST_LINE, raw, shapes
 from opdengine.workers.printing import brief, one_line
 
 Line = Mapping[str, Any]
@@ -109,6 +109,9 @@ async def _answer(reader: asyncio.StreamReader, expect: Expect) -> Answer:
         raise AttemptFailed(f"http_{status}", f"it refused with status {status}: {said}", passes, fingerprint)
     line, size = await _line(reader, length)
     tensors = expect(line)
+    if line.get("tensors") != (expected := shapes(tensors)):
+        sent = brief(line.get("tensors"), 100)
+        raise BadAnswer("wrong_shape", f"tensors {sent}, where {brief(expected, 100)} were asked for")
     awaited = sum(t.numel() * t.element_size() for t in tensors)
     if length - size != awaited:
         raise BadAnswer("wrong_size", f"{length - size} bytes of tensors, where {awaited} were asked for")

@@ -19,6 +19,7 @@ from opdengine.data.templates import Reader
 from opdengine.errors import ProbeError
 from opdengine.models.chat import stop_token_ids, text_of_completion, vocabulary_size
 from opdengine.models.rendering import thought_opening
+from opdengine.models.surrogates import without_surrogates
 from opdengine.teachers import Configured, TeacherError
 from opdengine.teachers.about import About, ask_about, pool_of, within
 from opdengine.teachers.endpoint import BadAnswer
@@ -129,7 +130,7 @@ class RemoteTeacher(Configured):
         }
 
         def question(part: Sequence[Request]) -> dict[str, Any]:
-            asked = [{"name": r.id[:200], "ids": list(map(int, r.token_ids)), "seed": r.seed} for r in part]
+            asked = [{"name": _label(r.id), "ids": list(map(int, r.token_ids)), "seed": r.seed} for r in part]
             return {"requests": asked, "sampling": sampling}
 
         lengths = [len(request.token_ids) + params.max_tokens for request in requests]
@@ -167,7 +168,7 @@ class RemoteTeacher(Configured):
 
         def question(part: Sequence[TeacherContext]) -> dict[str, Any]:
             asked = [
-                {"name": c.sample_id[:200], "ids": c.token_ids.tolist(), "targets": c.target_positions.tolist()}
+                {"name": _label(c.sample_id), "ids": c.token_ids.tolist(), "targets": c.target_positions.tolist()}
                 for c in part
             ]
             return {"contexts": asked, "dtype": self.config.hidden_states_dtype}
@@ -203,6 +204,11 @@ class RemoteTeacher(Configured):
         counts = {name: float(count) for name, count in self.pool.counts.items()}
         self.pool.counts.clear()
         return counts | ({} if self._writer is None else self._writer.counts())
+
+
+def _label(name: str) -> str:
+    """A name for messages, which JSON can carry."""
+    return str(without_surrogates(name[:200]))
 
 
 def parts_of(lengths: Sequence[int], most: int) -> Iterator[range]:

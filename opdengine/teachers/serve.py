@@ -25,13 +25,16 @@ from opdengine.errors import ConfigError
 from opdengine.models.backbone import default_device
 from opdengine.rollout.vllm.serve import is_loopback
 from opdengine.teachers.served_model import RefusedError, Reply, Served
-from opdengine.teachers.wire import name_of, raw
+from opdengine.teachers.wire import name_of, raw, shapes
 from opdengine.workers.printing import brief, one_line
 
 logger = logging.getLogger(__name__)
 
 MOST_BYTES = 16 << 20
-"""Of one question."""
+"""Of one question, beside :data:`TOKEN_BYTES` for each token that it may have."""
+
+TOKEN_BYTES = 40
+"""Of ids and targets in JSON, where a question to write has four times the tokens."""
 
 MOST_CONNECTIONS = 1024
 """At the same time; a further one is closed and may come again."""
@@ -124,8 +127,8 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdecimal() and len(length) < 16):
             raise RefusedError(411, "a question says how long it is (Content-Length)")
-        if int(length) > MOST_BYTES:
-            raise RefusedError(413, f"a question of {length} bytes, which may have {MOST_BYTES}; ask in parts")
+        if int(length) > (most := MOST_BYTES + TOKEN_BYTES * self._served.max_tokens):
+            raise RefusedError(413, f"a question of {length} bytes, which may have {most}; ask in parts")
         body = self.rfile.read(int(length))
         if len(body) < int(length):
             raise ConnectionAbortedError("the question was cut")
@@ -137,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
         return not readable or bool(self.connection.recv(1, socket.MSG_PEEK))
 
     def _send_answer(self, line: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> None:
-        self._send(200, {**line, "fingerprint": self._served.fingerprint}, tensors)
+        self._send(200, {**line, "fingerprint": self._served.fingerprint, "tensors": shapes(tensors)}, tensors)
 
     def _send(self, status: int, line: Mapping[str, Any], tensors: Sequence[torch.Tensor] = ()) -> None:
         """One line, then the tensors, one at a time."""

@@ -29,7 +29,6 @@ from opdengine.teachers.wire import (
     GENERATION,
     PROTOCOL,
     name_of,
-    shapes,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
@@ -198,7 +197,7 @@ class Served:
         with self._turn(waits):
             states = self._scorer.score(ids, targets)
         dtype = self.head.weight.dtype if asked.dtype == "auto" else DTYPES[asked.dtype]
-        return {"tensors": shapes(states)}, [rows.to(dtype) for rows in states]
+        return {}, [rows.to(dtype) for rows in states]
 
     def write(self, body: bytes, waits: Callable[[], bool]) -> Reply:
         """One completion for every prompt: lengths and ends; all token ids, all log-probs.

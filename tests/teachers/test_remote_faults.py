@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from opdengine.errors import ProbeError
 from opdengine.teachers import TeacherError
 from opdengine.teachers.about import About
 from opdengine.teachers.endpoint import BadAnswer
+from opdengine.teachers.exchange import _answer
 from opdengine.teachers.pool import OtherWeightsError
 from opdengine.teachers.remote import RemoteTeacher, _expect_written, parts_of
 from opdengine.teachers.served_model import RefusedError, Reply, Served
@@ -63,11 +65,13 @@ FAULTS: dict[str, tuple[Callable[[Reply], Reply], str]] = {
     "slow": (slow, "timeout"),
     "cut": (cut, "connection"),
     "broken": (broken, "http_500"),
-    "too few rows": (lambda r: (r[0], [r[1][0][1:], *r[1][1:]]), "wrong_size"),
-    "too few contexts": (lambda r: (r[0], r[1][1:]), "wrong_size"),
-    "too many": (lambda r: (r[0], [*r[1], r[1][0]]), "wrong_size"),
-    "another width": (lambda r: (r[0], [t[:, 1:] for t in r[1]]), "wrong_size"),
-    "another dtype": (lambda r: (r[0], [t.double() for t in r[1]]), "wrong_size"),
+    "too few rows": (lambda r: (r[0], [r[1][0][1:], *r[1][1:]]), "wrong_shape"),
+    "too few contexts": (lambda r: (r[0], r[1][1:]), "wrong_shape"),
+    "too many": (lambda r: (r[0], [*r[1], r[1][0]]), "wrong_shape"),
+    "another width": (lambda r: (r[0], [t[:, 1:] for t in r[1]]), "wrong_shape"),
+    "another dtype of the same size": (lambda r: (r[0], [t.view(torch.int32) for t in r[1]]), "wrong_shape"),
+    "columns for rows": (lambda r: (r[0], [t.t().contiguous() for t in r[1]]), "wrong_shape"),
+    "another dtype": (lambda r: (r[0], [t.double() for t in r[1]]), "wrong_shape"),
     "a long line": (lambda r: ({"x": "x" * (5 << 20)}, r[1]), "too_large"),
 }
 
@@ -265,6 +269,24 @@ def test_an_answer_that_nobody_should_believe(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300 * 1024  # KiB
 
 
+def test_bytes_that_are_not_those_of_the_tensors() -> None:
+    """The line says what was asked for, and more or fewer bytes follow."""
+
+    async def ask(more: int) -> None:
+        line = json.dumps({"tensors": [{"shape": [2, 3], "dtype": "float32"}]}).encode() + b"\n"
+        body = line + bytes(24 + more)
+        reader = asyncio.StreamReader()
+        reader.feed_data(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        reader.feed_eof()
+        line_, (found,) = await _answer(reader, lambda line: [torch.empty(2, 3)])
+        assert not found.any() and line_["tensors"]
+
+    asyncio.run(ask(0))
+    for more in (-1, 1, 100):
+        with pytest.raises(BadAnswer, match=rf"{24 + more} bytes of tensors, where 24 were asked for"):
+            asyncio.run(ask(more))
+
+
 def test_a_server_may_say_anything_of_itself(served: Served) -> None:
     line = {**served.about()[0], "fingerprint": "f"}
     assert About.of(line).rows == served.head.weight.shape[0]
@@ -338,6 +360,17 @@ def test_a_question_that_is_refused_stops_no_endpoint(models: dict[str, str], se
     failed = [f for f in found if isinstance(f, Failure)]
     assert 0 < len(failed) < 12 and {f.reason for f in failed} == {"http_422"}
     assert all(e.lost is None for e in teacher.pool.endpoints)
+
+
+def test_names_of_any_kind_are_carried(models: dict[str, str], served: Served) -> None:
+    (one,) = contexts(1)
+    names = ["", "x" * 500, "\ud800", "日本\n\x00"]
+    with answering(served) as url:
+        teacher = probed(remote(models["big"], url))
+        asked = [type(one)(name, "t", one.token_ids, one.target_positions) for name in names]
+        assert len(states(asyncio.run(teacher.score(asked)))) == len(names)
+        requests = [Request(name, (40, 41), 1) for name in names]
+        assert all(len(c.token_ids) for c in asyncio.run(teacher.generate(requests, SamplingParams(max_tokens=3))))
 
 
 def test_nothing_is_asked_where_there_is_nothing(models: dict[str, str], served: Served) -> None:
