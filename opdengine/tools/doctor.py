@@ -46,6 +46,7 @@ OPTIONAL = {
         for name, benchmark in BENCHMARKS.items()
         for package in benchmark.packages[:1]
     },
+    "lm-eval": ("opdengine bench gpqa, ifeval, medqa, lm_eval:TASK", "pip install 'opdengine[bench]'"),
     "bm25s": ('the environment "search"', "pip install 'opdengine[search]'"),
 }
 

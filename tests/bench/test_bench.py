@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+import pickle
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from opdengine.cli import main
+from opdengine.config.sections import DataConfig
 from opdengine.data.benchmarks import BENCHMARKS
 from opdengine.data.prompts import DataError, load_prompts
 from opdengine.tools.bench import loop
+from opdengine.tools.bench.lm_eval import TASKS
 from opdengine.tools.bench.questions import first_of_each
 from opdengine.tools.bench.record import Outcome, Record, file_of
 from opdengine.training.evaluate import wilson
 from opdengine.types import Prompt
 from opdengine.verifiers.bfcl import arithmetic
+from opdengine.verifiers.grader import Grader
+from opdengine.verifiers.score import VerifierSettings
 
 PROBLEM = {
     "prompt": 'def total(xs):\n    """Sum."""\n',
@@ -76,6 +84,10 @@ def test_a_result_is_kept_continued_and_never_mixed(
     [
         (["bench", "humanevil"], "the benchmark 'humanevil' is unknown; choose one of"),
         (["bench", "humaneval:easy", "--data", "a.jsonl"], "leave 'easy' out of the name"),
+        (["bench", "humanevall"], "did you mean 'humaneval'?"),
+        (["bench", "tau2"], "needs a checkout of tau2-bench"),
+        (["bench", "alfworld"], "opdengine eval --environment.name alfworld"),
+        (["bench", "livecodebench"], "name a file of them (a file test*.jsonl of the hub's livecodebench"),
         (["bench", "humaneval", "--limit", "0"], "--limit 0 is not possible"),
         (["bench", "humaneval", "--seeds", "-1"], "--seeds -1 is not possible"),
         (["bench", "humaneval", "--seeds", "3"], "set --eval_temperature 0.7"),
@@ -92,7 +104,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(
     assert said in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", sorted(BENCHMARKS))
+@pytest.mark.parametrize("name", sorted(set(BENCHMARKS) - {"livecodebench"}))
 def test_a_missing_package_is_named_with_its_command(
     name: str, models: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,9 +116,75 @@ def test_a_missing_package_is_named_with_its_command(
         load_prompts([f"bench:{name}"])
 
 
+def test_lm_eval_is_asked_for_before_a_model_is_loaded(
+    models: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    for name in ("ifeval", "lm_eval:gsm8k"):
+        assert main(["bench", name, "--model", models["student"]]) == 2
+        assert "the package lm-eval is missing: pip install 'opdengine[bench]'" in capsys.readouterr().err
+
+
+LIVE = {
+    "question_id": "1",
+    "question_content": "Add up.",
+    "starter_code": "",
+    "public_test_cases": json.dumps([{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}]),
+    "metadata": "{}",
+}
+METHOD = {
+    **LIVE,
+    "question_id": "2",
+    "starter_code": "class Solution:\n    def total(self, xs: List[int], more: int) -> int:\n        ",
+    "public_test_cases": json.dumps([{"input": "[1, 2]\n3", "output": "6", "testtype": "functional"}]),
+    "metadata": json.dumps({"func_name": "total"}),
+}
+
+
+def packed(value: object) -> str:
+    return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
+
+
+def test_live_code_bench_is_read_and_graded(tmp_path: Path) -> None:
+    file = tmp_path / "test6.jsonl"
+    hidden = packed(json.dumps([{"input": "5 5\n", "output": "10", "testtype": "stdin"}]))
+    file.write_text("".join(json.dumps(row) + "\n" for row in ({**LIVE, "private_test_cases": hidden}, METHOD)))
+    prompts = load_prompts([DataConfig(str(file), format="livecodebench")]).prompts
+    assert prompts[0].answer["inputs"] == ["1 2\n", "5 5\n"] and prompts[1].answer["inputs"] == [[[1, 2], 3]]
+    texts = [
+        "```python\nprint(sum(map(int, input().split())))\n```",
+        "```python\nclass Solution:\n    def total(self, xs: List[int], more):\n        return sum(xs) + more\n```",
+        *(
+            "```python\nprint(3)\n```",
+            "```python\nclass Solution:\n    def total(self, xs, more):\n        return 5\n```",
+        ),
+    ]
+    with Grader("code", VerifierSettings(workers=1)) as grader:
+        assert [score.value for score in grader.grade(texts, [*prompts, *prompts])] == [1, 1, 0, 0]
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("harmed",)
+
+
+@pytest.mark.parametrize(
+    "given", [packed(Harmful()), packed([1]), "!", packed(json.dumps({"a": 1})), "[{}]", "[1", "QUJD"]
+)
+def test_hidden_tests_run_nothing_when_they_are_read(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text(json.dumps({**LIVE, "private_test_cases": given}) + "\n")
+    with pytest.raises(DataError, match="'private_test_cases'"):
+        load_prompts([DataConfig("a.jsonl", format="livecodebench")])
+    assert not Path("harmed").exists()
+
+
 def test_the_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench"]) == 0
-    assert all(line.split()[0] in BENCHMARKS for line in capsys.readouterr().out.splitlines())
+    names = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert names == {*BENCHMARKS, *TASKS, "lm_eval:TASK,..."}
     assert main(["bench", "--config", "run.yaml"]) == 2
     assert "the name of the benchmark is missing" in capsys.readouterr().err
 
@@ -122,11 +200,13 @@ def test_the_table_is_the_mean_over_seeds_with_an_interval(tmp_path: Path) -> No
     for seed, value in enumerate((0.2, 0.4)):
         record.add(
             seed,
-            Outcome({"a": {"value": value, "questions": 50}, "b": {"value": value, "questions": 9, "stderr": 0.1}}),
+            Outcome(
+                {"a": {"value": value, "questions": 50}, "b": {"value": 10 * value, "questions": 9, "stderr": 0.1}}
+            ),
         )
     a, b = Record(tmp_path / "a.json", "some", {"x": 1}, "m").table()
     assert a["mean"] == pytest.approx(0.3) and (a["low"], a["high"]) == pytest.approx(wilson(15, 50))
-    assert (b["low"], b["high"]) == pytest.approx((0.3 - 0.196, 0.3 + 0.196)) and b["seeds"] == [0.2, 0.4]
+    assert (b["low"], b["high"]) == pytest.approx((3 - 0.196, 3 + 0.196)) and b["seeds"] == [2, 4]
     (tmp_path / "a.json").write_text('{"other": 1}')
     with pytest.raises(ValueError, match="holds no results of opdengine bench"):
         Record(tmp_path / "a.json", "some", {"x": 1}, "m")

@@ -100,6 +100,12 @@ BENCHMARKS = {
         scores=True,
         rows="opdengine.data.benchmarks.bfcl:rows",
     ),
+    "livecodebench": Benchmark(
+        about="LiveCodeBench: contest problems in Python; needs --data FILE",
+        format="livecodebench",
+        verifier="code",
+        source="a file test*.jsonl of the hub's livecodebench/code_generation_lite",
+    ),
     "humaneval_plus": Benchmark(
         about="HumanEval+: the same functions on many more inputs",
         format="evalplus",

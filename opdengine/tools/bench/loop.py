@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +14,21 @@ from opdengine.config.train import TrainConfig
 from opdengine.data.benchmarks import BENCHMARKS
 from opdengine.models.backbone import check_model_path
 from opdengine.rollout.transformers import TransformersSampler
+from opdengine.tools.bench.lm_eval import PREFIX, TASKS, LmEval, is_lm_eval
 from opdengine.tools.bench.questions import Questions
 from opdengine.tools.bench.record import Outcome, Record, file_of, identity
 
 logger = logging.getLogger(__name__)
 
 MOST = 10**6
+NOT_HERE = {
+    "tau2": "needs a checkout of tau2-bench (the package tau2 of the registry is another project); serve the model "
+    "with vllm serve and name it to tau2 as an OpenAI endpoint (docs/benchmarks.md)",
+    "alfworld": "is an environment: opdengine eval --environment.name alfworld (docs/environments.md)",
+    "scienceworld": "is an environment: opdengine eval --environment.name scienceworld (docs/environments.md)",
+    "search": "is an environment: opdengine eval --environment.name search (docs/environments.md)",
+}
+"""Sets of the papers that are run in another way."""
 
 
 class Asker(Protocol):
@@ -82,7 +92,7 @@ def bench(
     if told.out is not None and told.out.is_dir():
         raise ValueError(f"--out {str(told.out)!r} is a folder; name a file")
     check_model_path(config.model)
-    asker: Asker = Questions(told.name, config, told.limit, told.data)
+    asker = prepared(told, config)
     try:
         settings = {
             "opdengine": __version__,
@@ -106,6 +116,23 @@ def bench(
     return record
 
 
+def prepared(told: BenchSettings, config: TrainConfig) -> Asker:
+    """The benchmark of a name, with its questions.
+
+    Raises:
+        ValueError: a name, package or file.
+    """
+    kind = LmEval if is_lm_eval(told.name) else Questions
+    if kind is Questions and told.name.partition(":")[0] not in BENCHMARKS:
+        known = [*BENCHMARKS, *TASKS]
+        close = difflib.get_close_matches(told.name, known, n=1)
+        why = NOT_HERE.get(told.name) or f"is unknown; choose one of {sorted(known)}, or {PREFIX}:TASK of lm-eval"
+        raise ValueError(f"the benchmark {told.name!r} {why}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    return kind(told.name, config, told.limit, told.data)
+
+
 def listing() -> str:
-    """All benchmarks and what they need, for people."""
-    return "\n".join(f"{name:16} {each.about}" for name, each in sorted(BENCHMARKS.items()))
+    """All benchmarks, for people."""
+    lines = [f"{name:16} {each.about}" for name, each in BENCHMARKS.items()]
+    lines += [f"{name:16} the task {task} of lm-eval" for name, task in TASKS.items()]
+    return "\n".join([*sorted(lines), f"{PREFIX + ':TASK,...':16} any other tasks of lm-eval that run no programs"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,8 +82,8 @@ class Record:
     def table(self) -> list[dict[str, Any]]:
         """A mapping per row: ``name, questions, mean, low, high, seeds`` (the value of each).
 
-        The interval is Wilson's 95 % over the questions, of the mean over seeds and answers; with the harness's own
-        standard error where it says one.
+        The interval is Wilson's 95 % over the questions, of the mean over seeds and answers; of a value that is no
+        share it is made from the harness's standard error.
         """
         found = [seed["rows"] for _, seed in sorted(self._content["seeds"].items(), key=lambda item: int(item[0]))]
         return [_summary(name, [rows[name] for rows in found if name in rows]) for name in (found[0] if found else ())]
@@ -100,11 +101,11 @@ class Record:
 def _summary(name: str, values: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     each = [row["value"] for row in values]
     mean, count = sum(each) / len(each), int(values[0]["questions"])
-    if all("stderr" in row for row in values):
-        half = Z * sum(row["stderr"] for row in values) / len(values)
-        low, high = mean - half, mean + half
-    else:
+    if all(0 <= value <= 1 for value in each):
         low, high = wilson(mean * count, count)
+    else:
+        half = Z * sum(row.get("stderr", math.nan) for row in values) / len(values)
+        low, high = mean - half, mean + half
     return {"name": name, "questions": count, "mean": mean, "low": low, "high": high, "seeds": each}
 
 
