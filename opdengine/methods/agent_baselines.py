@@ -86,5 +86,6 @@ class EntropyOPD(OPD):
             sample.kl_weight = sample.kl_weight * (1 + settings.alpha * uncertain).astype(np.float32)
             weighted, count = weighted + int(uncertain.sum()), count + len(uncertain)
         batch.metrics["entropy_aware/weighted"] = Mean(weighted / max(count, 1), count)
-        batch.metrics["entropy_aware/alike"] = float(max(weighted, count - weighted))
+        sides = self.ranks.sum(weighted), self.ranks.sum(count - weighted)
+        batch.metrics["entropy_aware/alike"] = float(max(sides)) if self.ranks.is_first else 0.0
         batch.metrics["entropy_aware/tokens"] = float(count)

@@ -65,5 +65,6 @@ class EOPD(OPD):
             sample.divergence_kind = np.where(uncertain, "forward_kl", self.config.divergence_of(sample.prompt.key))
             chosen, count = chosen + int(uncertain.sum()), count + len(uncertain)
         batch.metrics["eopd/forward"] = Mean(chosen / max(count, 1), count)
-        batch.metrics["eopd/alike"] = float(max(chosen, count - chosen))
+        sides = self.ranks.sum(chosen), self.ranks.sum(count - chosen)
+        batch.metrics["eopd/alike"] = float(max(sides)) if self.ranks.is_first else 0.0
         batch.metrics["eopd/tokens"] = float(count)

@@ -159,6 +159,7 @@ class Engine:
             async with self._turn:  # in the order of the batches, and not between weights and version
                 work = self.sample if self.episodes is None else self.play
                 await self.run_in_thread(work, prompts, own, batch)
+        batch.samples.sort(key=lambda sample: int(sample.group))  # the same, on however many ranks
         return batch
 
     async def write(self, prompts: Sequence[Prompt], places: Sequence[int], batch: Batch) -> None:

@@ -19,6 +19,8 @@ from tiny.agents.house import HOUSE
 
 WORKER = Path(__file__).with_name("step_worker.py")
 WORLDS = (1, 2, 4)
+TAU = 4.0
+"""Amid the entropies of the tiny teachers, nats."""
 
 CASES: dict[str, dict[str, Any]] = {
     # Five prompts on four ranks; some ranks have several micro-batches, others one.
@@ -89,6 +91,25 @@ CASES: dict[str, dict[str, Any]] = {
             "vocab_parallel_head": True,
             "method": "camopd",
             "camopd": {"domain": ["agentic"], "diagnose_steps": 2, "diagnose_samples": 2, "diagnose_dimensions": 64},
+        },
+    },
+    # Which prompts are given an answer does not depend on the ranks; some rank samples none.
+    "mixture": {
+        "prompts": 5,
+        "config": {"gkd": {"lmbda": 0.5, "completion_column": "answer", "sft_alpha": 0.5}},
+    },
+    "chosen_divergences": {
+        "prompts": 4,
+        "keys": [["agentic"], ["code"]],
+        "config": {"vocab_parallel_head": True, "method": "eopd", "eopd": {"tau": TAU}},
+    },
+    "extrapolated": {
+        "prompts": 4,
+        "config": {
+            "vocab_parallel_head": True,
+            "method": "g_opd",
+            "g_opd": {"reference": "small", "reward_scale": 1.5},
+            "advantage": {"kl_mode": "full_vocab"},
         },
     },
     "adapter": {"prompts": 3, "config": {"lora": {"r": 4}}},
@@ -168,6 +189,7 @@ def test_the_cases_are_what_they_say(found: dict[int, Any]) -> None:
     assert first["balance"]["dropped/balance"] > 0 and first["balance"]["balance/correct_after"] == 0.5
     assert first["moved_weights"]["sage/skip"] > 0 and first["moved_weights"]["sage/strong"] > 0
     assert first["debate"]["debate/generated"] == 4
+    assert 0 < first["mixture"]["gkd/on_policy"] < 1 and 0 < first["chosen_divergences"]["eopd/forward"] < 1
     assert set(found[1]["adapter"]["gradients"]) != set(found[1]["tied"]["gradients"])
     assert "lm_head.weight" not in found[1]["frozen_head"]["gradients"]
     assert "lm_head.weight" in found[1]["untied"]["gradients"]
