@@ -23,10 +23,12 @@ from opdengine.config.train import ConfigError
 from opdengine.data.prompts import load_prompts
 from opdengine.methods import build_method
 from opdengine.models.chat import encode_answer
+from opdengine.teachers.served_model import Served
 from opdengine.training.run import train
 from opdengine.types import Batch, Sample, Turn
 
 sys.path.append(str(Path(__file__).parents[1] / "teachers"))
+from remote_helpers import answering
 from teacher_helpers import serve
 
 gold = pytest.importorskip("trl.experimental.gold.gold_trainer")
@@ -307,6 +309,19 @@ def test_a_served_teacher_tells_its_own_tokens(other: Models, prompt_file: str, 
     for one, two in zip(*found, strict=True):
         np.testing.assert_allclose(one.advantage, two.advantage, rtol=1e-3, atol=1e-3)
         assert np.any(one.advantage)
+
+
+def test_an_exact_teacher_elsewhere_reads_in_its_own_tokens(other: Models, prompt_file: str, tmp_path: Path) -> None:
+    """Loss and gradient are those of the same teacher in this process."""
+    found = []
+    with answering(Served(other["bytes"])) as url:
+        for place in ({}, {"hidden_states_url": url}):
+            teachers = [{"model": other["bytes"], "tokenizer_alignment": "spans", **place}]
+            engine = make_engine(config_of(other, prompt_file, tmp_path, teachers=teachers))
+            found.append(loss_and_gradient(engine, weighed(engine, load_prompts([prompt_file]).prompts)))
+    (loss, gradient), (their_loss, their_gradient) = found
+    assert loss == pytest.approx(their_loss, rel=1e-6) and loss > 0
+    assert_same_gradients(gradient, their_gradient, rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- whole runs
