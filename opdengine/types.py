@@ -341,6 +341,8 @@ MEASURES = (
     "teacher_logprob",
     "teacher_top1",
     "teacher_entropy",
+    "teacher_kl",
+    "teacher_agreement",
     "policy_logratio",
     "sampler_logratio",
 )
@@ -379,12 +381,14 @@ class Sample:
             the tokens still count in the denominators.
         teacher_targets: what each teacher said about the targets, in the order of ``contexts``; empty where no
             teacher was asked (set by the scoring).
-        student_logprob: float32 [T] the trainer's log p(target) before the update, nats. This and the next five
+        student_logprob: float32 [T] the trainer's log p(target) before the update, nats. This and the next seven
             are None unless the method needs them.
         teacher_logprob: float32 [T, K] log q_k(target), nats.
         student_entropy: float32 [T] of the student's distribution at temperature 1, nats.
         teacher_top1: float32 [T, K] largest probability of q_k.
         teacher_entropy: float32 [T, K] of q_k, nats (of a served teacher: at most this).
+        teacher_kl: float32 [T, K] KL(p || q_k), nats; NaN of a teacher that does not judge by hidden states.
+        teacher_agreement: float32 [T, K] 1 where p and q_k have the same likeliest token, else 0; NaN likewise.
         policy_logratio: float32 [T] log of the probability of the target under the present policy over that
             under the policy that sampled it, both after temperature, penalty, top-k and top-p of the sampling.
             Exactly 0 where no update lies between the two; else the older one is the sampler's, and where that
@@ -418,6 +422,8 @@ class Sample:
     teacher_logprob: np.ndarray | None = None
     teacher_top1: np.ndarray | None = None
     teacher_entropy: np.ndarray | None = None
+    teacher_kl: np.ndarray | None = None
+    teacher_agreement: np.ndarray | None = None
     policy_logratio: np.ndarray | None = None
     sampler_logratio: np.ndarray | None = None
     kl_weight: np.ndarray | None = None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd_kernels import LMHead, linear_logprob
+from opd_kernels import LMHead, TeacherHead, linear_logprob, token_stats
 from opdengine.errors import ProbeError
 from opdengine.models.backbone import Backbone
 from opdengine.models.vision import Vision
@@ -126,8 +126,11 @@ class Measurer:
             top1_temperature: of the distributions behind ``teacher_top1``.
         """
         shown = [sample for sample in samples if sample.teacher_targets]
-        if any(name in needs for name in OWN):
-            self._student(shown, needs)
+        if any(name in needs for name in (*OWN, *COMPARED)):
+            parts = self._states(shown)
+            self._student(parts, needs)
+            if any(name in needs for name in COMPARED):
+                self._compare(parts)
         if "policy_logratio" in needs:
             self._moved([sample for sample in samples if not sample.teacher_targets])
         wanted = [name for name in READ if name in needs]
@@ -136,12 +139,16 @@ class Measurer:
             for name in wanted:
                 setattr(sample, name, np.stack([columns[i, teacher][name] for teacher in sample.teachers], axis=1))
 
-    def _student(self, samples: Sequence[Sample], needs: Collection[str]) -> None:
-        """Set what the student alone tells; a ratio without the sampler's log-probs stays None."""
+    def _states(self, samples: Sequence[Sample]) -> list[tuple[Sample, torch.Tensor]]:
+        """The samples with the student's hidden states that predict their targets."""
         ids, images = [s.token_ids for s in samples], [s.images for s in samples]
         states = self.student.score(ids, [s.target_positions for s in samples], images)
-        head = self.student.head.to(states[0].dtype) if states else self.student.head
-        parts = list(zip(samples, states, strict=True))
+        return list(zip(samples, states, strict=True))
+
+    def _student(self, parts: Sequence[tuple[Sample, torch.Tensor]], needs: Collection[str]) -> None:
+        """Set what the student alone tells; a ratio without the sampler's log-probs stays None."""
+        samples = [sample for sample, _ in parts]
+        head = self.student.head.to(parts[0][1].dtype) if parts else self.student.head
         for sample, read in zip(samples, self._read(parts, head), strict=True):
             sample.student_logprob = read["teacher_logprob"]
             if "student_entropy" in needs:
@@ -215,6 +222,42 @@ class Measurer:
             columns |= {(i, name): read for (i, _), read in zip(members, reads, strict=True)}
         return columns
 
+    def _compare(self, parts: Sequence[tuple[Sample, torch.Tensor]]) -> None:
+        """Set what student and teacher tell together: of teachers that judge by hidden states, NaN of others."""
+        judged: dict[str, list[tuple[Sample, torch.Tensor]]] = {}
+        for sample, states in parts:
+            for name in COMPARED:
+                setattr(sample, name, np.full((len(sample.target_ids), len(sample.teachers)), np.nan, dtype=np.float32))
+            for name, context, targets in zip(sample.teachers, sample.contexts, sample.teacher_targets, strict=True):
+                if context.spans is None and isinstance(targets, Hidden):
+                    judged.setdefault(name, []).append((sample, states))
+        for name, members in judged.items():
+            for piece in _pieces(members):
+                self._compare_piece(piece, name)
+
+    def _compare_piece(self, parts: Sequence[tuple[Sample, torch.Tensor]], name: str) -> None:
+        their, places = self.heads[name], [sample.teachers.index(name) for sample, _ in parts]
+        said = [sample.teacher_targets[k] for (sample, _), k in zip(parts, places, strict=True)]
+        hidden = torch.cat([states for _, states in parts]).to(their.weight.device)
+        judged = torch.cat([targets.states for targets in said if isinstance(targets, Hidden)])
+        weighs = np.concatenate([sample.target_turn_weight != 0 for sample, _ in parts]).astype(np.float32)
+        stats = token_stats(
+            hidden,
+            self.student.head.to(hidden.dtype),
+            [TeacherHead.of(judged.to(their.weight.device, their.weight.dtype), their)],
+            token_weight=torch.from_numpy(weighs).to(hidden.device),
+            impl=self.impl,
+            workspace_bytes=self.workspace_bytes,
+            vocab_size=self.vocab_size,
+        )
+        columns = [x[:, 0].float().nan_to_num().cpu().numpy() for x in (stats.reverse_kl, stats.top1_agreement)]
+        start = 0
+        for (sample, _), k in zip(parts, places, strict=True):
+            end = start + len(sample.target_ids)
+            for field_name, values in zip(COMPARED, columns, strict=True):
+                getattr(sample, field_name)[:, k] = values[start:end]
+            start = end
+
     def _aligned(
         self, sample: Sample, context: TeacherContext, spans: Spans, targets: TeacherTargets
     ) -> dict[str, np.ndarray]:
@@ -279,6 +322,8 @@ class Measurer:
 RATIOS = ("policy_logratio", "sampler_logratio")
 OWN = ("student_logprob", "student_entropy", *RATIOS)
 """The measures that need the student only."""
+COMPARED = ("teacher_kl", "teacher_agreement")
+"""The measures that need the student and a teacher that judges by hidden states."""
 READ = ("teacher_logprob", "teacher_entropy", "teacher_top1")
 MOST_ROWS = 32768
 """Hidden states that are on the device at a time (those of one sample always are)."""
