@@ -8,7 +8,7 @@ PY = $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: study-results demo demo-real real-results demo-agents agents-results demo-results test test-oldest test-vllm test-envs test-browser check bench gpu docs models clean help
+.PHONY: study-results demo demo-real real-results demo-agents agents-results demo-results test test-oldest test-vllm test-envs test-bench bench-results test-browser check bench gpu docs models clean help
 
 help:
 	@echo "make demo     distil the bundled tiny models: MAD-OPD beside its baselines (minutes, 2 cores)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-oldest  what touches transformers, on the oldest release that is supported"
 	@echo "make test-vllm  the tests that sample with real vLLM (CPU build, own environment)"
 	@echo "make test-envs  the tests that play ALFWorld, TextWorld and ScienceWorld (own environment)"
+	@echo "make test-bench  the tests of the harnesses of benchmarks (own environment)"
 	@echo "make test-browser  the page of opdengine report in Debian's chromium"
 	@echo "make bench    throughput of the fused loss and of a whole step"
 	@echo "make gpu      tests and benchmarks of the fused loss on this machine's GPU, nine minutes;"
@@ -130,6 +131,29 @@ $(VENV)-envs/.ready: pyproject.toml requirements/extras.py
 
 test-envs: $(VENV)-envs/.ready
 	OMP_NUM_THREADS=1 $(ENVS_PY) -m pytest --confcutdir=tests/environments tests/environments -m envs -n 2 $(ARGS)
+
+# The harnesses of `opdengine bench`, in an environment of their own that sees the packages of the tests (0.3 GB).
+BENCH_PY = $(VENV)-bench/bin/python
+$(VENV)-bench/.ready: pyproject.toml requirements/install-bench.sh | $(VENV)/.dev
+	test -x $(BENCH_PY) || $(PYTHON) -m venv $(VENV)-bench
+	echo "import site; site.addsitedir('$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')')" \
+		> "$$($(BENCH_PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/tests.pth"
+	PIP_QUIET=1 requirements/install-bench.sh $(BENCH_PY)
+	@touch $@
+
+test-bench: $(VENV)-bench/.ready
+	OMP_NUM_THREADS=1 $(BENCH_PY) -m pytest tests/bench -m bench $(ARGS)
+
+# The benchmarks of a real model that are committed: half an hour on two idle cores.
+$(VENV)-bench/smollm2: | $(VENV)-bench/.ready
+	$(BENCH_PY) -m opdengine fetch smollm2-135m --out $@
+
+bench-results: $(VENV)-bench/.ready $(VENV)-bench/smollm2
+	$(BENCH_PY) -m opdengine bench humaneval --model $(VENV)-bench/smollm2 --limit 40 --max_completion_length 256 \
+		--out benchmarks/results/bench/humaneval.json
+	$(BENCH_PY) -m opdengine bench bfcl --model $(VENV)-bench/smollm2 --limit 4 --max_completion_length 128 \
+		--out benchmarks/results/bench/bfcl.json
+	$(BENCH_PY) benchmarks/report.py
 
 # In an environment of their own: the pages need neither torch nor transformers.
 DOCS_PY = $(VENV)-docs/bin/python

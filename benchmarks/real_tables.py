@@ -183,7 +183,26 @@ def teacher_serve() -> str:
     )
 
 
+def bench_real() -> str:
+    """What ``opdengine bench`` found on SmolLM2-135M-Instruct."""
+    found = [json.loads(file.read_text()) for file in sorted((RESULTS.parent / "bench").glob("*.json"))]
+    rows, notes = [], []
+    for document in found:
+        for row in document["table"]:
+            share = {"accuracy": row["mean"], "low": row["low"], "high": row["high"]}
+            rows.append([f"`{document['benchmark']}`", row["name"], str(row["questions"]), cell(share)])
+        settings = document["settings"]
+        (package, version) = next(iter(settings["versions"].items()))
+        limit = f"the first {settings['limit']} of each kind" if settings["limit"] else "all"
+        tokens = settings["sampling"]["max_tokens"]
+        notes.append(f"`{document['benchmark']}`: {limit}, up to {tokens} tokens, {package} {version}")
+    return table(["benchmark", "questions of", "how many", "right"], rows) + (
+        f"\n\nSmolLM2-135M-Instruct, greedy; percent with 95 % intervals. {'; '.join(notes)}."
+    )
+
+
 TABLES = {
+    "bench_real": bench_real,
     "demo_real": demo_real,
     "real_confidences": real_confidences,
     "real_debate": real_debate,

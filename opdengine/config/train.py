@@ -238,8 +238,8 @@ class TrainConfig(Section):
     skip_bad_rows: Flag = False
     """leave out malformed rows (counted) instead of refusing the file."""
     verifier: Changeable[PerKey[Filled]] = "exact_match"
-    """how an answer is graded: "exact_match", "numeric", "choice", "math", "code", "reasoning_gym", "module:function"
-    or "file.py:function"; or a mapping from routing key (and "default") to one of these."""
+    """how an answer is graded: "exact_match", "numeric", "choice", "math", "code", "reasoning_gym", "bfcl", "evalplus",
+    "module:function" or "file.py:function"; or a mapping from routing key (and "default") to one of these."""
     verifier_timeout: Changeable[Seconds] = 30.0
     """seconds that grading one completion may take; longer counts as failed (score 0)."""
     verifier_workers: Resumable[Parallel] = 4
