@@ -42,7 +42,7 @@ PAPER = Paper(
     },
 )
 
-METHODS = ("opd", "mt_opd", "mad_opd", "opad", "gkd", "g_opd", "gold")
+METHODS = ("opd", "mt_opd", "mt_seqkd", "mad_opd", "opad", "gkd", "g_opd", "gold")
 """Methods that may have such teachers."""
 
 LOST = Check(
@@ -65,11 +65,6 @@ class CrossTokenizer(Method):
                 f"method={config.method!r} is not possible with {setting}: it reads a teacher's judgement token by "
                 f"token; use one of {list(METHODS)}"
             )
-        if config.gkd.seq_kd:
-            raise ConfigError(
-                f"gkd.seq_kd is not possible with {setting}: what that teacher writes is in its own tokens; leave "
-                "seq_kd out and give recorded answers"
-            )
         if self.diverges:
             _need_distributions(config, setting)
         else:
@@ -89,6 +84,8 @@ class CrossTokenizer(Method):
                 if (spans := context.spans) is not None:
                     counts = [len(spans.student), (spans.student >= 0).sum(), spans.one_to_one.sum()]
                     found.setdefault(context.teacher, []).append(np.array(counts, dtype=np.float64))
+        if not found:
+            return
         total = np.zeros(3)
         for name, rows in found.items():
             count, inside, single = np.sum(rows, axis=0)

@@ -87,7 +87,7 @@ class MTSeqKD(Method):
             Sample(
                 id=f"{i}",
                 prompt=p,
-                turns=(Turn.of_prompt(encode(p)), Turn("assistant", answer.token_ids, trains=True)),
+                turns=(Turn.of_prompt(encode(p)), Turn("assistant", self._ids(p, answer, encode), trains=True)),
                 stop_reason=answer.stop_reason,
                 text=answer.text,
             )
@@ -95,6 +95,14 @@ class MTSeqKD(Method):
         ]
         written = {f"seqkd/written/{name}": float(len(q)) for name, (_, q) in queues.items()}
         return Batch(samples=samples, metrics=written)
+
+    def _ids(self, prompt: Prompt, answer: Completion, encode: Callable[..., list[int]]) -> np.ndarray:
+        """The student's tokens of an answer: the teacher's, or, where its tokenizer is another, those of its text."""
+        teacher = author(prompt, route(self.teachers, prompt.key), self.params.seed)
+        if getattr(teacher, "alignment", None) is None or not len(answer.token_ids):
+            return answer.token_ids
+        ids = encode(prompt, answer.text)
+        return np.array(ids[:-1] if answer.stop_reason == "length" else ids, dtype=np.int64)
 
     async def _write(self, teacher: Teacher, prompts: Sequence[Prompt]) -> None:
         queue = []

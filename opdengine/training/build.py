@@ -174,6 +174,13 @@ def align(config: TrainConfig, teacher: TeacherConfig, student: Any, tokenizer: 
     kwargs = config.chat_template_kwargs, teacher.chat_template_kwargs
     alignment = Alignment(student, tokenizer, teacher.name, *kwargs)
     spans = [alignment.turn(student.encode(probe, add_special_tokens=False))[1] for probe in PROBES]
+    try:
+        require_same_tokenizer(student, tokenizer, teacher.name)
+        logger.warning(
+            "teacher %r has the student's tokenizer: without tokenizer_alignment it is compared exactly", teacher.name
+        )
+    except ValueError:
+        pass
     inside, single = (np.concatenate(x) for x in ([s.student >= 0 for s in spans], [s.one_to_one for s in spans]))
     logger.info(
         "teacher %r has another tokenizer: of probe texts it keeps %.0f %%, in tokens of equal bounds %.0f %%; %d of "

@@ -116,6 +116,11 @@ CASES: dict[str, dict[str, Any]] = {
     # Parameters are gathered in bfloat16, where a single process computes under autocast.
     # Greedy, since in bfloat16 the rounding of a first step changes what the second one draws.
     "bfloat16": {"prompts": 4, "tolerance": 0.02, "config": {"bf16": True, "temperature": 0.0}},
+    "spans": {
+        "prompts": 3,
+        "teacher": {"tokenizer_alignment": "spans"},
+        "config": {"gold": {"uld_hybrid_matched_weight": 1.0, "uld_hybrid_unmatched_weight": 1.0}},
+    },
     "frozen_head": {"prompts": 3, "student": "big", "config": {"freeze_head": True}},
 }
 

@@ -25,7 +25,7 @@ from opdengine.methods import build_method
 from opdengine.models.chat import encode_answer
 from opdengine.teachers.served_model import Served
 from opdengine.training.run import train
-from opdengine.types import Batch, Sample, Turn
+from opdengine.types import Batch, Completion, Sample, Turn
 
 sys.path.append(str(Path(__file__).parents[1] / "teachers"))
 from remote_helpers import answering
@@ -270,6 +270,15 @@ def test_text_that_is_not_kept_is_not_judged(
     assert loss_and_gradient(exact, samples)[0] == 0
 
 
+def test_an_empty_answer_is_dropped(other: Models, prompt_file: str, tmp_path: Path) -> None:
+    for mode in ("sampled", "full_vocab"):
+        engine = make_engine(config_of(other, prompt_file, tmp_path, advantage={"kl_mode": mode}))
+        prompts = load_prompts([prompt_file]).prompts
+        assert weighed(engine, prompts, ["", ""]) == []
+        (kept,) = weighed(engine, prompts, ["", "the answer"])
+        assert np.isfinite(loss_and_gradient(engine, [kept])[0])
+
+
 def test_an_agents_turns(other: Models, prompt_file: str, tmp_path: Path) -> None:
     """Every turn is read in the teacher's tokens, answers in its template; a closed turn ends once."""
     engine = make_engine(config_of(other, prompt_file, tmp_path, "pieces", advantage={"kl_mode": "sampled"}))
@@ -343,6 +352,26 @@ def test_a_run_from_a_configuration(
         assert f"teacher_weight/{name}" in last
 
 
+@pytest.mark.parametrize("method", ["mt_seqkd", "gkd"])
+def test_what_such_teachers_write_is_read_in_the_students_tokens(
+    other: Models, prompt_file: str, tmp_path: Path, method: str
+) -> None:
+    """Supervised on its text; an answer that was cut off has no end."""
+    teachers = [{"model": other["pieces"], "tokenizer_alignment": "spans"}]
+    settings = {"gkd": {"lmbda": 0.0, "seq_kd": True}} if method == "gkd" else {}
+    engine = make_engine(make_config(other, prompt_file, tmp_path, method=method, teachers=teachers, **settings))
+    said = iter([("the answer", "stop"), ("fox", "length"), ("", "stop"), ("two", "stop")])
+
+    async def generate(requests: Any, params: Any) -> list[Completion]:
+        return [Completion(np.array([7, 8]), np.zeros(2), *reversed(next(said))) for _ in requests]
+
+    engine.teachers[0].generate = generate  # type: ignore[method-assign]
+    result = asyncio.run(engine.step(load_prompts([prompt_file]).prompts[:4]))
+    written = [engine.tokenizer.decode(s.target_ids) for s in result.samples]
+    assert written == ["the answer<|im_end|>", "fox", "<|im_end|>", "two<|im_end|>"]
+    assert result.metrics["grad_norm"] > 0
+
+
 def test_one_teacher_of_each_kind(other: Models, prompt_file: str, tmp_path: Path) -> None:
     """Their losses add up, also beside rewards, whose advantage goes through the head on its own then."""
     same, apart = {"model": other["big"]}, {"model": other["bytes"], "tokenizer_alignment": "spans"}
@@ -379,7 +408,6 @@ def test_the_bundled_student_learns_from_another_tokenizer(other: Models, tmp_pa
     ("changes", "said"),
     [
         ({"method": "uni_opd", "num_generations": 2}, "method='uni_opd' is not possible with tokenizer_alignment"),
-        ({"method": "gkd", "gkd": {"lmbda": 0.5, "seq_kd": True}}, "gkd.seq_kd is not possible.*recorded answers"),
         ({"divergence": "skew_kl"}, "divergence='skew_kl' is not possible.*use reverse_kl, forward_kl or jsd"),
         ({"divergence": {"a": "skew_kl", "default": "jsd"}}, "divergence='skew_kl'"),
         ({"teacher_reduction": "mixture"}, "teacher_reduction='mixture' is not possible.*use sum"),
