@@ -136,7 +136,11 @@ class Gold:
 
 
 def divergence(kind: str, own: torch.Tensor, theirs: torch.Tensor, beta: float) -> torch.Tensor:
-    """[n] from log-probabilities [n, V] that need not sum to 1, summed as they are."""
+    """[n] from log-probabilities [n, V] that need not sum to 1, summed as they are.
+
+    Raises:
+        ValueError: there is no such divergence between spans.
+    """
 
     def kl(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return (one.exp() * (one - other)).sum(-1)
@@ -145,6 +149,8 @@ def divergence(kind: str, own: torch.Tensor, theirs: torch.Tensor, beta: float) 
         return kl(own, theirs)
     if kind == "forward_kl":
         return kl(theirs, own)
+    if kind != "jsd":
+        raise ValueError(f"{kind!r} is not possible over spans of two tokenizers; use reverse_kl, forward_kl or jsd")
     middle = torch.logaddexp(own + float(np.log1p(-beta)), theirs + float(np.log(beta)))
     return beta * kl(theirs, middle) + (1 - beta) * kl(own, middle)
 

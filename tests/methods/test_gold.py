@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from opdengine.config.train import ConfigError
 from opdengine.data.prompts import load_prompts
+from opdengine.loss.gold import divergence
 from opdengine.methods import build_method
 from opdengine.models.chat import encode_answer
 from opdengine.teachers.served_model import Served
@@ -431,6 +432,14 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         build_method(config_of(other, prompt_file, tmp_path, **changes))
+
+
+def test_a_divergence_that_spans_do_not_have_is_refused() -> None:
+    """Also where a method of one's own chooses it for some tokens."""
+    rows = torch.zeros(1, 2)
+    assert divergence("jsd", rows, rows, 0.5).item() == 0
+    with pytest.raises(ValueError, match="'skew_kl' is not possible over spans"):
+        divergence("skew_kl", rows, rows, 0.5)
 
 
 def test_without_the_setting_another_tokenizer_stays_refused(other: Models, prompt_file: str, tmp_path: Path) -> None:
