@@ -149,6 +149,7 @@ $(VENV)-bench/smollm2: | $(VENV)-bench/.ready
 	$(BENCH_PY) -m opdengine fetch smollm2-135m --out $@
 
 bench-results: $(VENV)-bench/.ready $(VENV)-bench/smollm2
+	rm -f benchmarks/results/bench/*.json
 	$(BENCH_PY) -m opdengine bench humaneval --model $(VENV)-bench/smollm2 --limit 40 --max_completion_length 256 \
 		--out benchmarks/results/bench/humaneval.json
 	$(BENCH_PY) -m opdengine bench bfcl --model $(VENV)-bench/smollm2 --limit 4 --max_completion_length 128 \
