@@ -93,6 +93,7 @@ def test_a_result_is_kept_continued_and_never_mixed(
         (["bench", "humaneval", "--seeds", "3"], "set --eval_temperature 0.7"),
         (["bench", "humaneval", "--data", "nowhere.jsonl"], "data file 'nowhere.jsonl' does not exist"),
         (["bench", "humaneval", "--out", "."], "--out '.' is a folder"),
+        (["bench", "humaneval", "--data", str(Path(__file__).with_name("none.jsonl"))], "none.jsonl' does not exist"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(
@@ -210,6 +211,35 @@ def test_the_table_is_the_mean_over_seeds_with_an_interval(tmp_path: Path) -> No
     (tmp_path / "a.json").write_text('{"other": 1}')
     with pytest.raises(ValueError, match="holds no results of opdengine bench"):
         Record(tmp_path / "a.json", "some", {"x": 1}, "m")
+
+
+def test_a_place_that_cannot_be_written_to_is_said_before_a_model_is_loaded(
+    models: dict[str, str], problems: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("opdengine.cli._load_student", lambda config: pytest.fail("a model was loaded"))
+    assert run(models["student"], problems, tmp_path / "file" / "out.json") == 2
+    assert "file" in capsys.readouterr().err
+
+
+def test_answers_longer_than_the_window_are_refused(
+    models: dict[str, str], problems: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "bench",
+        "humaneval",
+        "--model",
+        models["student"],
+        "--data",
+        problems,
+        "--out",
+        str(tmp_path / "o.json"),
+    ]
+    assert main([*arguments, "--max_completion_length", "1024"]) == 2
+    assert (
+        "max_completion_length=1024 leaves no room for a prompt in the model's window of 1024"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_limit_is_of_every_kind() -> None:

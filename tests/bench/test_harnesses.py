@@ -191,6 +191,15 @@ def test_lm_eval_asks_and_aggregates(
     assert len(out.with_suffix(".seed_0.jsonl").read_text().splitlines()) == len(rows)
 
 
+def test_rows_of_another_layout_are_refused(wide: str, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("opdengine.cli._load_student", lambda config: pytest.fail("a model was loaded"))
+    for name, rows in (("ifeval", MEDQA), ("medqa", IFEVAL), ("ifeval", [{"key": 1, "prompt": "a"}])):
+        data = tmp_path / "rows.jsonl"
+        data.write_text("".join(json.dumps(each) + "\n" for each in rows))
+        assert main(["bench", name, "--model", wide, "--data", str(data)]) == 2
+        assert "the rows of" in capsys.readouterr().err
+
+
 def test_log_probabilities_of_options_are_the_models(wide: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM

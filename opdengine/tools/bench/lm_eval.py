@@ -77,6 +77,8 @@ class LmEval:
         tasks = [TASKS[name]] if name in TASKS else [part for part in name.partition(":")[2].split(",") if part]
         self._tasks = load_tasks(tasks, file)
         self._asked = asked(self._tasks) if file is None else list(self._tasks["tasks"].values())
+        if file is not None:
+            rehearse(self._asked, file, limit)
 
     def settings(self) -> dict[str, Any]:
         """What the values depend on besides the model and the seed."""
@@ -183,6 +185,34 @@ def asked(found: Any) -> list[Any]:
     """Tasks and groups as the harness takes them again: a group brings its own."""
     inner = {child for group in found["groups"].values() for child in group.child_names}
     return [each for kind in ("groups", "tasks") for name, each in found[kind].items() if name not in inner]
+
+
+def rehearse(tasks: list[Any], file: str, limit: int | None) -> None:
+    """Let the harness ask and grade with empty answers, which shows whether it can use the rows of a file.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import LM
+
+    class Silent(LM):  # type: ignore[misc]
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            return [""] * len(requests)
+
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            return [(0.0, False)] * len(requests)
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            return [0.0] * len(requests)
+
+    try:
+        simple_evaluate(model=Silent(), tasks=tasks, limit=limit, bootstrap_iters=0)
+    except Exception as error:  # of the tasks' own code
+        raise ValueError(
+            f"lm-eval cannot use the rows of {file!r}: {type(error).__name__}: {error}; they need the columns of the "
+            "task's data set"
+        ) from error
 
 
 def _rows(name: str, metrics: dict[str, Any], count: int) -> list[tuple[str, dict[str, float]]]:

@@ -72,6 +72,11 @@ class Questions:
         params = replace(answer_params(self._config), seed=seed)
         encoded = {p.id: reader.encode(p.messages, p.tools) for p in self.prompts}
         room = sampler.window - params.max_tokens if sampler.window is not None else None
+        if room is not None and room < 1:
+            raise ValueError(
+                f"max_completion_length={params.max_tokens} leaves no room for a prompt in the model's window of "
+                f"{sampler.window}; lower it"
+            )
         asked = [p for p in self.prompts if room is None or len(encoded[p.id]) <= room]
         if left_out := len(self.prompts) - len(asked):
             logger.warning(

@@ -48,6 +48,9 @@ class Record:
     def __init__(self, file: Path, name: str, settings: Mapping[str, Any], model: str) -> None:
         self.file = file
         self._content: dict[str, Any] = {"benchmark": name, "model": model, "settings": dict(settings), "seeds": {}}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(file.parent, os.W_OK):
+            raise ValueError(f"the folder of {str(file)!r} cannot be written to; name another file with --out")
         if not file.exists():
             return
         try:
@@ -73,7 +76,6 @@ class Record:
         """Keep the values of one seed, and write the file."""
         self._content["seeds"][str(seed)] = {"rows": outcome.rows, **outcome.details}
         self._content["table"] = self.table()
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in outcome.answers]
         if lines:
             _write(self.file.with_suffix(f".seed_{seed}.jsonl"), "".join(lines))
