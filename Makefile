@@ -152,7 +152,8 @@ bench-results: $(VENV)-bench/.ready $(VENV)-bench/smollm2
 	rm -f benchmarks/results/bench/*.json
 	$(BENCH_PY) -m opdengine bench humaneval --model $(VENV)-bench/smollm2 --limit 40 --max_completion_length 256 \
 		--out benchmarks/results/bench/humaneval.json
-	$(BENCH_PY) -m opdengine bench bfcl --model $(VENV)-bench/smollm2 --limit 4 --max_completion_length 128 \
+	$(BENCH_PY) -m opdengine bench bfcl:simple_python,multiple,parallel,irrelevance --model $(VENV)-bench/smollm2 \
+		--limit 4 --max_completion_length 64 \
 		--out benchmarks/results/bench/bfcl.json
 	$(BENCH_PY) benchmarks/report.py
 
