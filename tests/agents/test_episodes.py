@@ -280,7 +280,7 @@ def test_steps_have_their_true_prefix_and_share_one_forward_pass(
         tasks = [Prompt(f"t{i}", (), extra={"task": task}) for i, task in enumerate(house_tasks()[:2])]
         engine.episodes.max_turns = 3
         batch = Batch()
-        engine.play(tasks, batch)
+        engine.play(tasks, range(len(tasks)), batch)
         whole = batch.samples
     finally:
         engine.episodes.close()

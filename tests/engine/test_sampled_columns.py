@@ -64,7 +64,7 @@ def test_the_noise_is_a_metric(
     ("settings", "words"),
     [
         ({"loss_impl": "reference"}, "computes every column"),
-        ({"method": "mt_seqkd"}, "none judges here"),
+        ({"method": "mt_seqkd"}, "and none does: use 0"),
     ],
 )
 def test_it_is_refused_where_it_does_nothing(

@@ -17,8 +17,9 @@ MOST_BYTES = 60_000
 
 
 def texts(notebook: Any) -> list[str]:
-    """What the cells print and return."""
+    """What the cells print and return, without the warnings of packages that happen to be installed."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    outputs = [output for output in outputs if output.get("name") != "stderr"]
     return [output.get("text") or output["data"]["text/plain"] for output in outputs]
 
 
