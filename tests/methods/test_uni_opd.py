@@ -32,7 +32,7 @@ from opdengine.methods.uni_opd import (
     shifts,
 )
 from opdengine.models.chat import encode_chat, load_tokenizer
-from opdengine.training.run import check_routing
+from opdengine.training.inputs import check_routing
 from opdengine.training.step import Engine
 from opdengine.types import Batch, Prompt, Sample, Turn
 

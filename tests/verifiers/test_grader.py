@@ -375,7 +375,7 @@ def test_what_cannot_be_loaded_is_refused_at_once(tmp_path: Path) -> None:
 def test_a_data_source_without_verifier_is_refused_before_models_are_loaded(
     source: str, models: dict[str, str], prompt_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("opdengine.training.run.load_tokenizer", None)  # would be next
+    monkeypatch.setattr("opdengine.training.inputs.load_tokenizer", None)  # would be next
     graded = tmp_path / "graded.jsonl"
     graded.write_text('{"prompt": "1 + 1?", "answer": "2", "data_source": "code"}\n')
     config = {
