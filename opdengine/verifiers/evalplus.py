@@ -7,15 +7,14 @@ runs instead is a function of ours that returns these values, which are plain da
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from opdengine.data.benchmarks import BENCHMARKS
 from opdengine.models.thoughts import answer_part
 from opdengine.types import Message
-from opdengine.verifiers.program import MARGIN_SECONDS, CodeTests, extract_program, trouble
-from opdengine.verifiers.sandbox.session import SandboxError, Session, find_tier
+from opdengine.verifiers.program import Clock, CodeTests, extract_program, sandbox_of, trouble
+from opdengine.verifiers.sandbox.session import SandboxError, Session
 from opdengine.verifiers.sandbox.tiers import Limits
 from opdengine.verifiers.score import NO_ANSWER, Score, VerifierSettings, as_score
 from opdengine.workers.plain import decode
@@ -43,11 +42,7 @@ class EvalPlusVerifier:
 
     def __init__(self, settings: VerifierSettings) -> None:
         BENCHMARKS["humaneval_plus"].require()
-        try:
-            self._tier = find_tier(settings.allow_unsandboxed)
-        except SandboxError as error:
-            raise ValueError(f'the verifier "evalplus": {error}') from error
-        self._seconds = max(settings.timeout - MARGIN_SECONDS, settings.timeout / 2)
+        self._tier, self._seconds = sandbox_of("evalplus", settings)
         self._expected: dict[str, list[Any]] = {}
 
     def __call__(self, text: str, answer: Any, messages: Sequence[Message]) -> Score:
@@ -58,22 +53,22 @@ class EvalPlusVerifier:
         code = extract_program(text, CodeTests(entry=entry, prefix=answer["prefix"]))
         if not code:
             return Score(0.0, detail="no program in the completion")
-        end = time.monotonic() + self._seconds
+        clock = Clock(CASE_SECONDS, self._seconds)
         try:
             if answer["reference"] not in self._expected:
-                self._expected[answer["reference"]] = self._values(answer["reference"], entry, inputs, end)
+                self._expected[answer["reference"]] = self._values(answer["reference"], entry, inputs, clock)
             expected = self._expected[answer["reference"]]
         except (SandboxError, ValueError) as error:
             return Score(0.0, "error", f"the reference solution: {error}; raise verifier_timeout where it is time")
         try:
-            found = self._values(code, entry, inputs, end)
+            found = self._values(code, entry, inputs, clock)
         except SandboxError as error:
             return Score(0.0, "sandbox", str(error))
         except ValueError as error:
             return Score(0.0, detail=str(error))
         return self._compare(answer, found, expected)
 
-    def _values(self, code: str, entry: str, inputs: Sequence[Any], end: float) -> list[Any]:
+    def _values(self, code: str, entry: str, inputs: Sequence[Any], clock: Clock) -> list[Any]:
         """What a program returns for every input.
 
         Raises:
@@ -81,17 +76,16 @@ class EvalPlusVerifier:
         """
         values = []
         with Session(self._tier, Limits(cpu=math.ceil(self._seconds))) as session:
-            step = session.start("functions", code, _left(end))
-            for number, given in enumerate([None, *inputs]):
-                if number:
-                    step = session.tell({"call": [entry, given, []]}, _left(end))
+            if wrong := trouble(session.start("functions", code, clock.seconds())):
+                raise ValueError(f"before case 1: {wrong}")
+            for number, given in enumerate(inputs, start=1):
+                step = session.tell({"call": [entry, given, []]}, clock.seconds())
                 if wrong := trouble(step):
                     raise ValueError(f"case {number}: {wrong}")
-                if number:
-                    try:
-                        values.append(decode(step["value"]))
-                    except KeyError:
-                        raise ValueError(f"case {number}: no value") from None
+                try:
+                    values.append(decode(step["value"]))
+                except KeyError:
+                    raise ValueError(f"case {number}: no value") from None
         return values
 
     def _compare(self, answer: Any, found: list[Any], expected: list[Any]) -> Score:
@@ -110,8 +104,3 @@ class EvalPlusVerifier:
             fast_check=True,
         )
         return Score(float(verdict == PASS), detail=f"{verdict} after {sum(map(bool, details))} of {len(inputs)} cases")
-
-
-def _left(end: float) -> float:
-    """Seconds for the next case."""
-    return max(min(CASE_SECONDS, end - time.monotonic()), 0.01)

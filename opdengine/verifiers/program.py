@@ -21,7 +21,7 @@ from opdengine.models.thoughts import answer_part
 from opdengine.types import Message
 from opdengine.verifiers.fences import fenced_blocks
 from opdengine.verifiers.sandbox.session import SandboxError, Session, find_tier
-from opdengine.verifiers.sandbox.tiers import Limits
+from opdengine.verifiers.sandbox.tiers import Limits, Tier
 from opdengine.verifiers.score import NO_ANSWER, Score, VerifierSettings, as_score
 from opdengine.workers.plain import decode, encode
 
@@ -88,13 +88,7 @@ class CodeVerifier:
     """
 
     def __init__(self, settings: VerifierSettings) -> None:
-        try:
-            self._tier = find_tier(settings.allow_unsandboxed)
-        except SandboxError as error:
-            raise ValueError(f'the verifier "code": {error}') from error
-        if not self._tier.isolated:
-            logger.warning("programs of the model run WITHOUT isolation (verifier_allow_unsandboxed)")
-        self._seconds = max(settings.timeout - MARGIN_SECONDS, settings.timeout / 2)
+        self._tier, self._seconds = sandbox_of("code", settings)
         self._limits = Limits(cpu=math.ceil(self._seconds))
 
     def __call__(self, text: str, answer: Any, messages: Sequence[Message]) -> Score:
@@ -105,7 +99,7 @@ class CodeVerifier:
         code = extract_program(text, tests)
         if not code:
             return Score(0.0, detail="no program in the completion")
-        clock = _Clock(tests.time_limit, self._seconds)
+        clock = Clock(tests.time_limit, self._seconds)
         try:
             with Session(self._tier, self._limits) as session:
                 if tests.test:
@@ -145,8 +139,28 @@ def extract_program(text: str, tests: CodeTests) -> str:
     return ""
 
 
-class _Clock:
-    """Return the seconds that are left for one program."""
+def sandbox_of(verifier: str, settings: VerifierSettings) -> tuple[Tier, float]:
+    """Where a verifier runs programs, and for how many seconds one at most; a warning where nothing isolates them.
+
+    Raises:
+        ValueError: this system offers no isolation, and the settings do not allow to go without.
+    """
+    try:
+        tier = find_tier(settings.allow_unsandboxed)
+    except SandboxError as error:
+        raise ValueError(f'the verifier "{verifier}": {error}') from error
+    if not tier.isolated:
+        logger.warning("programs of the model run WITHOUT isolation (verifier_allow_unsandboxed)")
+    return tier, max(settings.timeout - MARGIN_SECONDS, settings.timeout / 2)
+
+
+class Clock:
+    """The seconds that are left for one program.
+
+    Args:
+        case: most seconds for one case.
+        total: most seconds for all cases together, from now on.
+    """
 
     def __init__(self, case: float, total: float) -> None:
         self._case, self._end = case, time.monotonic() + total
@@ -156,7 +170,7 @@ class _Clock:
         return max(min(self._case, self._end - time.monotonic()), 0.01)
 
 
-def _run_program(session: Session, code: str, tests: CodeTests, clock: _Clock) -> str:
+def _run_program(session: Session, code: str, tests: CodeTests, clock: Clock) -> str:
     """Return what is wrong with a program on standard input and output; empty if it is right."""
     for number, (given, expected) in enumerate(zip(tests.inputs, tests.outputs, strict=True), start=1):
         answer = session.run(code, str(given), clock.seconds())
@@ -169,7 +183,7 @@ def _run_program(session: Session, code: str, tests: CodeTests, clock: _Clock) -
     return ""
 
 
-def _call_function(session: Session, code: str, tests: CodeTests, clock: _Clock) -> str:
+def _call_function(session: Session, code: str, tests: CodeTests, clock: Clock) -> str:
     """Return what is wrong with the values that a function returns; empty if they are right."""
     answer = session.start("functions", code, clock.seconds())
     for number, (given, expected) in enumerate(zip(tests.inputs, tests.outputs, strict=True), start=1):
@@ -188,7 +202,7 @@ def _call_function(session: Session, code: str, tests: CodeTests, clock: _Clock)
     return ""
 
 
-def _run_test(session: Session, judge: Session, code: str, tests: CodeTests, clock: _Clock) -> str:
+def _run_test(session: Session, judge: Session, code: str, tests: CodeTests, clock: Clock) -> str:
     """Return what a test says about functions that live in another sandbox than itself; empty if it passes.
 
     The test runs in ``judge``, the program in ``session``; calls and plain values are handed from one to the other

@@ -206,11 +206,11 @@ def test_log_probabilities_of_options_are_the_models(wide: str) -> None:
 
     from opdengine.models.chat import load_tokenizer
     from opdengine.rollout.transformers import TransformersSampler
-    from opdengine.tools.bench.lm_eval import adapter
+    from opdengine.tools.bench.lm_eval_models import Model
 
     config = from_mapping(TrainConfig, {"model": wide, "output_dir": "."})
     model, tokenizer = AutoModelForCausalLM.from_pretrained(wide).eval(), load_tokenizer(wide)
-    asked = adapter()(TransformersSampler(model, tokenizer), tokenizer, config, 0)
+    asked = Model(TransformersSampler(model, tokenizer), tokenizer, config, 0)
     pairs = [("Some text:", " A"), ("Some text:", " B"), ("Some text:", " and more"), ("Other", " A")]
     found = asked.loglikelihood([SimpleNamespace(args=pair) for pair in pairs], disable_tqdm=True)
     for (context, continuation), (value, greedy) in zip(pairs, found, strict=True):
@@ -218,6 +218,30 @@ def test_log_probabilities_of_options_are_the_models(wide: str) -> None:
         rows = model(ids).logits[0, start - 1 : -1, : len(tokenizer)].log_softmax(-1)
         assert math.isclose(value, rows.gather(1, ids[0, start:, None]).sum().item(), abs_tol=1e-4)
         assert greedy == bool((rows.argmax(-1) == ids[0, start:]).all())
+
+
+def test_a_group_counts_its_own_questions(wide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.tasks import TaskManager
+
+    groups, tasks = {"outer": ["inner", "third"], "inner": ["first", "second"]}, {"first": 2, "second": 2, "third": 3}
+    shape = {
+        "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+        "doc_to_choice": [" A", " B"], "doc_to_target": 0, "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    for name, count in tasks.items():
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps({"question": f"Question {i}?"}) + "\n" for i in range(count)))
+        settings = {"task": name, "dataset_kwargs": {"data_files": {"test": str(data)}}, **shape}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(settings))
+    for name, members in groups.items():
+        settings = {"group": name, "task": members, "aggregate_metric_list": [{"metric": "acc"}]}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(settings))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr("opdengine.tools.bench.lm_eval._manager", lambda: manager)
+    out = tmp_path / "out.json"
+    assert main(["bench", "lm_eval:outer", "--model", wide, "--out", str(out)]) == 0
+    found = {row["name"]: row["questions"] for row in json.loads(out.read_text())["table"]}
+    assert found == {f"{name} acc": count for name, count in {**tasks, "inner": 4, "outer": 7}.items()}
 
 
 @pytest.mark.parametrize(

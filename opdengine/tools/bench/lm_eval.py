@@ -13,23 +13,15 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
-import torch
-
 from opdengine.config.train import TrainConfig
-from opdengine.models.batching import forward_options
-from opdengine.models.rendering import thought_opening
-from opdengine.models.thoughts import answer_part
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.tools.bench.record import Outcome
 from opdengine.training.evaluate import answer_params
-from opdengine.types import Request
-
-logger = logging.getLogger(__name__)
 
 PREFIX = "lm_eval"
 """``lm_eval:TASK,TASK`` names any task of the harness."""
@@ -99,21 +91,18 @@ class LmEval:
         """Let the harness ask, and take its metrics."""
         from lm_eval import simple_evaluate
 
-        model = adapter()(sampler, tokenizer, self._config, seed)
+        from opdengine.tools.bench.lm_eval_models import Model
+
+        model = Model(sampler, tokenizer, self._config, seed)
         found = simple_evaluate(model=model, tasks=self._asked, limit=self._limit, apply_chat_template=True)
         assert found is not None
-        counts = {name: each["effective"] for name, each in found["n-samples"].items()}
-        rows = {
-            title: row
-            for name, metrics in found["results"].items()
-            for title, row in _rows(name, metrics, counts.get(name, sum(counts.values())))
-        }
+        rows = dict(row for name, metrics in found["results"].items() for row in _rows(name, metrics))
         answers = [
             {"task": name, "id": sample["doc_id"], "answers": sample["filtered_resps"], "texts": sample["resps"]}
             for name, samples in found["samples"].items()
             for sample in samples
         ]
-        return Outcome(rows, {"cut": model.cut}, json.loads(json.dumps(answers, default=str)))
+        return Outcome(rows, {"cut": model.cut}, answers)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -194,17 +183,8 @@ def rehearse(tasks: list[Any], file: str, limit: int | None) -> None:
         ValueError: it cannot.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.api.model import LM
 
-    class Silent(LM):  # type: ignore[misc]
-        def generate_until(self, requests: list[Any]) -> list[str]:
-            return [""] * len(requests)
-
-        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            return [(0.0, False)] * len(requests)
-
-        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            return [0.0] * len(requests)
+    from opdengine.tools.bench.lm_eval_models import Silent
 
     try:
         simple_evaluate(model=Silent(), tasks=tasks, limit=limit, bootstrap_iters=0)
@@ -215,117 +195,16 @@ def rehearse(tasks: list[Any], file: str, limit: int | None) -> None:
         ) from error
 
 
-def _rows(name: str, metrics: dict[str, Any], count: int) -> list[tuple[str, dict[str, float]]]:
+def _rows(name: str, metrics: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """Rows of the table: one for every metric of a task or group."""
     rows = []
     for key, value in metrics.items():
         metric, _, way = key.partition(",")
         if not way or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
-        row = {"value": float(value), "questions": count}
+        row = {"value": float(value), "questions": metrics["sample_len"]}
         stderr = metrics.get(f"{metric}_stderr,{way}")
         if isinstance(stderr, (int, float)):
             row["stderr"] = float(stderr)
         rows.append((f"{name} {metric}" + (f" ({way})" if way != "none" else ""), row))
     return rows
-
-
-def adapter() -> Callable[..., Any]:
-    """The class of our models for the harness, whose base is only there when it is installed."""
-    from lm_eval.api.model import TemplateLM
-
-    class Model(TemplateLM):  # type: ignore[misc]
-        """A loaded model that answers the harness."""
-
-        def __init__(self, sampler: TransformersSampler, tokenizer: Any, config: TrainConfig, seed: int) -> None:
-            super().__init__()
-            self.sampler, self.tokenizer = sampler, tokenizer
-            self.params = replace(answer_params(config), seed=seed)
-            self.template = dict(config.chat_template_kwargs)
-            self.opening = thought_opening(tokenizer, config.chat_template_kwargs)
-            self.cut = 0
-            """Prompts whose beginning did not fit the window."""
-
-        @property
-        def eot_token_id(self) -> int:
-            return int(self.tokenizer.eos_token_id)
-
-        @property
-        def tokenizer_name(self) -> str:
-            return ""
-
-        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            more = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-            return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **more, **self.template))
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-            return list(self.tokenizer.encode(string, add_special_tokens=False))  # the template has them
-
-        def fit(self, ids: list[int], room: int) -> list[int]:
-            """The end of a prompt that leaves ``room`` in the window; counted where something is lost."""
-            window = self.sampler.window
-            if window is None or len(ids) + room <= window:
-                return ids
-            if room >= window:
-                raise ValueError(
-                    f"answers of {room} tokens do not fit the window of {window}; lower max_completion_length"
-                )
-            self.cut += 1
-            if self.cut == 1:
-                logger.warning("WARNING: prompts longer than the model's window of %d lose their beginning", window)
-            return ids[room - window :]
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            answers = [""] * len(requests)
-            for until, places in by_stop(requests).items():
-                params = replace(self.params, stop=until)
-                asked = [
-                    Request(str(i), self.fit(self.tok_encode(requests[i].args[0]), params.max_tokens), seed=i)
-                    for i in places
-                ]
-                for i, (answer,) in zip(places, self.sampler.generate(asked, params), strict=True):
-                    text = answer_part(self.opening + answer.text) or ""
-                    for stop in until:
-                        text = text.partition(stop)[0]
-                    answers[i] = text
-            return answers
-
-        def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-            found: list[tuple[float, bool]] = []
-            known: list[int] = []
-            last = torch.empty(0)
-            for _, context, continuation in requests:
-                ids = self.fit(list(context), len(continuation))
-                if len(continuation) > 1 or ids != known:
-                    rows = self.logprobs(ids + list(continuation[:-1]))[len(ids) - 1 :]
-                    known, last = ids, rows[:1]
-                else:
-                    rows = last
-                targets = torch.tensor(continuation, device=rows.device)
-                value = float(rows.gather(1, targets[:, None]).sum())
-                found.append((value, bool((rows.argmax(-1) == targets).all())))
-            return found
-
-        def logprobs(self, ids: list[int]) -> torch.Tensor:
-            """[T, V] log-probabilities of what follows each token."""
-            sampler = self.sampler
-            with torch.no_grad(), torch.autocast(sampler.device.type, torch.bfloat16, enabled=sampler.bf16):
-                given = torch.tensor([ids], device=sampler.device)
-                out = sampler.model(input_ids=given, use_cache=False, **forward_options(sampler.model))
-            logits: torch.Tensor = out.logits[0, :, : sampler.vocabulary]
-            return logits.float().log_softmax(-1)
-
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-            raise ValueError("tasks of perplexity are not run; choose one that generates or chooses")
-
-    return Model
-
-
-def by_stop(requests: Sequence[Any]) -> dict[tuple[str, ...], list[int]]:
-    """Places of requests by the texts that end their answers."""
-    found: dict[tuple[str, ...], list[int]] = {}
-    for i, request in enumerate(requests):
-        until = request.args[1].get("until") or ()
-        texts = (until,) if isinstance(until, str) else tuple(until)
-        found.setdefault(tuple(text for text in texts if text), []).append(i)
-    return found

@@ -68,7 +68,7 @@ class BenchSettings:
     def __post_init__(self) -> None:
         for name, value in (("limit", self.limit), ("seeds", self.seeds)):
             if value is not None and not 1 <= value <= MOST:
-                raise ValueError(f"--{name} {value} is not possible; it is a whole number from 1 on")
+                raise ValueError(f"--{name} {value} is not possible; it is a whole number from 1 to {MOST}")
 
 
 def bench(

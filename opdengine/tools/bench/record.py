@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opdengine.metrics import write_jsonl
 from opdengine.models.fingerprint import contents
 from opdengine.training.evaluate import wilson
 
@@ -73,13 +74,14 @@ class Record:
         return sorted(map(int, self._content["seeds"]))
 
     def add(self, seed: int, outcome: Outcome) -> None:
-        """Keep the values of one seed, and write the file."""
+        """Keep the values of one seed, and write the file, whole or not at all."""
         self._content["seeds"][str(seed)] = {"rows": outcome.rows, **outcome.details}
         self._content["table"] = self.table()
-        lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in outcome.answers]
-        if lines:
-            _write(self.file.with_suffix(f".seed_{seed}.jsonl"), "".join(lines))
-        _write(self.file, json.dumps(self._content, indent=1) + "\n")
+        if outcome.answers:
+            write_jsonl(self.file.with_suffix(f".seed_{seed}.jsonl"), outcome.answers)
+        partial = self.file.with_suffix(".tmp")
+        partial.write_text(json.dumps(self._content, indent=1) + "\n", "utf-8")
+        partial.replace(self.file)
 
     def table(self) -> list[dict[str, Any]]:
         """A mapping per row: ``name, questions, mean, low, high, seeds`` (the value of each).
@@ -109,13 +111,6 @@ def _summary(name: str, values: Sequence[Mapping[str, float]]) -> dict[str, Any]
         half = Z * sum(row.get("stderr", math.nan) for row in values) / len(values)
         low, high = mean - half, mean + half
     return {"name": name, "questions": count, "mean": mean, "low": low, "high": high, "seeds": each}
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    half = file.with_name(f".{file.name}.half")
-    half.write_text(text, "utf-8")
-    os.replace(half, file)
 
 
 def file_of(model: str, name: str) -> Path:
