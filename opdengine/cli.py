@@ -403,7 +403,7 @@ def _debate(config: TrainConfig, text: str, key: str) -> int:
     from opdengine.methods.debate.contexts import DebateContexts
     from opdengine.models.backbone import default_device
     from opdengine.teachers.local import LocalTeacher
-    from opdengine.training.build import reach_teachers, serve_teachers, teacher_tokenizer
+    from opdengine.training.build_teachers import reach_teachers, serve_teachers, teacher_tokenizer
 
     if not text.strip():
         raise ValueError("--prompt is empty; give what the teachers are to debate")

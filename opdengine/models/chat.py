@@ -311,15 +311,27 @@ def stop_token_ids(
 def require_same_tokenizer(student: Any, teacher: Any, name: str) -> None:
     """Prove that a teacher reads the student's token ids as the student means them.
 
-    Encodes probe strings and every token that was added to either vocabulary (chat markup, tool
-    markup, end of sequence) with both, and compares the ids of all tokens that both know; equal
-    widths prove nothing.
-
     Raises:
         ValueError: some string is encoded differently; shows the first of them.
     """
+    if differing := tokenizer_differences(student, teacher, name):
+        shown = "\n".join(differing[:5])
+        raise ValueError(
+            f"teacher {name!r} does not share the student's tokenizer, so it cannot judge the "
+            f"student's token ids; {len(differing)} probes differ:\n{shown}\n"
+            "Use a teacher of the same family, or set its tokenizer_alignment to spans."
+        )
+
+
+def tokenizer_differences(student: Any, teacher: Any, name: str) -> list[str]:
+    """What a teacher reads otherwise than the student means it, one line each.
+
+    Encodes probe strings and every token that was added to either vocabulary (chat markup, tool
+    markup, end of sequence) with both, and compares the ids of all tokens that both know; equal
+    widths prove nothing.
+    """
     if student is teacher:
-        return
+        return []
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     added = {*student.get_added_vocab(), *teacher.get_added_vocab()}
     if student_or_teacher_sees(student, teacher):  # what marks pictures stands in prompts alone
@@ -335,13 +347,7 @@ def require_same_tokenizer(student: Any, teacher: Any, name: str) -> None:
     differing += [f"  token {token!r}: student {ours[token]}, {name} {theirs[token]}" for token in sorted(moved)]
     if student.eos_token_id != teacher.eos_token_id:
         differing.append(f"  eos: student {student.eos_token_id}, {name} {teacher.eos_token_id}")
-    if differing:
-        shown = "\n".join(differing[:5])
-        raise ValueError(
-            f"teacher {name!r} does not share the student's tokenizer, so it cannot judge the "
-            f"student's token ids; {len(differing)} probes differ:\n{shown}\n"
-            "Use a teacher of the same family, or set its tokenizer_alignment to spans."
-        )
+    return differing
 
 
 def student_or_teacher_sees(student: Any, teacher: Any) -> bool:

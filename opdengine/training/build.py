@@ -1,36 +1,25 @@
-"""From a configuration to an engine: the only place that loads models."""
+"""From a configuration to an engine: loads the student; :mod:`.build_teachers` has the teachers."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from opdengine.config.sections import SELF, TeacherConfig
+from opd_kernels import LMHead
+from opdengine.config.sections import SELF
 from opdengine.config.train import TrainConfig
 from opdengine.distributed import Ranks
 from opdengine.environments.setup import open_episodes
 from opdengine.errors import ConfigError
 from opdengine.loss.vocab_parallel import VocabParallel
 from opdengine.methods.method import Method
-from opdengine.models.alignment import Alignment
 from opdengine.models.backbone import Backbone, choose_attention, default_device, load_model, read_dtype, read_window
-from opdengine.models.chat import (
-    PROBES,
-    load_tokenizer,
-    require_same_mode,
-    require_same_tokenizer,
-    shared_vocabulary,
-    stop_token_ids,
-    vocabulary_size,
-)
+from opdengine.models.chat import shared_vocabulary, stop_token_ids
 from opdengine.models.given import is_given
 from opdengine.models.lora import add_adapter, architecture, base_of, freeze_head, load_adapter, require_peft
 from opdengine.models.quantised import refuse_quantised
@@ -39,13 +28,15 @@ from opdengine.models.sharding import Sharded
 from opdengine.models.vision_tower import freeze_vision_tower, vision_layers
 from opdengine.rollout import Sampler
 from opdengine.rollout.vllm.weight_names import find_naming
-from opdengine.teachers import Teacher
-from opdengine.teachers.local import LocalTeacher
-from opdengine.teachers.own import build_own, follow
-from opdengine.teachers.remote import RemoteTeacher
-from opdengine.teachers.server import ServedTeacher
+from opdengine.teachers.own import follow
 from opdengine.teachers.shard import Session
-from opdengine.training.event_loop import run_coroutine
+from opdengine.training.build_teachers import (
+    align_tokenizers,
+    load_teachers,
+    reach_teachers,
+    serve_teachers,
+    teacher_tokenizer,
+)
 from opdengine.training.optimizer import build_optimizer, build_scheduler
 from opdengine.training.step import Engine
 
@@ -90,15 +81,7 @@ def build_engine(
     device = default_device()
     tokenizers = tokenizers or [teacher_tokenizer(config, teacher) for teacher in config.teachers]
     vocab_size = shared_vocabulary(tokenizer, tokenizers)
-    alignments: dict[str, Alignment] = {}
-    for teacher, its_tokenizer in zip(map(config.as_loaded, config.teachers), tokenizers, strict=True):
-        if teacher.tokenizer_alignment == "spans":
-            alignments[teacher.name] = align(config, teacher, tokenizer, its_tokenizer)
-        else:
-            require_same_tokenizer(tokenizer, its_tokenizer, teacher.name)
-        require_same_mode(
-            tokenizer, config.chat_template_kwargs, its_tokenizer, teacher.chat_template_kwargs, teacher.name
-        )
+    alignments = align_tokenizers(config, tokenizer, tokenizers)
     served = serve_teachers(config, tokenizers, judges=not method.writes)
     remote = reach_teachers(config, tokenizers, served, device, judges=not method.writes)
     many = ranks.world_size > 1
@@ -116,39 +99,17 @@ def build_engine(
     model, sharded = ranks.in_turn(load)
     student = Backbone(model, "student", config.max_tokens_per_batch, sharded, config.bf16, vision)
     session = Session(ranks) if many and any(t.shard for t in config.teachers) else None
-
-    def build(teacher: TeacherConfig, its_tokenizer: Any) -> Teacher:
-        if teacher.base_url is not None:
-            return served[teacher.name]
-        if teacher.hidden_states_url:
-            return remote[teacher.name]
-        options: dict[str, Any] = {
-            "device": device,
-            "attn_implementation": config.attn_implementation,
-            "trust_remote_code": config.trust_remote_code,
-            "max_tokens": config.max_tokens_per_batch,
-            "session": session,
-        }
-        if teacher.model != SELF:
-            return LocalTeacher(teacher, tokenizer=its_tokenizer, writer=served.get(teacher.name), **options)
-        own = config.as_loaded(teacher)
-        own = own if own.dtype != "auto" else replace(own, dtype=cast(Any, student_dtype(config)))
-        return build_own(own, student, config.shares_student(teacher), its_tokenizer, options)
-
-    teachers = [build(teacher, its) for teacher, its in zip(config.teachers, tokenizers, strict=True)]
-    for built in teachers:
-        if (alignment := alignments.get(built.name)) is not None:
+    teachers = load_teachers(config, tokenizers, student, student_dtype(config), served, remote, device, session)
+    for teacher in teachers:
+        if (alignment := alignments.get(teacher.name)) is not None:
             alignment.ends.update(stop_token_ids(tokenizer, model, config.chat_template_kwargs))
-            built.alignment = alignment  # type: ignore[attr-defined]
+            teacher.alignment = alignment  # type: ignore[attr-defined]
     if not method.writes:
         check_switch(config, student.regimes.switch)
-    for name, head in [("student", student.head), *((t.name, t.head) for t in teachers)]:
-        known = alignments[name].vocabulary if name in alignments else vocab_size
-        if head is not None and head.weight.shape[0] < known:
-            raise ConfigError(
-                f"{name}: its head has {head.weight.shape[0]} rows, but the tokenizer knows "
-                f"{known} ids; model and tokenizer do not belong together"
-            )
+    _require_rows("student", student.head, vocab_size)
+    for teacher in teachers:
+        its = alignments.get(teacher.name)
+        _require_rows(teacher.name, teacher.head, vocab_size if its is None else its.vocabulary)
     optimizer = build_optimizer(config, model)
     follow(teachers, optimizer)
     return Engine(
@@ -169,25 +130,13 @@ def build_engine(
     )
 
 
-def align(config: TrainConfig, teacher: TeacherConfig, student: Any, tokenizer: Any) -> Alignment:
-    """A teacher's tokenizer beside the student's; the log tells how much of probe texts they share."""
-    kwargs = config.chat_template_kwargs, teacher.chat_template_kwargs
-    alignment = Alignment(student, tokenizer, teacher.name, *kwargs)
-    spans = [alignment.turn(student.encode(probe, add_special_tokens=False))[1] for probe in PROBES]
-    try:
-        require_same_tokenizer(student, tokenizer, teacher.name)
-        logger.warning(
-            "teacher %r has the student's tokenizer: without tokenizer_alignment it is compared exactly", teacher.name
+def _require_rows(name: str, head: LMHead | None, known: int) -> None:
+    """Raise ConfigError where a head has no row for some of the ``known`` ids of its model's tokenizer."""
+    if head is not None and (rows := head.weight.shape[0]) < known:
+        raise ConfigError(
+            f"{name}: its head has {rows} rows, but the tokenizer knows {known} ids; model and tokenizer do not belong "
+            "together"
         )
-    except ValueError:
-        pass
-    inside, single = (np.concatenate(x) for x in ([s.student >= 0 for s in spans], [s.one_to_one for s in spans]))
-    logger.info(
-        "teacher %r has another tokenizer: of probe texts it keeps %.0f %%, in tokens of equal bounds %.0f %%; %d of "
-        "its %d tokens are the student's, too",
-        teacher.name, 100 * inside.mean(), 100 * single.mean(), alignment.pairs.shape[1], alignment.vocabulary,
-    )  # fmt: skip
-    return alignment
 
 
 def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
@@ -427,98 +376,3 @@ def _longest(config: TrainConfig) -> int | None:
         longest = config.environment.max_trajectory_tokens
     window = read_window(config.model, trust_remote_code=config.trust_remote_code)
     return min((limit for limit in (longest, window) if limit is not None), default=None)
-
-
-def serve_teachers(config: TrainConfig, tokenizers: Sequence[Any], *, judges: bool) -> dict[str, ServedTeacher]:
-    """The endpoints of the teachers by name, each asked whether it answers what will be needed.
-
-    Args:
-        config: of the run.
-        tokenizers: of all teachers, in their order.
-        judges: whether teachers score; else they only write, as the writer of a local teacher does.
-
-    Raises:
-        ConfigError: the variable of an API key is not set.
-        ProbeError: a server cannot be reached, serves another model or lacks an ability.
-    """
-    stop = config.on_teacher_failure == "stop"
-    teachers = [
-        ServedTeacher(_as_served(teacher), tokenizer, vocabulary_size(tokenizer), stop_on_failure=stop)
-        for teacher, tokenizer in zip(config.teachers, tokenizers, strict=True)
-        if teacher.base_url is not None or teacher.writer_base_url is not None
-    ]
-    scoring = {t.name for t in config.teachers if judges and t.base_url is not None}
-
-    async def probe() -> None:
-        await asyncio.gather(*(teacher.probe(judges=teacher.name in scoring) for teacher in teachers))
-
-    if teachers:
-        run_coroutine(probe())
-    return {teacher.name: teacher for teacher in teachers}
-
-
-def reach_teachers(
-    config: TrainConfig,
-    tokenizers: Sequence[Any],
-    served: Mapping[str, ServedTeacher],
-    device: torch.device,
-    *,
-    judges: bool,
-) -> dict[str, RemoteTeacher]:
-    """The exact teachers on other machines by name, each asked what it is, and for its head if it ``judges``.
-
-    Args:
-        config: of the run.
-        tokenizers: of all teachers, in their order.
-        served: the endpoints that write for some of them.
-        device: of the heads.
-        judges: whether teachers score; else they only write.
-
-    Raises:
-        ConfigError: the variable of a token is not set.
-        ProbeError: no endpoint answers, or one serves another model.
-    """
-    stop = config.on_teacher_failure == "stop"
-    teachers = [
-        RemoteTeacher(teacher, tokenizer, device=device, stop_on_failure=stop, writer=served.get(teacher.name))
-        for teacher, tokenizer in zip(config.teachers, tokenizers, strict=True)
-        if teacher.hidden_states_url
-    ]
-
-    async def probe() -> None:
-        await asyncio.gather(*(teacher.probe(judges=judges) for teacher in teachers))
-
-    if teachers:
-        run_coroutine(probe())
-    return {teacher.name: teacher for teacher in teachers}
-
-
-def _as_served(teacher: TeacherConfig) -> TeacherConfig:
-    """Return the settings by which a teacher is called at its endpoint."""
-    if teacher.base_url is not None:
-        return teacher
-    here: dict[str, Any] = {"writer_base_url": None, "writer_model": None, "offload": False, "shard": False}
-    there: dict[str, Any] = {"hidden_states_url": [], "hidden_states_dtype": "auto"}
-    model, tokenizer = teacher.writer_model or teacher.model, teacher.tokenizer or teacher.model
-    return replace(teacher, base_url=teacher.writer_base_url, model=model, tokenizer=tokenizer, **here, **there)
-
-
-def teacher_tokenizer(config: TrainConfig, teacher: TeacherConfig, sees: bool = True) -> Any:
-    """The tokenizer that belongs to a teacher's model, with its processor where there are pictures (``sees``).
-
-    Raises:
-        ConfigError: there is none under the name of a served model.
-    """
-    teacher = config.as_loaded(teacher)
-    try:
-        return load_tokenizer(
-            teacher.tokenizer or teacher.model,
-            trust_remote_code=config.trust_remote_code,
-            chat_template=teacher.chat_template,
-            images=teacher.images,
-            sees=sees and teacher.is_here,
-        )
-    except ValueError as error:
-        if teacher.is_here or teacher.tokenizer is not None:
-            raise
-        raise ConfigError(f"{error}; set 'tokenizer' of the teacher {teacher.name!r} to the model's folder") from error

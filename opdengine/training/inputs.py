@@ -20,7 +20,8 @@ from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.models.quantised import refuse_quantised
 from opdengine.models.rendering import thought_opening
 from opdengine.models.reply import encode_prompt
-from opdengine.training.build import check_ranks, student_dtype, teacher_tokenizer
+from opdengine.training.build import check_ranks, student_dtype
+from opdengine.training.build_teachers import teacher_tokenizer
 from opdengine.training.evaluate import require_answers, warn_of_overlap
 from opdengine.types import Prompt, images_of
 from opdengine.verifiers.grader import Grader

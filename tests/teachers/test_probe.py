@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from opdengine.config.train import ConfigError, TeacherConfig
 from opdengine.errors import ProbeError
-from opdengine.training.build import teacher_tokenizer
+from opdengine.training.build_teachers import teacher_tokenizer
 from opdengine.training.run import train
 from opdengine.training.run_folder import RunFolder
 from opdengine.types import Failure

@@ -16,7 +16,7 @@ from opdengine.config.train import ConfigError, TeacherConfig
 from opdengine.data.prompts import load_prompts
 from opdengine.errors import ProbeError
 from opdengine.teachers.local import LocalTeacher
-from opdengine.training.build import _as_served
+from opdengine.training.build_teachers import _as_served
 
 SAY = "written by the server <<CONFIDENCE=80>>"
 
