@@ -6,14 +6,13 @@ import inspect
 
 from opdengine.config.train import TrainConfig
 from opdengine.errors import ConfigError
-from opdengine.methods import gold
 from opdengine.methods.agent_baselines import TCOD, EntropyOPD
 from opdengine.methods.camopd import CaMOPD
 from opdengine.methods.eopd import EOPD
 from opdengine.methods.g_opd import GOPD
 from opdengine.methods.gkd import GKD, Mixture
-from opdengine.methods.gold import GOLD, CrossTokenizer
-from opdengine.methods.group_relative import GRPO, RewardTerm, refuse_unused
+from opdengine.methods.gold import GOLD, SETTINGS, CrossTokenizer
+from opdengine.methods.group_relative import GRPO, RewardTerm, refuse_unweighed
 from opdengine.methods.mad_opd import MADOPD
 from opdengine.methods.method import Method
 from opdengine.methods.mt_seqkd import MTSeqKD
@@ -26,6 +25,7 @@ from opdengine.methods.sdpo import SDPO
 from opdengine.methods.stale import StaleWeights
 from opdengine.methods.token_selection import RelaxedOPD, SelecTKD
 from opdengine.methods.uni_opd import UniOPD
+from opdengine.methods.unused import refuse_unused
 from opdengine.plugins import PluginError, explain, load_object
 
 METHODS: dict[str, type[Method]] = {
@@ -83,14 +83,14 @@ def build_method(config: TrainConfig) -> Method:
     except TypeError as error:
         raise ConfigError(f"method {name!r} cannot be called with (config, **method_options): {error}") from error
     if name in METHODS and name != "sdpo" and not config.grpo.weight:
-        refuse_unused(config, "grpo.weight=0", "set that")
+        refuse_unweighed(config, "grpo.weight=0", "set that")
     added: list[type[Method]] = [Mixture] if config.gkd.lmbda < 1 else []
     added += [RewardTerm] if config.grpo.weight else []
     added += [StaleWeights] if config.distillation_is_clip is not None else []
     if any(t.tokenizer_alignment != "none" for t in config.teachers):
         added.append(CrossTokenizer)
     else:
-        gold.refuse_unused(config, "teachers of which none has tokenizer_alignment: spans")
+        refuse_unused(config, SETTINGS, "teachers of which none has tokenizer_alignment: spans")
     if added:
         kind = type(kind.__name__, (*added, kind), {})
     try:
@@ -99,10 +99,6 @@ def build_method(config: TrainConfig) -> Method:
         raise
     except (Exception, SystemExit) as error:
         raise ConfigError(f"method {name!r} failed: {explain(error)}") from error
-    for setting in OF_DIVERGENCES if not method.diverges else ():
-        if (value := getattr(config, setting)) != getattr(TrainConfig, setting):
-            raise ConfigError(
-                f"{setting}={value!r} has no effect with method {name!r} as it is set, which has no divergence; leave "
-                "it out"
-            )
+    if not method.diverges:
+        refuse_unused(config, OF_DIVERGENCES, f"method {name!r} as it is set, which has no divergence")
     return method

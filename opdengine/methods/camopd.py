@@ -71,7 +71,7 @@ class CaMOPD(Method):
         super().__init__(config)
         check(config)
         self.settings = config.camopd
-        self.gradient = policy_gradient(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
+        self.gradient = policy_gradient(config, PAPER)
         self.needs, self.diverges = self.gradient.needs, self.gradient.exact
 
     def stream_of(self, prompt: Prompt) -> str:

@@ -56,7 +56,7 @@ class GOPD(Method):
             )
         if config.advantage.kl_mode == "full_vocab":
             need_exact(config)
-        self.gradient = policy_gradient(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
+        self.gradient = policy_gradient(config, PAPER)
         self.needs, self.diverges = self.gradient.needs, self.gradient.exact
 
     @property

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from opdengine.config.method_sections import GoldConfig
+from opdengine.config.section import fields_of
 from opdengine.config.train import TrainConfig
 from opdengine.errors import ConfigError
 from opdengine.methods.checks import ROLLOUTS, Check
@@ -21,6 +22,7 @@ from opdengine.methods.method import Method
 from opdengine.methods.opd import OPD
 from opdengine.methods.paper import Paper
 from opdengine.methods.policy_gradient import CHECKS, policy_gradient
+from opdengine.methods.unused import refuse_unused
 from opdengine.metrics import Mean
 from opdengine.types import Batch
 
@@ -45,6 +47,9 @@ PAPER = Paper(
 METHODS = ("opd", "mt_opd", "mt_seqkd", "mad_opd", "opad", "gkd", "g_opd", "gold")
 """Methods that may have such teachers."""
 
+SETTINGS = tuple(f"gold.{name}" for name in fields_of(GoldConfig))
+"""Settings that change nothing where no divergence is taken over spans."""
+
 LOST = Check(
     "alignment/unaligned", "alignment/tokens", "tokens are of text that a teacher's tokenizer changes (it normalises "
     "it, or does not know its characters), so that teacher says nothing of them",
@@ -68,7 +73,7 @@ class CrossTokenizer(Method):
         if self.diverges:
             _need_distributions(config, setting)
         else:
-            refuse_unused(config, f"method {config.method!r} as it is set, which has no divergence")
+            refuse_unused(config, SETTINGS, f"method {config.method!r} as it is set, which has no divergence")
 
     @property
     def checks(self) -> tuple[Check, ...]:
@@ -94,13 +99,6 @@ class CrossTokenizer(Method):
             batch.metrics[f"alignment/one_to_one/{name}"] = Mean(single / max(count, 1), count)
         batch.metrics["alignment/tokens"] = float(total[0])
         batch.metrics["alignment/unaligned"] = float(total[0] - total[1])
-
-
-def refuse_unused(config: TrainConfig, where: str) -> None:
-    """Raise ConfigError where a setting of ``gold`` would have no effect."""
-    for name in GoldConfig.__dataclass_fields__:
-        if (value := getattr(config.gold, name)) != getattr(GoldConfig, name):
-            raise ConfigError(f"gold.{name}={value!r} has no effect with {where}; leave it out")
 
 
 def _need_distributions(config: TrainConfig, setting: str) -> None:
@@ -133,7 +131,7 @@ class GOLD(OPD):
                 "method 'gold' is for teachers with another tokenizer, and none has tokenizer_alignment: spans; set "
                 "it, or use 'opd'"
             )
-        self.gradient = policy_gradient(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
+        self.gradient = policy_gradient(config, PAPER)
         self.needs, self.diverges = self.gradient.needs, self.gradient.exact
 
     @property

@@ -22,6 +22,7 @@ from opdengine.methods.method import Method
 from opdengine.methods.paper import Paper
 from opdengine.methods.policy_gradient import check_ratio
 from opdengine.methods.room import Need
+from opdengine.methods.unused import refuse_unused
 from opdengine.metrics import Mean
 from opdengine.types import Batch, Prompt, Sample
 
@@ -171,14 +172,10 @@ def _ratio(sample: Sample, advantage: float, settings: GrpoConfig) -> np.ndarray
     return clipped(difference, np.full(len(difference), advantage), settings.epsilon, high)
 
 
-def refuse_unused(config: TrainConfig, setting: str, remedy: str) -> None:
+def refuse_unweighed(config: TrainConfig, setting: str, remedy: str) -> None:
     """Raise ConfigError where ``grpo`` says how rewards are weighed and ``setting`` gives them no weight."""
-    for name in ("scale_rewards", "epsilon", "epsilon_high"):
-        if (value := getattr(config.grpo, name)) != getattr(GrpoConfig, name):
-            raise ConfigError(
-                f"grpo.{name}={value!r} has no effect with {setting}, which gives rewards no weight: {remedy}, or "
-                "leave it out"
-            )
+    unused = ("grpo.scale_rewards", "grpo.epsilon", "grpo.epsilon_high")
+    refuse_unused(config, unused, f"{setting}, which gives rewards no weight", f"{remedy}, or leave it out")
 
 
 def need_rollouts(config: TrainConfig, setting: str) -> None:

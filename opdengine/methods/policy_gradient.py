@@ -19,6 +19,8 @@ from opdengine.distributed import Ranks
 from opdengine.errors import ConfigError
 from opdengine.loss.importance import banded, clipped, truncated
 from opdengine.methods.checks import ROLLOUTS, SAMPLED, Check
+from opdengine.methods.paper import Paper
+from opdengine.methods.unused import refuse_unused
 from opdengine.metrics import Mean
 from opdengine.types import Batch, Sample
 
@@ -36,6 +38,9 @@ far trainer and sampler are apart, whatever the reason.
 
 BOUNDS = {"none": (0.0, 0.0), "truncated": (0.0, 2.0), "band": (0.5, 2.0), "clip": (0.2, 0.28)}
 """Usual ``low`` and ``high`` of each kind of importance weight."""
+
+UNREAD = {"none": ("advantage.low", "advantage.high"), "truncated": ("advantage.low",)}
+"""Bounds that a kind of importance weight does not read."""
 
 
 @dataclass(frozen=True)
@@ -158,18 +163,19 @@ def gap_of(sample: Sample) -> np.ndarray:
     return gap
 
 
-def policy_gradient(config: TrainConfig, importance: str, max_gap: float) -> PolicyGradient:
+def policy_gradient(config: TrainConfig, paper: Paper) -> PolicyGradient:
     """The policy gradient with the settings of a run.
 
     Args:
         config: of the run.
-        importance, max_gap: of the method's paper, where ``advantage`` leaves them open.
+        paper: of the method, whose ``importance`` and ``max_gap`` are taken where ``advantage`` leaves them open.
 
     Raises:
-        ConfigError: settings that the sampled form cannot have.
+        ConfigError: settings that the sampled form cannot have, or bounds that its importance weight does not read.
     """
     section = config.advantage
-    kind, bounds = section.importance or importance, (section.low, section.high)
+    kind, bounds = section.importance or paper["advantage.importance"], (section.low, section.high)
+    refuse_unused(config, UNREAD.get(kind, ()), f"advantage.importance={kind!r}", paper=paper)
     low, high = (own if own is not None else usual for own, usual in zip(bounds, BOUNDS[kind], strict=True))
     if (kind == "band" and low > high) or (kind == "truncated" and high <= 0):
         raise ConfigError(f"advantage.low={low}, advantage.high={high} leaves no token any weight; raise high")
@@ -178,7 +184,8 @@ def policy_gradient(config: TrainConfig, importance: str, max_gap: float) -> Pol
     exact = section.kl_mode == "full_vocab"
     if not exact:
         need_reverse_kl(config, "advantage.kl_mode")
-    return PolicyGradient(exact, kind, low, high, max_gap if section.max_gap is None else section.max_gap)
+    max_gap = paper["advantage.max_gap"] if section.max_gap is None else section.max_gap
+    return PolicyGradient(exact, kind, low, high, max_gap)
 
 
 def check_ratio(config: TrainConfig, setting: str, off: str) -> None:

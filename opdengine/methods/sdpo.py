@@ -56,7 +56,7 @@ class SDPO(SelfTaught):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         self.settings = config.sdpo
-        self.gradient = policy_gradient(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
+        self.gradient = policy_gradient(config, PAPER)
         self.needs = self.gradient.needs | group_relative.NEEDS
         if config.teacher_prompt_template is not None:
             raise ConfigError(
@@ -74,7 +74,7 @@ class SDPO(SelfTaught):
         if weight < 1:
             check_ratio(config, f"sdpo.distillation_weight={weight}", "sdpo.distillation_weight to 1")
         else:
-            group_relative.refuse_unused(config, "sdpo.distillation_weight=1.0", "set that below 1")
+            group_relative.refuse_unweighed(config, "sdpo.distillation_weight=1.0", "set that below 1")
 
     @property
     def checks(self) -> tuple[Check, ...]:

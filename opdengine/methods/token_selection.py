@@ -53,7 +53,7 @@ class RelaxedOPD(Method):
                 "advantage.kl_mode='full_vocab' is not possible with method 'relaxed_opd', which bounds the reward of "
                 "each sampled token from below; use 'sampled'"
             )
-        self.gradient = policy_gradient(config, RELAXED["advantage.importance"], RELAXED["advantage.max_gap"])
+        self.gradient = policy_gradient(config, RELAXED)
         self.needs = self.gradient.needs | {"student_entropy"}
         self.diverges = self.gradient.exact
 

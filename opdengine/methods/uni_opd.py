@@ -84,7 +84,7 @@ class UniOPD(Method):
         super().__init__(config)
         need_teachers(config, 1)
         self.settings = config.uni_opd
-        self.gradient = policy_gradient(config, PAPER["advantage.importance"], PAPER["advantage.max_gap"])
+        self.gradient = policy_gradient(config, PAPER)
         self.needs, self.diverges = self.gradient.needs, self.gradient.exact
         self.contexts = contexts_of(config)
         need_groups(config)

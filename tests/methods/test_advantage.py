@@ -268,6 +268,9 @@ def test_a_dead_teacher_stops_a_sampled_run(models: Models, prompt_file: str, tm
         ({"divergence_temperature": 2.0}, "divergence_temperature=2.0 is not possible"),
         ({"advantage": {"importance": "band", "low": 3.0}}, "leaves no token any weight"),
         ({"advantage": {"importance": "bend"}}, "advantage.importance='bend' is not possible"),
+        ({"advantage": {"importance": "none", "low": 0.5}}, "advantage.low=0.5 has no effect with .*importance='none'"),
+        ({"advantage": {"importance": "none", "high": 3.0}}, "advantage.high=3.0 has no effect with"),
+        ({"advantage": {"importance": "truncated", "low": 0.5}}, "advantage.low=0.5 has no effect with .*='truncated'"),
         ({"advantage": {"max_gap": 0.0}}, "advantage.max_gap=0.0 is not possible"),
     ],
 )
