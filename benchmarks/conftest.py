@@ -49,6 +49,13 @@ def environment() -> dict[str, Any]:
     }
 
 
+def save_results(file: Path, results: Any) -> None:
+    """Write figures beside the machine that made them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**environment(), "results": results}, indent=1) + "\n")
+    print(f"written to {file}")
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A figure of a case beside its baseline on this device, if it has one."""

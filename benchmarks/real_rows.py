@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 import numpy as np
 import torch
-from conftest import device_name, environment
+from conftest import device_name, save_results
 from torch import Tensor
 
 from opd_kernels import TeacherHead, linear_divergence
@@ -173,10 +173,7 @@ def main(arguments: list[str]) -> int:
             results[f"{kind}, {count} rows"] = found
             print(f"{kind}, {count} rows", json.dumps(found, indent=1), flush=True)
     if options.save:
-        file = ROOT / "benchmarks" / "results" / device_name() / "real_rows.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({**environment(), "results": results}, indent=1) + "\n")
-        print(f"written to {file}")
+        save_results(ROOT / "benchmarks" / "results" / device_name() / "real_rows.json", results)
     return 0
 
 

@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 import numpy as np
 import torch
-from conftest import environment
+from conftest import save_results
 from real_rows import NOISE, PROMPTS
 from torch import Tensor
 
@@ -224,10 +224,7 @@ def main(arguments: list[str]) -> int:
         results[teacher] = forms(rows, teacher, options.draws) | {"trained": trained(rows, teacher)}
         print(teacher, json.dumps(results[teacher], indent=1), flush=True)
     if options.save:
-        file = ROOT / "benchmarks" / "results" / "real" / "teachers.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({**environment(), "results": results}, indent=1) + "\n")
-        print(f"written to {file}")
+        save_results(ROOT / "benchmarks" / "results" / "real" / "teachers.json", results)
     return 0
 
 

@@ -40,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 import numpy as np
 import torch
-from conftest import environment
+from conftest import save_results
 from real_rows import NOISE, PROMPTS
 from real_teachers import PRIVILEGED
 
@@ -298,10 +298,7 @@ def main(arguments: list[str]) -> int:
         results = run(options, Path(root))
     print(json.dumps(results, indent=1))
     if options.save:
-        file = ROOT / "benchmarks" / "results" / "real" / "teacher_serve.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({**environment(), "results": results}, indent=1) + "\n")
-        print(f"written to {file}")
+        save_results(ROOT / "benchmarks" / "results" / "real" / "teacher_serve.json", results)
     return 0
 
 

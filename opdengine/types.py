@@ -612,6 +612,17 @@ class SamplingParams:
             if not ok:
                 raise ValueError(f"sampling: {name}={value} is not possible; it must be {remedy}")
 
+    def as_json(self) -> dict[str, Any]:
+        """How another program is asked to sample, in vLLM's names; each counts completions and seeds in its own way."""
+        return {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "repetition_penalty": self.repetition_penalty,
+            "stop": list(self.stop),
+        }
+
 
 @dataclass(frozen=True)
 class Completion:

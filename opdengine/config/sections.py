@@ -262,14 +262,22 @@ class TeacherConfig(Section):
             raise Refused(
                 "{key} is the name of an environment variable such as TEACHER_KEY, not the key", "api_key_env"
             )
-        need(bool(addresses) or self.api_key_env is None, "api_key_env", "it belongs to an endpoint; set base_url too")
+        need(
+            bool(addresses) or self.api_key_env is None,
+            "api_key_env",
+            "it belongs to an endpoint; set base_url or hidden_states_url too",
+        )
         if self.hidden_states_url:
             self._check_remote(served)
         else:
             need(self.hidden_states_dtype == "auto", "hidden_states_dtype", "it belongs to hidden_states_url")
         if not served:
             remote = bool(self.hidden_states_url)
-            need(remote or self.tokenizer is None, "tokenizer", "it belongs to a served teacher; set base_url too")
+            need(
+                remote or self.tokenizer is None,
+                "tokenizer",
+                "it belongs to a served teacher; set base_url or hidden_states_url too",
+            )
             need(url is not None or self.writer_model is None, "writer_model", "set writer_base_url too")
             need(not (self.shard and self.offload), "shard", "with offload the weights leave the GPU: choose one")
             self._check_own(url)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,9 +71,6 @@ def load_model(
         ValueError: the folder does not exist or holds no model in safetensors, files or weights are missing
             or left over, or the attention implementation is not installed.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
     check_model_path(path)
     if is_given(path):
         return _prepared(find_given(path).model, dtype, device, bf16)
@@ -90,7 +87,8 @@ def load_model(
         )
         return merge_adapter(plain, Path(path))
     logger.info("loading %s", path)
-    attn_implementation = choose_attention(attn_implementation, device)
+    config = read_config(path, trust_remote_code)
+    read = _reader(path, config, sees)
     # Pickled weights (*.bin) can run code when they are read.
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -98,32 +96,13 @@ def load_model(
         "revision": revision,
         "use_safetensors": True,
     }
-    model: Any
-    config = read_config(path, trust_remote_code)
-    whole = can_see(config) and (sees or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING)
-    if can_see(config) and not whole:
-        logger.warning("%s sees, but is loaded as its language model alone: there are no pictures for it", path)
-    read = (AutoModelForImageTextToText if whole else AutoModelForCausalLM).from_pretrained
     kind = quantisation(config)
     if kind:
         require_quantiser(path, trust_remote_code)
         if torch.device(device).type == "cuda":
             options["device_map"] = {"": device}
     with explained(path, kind):
-        try:
-            model = read_model(read, path, attn_implementation=attn_implementation, **options)
-        except ModelFileError:
-            raise
-        except ValueError as error:
-            if "attention" not in str(error).lower() or attn_implementation not in ("sdpa", "flash_attention_2"):
-                raise
-            logger.warning("%s does not support %s attention: using eager", path, attn_implementation)
-            model = read_model(read, path, attn_implementation="eager", **options)
-        except (OSError, ImportError) as error:
-            if not Path(path).is_dir() and (problem := hub_problem(path, error)):
-                raise ModelFileError(f"the model {path!r} {problem}") from error
-            remedy = "; only safetensors are read: save it with save_pretrained" if "safetensors" in str(error) else ""
-            raise ValueError(f"the model {path!r} cannot be loaded: {error}{remedy}") from error
+        model = _read_weights(read, path, choose_attention(attn_implementation, device), options)
     if kind:
         restore_head(model, path)
         if not is_quantised(model):
@@ -136,6 +115,36 @@ def load_model(
         model = model.to(device)
     own_memory(model)
     return model
+
+
+def _reader(path: str, config: Any, sees: bool) -> Callable[..., Any]:
+    """``from_pretrained`` of the class that loads a model: with its tower, or its language model alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    whole = can_see(config) and (sees or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING)
+    if can_see(config) and not whole:
+        logger.warning("%s sees, but is loaded as its language model alone: there are no pictures for it", path)
+    read: Callable[..., Any] = (AutoModelForImageTextToText if whole else AutoModelForCausalLM).from_pretrained
+    return read
+
+
+def _read_weights(read: Callable[..., Any], path: str, attention: str, options: Mapping[str, Any]) -> Any:
+    """The model, with eager attention where it does not support another one."""
+    try:
+        return read_model(read, path, attn_implementation=attention, **options)
+    except ModelFileError:
+        raise
+    except ValueError as error:
+        if "attention" not in str(error).lower() or attention not in ("sdpa", "flash_attention_2"):
+            raise
+        logger.warning("%s does not support %s attention: using eager", path, attention)
+        return read_model(read, path, attn_implementation="eager", **options)
+    except (OSError, ImportError) as error:
+        if not Path(path).is_dir() and (problem := hub_problem(path, error)):
+            raise ModelFileError(f"the model {path!r} {problem}") from error
+        remedy = "; only safetensors are read: save it with save_pretrained" if "safetensors" in str(error) else ""
+        raise ValueError(f"the model {path!r} cannot be loaded: {error}{remedy}") from error
 
 
 def _prepared(model: Any, dtype: str, device: str | torch.device, bf16: bool) -> Any:

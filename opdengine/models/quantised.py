@@ -33,7 +33,6 @@ PACKAGES = {
 }
 """What reads the checkpoints of a kind of quantisation, by the name of its module; transformers itself reads FP8."""
 
-
 WHOLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of a head as it is."""
 
@@ -167,7 +166,7 @@ def refuse_quantised(config: TrainConfig, processes: int = 1) -> None:
         processes: that train.
     """
     for teacher in config.teachers:
-        if teacher.model == SELF or teacher.base_url is not None or teacher.hidden_states_url:
+        if teacher.model == SELF or not teacher.is_here:
             continue
         require_quantiser(teacher.model, config.trust_remote_code)
         kind = read_quantisation(teacher.model, config.trust_remote_code)
@@ -189,8 +188,7 @@ def refuse_quantised(config: TrainConfig, processes: int = 1) -> None:
         (config.use_vllm, "use_vllm", "vLLM would be sent weights of another form; sample with transformers"),
         (processes > 1, f"training in {processes} processes", "its weights are split by nobody; use one"),
         (averaged, "a teacher with weights: ema", "an average is of whole weights; use base or live"),
-        (merges, "lora.merge_final", "rounding would change the merged weights; leave it "
-         "out"),
+        (merges, "lora.merge_final", "rounding would change the merged weights; leave it out"),
     )  # fmt: skip
     for bad, what, remedy in refused:
         if bad:

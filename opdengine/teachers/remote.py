@@ -6,9 +6,8 @@ computed here, over the whole vocabulary.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +27,6 @@ from opdengine.teachers.server import ServedTeacher
 from opdengine.teachers.wire import DTYPES, GENERATION, tokenizer_fingerprint
 from opdengine.types import Completion, Failure, Hidden, Request, SamplingParams, TeacherContext
 from opdengine.workers.printing import brief
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class RemoteTeacher(Configured):
@@ -118,16 +113,7 @@ class RemoteTeacher(Configured):
         if self._writer is not None:
             return await self._writer.generate(requests, params)
         stops = stop_token_ids(self.tokenizer, template_kwargs=self.config.chat_template_kwargs)
-        sampling = {
-            "max_tokens": params.max_tokens,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "repetition_penalty": params.repetition_penalty,
-            "stop": list(params.stop),
-            "seed": params.seed,
-            "stop_token_ids": list(stops),
-        }
+        sampling = {**params.as_json(), "seed": params.seed, "stop_token_ids": list(stops)}
 
         def question(part: Sequence[Request]) -> dict[str, Any]:
             asked = [{"name": _label(r.id), "ids": list(map(int, r.token_ids)), "seed": r.seed} for r in part]
@@ -137,7 +123,7 @@ class RemoteTeacher(Configured):
         parts = [[requests[i] for i in part] for part in self._parts(lengths, GENERATION)]
         expects = [_expect_written(len(part), params.max_tokens) for part in parts]
         answers = await self._ask("/generate", [question(part) for part in parts], expects)
-        return self._flat(parts, answers, lambda part, answer: self._read(answer))
+        return self._flat(parts, answers, self._read)
 
     def _read(self, answer: Answer) -> list[Completion | Failure]:
         """The completions of one answer."""
@@ -178,7 +164,7 @@ class RemoteTeacher(Configured):
 
         parts = [[contexts[i] for i in part] for part in self._parts([len(c.token_ids) for c in contexts], 1)]
         answers = await self._ask("/score", [question(part) for part in parts], [expect(part) for part in parts])
-        return self._flat(parts, answers, lambda part, answer: [Hidden(states) for states in answer[1]])
+        return self._flat(parts, answers, lambda answer: [Hidden(states) for states in answer[1]])
 
     def _parts(self, lengths: Sequence[int], times: int) -> Iterator[range]:
         """Consecutive calls of one question each, so that every endpoint has one and none is too large."""
@@ -188,7 +174,12 @@ class RemoteTeacher(Configured):
     async def _ask(self, path: str, questions: Sequence[Any], expects: Sequence[Expect]) -> list[Answer | Failure]:
         return await self.pool.ask_all(path, questions, expects, self._stop)
 
-    def _flat(self, parts: Sequence[Sequence[Any]], answers: Sequence[Answer | Failure], read: Any) -> list[Any]:
+    def _flat(
+        self,
+        parts: Sequence[Sequence[Any]],
+        answers: Sequence[Answer | Failure],
+        read: Callable[[Answer], Sequence[Any]],
+    ) -> list[Any]:
         """One result for every call; a question that failed has failed for all of its calls."""
         results: list[Any] = []
         for part, answer in zip(parts, answers, strict=True):
@@ -196,7 +187,7 @@ class RemoteTeacher(Configured):
                 self.pool.counts[f"teacher_failures/{self.name}/{answer.reason}"] += len(part)
                 results += [answer] * len(part)
             else:
-                results += read(part, answer)
+                results += read(answer)
         return results
 
     def counts(self) -> dict[str, float]:

@@ -90,12 +90,7 @@ class ServedTeacher(Configured):
             {
                 "model": self.config.model,
                 "prompt": list(r.token_ids),
-                "max_tokens": params.max_tokens,
-                "temperature": params.temperature,
-                "top_p": params.top_p,
-                "top_k": params.top_k,
-                "repetition_penalty": params.repetition_penalty,
-                "stop": list(params.stop),
+                **params.as_json(),
                 **self._stops,
                 "seed": stream_key(params.seed, r.seed, 0) >> 1,  # servers take signed seeds
                 "return_token_ids": True,

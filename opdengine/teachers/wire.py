@@ -25,7 +25,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MOST_LINE = 4 << 20
 """Bytes of the line of an answer, and of a whole answer without tensors."""
 
-
 GENERATION = 4
 """Tokens of prompts and completions in one question, as a multiple of those of contexts."""
 

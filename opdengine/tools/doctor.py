@@ -121,12 +121,11 @@ def _devices() -> Iterator[Finding]:
 
 
 def _teacher_serve() -> Iterator[Finding]:
-    lacking = [name for name in ("torch", "transformers", "pydantic", "safetensors") if not _version(name)]
-    if lacking:
-        text = f"opdengine teacher-serve: exact teachers for trainers elsewhere; it lacks {', '.join(lacking)}"
-        yield Finding("optional", text, NEEDED["transformers"])
+    text = "opdengine teacher-serve: exact teachers for trainers elsewhere"
+    if lacking := [name for name in ("torch", "transformers", "pydantic", "safetensors") if not _version(name)]:
+        yield Finding("optional", f"{text}; it lacks {', '.join(lacking)}", NEEDED["transformers"])
     else:
-        yield Finding("ok", "opdengine teacher-serve: exact teachers for trainers elsewhere")
+        yield Finding("ok", text)
 
 
 def _vllm() -> Iterator[Finding]:

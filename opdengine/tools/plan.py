@@ -158,7 +158,7 @@ def plan(config: TrainConfig, machine: Machine, lengths: Lengths | None = None) 
     lengths = lengths or Lengths(config.max_prompt_length, config.max_completion_length, config.debate.max_tokens)
     student = shape_of(config.model, trust_remote_code=config.trust_remote_code)
     exact, teachers = exact_teachers(config)
-    local = [t for t in exact if t.is_here]
+    here = [(t, shape) for t, shape in zip(exact, teachers, strict=True) if t.is_here]
     prompts = config.prompts_per_step * machine.gpus
     rollouts = prompts * config.num_generations
     tokens = rollouts * lengths.completion
@@ -174,8 +174,8 @@ def plan(config: TrainConfig, machine: Machine, lengths: Lengths | None = None) 
     phases = {"rollout": _decode(student, machine, rollouts, lengths.prompt, lengths.completion)}
     if debates:
         turns = []
-        for t, shape in zip(exact, teachers, strict=True):
-            for r in range(rounds) if t.is_here and t.writer_base_url is None else ():
+        for t, shape in here:
+            for r in range(rounds) if t.writer_base_url is None else ():
                 prompt = lengths.prompt + r * len(teachers) * lengths.turn
                 work = _decode(shape, machine, prompts, prompt, lengths.turn)
                 batches = passes(prompts, prompt + lengths.turn, 4 * budget)
@@ -183,9 +183,7 @@ def plan(config: TrainConfig, machine: Machine, lengths: Lengths | None = None) 
         phases["debate"] = _add(turns)
     length = lengths.prompt + lengths.completion
     reads = []
-    for t, shape in zip(exact, teachers, strict=True):
-        if not t.is_here:
-            continue
+    for t, shape in here:
         work = _read(shape, machine, rollouts, length + transcript)
         batches = passes(rollouts, length + transcript, budget)
         reads.append(_gathering(work, shape, machine, batches) if t.shard else work)
@@ -204,13 +202,13 @@ def plan(config: TrainConfig, machine: Machine, lengths: Lengths | None = None) 
             notes.append(f"{t.name} sends {size / 1e9:.2f} GB of hidden states a step, and its head once to every GPU")
     if unknown := [t.name for t in config.teachers if t.hidden_states_url and t.name not in {e.name for e in exact}]:
         notes.append(f"heads and hidden states not counted, since no config.json is here: {', '.join(unknown)}")
-    if written := [t.name for t in local if t.writer_base_url is not None]:
+    if written := [t.name for t, _ in here if t.writer_base_url is not None]:
         notes.append(f"debate turns written elsewhere, not counted: {', '.join(written)}")
     memory = memory_of(config, student, teachers, machine, length)
     found = Plan(machine, phases, memory, notes, assumptions(config, machine, lengths))
     if not found.fits:
         notes.append(f"to fit: {REMEDIES[max(found.memory, key=lambda name: found.memory[name])]}")
-    writing = [t for t in local if debates and t.writer_base_url is None]
+    writing = [t for t, _ in here if debates and t.writer_base_url is None]
     if any(not t.shard for t in writing):
         notes.append("debates are counted at the rate of a serving engine: give the teachers a writer_base_url")
     if slow := [t.name for t in writing if t.shard]:
@@ -250,7 +248,7 @@ def assumptions(config: TrainConfig, machine: Machine, lengths: Lengths) -> list
         f"{m.network / 1e9:g} GB/s to others (--network)",
         "the student's weights, gradients and two moments of AdamW are float32, 16 bytes a weight"
         + ("; with lora less: this is an upper bound" if config.lora is not None else "")
-        + "; local teachers are bfloat16",
+        + "; teachers are bfloat16, here and on servers",
         "the phases follow one another"
         + (f" (max_staleness: {config.max_staleness} lets them overlap)" if config.max_staleness else ""),
     ]

@@ -188,10 +188,11 @@ def test_what_a_quantised_student_cannot_do_is_refused(
     models: Models, prompt_file: str, tmp_path: Path, changes: dict[str, Any], said: str, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(quantised, "require_quantiser", lambda *_: None)
-    kind = changes.pop("kind", "bitsandbytes") if "kind" in changes else "bitsandbytes"
+    kind = changes.get("kind", "bitsandbytes")
     more = {"load_in_4bit": True} if kind == "bitsandbytes" else {"quant_type": "int8_weight_only"}
     student = named(models, tmp_path / "few", kind, **more)
     settings = {"method": "opd", "teachers": [{"model": models["big"]}], **changes}
+    settings.pop("kind", None)
     with pytest.raises(ConfigError, match=said):
         make_engine(make_config({**models, "student": student}, prompt_file, tmp_path / "run", **settings))
 

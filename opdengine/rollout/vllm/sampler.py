@@ -129,12 +129,7 @@ class VLLMSampler:
             return []
         seeds = [[_seed(params, r, i) for i in range(params.n)] for r in requests]
         sampling = {
-            "max_tokens": params.max_tokens,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "repetition_penalty": params.repetition_penalty,
-            "stop": list(params.stop),
+            **params.as_json(),
             "stop_token_ids": list(self.stop_ids),
             "n": 1,
             "logprobs": 0,
