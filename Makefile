@@ -52,7 +52,7 @@ demo: $(VENV)/.demo
 demo-real: $(VENV)/.demo
 	$(PY) examples/real/demo.py $(ARGS)
 
-# The demo's numbers, what truncated teachers lose, and MAD-OPD beside its controls: hours on two cores.
+# The demo's numbers, what truncated teachers lose, and MAD-OPD beside its controls.
 real-results: $(VENV)/.demo
 	$(PY) examples/real/demo.py --save_results benchmarks/results/real/demo.json
 	$(PY) benchmarks/real_teachers.py --save
@@ -65,7 +65,7 @@ demo-agents: $(VENV)/.demo
 	$(PY) examples/train_sage_opd.py $(ARGS)
 	$(PY) examples/train_opad.py $(ARGS)
 
-# Every baseline and control over five seeds: an hour and more on two cores.
+# Every baseline and control over five seeds.
 agents-results: $(VENV)/.demo
 	$(PY) examples/train_sage_opd.py --ablate --save_results benchmarks/results/sage.json --figure docs/sage.png
 	$(PY) examples/train_opad.py --ablate --save_results benchmarks/results/opad.json --figure docs/opad.png
@@ -144,7 +144,7 @@ $(VENV)-bench/.ready: pyproject.toml requirements/install-bench.sh | $(VENV)/.de
 test-bench: $(VENV)-bench/.ready
 	OMP_NUM_THREADS=1 $(BENCH_PY) -m pytest tests/bench -m bench $(ARGS)
 
-# The benchmarks of a real model that are committed: half an hour on two idle cores.
+# The benchmarks of a real model that are committed.
 $(VENV)-bench/smollm2: | $(VENV)-bench/.ready
 	$(BENCH_PY) -m opdengine fetch smollm2-135m --out $@
 

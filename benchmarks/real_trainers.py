@@ -3,10 +3,12 @@
     python benchmarks/real_trainers.py --model models/smollm2 [--save] [--rounds 2] [--steps 3] [--cases short long]
 
 Every trainer takes the likeliest token (``top_k: 1``), so that all train on the same completions, which end where
-the model ends them; the first step's losses are compared. The teacher is the same model with sharper distributions: its
-last norm is multiplied by 1.2. Each trainer runs in processes of its own, in turns; the ratios are those of medians, by
-the clock and in seconds of the processors, which other programs on the machine hardly stretch. ``--save`` writes
-``benchmarks/results/real/trainers.json``.
+the model ends them. The teacher is the same model with sharper distributions: its last norm is multiplied by 1.2. Each
+trainer runs in processes of its own, in turns. Every run is printed: time by the clock, processor seconds (which
+other programs hardly stretch), peak memory, and the first step's loss. Only the loss of
+``DistillationTrainer`` compares with ours: ``GKDTrainer`` divides by the tokens of the given answers, not of samples.
+
+``--save`` writes the medians over the rounds to ``benchmarks/results/real/steps.json``. No result is committed.
 """
 
 from __future__ import annotations
@@ -65,14 +67,17 @@ def measure(settings: dict[str, Any], folder: Path, rounds: int) -> dict[str, An
 
 
 def main(arguments: list[str]) -> int:
+    """Measure the cases, print them, and keep them where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="the first is not timed")
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=8, choices=range(1, len(PROMPTS) + 1), metavar="N")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args(arguments)
+    if options.steps < 2 or options.rounds < 1:
+        parser.error("--steps is at least 2, of which the first is not timed, and --rounds at least 1")
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -94,7 +99,7 @@ def main(arguments: list[str]) -> int:
             print(case, flush=True)
             results[case] = measure({**settings, **CASES[case]}, folder, options.rounds)
     if options.save:
-        file = ROOT / "benchmarks" / "results" / "real" / "trainers.json"
+        file = ROOT / "benchmarks" / "results" / "real" / "steps.json"
         file.write_text(json.dumps({**environment(), "threads": torch.get_num_threads(), "cases": results}, indent=1))
     return 0
 

