@@ -80,8 +80,8 @@ class Gold:
         rows = max(1, (self.workspace_bytes or 1 << 30) // (COPIES * 4 * (len(head.weight) + len(teacher.weight))))
         parts = []
         for start in range(0, len(open_), rows):
-            chosen = torch.from_numpy(open_[start : start + rows]).to(device)
-            mine, theirs = (r[chosen.cpu()].to(device) for r in (own_rows, other_rows))
+            chosen = torch.from_numpy(open_[start : start + rows])
+            mine, theirs, chosen = (x.to(device) for x in (own_rows[chosen], other_rows[chosen], chosen))
             arguments = (hidden[mine], head, own[chosen], states[theirs], teacher, other[chosen], spans)
             parts.append(checkpoint(self._loss, *arguments, use_reentrant=False))
         loss = torch.cat(parts) if parts else hidden.new_zeros(0, dtype=dtype)
@@ -186,5 +186,5 @@ def _last(span: np.ndarray) -> np.ndarray:
 
 def _states(sample: Sample, k: int) -> torch.Tensor:
     targets = sample.teacher_targets[k]
-    assert isinstance(targets, Hidden), "whole distributions come from a teacher in this process"
+    assert isinstance(targets, Hidden), "whole distributions come from a teacher that judges by hidden states"
     return targets.states

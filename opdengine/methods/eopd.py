@@ -3,9 +3,10 @@
 The reverse KL seeks the teacher's mode, and is unstable where the teacher hesitates between several ways on. There,
 where its entropy exceeds ``tau``, the forward KL takes the place of the configured divergence; it covers all of them.
 
-Read for this were the abstract and the authors' announcement, which say that the forward KL is added to an objective of
-sampled tokens where the entropy is high, and accounts of others, which say that it takes its place; ``tau`` is as in
-arXiv 2606.19659 (equation 26), which has weights in place of the forward KL (method ``entropy_opd``).
+This follows the abstract, the authors' announcement and accounts of others; the paper itself was not read. The
+first two say that the forward KL is added to an objective of sampled tokens, the others that it takes the place of the
+reverse KL, as here. ``tau`` is that of arXiv 2606.19659 (equation 26), which has weights in place of the forward KL
+(method ``entropy_opd``).
 """
 
 from __future__ import annotations

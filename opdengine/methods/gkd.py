@@ -105,10 +105,7 @@ class Mixture(Method):
     def room(self, prompt: Prompt) -> list[Need]:
         """What the teachers judge, and what an author writes."""
         needs = super().room(prompt)
-        if self.author is None:
-            return needs
-        self.author.teachers = self.teachers
-        return [*needs, *self.author.room(prompt)]
+        return needs if self.author is None else [*needs, *self._asked(self.author).room(prompt)]
 
     # In a step.
 
@@ -120,14 +117,18 @@ class Mixture(Method):
     async def write(self, prompts: Sequence[Prompt], encode: Callable[..., list[int]]) -> Batch:
         """One sample for each of these prompts, whose answer is given."""
         if self.author is not None:
-            self.author.teachers = self.teachers
-            batch = await self.author.write(prompts, encode)
+            batch = await self._asked(self.author).write(prompts, encode)
             await self.author.annotate(batch)  # drops what was not written
         else:
             batch = Batch(samples=[self._sample(prompt, encode) for prompt in prompts])
         for sample in batch.samples:
             sample.info = {**sample.info, "given": True}
         return batch
+
+    def _asked(self, author: MTSeqKD) -> MTSeqKD:
+        """The author with the teachers, which a run knows only once it has loaded them."""
+        author.teachers = self.teachers
+        return author
 
     def _sample(self, prompt: Prompt, encode: Callable[..., list[int]]) -> Sample:
         answer = Turn("assistant", np.array(self._recorded(prompt, encode)), trains=True)

@@ -1,4 +1,4 @@
-"""The sampled-token reverse KL as a policy gradient, shared by Uni-OPD and CaMOPD.
+"""The sampled-token reverse KL as a policy gradient: what the methods with a section ``advantage`` share.
 
 For a token y sampled from the student p, the mean of ``-(log q(y) - log p(y)) * d log p(y)`` is the gradient
 of KL(p || q): that gap, detached, is the token's advantage (arXiv 2605.03677 and 2605.27115, equations

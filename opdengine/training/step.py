@@ -151,7 +151,7 @@ class Engine:
         batch, mine = Batch(number), self.ranks.share(len(prompts))
         given = [place for place in mine if self.method.is_written(prompts[place], number)]
         with batch.timed("rollout"):
-            if self.method.writes or self.method.mixes:
+            if self.method.writes or self.method.mixes:  # also with nothing to write: ranks share teachers' calls
                 await self.write(prompts, given, batch)
             if self.method.writes:
                 return batch

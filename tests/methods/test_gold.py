@@ -260,6 +260,8 @@ def test_text_that_is_not_kept_is_not_judged(
     assert batch.metrics["alignment/share/lower"] < 0.8
     (check,) = [c for c in sampled.method.checks if c.failed == "alignment/unaligned"]
     assert check.fires(batch.metrics) and check.counts(batch.metrics)[0] >= 12
+    fifth = {"alignment/unaligned": 2.0, "alignment/tokens": 10.0}
+    assert check.fires(fifth) and not check.fires({**fifth, "alignment/tokens": 11.0})
     for sample in batch:
         spans = sample.contexts[0].spans
         assert spans is not None and sample.advantage is not None
