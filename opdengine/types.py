@@ -71,9 +71,10 @@ def images_in(ids: object) -> tuple[Image, ...]:
 
 def images_of(messages: Iterable[Message]) -> tuple[Image, ...]:
     """The pictures of a chat, in their order."""
-    contents = [message.get("content") for message in messages]
-    parts = [part for content in contents if isinstance(content, (list, tuple)) for part in content]
-    found = [part.get("image") for part in parts if isinstance(part, Mapping)]
+    contents = [c for message in messages if isinstance(c := message.get("content"), (list, tuple))]
+    if not contents:  # mostly: this is asked several times for every chat
+        return ()
+    found = [part.get("image") for content in contents for part in content if isinstance(part, Mapping)]
     return tuple(image for image in found if isinstance(image, Image))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import marshal
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Tools = Sequence[Mapping[str, Any]]
+REMEMBERED = 256
+"""Chats whose token ids a reader keeps; a step has about as many prompts."""
 
 
 class Reader:
@@ -44,13 +47,31 @@ class Reader:
         self.keys = tuple(keys)
         self.debates = debates
         self._known: dict[Any, str] = {}
+        self._encoded: dict[bytes, tuple[int, ...]] = {}
 
     def encode(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """Token ids of a chat; see :func:`opdengine.models.chat.encode_chat`.
 
+        Some chats of plain text are remembered, because all samples of a prompt are judged under the same one; none is
+        where the template tells the time.
+
         Raises:
             ValueError: the template cannot render the chat, or leaves something out.
         """
+        if "strftime_now" in str(self.tokenizer.chat_template):
+            return self._encode(messages, tools)
+        try:
+            chat = marshal.dumps((list(messages), list(tools)), 2)
+        except ValueError:  # a picture, or an object of somebody's own
+            return self._encode(messages, tools)
+        if (known := self._encoded.get(chat)) is None:
+            known = tuple(self._encode(messages, tools))
+            if len(self._encoded) >= REMEMBERED:
+                self._encoded.clear()
+            self._encoded[chat] = known
+        return list(known)
+
+    def _encode(self, messages: Sequence[Message], tools: Tools) -> list[int]:
         if lost := self.left_out(as_read(messages, getattr(self.tokenizer, "images", "image")), tools):
             raise ValueError(f"the chat template of {self.name} {lost}; give it another chat_template")
         return encode_chat(self.tokenizer, messages, tools, self.template_kwargs)

@@ -156,10 +156,11 @@ class Statistics:
         over: bool = False,
     ) -> None:
         """Keep [T], or of a teacher's [T, k] one column, token by token; a known value stays, unless ``over``."""
-        if values is None:
+        if values is None or not self.keep:
             return
+        known = (values[:, column] if teacher else values).detach().float().cpu().numpy()
         for sample, rows in self._kept(samples):
-            own = (values[rows, column] if teacher else values[rows]).detach().float().cpu().numpy()
+            own = known[rows]
             noted = self.tokens.setdefault(sample.id, {})
             shape = (len(own), len(sample.teachers)) if teacher else own.shape
             place = noted.setdefault(name, np.full(shape, np.nan, dtype=np.float32))

@@ -467,3 +467,45 @@ def test_lone_surrogates_are_replaced_at_every_level_and_pairs_joined(tmp_path: 
 def test_a_chat_with_a_lone_surrogate_is_one_clear_error(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=r"of the roles \['user'\]: a text in it holds half of a character"):
         encode_chat(tokenizer, [{"role": "user", "content": "cut \ud83d"}])
+
+
+# ------------------------------------------------------------------------------- remembered chats
+
+
+class Counted:
+    """A tokenizer that notes the chats which it renders."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.rendered: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def apply_chat_template(self, chat: Any, **how: Any) -> Any:
+        if how.get("tokenize"):
+            self.rendered.append(chat)
+        return self._tokenizer.apply_chat_template(chat, **how)
+
+
+def test_a_chat_is_encoded_once_for_all_samples_that_are_judged_under_it(tiny: Any) -> None:
+    tokenizer = Counted(with_template(tiny, CHATML))
+    reader = Reader("the teacher", tokenizer)
+    for _ in range(3):
+        ids = reader.encode([dict(QUESTION)])
+        assert ids == encode_chat(tokenizer._tokenizer, [QUESTION])
+        ids.append(1)  # what a caller does to its ids is its own
+    assert len(tokenizer.rendered) == 1
+    other = reader.encode([{**QUESTION, "content": "!"}])
+    assert other == encode_chat(tokenizer._tokenizer, [{**QUESTION, "content": "!"}]) != ids[:-1]
+    with_numbers = [{"role": "user", "content": "?", "weight": weight} for weight in (1, 2)]
+    assert [reader.encode([message]) for message in with_numbers] == [ids[:-1], ids[:-1]]
+    assert len(tokenizer.rendered) == 4
+
+
+def test_a_template_that_tells_the_time_is_asked_each_time(tiny: Any) -> None:
+    tokenizer = Counted(with_template(tiny, "{{ strftime_now('%f') }}" + CHATML))
+    reader = Reader("the teacher", tokenizer)
+    for _ in range(3):
+        reader.encode([QUESTION])
+    assert len(tokenizer.rendered) == 3
