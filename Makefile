@@ -8,12 +8,13 @@ PY = $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: study-results demo demo-real real-results demo-agents agents-results demo-results test test-oldest test-vllm test-envs test-bench bench-results test-browser check bench gpu docs models clean help
+.PHONY: study-results demo demo-vision vision-results demo-real real-results demo-agents agents-results demo-results test test-oldest test-vllm test-envs test-bench bench-results test-browser check bench gpu docs models clean help
 
 help:
 	@echo "make demo     distil the bundled tiny models: MAD-OPD beside its baselines (minutes, 2 cores)"
 	@echo "make demo-real  a real language model in English learns from two experts that debate (2 cores)"
 	@echo "make demo-agents  agents in a little house: SAGE-OPD, then OPAD (minutes, 2 cores)"
+	@echo "make demo-vision  a tiny vision-language student learns to name shapes: Uni-OPD beside OPD (minutes, 2 cores)"
 	@echo "make test     linters, type checker and the whole test suite"
 	@echo "make test-oldest  what touches transformers, on the oldest release that is supported"
 	@echo "make test-vllm  the tests that sample with real vLLM (CPU build, own environment)"
@@ -75,6 +76,15 @@ agents-results: $(VENV)/.demo
 study-results: $(VENV)/.demo
 	$(PY) examples/train_uni_opd.py --ablate --save_results benchmarks/results/uni_opd.json
 	$(PY) examples/train_camopd.py --ablate --save_results benchmarks/results/camopd.json
+	$(PY) benchmarks/report.py
+
+# A student that sees, under a teacher that sees and under one that reads captions.
+demo-vision: $(VENV)/.demo
+	$(PY) examples/train_uni_opd_vl.py $(ARGS)
+
+# The numbers of docs/vision.md.
+vision-results: $(VENV)/.demo
+	$(PY) examples/train_uni_opd_vl.py --ablate --save_results benchmarks/results/uni_opd_vl.json
 	$(PY) benchmarks/report.py
 
 # The numbers and the figure of the README.
@@ -188,6 +198,7 @@ gpu:
 models: $(VENV)/.demo
 	$(PY) examples/tiny/build.py --out examples/tiny/models
 	$(PY) examples/tiny/agents/build.py
+	$(PY) examples/tiny/pictures/build.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks

@@ -252,7 +252,7 @@ TABLES = {
 }
 
 
-STUDIES = ("uni_opd", "camopd")
+STUDIES = ("uni_opd", "uni_opd_vl", "camopd")
 
 
 def study_results(name: str) -> dict[str, Any] | None:

@@ -14,9 +14,10 @@ import platform
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from opdengine.tools.figures import curve, figure
+from opdengine.training.evaluate import wilson
 
 HERE = Path(__file__).parent
 MODELS = HERE / "models"
@@ -66,6 +68,7 @@ class Study:
             returns the models to grade beside the student, by title.
         settings: (folder, seed) -> the settings that all arms share.
         reported: metrics whose mean over the steps belongs into the results.
+        images: what a model of ``prepare`` reads in place of pictures, by title; "image" where nothing is said.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Study:
     prepare: Callable[[Path, Sequence[int], str], dict[str, str]]
     settings: Callable[[Path, int], dict[str, Any]]
     reported: Sequence[str] = ()
+    images: Mapping[str, str] = field(default_factory=dict)
 
 
 def specialise(
@@ -192,8 +196,22 @@ def summary(
     }
 
 
-def grade(models: Mapping[str, str], test: Path, verifier: Any, longest: int = 14) -> dict[str, dict[str, float]]:
-    """Accuracy of each model by skill, greedy, in at most ``longest`` tokens."""
+def grade(
+    models: Mapping[str, str],
+    test: Path,
+    verifier: Any,
+    longest: int = 14,
+    images: Mapping[str, str] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Accuracy of each model by skill, greedy, in at most ``longest`` tokens.
+
+    Args:
+        models: title -> folder.
+        test: the data file.
+        verifier: as in a configuration.
+        longest: answer.
+        images: what a model reads of pictures, by title; "image" where nothing is said.
+    """
     from transformers.utils import logging
 
     from opdengine.data.prompts import load_prompts
@@ -209,11 +227,17 @@ def grade(models: Mapping[str, str], test: Path, verifier: Any, longest: int = 1
     prompts, found = load_prompts([str(test)]).prompts, {}
     with Grader(verifier) as grader:
         for title, path in models.items():
-            tokenizer = load_tokenizer(path)
+            tokenizer = load_tokenizer(path, images=(images or {}).get(title, "image"))
             sampler = TransformersSampler(load_model(path, dtype="float32"), tokenizer)
             graded = evaluate(sampler, prompts, lambda p, t=tokenizer: encode_chat(t, p.messages), grader, greedy)
             found[title] = graded.metrics()
     return found
+
+
+def held_out(file: Path) -> dict[str, int]:
+    """Metric -> number of prompts that it is a mean over."""
+    keys = Counter(json.loads(line)["data_source"] for line in file.read_text().splitlines())
+    return {"eval/accuracy": keys.total(), **{f"eval/accuracy/{key}": n for key, n in keys.items()}}
 
 
 def interval(values: np.ndarray) -> float:
@@ -221,6 +245,22 @@ def interval(values: np.ndarray) -> float:
     if len(values) < 2:
         return float("nan")
     return float(T95[min(len(values) - 2, len(T95) - 1)] * values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def shown(values: np.ndarray, count: int | None) -> str:
+    """The mean of [seeds] percentages with its 95 % interval: over seeds, or over the prompts of one seed.
+
+    Args:
+        values: the accuracies.
+        count: number of prompts; None says nothing about a single seed.
+    """
+    mean = f"{values.mean():.1f}"
+    if len(values) > 1:
+        return f"{mean} ± {interval(values):.1f}"
+    if count is None:
+        return mean
+    low, high = wilson(round(values[0] * count / 100), count)
+    return f"{mean} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def columns(results: Mapping[str, Any]) -> dict[str, str]:
@@ -236,22 +276,19 @@ def final(results: Mapping[str, Any], arm: str, metric: str) -> np.ndarray:
 
 def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
     """Cells of the table: models, then arms with intervals and the paired difference to the method."""
-    shown, metrics = [], columns(results)
+    rows, metrics, counts = [], columns(results), results.get("held_out", {})
     for title, graded in results["models"].items():
-        shown.append([title, *(f"{100 * graded[m]:.1f}" for m in metrics), "", ""])
+        rows.append([title, *(shown(100 * np.array([graded[m]]), counts.get(m)) for m in metrics), "", ""])
     method = results["arms"][0]["name"]
     for arm in results["arms"]:
         cells = [arm["title"]]
-        for metric in metrics:
-            values = final(results, arm["name"], metric)
-            half = interval(values)
-            cells.append(f"{values.mean():.1f}" + ("" if np.isnan(half) else f" ± {half:.1f}"))
+        cells += [shown(final(results, arm["name"], metric), counts.get(metric)) for metric in metrics]
         difference = final(results, arm["name"], "eval/accuracy") - final(results, method, "eval/accuracy")
         half = interval(difference)
         paired = "" if arm["name"] == method else f"{difference.mean():+.1f}"
         seconds = np.mean([r["seconds"] for r in results["runs"] if r["arm"] == arm["name"]])
-        shown.append([*cells, paired + ("" if not paired or np.isnan(half) else f" ± {half:.1f}"), f"{seconds:.0f}"])
-    return shown
+        rows.append([*cells, paired + ("" if not paired or np.isnan(half) else f" ± {half:.1f}"), f"{seconds:.0f}"])
+    return rows
 
 
 def headings(results: Mapping[str, Any]) -> list[str]:
@@ -312,7 +349,7 @@ def main(study: Study, description: str, arguments: Sequence[str]) -> int:
             jobs[arm.name, seed] = merged({**study.settings(folder, seed), **place}, own)
     of_first = jobs[arms[0].name, 0]
     longest = max(14, of_first["max_completion_length"])
-    graded = grade(models, folder / "held_out.jsonl", of_first["verifier"], longest)
+    graded = grade(models, folder / "held_out.jsonl", of_first["verifier"], longest, study.images)
     runs = _run_all(study, jobs, options.jobs, console)
     results = {
         "method": study.name,
@@ -320,6 +357,7 @@ def main(study: Study, description: str, arguments: Sequence[str]) -> int:
         "skills": dict(study.skills),
         "seeds": seeds,
         "split": options.split,
+        "held_out": held_out(folder / "held_out.jsonl"),
         "settings": {k: v for k, v in jobs[arms[0].name, 0].items() if "/" not in str(v)},
         "models": graded,
         "runs": sorted(runs, key=lambda r: ([a.name for a in arms].index(r["arm"]), r["seed"])),
@@ -384,7 +422,7 @@ def _quiet() -> None:
 
 def _table(results: Mapping[str, Any]) -> Table:
     seeds, steps = results["seeds"], results["settings"]["max_steps"]
-    spread = ", mean ± 95 % interval" if len(seeds) > 1 else ""
+    spread = ", mean ± 95 % interval" if len(seeds) > 1 else " (95 % interval over the prompts)"
     table = Table(
         title=f"Accuracy on held-out prompts ({results['split']}) after {steps} steps, {len(seeds)} seed(s){spread}"
     )

@@ -38,10 +38,14 @@ class Pixels:
     Args:
         inputs: by the names of the model's arguments, on the host.
         tokens: number of image tokens in the sequence.
+        text: that they were processed with.
+        ids: of that text.
     """
 
     inputs: Tensors
     tokens: int
+    text: str
+    ids: tuple[int, ...]
 
 
 class Vision:
@@ -58,6 +62,7 @@ class Vision:
         self.token_ids = tuple(int(i) for i in processor.image_token_ids if i is not None)
         """Every id in a sequence that stands for a feature of a picture."""
         self._kept: OrderedDict[tuple[str, ...], Pixels] = OrderedDict()
+        self._bytes = 0
 
     def encode(
         self,
@@ -80,15 +85,17 @@ class Vision:
                 f"the chat template prints {places} marks {self.marker!r} for {len(images)} pictures; give the model "
                 "a chat_template that prints one for each"
             )
-        ids, pixels = self._process(text, images)
-        self._keep(images, pixels)
-        return Encoded(ids, images)
+        kept = self._kept.get(_key(images))
+        if kept is None or kept.text != text:  # all rollouts of a prompt are read behind the same text
+            kept = self._process(text, images)
+        self._keep(images, kept)
+        return Encoded(kept.ids, images)
 
     def pixels(self, images: tuple[Image, ...]) -> Pixels:
         """The pictures of one sequence, processed once."""
-        key = tuple(image.sha256 for image in images)
+        key = _key(images)
         if key not in self._kept:
-            self._keep(images, self._process(" ".join([self.marker] * len(images)), images)[1])
+            self._keep(images, self._process(" ".join([self.marker] * len(images)), images))
         self._kept.move_to_end(key)
         return self._kept[key]
 
@@ -96,7 +103,7 @@ class Vision:
         """Whether a sequence has as many image tokens as its pictures have features."""
         return not images or int(np.isin(ids, self.token_ids).sum()) == self.pixels(images).tokens
 
-    def _process(self, text: str, images: Sequence[Image]) -> tuple[list[int], Pixels]:
+    def _process(self, text: str, images: Sequence[Image]) -> Pixels:
         pictures = [open_picture(image) for image in images]
         try:
             found = self.processor(text=[text], images=pictures, add_special_tokens=False, return_tensors="pt")
@@ -105,12 +112,13 @@ class Vision:
             raise ValueError(f"the model's processor cannot read the pictures ({sizes} pixels): {error}") from error
         ids = found["input_ids"][0].tolist()
         inputs = {name: tensor for name, tensor in found.items() if name not in OF_TOKENS}
-        return ids, Pixels(inputs, sum(i in self.token_ids for i in ids))
+        return Pixels(inputs, sum(i in self.token_ids for i in ids), text, tuple(ids))
 
     def _keep(self, images: Sequence[Image], pixels: Pixels) -> None:
-        self._kept[tuple(image.sha256 for image in images)] = pixels
-        while len(self._kept) > 1 and sum(_size(p.inputs) for p in self._kept.values()) > MOST_BYTES:
-            self._kept.popitem(last=False)
+        self._bytes += _size(pixels) - _size(self._kept.pop(_key(images), None))
+        self._kept[_key(images)] = pixels
+        while len(self._kept) > 1 and self._bytes > MOST_BYTES:
+            self._bytes -= _size(self._kept.popitem(last=False)[1])
 
     def inputs(self, model: Any, trunk: Any, batch: Packed) -> dict[str, Any]:
         """Arguments of a pass over sequences with pictures, besides the token ids.
@@ -172,6 +180,10 @@ def counts_rows(trunk: Any) -> bool:
     return hasattr(trunk, "get_rope_index")
 
 
+def _key(images: Sequence[Image]) -> tuple[str, ...]:
+    return tuple(image.sha256 for image in images)
+
+
 def _noise(random: np.random.Generator, size: tuple[int, int]) -> Image:
     from PIL import Image as Pillow
 
@@ -180,8 +192,8 @@ def _noise(random: np.random.Generator, size: tuple[int, int]) -> Image:
     return read_picture(data.getvalue())
 
 
-def _size(tensors: Tensors) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+def _size(pixels: Pixels | None) -> int:
+    return 0 if pixels is None else sum(t.numel() * t.element_size() for t in pixels.inputs.values())
 
 
 def _join(parts: Sequence[Tensors]) -> dict[str, torch.Tensor]:

@@ -77,6 +77,19 @@ def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
     assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
+def test_one_seed_has_the_interval_of_its_prompts(tmp_path: Path) -> None:
+    """Wilson's, by hand for 150 of 200; over several seeds the number of prompts changes nothing."""
+    assert study.shown(np.array([75.0]), 200) == "75.0 (69 to 80)"
+    assert study.shown(np.array([75.0]), None) == "75.0"
+    assert study.shown(np.array([74.0, 76.0]), 200) == f"75.0 ± {12.706:.1f}"
+    file = tmp_path / "held_out.jsonl"
+    write_jsonl(file, [{"data_source": "x"}, {"data_source": "y"}, {"data_source": "x"}])
+    assert study.held_out(file) == {"eval/accuracy": 3, "eval/accuracy/x": 2, "eval/accuracy/y": 1}
+    found = results() | {"held_out": {"eval/accuracy": 200, "eval/accuracy/x": 200, "eval/accuracy/y": 200}}
+    teacher, method, _ = study.table_rows(found)
+    assert teacher[1] == "100.0 (98 to 100)" and method[1] == "60.0 ± 24.8"
+
+
 @pytest.mark.parametrize("of", [uni_study, camopd_study])
 def test_every_arm_trains(of: Any, tmp_path: Path) -> None:
     """All arms' settings make a recipe; the method and one control are trained for a step on the bundled models."""

@@ -1,0 +1,1 @@
+"""Coloured shapes in small pictures: a world for models that see."""
