@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import platform
 import random
+import shutil
 import sys
 import time
 from collections import Counter
@@ -35,6 +36,8 @@ MODELS = HERE / "models"
 Problem = Callable[[random.Random], tuple[str, str, str]]
 CORRUPT = 0.7
 """As the bundled models were taught; makes a model that has seen little unsure."""
+FINISHED = "run.json"
+"""A run that has come to its end leaves its settings and results in this file of its folder."""
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom."""
 
@@ -163,7 +166,31 @@ def run(arm: str, seed: int, settings: Mapping[str, Any], reported: Sequence[str
     started = time.perf_counter()
     result = train(from_mapping(TrainConfig, settings), progress=False)
     lines = read_metrics(result.output_dir / "metrics.jsonl")
-    return summary(arm, seed, lines, reported, time.perf_counter() - started)
+    found = summary(arm, seed, lines, reported, time.perf_counter() - started)
+    kept = json.dumps({"settings": settings, "run": found}, default=str)
+    partial = result.output_dir / f"{FINISHED}.partial"
+    partial.write_text(kept + "\n")
+    partial.replace(result.output_dir / FINISHED)
+    return found
+
+
+def finished(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an earlier call found in a run of these settings, or None; the folder of an unfinished run is emptied.
+
+    Args:
+        settings: of the run, its ``output_dir`` included.
+
+    Raises:
+        SystemExit: the folder holds a finished run of other settings.
+    """
+    folder = Path(settings["output_dir"])
+    if not (folder / FINISHED).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    kept = json.loads((folder / FINISHED).read_text())
+    if kept["settings"] != json.loads(json.dumps(settings, default=str)):
+        raise SystemExit(f"{folder} was run with other settings: give those of the first call, or leave --resume out")
+    return dict(kept["run"])
 
 
 def summary(
@@ -323,6 +350,7 @@ def main(study: Study, description: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--split", choices=("dev", "test"), default="test", help="held-out prompts to measure on")
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / study.name)
     parser.add_argument("--save_results", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--resume", type=Path, help="folder of an earlier call; its finished runs are not run again")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     options, rest = parser.parse_known_args(arguments)
     changes = _changes(rest)
@@ -333,14 +361,20 @@ def main(study: Study, description: str, arguments: Sequence[str]) -> int:
         a for a in study.arms if a.demo or options.ablate
     ]  # fmt: skip
     seeds = list(range(options.seeds or (5 if options.ablate else 1)))
-    folder = options.output_dir / time.strftime("%Y%m%d-%H%M%S")
-    folder.mkdir(parents=True)
+    folder = options.resume or options.output_dir / time.strftime("%Y%m%d-%H%M%S")
+    if options.resume and not folder.is_dir():
+        raise SystemExit(f"--resume {folder}: there is no such folder; give the one that the earlier call named")
+    folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     console.print(f"[bold]{study.name}[/bold]: {len(arms)} arm(s) x {len(seeds)} seed(s), results in {folder}")
     start = time.perf_counter()
+    held_out_file = folder / "held_out.jsonl"
+    earlier = held_out_file.read_bytes() if options.resume and held_out_file.exists() else None
     models = study.prepare(folder, seeds, options.split)
+    if earlier not in (None, held_out_file.read_bytes()):
+        raise SystemExit(f"{folder} was graded on other held-out prompts: give the --split of the first call")
     jobs = {}
     for seed in seeds:
         for arm in arms:
@@ -349,15 +383,19 @@ def main(study: Study, description: str, arguments: Sequence[str]) -> int:
             jobs[arm.name, seed] = merged({**study.settings(folder, seed), **place}, own)
     of_first = jobs[arms[0].name, 0]
     longest = max(14, of_first["max_completion_length"])
-    graded = grade(models, folder / "held_out.jsonl", of_first["verifier"], longest, study.images)
-    runs = _run_all(study, jobs, options.jobs, console)
+    graded = grade(models, held_out_file, of_first["verifier"], longest, study.images)
+    runs = [found for settings in jobs.values() if (found := finished(settings))]
+    have = {(found["arm"], found["seed"]) for found in runs}
+    if have:
+        console.print(f"{len(have)} of {len(jobs)} runs are finished")
+    runs += _run_all(study, {key: s for key, s in jobs.items() if key not in have}, options.jobs, console)
     results = {
         "method": study.name,
         "arms": [{"name": arm.name, "title": arm.title, "settings": dict(arm.settings)} for arm in arms],
         "skills": dict(study.skills),
         "seeds": seeds,
         "split": options.split,
-        "held_out": held_out(folder / "held_out.jsonl"),
+        "held_out": held_out(held_out_file),
         "settings": {k: v for k, v in jobs[arms[0].name, 0].items() if "/" not in str(v)},
         "models": graded,
         "runs": sorted(runs, key=lambda r: ([a.name for a in arms].index(r["arm"]), r["seed"])),

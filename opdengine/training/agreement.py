@@ -46,13 +46,6 @@ def processed_differences(
     return np.concatenate(differences) if differences else np.zeros(0, dtype=np.float32)
 
 
-def processed_logprobs(student: Backbone, sample: Sample, params: SamplingParams, vocab_size: int) -> np.ndarray:
-    """float32 [min(T, TOKENS)]: log-probs of a rollout's first targets after penalty, temperature, top-k, top-p."""
-    ids, positions = _start(sample)
-    (states,) = student.score([ids], [positions], [sample.images])
-    return _processed(student.head, ids, positions, states, params, vocab_size)
-
-
 def _start(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """Token ids up to the last target that is compared, and the positions of those targets."""
     positions = sample.target_positions[:TOKENS]

@@ -110,3 +110,43 @@ def test_every_arm_trains(of: Any, tmp_path: Path) -> None:
         if number < 2:
             found = study.run(arm.name, 0, json.loads(json.dumps(settings)), ["reward/mean", "camopd/general/selected"])
             assert found["metrics"] and [point["step"] for point in found["curve"]] == [0, 1]
+
+
+def stand_in(of: study.Study = uni_study.STUDY) -> study.Study:
+    """Two arms of one step whose models need no preparation."""
+
+    def prepare(folder: Path, seeds: Any, split: str) -> dict[str, str]:
+        rows = [row for skill in uni_study.SKILLS for row in task.prompts(split, skill, 4)]
+        write_jsonl(folder / "held_out.jsonl", rows)
+        write_jsonl(folder / "train.jsonl", [row for s in uni_study.SKILLS for row in task.prompts("train", s, 8)])
+        return {"student before": str(study.MODELS / "student")}
+
+    def settings(folder: Path, seed: int) -> dict[str, Any]:
+        student = str(study.MODELS / "student")
+        teachers = [{"name": s, "model": str(study.MODELS / f"teacher_{s}"), "key": [s], "dtype": "float32"} for s in uni_study.SKILLS]
+        few = {"model": student, "teachers": teachers, "train_data": [str(folder / "train.jsonl")], "max_steps": 1}
+        return {**of.settings(folder, seed), **few, "per_device_train_batch_size": 2, "num_generations": 2}
+
+    arms = (study.Arm("opd", "OPD", {"method": "opd"}, demo=True), study.Arm("mt", "MT", {"method": "mt_opd"}))
+    return study.Study("stand_in", arms, {s: s for s in uni_study.SKILLS}, prepare, settings)
+
+
+def test_a_study_that_was_stopped_runs_only_what_is_missing(tmp_path: Path) -> None:
+    """Finished runs are taken as they are, unfinished ones begin again, and other settings are refused."""
+    kept = tmp_path / "results.json"
+    common = ["--output_dir", str(tmp_path / "runs"), "--jobs", "1", "--save_results", str(kept)]
+    assert study.main(stand_in(), "", [*common, "--arms", "opd"]) == 0
+    first = json.loads(kept.read_text())
+    (folder,) = (tmp_path / "runs").iterdir()
+    (folder / "mt_0").mkdir()
+    (folder / "mt_0" / "metrics.jsonl").write_text("{of a run that was killed\n")
+    assert study.main(stand_in(), "", [*common, "--arms", "opd", "mt", "--resume", str(folder)]) == 0
+    both = json.loads(kept.read_text())
+    assert both["runs"][0] == first["runs"][0], "the finished run was run again"
+    assert [r["arm"] for r in both["runs"]] == ["opd", "mt"] and both["runs"][1]["curve"][-1]["step"] == 1
+    with pytest.raises(SystemExit, match="opd_0 was run with other settings"):
+        study.main(stand_in(), "", [*common, "--arms", "opd", "--resume", str(folder), "--learning_rate", "0.1"])
+    with pytest.raises(SystemExit, match="other held-out prompts"):
+        study.main(stand_in(), "", [*common, "--arms", "opd", "--resume", str(folder), "--split", "dev"])
+    with pytest.raises(SystemExit, match="there is no such folder"):
+        study.main(stand_in(), "", [*common, "--resume", str(tmp_path / "nowhere")])
