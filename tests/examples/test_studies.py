@@ -123,7 +123,8 @@ def stand_in(of: study.Study = uni_study.STUDY) -> study.Study:
 
     def settings(folder: Path, seed: int) -> dict[str, Any]:
         student = str(study.MODELS / "student")
-        teachers = [{"name": s, "model": str(study.MODELS / f"teacher_{s}"), "key": [s], "dtype": "float32"} for s in uni_study.SKILLS]
+        experts = {skill: str(study.MODELS / f"teacher_{skill}") for skill in uni_study.SKILLS}
+        teachers = [{"name": s, "model": expert, "key": [s], "dtype": "float32"} for s, expert in experts.items()]
         few = {"model": student, "teachers": teachers, "train_data": [str(folder / "train.jsonl")], "max_steps": 1}
         return {**of.settings(folder, seed), **few, "per_device_train_batch_size": 2, "num_generations": 2}
 
