@@ -161,7 +161,7 @@ def without_tokens(sample: Sample) -> Sample:
         sample.id,
         Prompt(sample.prompt.id, (), key=sample.prompt.key),
         (Turn("prompt", none), targets),
-        contexts=tuple(replace(c, token_ids=none, target_positions=none) for c in sample.contexts),
+        contexts=tuple(replace(c, token_ids=none, target_positions=none, images=()) for c in sample.contexts),
         mix=sample.mix,
         teacher_targets=tuple(
             Hidden(torch.zeros(0, 0)) if isinstance(t, Hidden) else t for t in sample.teacher_targets

@@ -41,6 +41,7 @@ from opdengine.models.processor import can_see
 from opdengine.models.quantised import explained, is_quantised, quantisation, require_quantiser, restore_head, rounding
 from opdengine.models.sharding import Sharded
 from opdengine.models.vision import Vision, counts_rows
+from opdengine.models.vision_tower import tower
 from opdengine.types import Image
 
 logger = logging.getLogger(__name__)
@@ -272,6 +273,7 @@ class Backbone:
         self.max_tokens = max_tokens
         inner = base_of(model)
         self.trunk = inner.base_model
+        self._tower = [part for _, part in tower(inner)]
         self.options = forward_options(model)
         if self.trunk is inner or not _has_embeddings(model):
             raise ValueError(
@@ -385,7 +387,31 @@ class Backbone:
             output = self.trunk(input_ids=batch.input_ids.to(self.device), use_cache=False, **inputs, **self.options)
         # With float32 parameters the last norm gives float32 under autocast, too; the head would follow.
         states: torch.Tensor = output.last_hidden_state.flatten(0, 1)
+        if self.sharded is not None and torch.is_grad_enabled():
+            states = self._beside_tower(states)
         return states.to(torch.bfloat16) if self.bf16 else states
+
+    def _beside_tower(self, states: torch.Tensor) -> torch.Tensor:
+        """The states of a pass, from which every trained weight of the tower gets a gradient of 0 at least.
+
+        Ranks reduce the gradients of one pass together: those that had pictures in it, and those that had none.
+        """
+        trained = [p for p in self._tower_weights() if p.requires_grad]
+        if not trained:
+            return states
+        return states + 0.0 * torch.stack([p.flatten()[0] for p in trained]).sum().to(states.dtype)
+
+    def _tower_weights(self) -> list[torch.nn.Parameter]:
+        return [p for part in self._tower for p in part.parameters()]
+
+    def leave_tower(self, has_pictures: bool) -> None:
+        """Take the tower's gradients of 0 away where no rank has pictures in a step, so that it stays as it is.
+
+        One process has none either. All ranks call this.
+        """
+        if self.sharded is not None and self._tower and not self.sharded.ranks.max(has_pictures):
+            for parameter in self._tower_weights():
+                parameter.grad = None
 
     def hidden(self, batch: Packed, target_positions: Sequence[np.ndarray]) -> torch.Tensor:
         """Hidden states [T, d] that predict the targets of the batch's members, in their order."""

@@ -92,11 +92,15 @@ def _split_rows(layer: nn.Module, mesh: Any, tied: nn.Parameter | None) -> None:
 
 
 def transformer_blocks(model: Any) -> list[nn.Module]:
-    """The layers of the model's longest list of equal layers.
+    """The layers of the longest list of equal layers, of a model that sees in its language model.
+
+    A tower that makes features of pictures is gathered whole for a pass, as the head is: a rank whose sequences have
+    no pictures runs none of its layers, and would leave the others waiting.
 
     Raises:
         ValueError: there is no such list.
     """
+    model = model.get_decoder() if getattr(model.config, "vision_config", None) is not None else model
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of transformer blocks; train it on one process")

@@ -118,7 +118,7 @@ def build_engine(
         student=student,
         tokenizer=tokenizer,
         teachers=teachers,
-        sampler=build_sampler(config, model, tokenizer, ranks, vocab_size),
+        sampler=build_sampler(config, model, tokenizer, ranks, vocab_size, sees=vision is not None),
         optimizer=optimizer,
         ranks=ranks,
         scheduler=build_scheduler(config, optimizer, schedule_begin),
@@ -263,11 +263,17 @@ def build_grader(config: TrainConfig, tokenizer: Any) -> Grader:
 
 
 def build_sampler(
-    config: TrainConfig, model: Any, tokenizer: Any, ranks: Ranks | None = None, vocab_size: int | None = None
+    config: TrainConfig,
+    model: Any,
+    tokenizer: Any,
+    ranks: Ranks | None = None,
+    vocab_size: int | None = None,
+    sees: bool = False,
 ) -> Sampler:
     """The student's sampler: vLLM where asked, else the trainer's own model, or a copy where that is split.
 
-    The trainer's own model samples the first ``vocab_size`` ids alone; default: all of the tokenizer's.
+    The trainer's own model samples the first ``vocab_size`` ids alone; default: all of the tokenizer's. ``sees``:
+    the model was loaded with its tower, and so is a copy of it.
     """
     ranks = ranks or Ranks()
     # Under autocast the trainer's own forward pass is bfloat16 as well.
@@ -326,7 +332,7 @@ def build_sampler(
 
     sampled = base_of(model)
     if ranks.world_size > 1:
-        sampled = ranks.in_turn(lambda: load_copy(config))
+        sampled = ranks.in_turn(lambda: load_copy(config, sees))
     sampler = TransformersSampler(
         sampled, tokenizer, 4 * config.max_tokens_per_batch, config.bf16, config.chat_template_kwargs
     )

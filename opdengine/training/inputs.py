@@ -63,7 +63,7 @@ def read_inputs(config: TrainConfig, method: Method, grader: Grader, ranks: Rank
     check_ranks(config, ranks)
     check_routing(config, method, prompts)
     method.require(prompts.prompts)
-    sees = check_pictures(config, [*prompts.prompts, *held_out], ranks)
+    sees = check_pictures(config, [*prompts.prompts, *held_out])
     rewarded = prompts.prompts if method.needs_reward and not environment.name else ()
     grader.check([*held_out, *rewarded])
     tokenizer = load_tokenizer(
@@ -119,7 +119,7 @@ def check_routing(config: TrainConfig, method: Method, prompts: PromptSet) -> No
         logger.warning("no prompt has the data_source %s named in the settings (it has %s)", unused, list(prompts.keys))
 
 
-def check_pictures(config: TrainConfig, prompts: Sequence[Prompt], ranks: Ranks) -> bool:
+def check_pictures(config: TrainConfig, prompts: Sequence[Prompt]) -> bool:
     """Whether there are prompts with pictures; they are refused for what is only sent token ids.
 
     Raises:
@@ -127,11 +127,6 @@ def check_pictures(config: TrainConfig, prompts: Sequence[Prompt], ranks: Ranks)
     """
     if not any(images_of(prompt.messages) for prompt in prompts):
         return False
-    if ranks.world_size > 1 and "image" in (config.images, *(teacher.images for teacher in config.teachers)):
-        raise ConfigError(
-            f"{ranks.world_size} processes are not possible yet where models are given pictures: train with one, or "
-            "set images to 'text' or 'omit' for the student and every teacher"
-        )
     if config.use_vllm and config.images == "image":
         raise ConfigError(
             "use_vllm is not possible yet where the student is given pictures: leave it out (the trainer's own model "

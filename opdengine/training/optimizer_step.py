@@ -100,11 +100,12 @@ def backward(student: Backbone, batches: Iterable[MicroBatch], loss_of: LossOf) 
             return student.without_tokens(hidden) + loss_of(hidden[:0], [])
         return loss_of(student.hidden(batch.packed, batch.positions), batch.samples)
 
-    losses = []
+    losses, batches = [], list(batches)
     for batch in student.in_step(batches):
         loss = student.with_weights(partial(run, batch or MicroBatch()))
         loss.backward()
         losses.append(loss.item())
+    student.leave_tower(any(batch.packed is not None and batch.packed.images for batch in batches))
     return losses
 
 

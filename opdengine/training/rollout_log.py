@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from opdengine.types import Sample, Turn
+from opdengine.types import Image, Message, Sample, Turn
 
 TOLD = ("action", "failure", "observation", "reward", "stop_reason")
 """The log keeps these fields of what an environment told about a turn."""
@@ -25,7 +26,7 @@ def completion_row(sample: Sample) -> dict[str, Any]:
         "stop_reason": sample.stop_reason,
         "reward": sample.reward,
         "policy_version": sample.policy_version,
-        "prompt": [dict(message) for message in sample.prompt.messages],
+        "prompt": _shown(sample.prompt.messages),
         "answer": sample.prompt.answer,
         "drop": sample.drop,
         "group": sample.group,
@@ -42,4 +43,19 @@ def completion_row(sample: Sample) -> dict[str, Any]:
 
 def _turn_row(turn: Turn) -> dict[str, Any]:
     told = {name: turn.info[name] for name in TOLD if name in turn.info}
-    return {"role": turn.role, "messages": [dict(message) for message in turn.messages], **told}
+    return {"role": turn.role, "messages": _shown(turn.messages), **told}
+
+
+def _shown(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """A chat for the log: a picture is named there, and its bytes reach no other process."""
+    return [
+        {**message, "content": [_named(part) for part in content]}
+        if isinstance(content := message.get("content"), (list, tuple))
+        else dict(message)
+        for message in messages
+    ]
+
+
+def _named(part: Any) -> Any:
+    image = part.get("image") if isinstance(part, Mapping) else None
+    return {**part, "image": str(image)} if isinstance(image, Image) else part
