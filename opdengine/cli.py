@@ -204,6 +204,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--attn_implementation", "--attn-implementation", default="auto", help="of transformers")
     command.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true")
     command.add_argument(
+        "--images", default="image", choices=["image", "omit"], help="omit: a model that sees is given no pictures"
+    )
+    command.add_argument(
         "--max_tokens_per_batch", "--max-tokens-per-batch", type=int, default=16384, help="of a pass (default 16384)"
     )
     commands.add_parser("doctor", help="show what is installed, what is missing and how to get it")
@@ -411,7 +414,7 @@ def _debate(config: TrainConfig, text: str, key: str) -> int:
     chosen = [t for t in config.teachers if not t.key or key in t.key]
     if len(chosen) < 2:
         raise ValueError(f"a debate needs two teachers; data_source {key!r} has {len(chosen)}")
-    tokenizers = [teacher_tokenizer(config, t) for t in config.teachers]
+    tokenizers = [teacher_tokenizer(config, t, sees=False) for t in config.teachers]
     served = serve_teachers(config, tokenizers, judges=False)
     remote = reach_teachers(config, tokenizers, served, default_device(), judges=False)
     teachers = [

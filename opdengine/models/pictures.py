@@ -69,7 +69,7 @@ def read_picture(data: bytes, path: str = "", max_pixels: int = MOST_PIXELS, tex
 
 def data_url(image: Image) -> str:
     """The picture as text that a row may hold."""
-    return f"data:image/*;base64,{base64.b64encode(_bytes(image)).decode()}"
+    return f"data:image/*;base64,{base64.b64encode(bytes_of(image)).decode()}"
 
 
 def open_picture(image: Image) -> Any:
@@ -80,13 +80,17 @@ def open_picture(image: Image) -> Any:
     """
     from PIL import ImageOps
 
-    with _opened(_bytes(image)) as picture:
+    with _opened(bytes_of(image)) as picture:
         upright: Any = ImageOps.exif_transpose(picture)
         return upright.convert("RGB")
 
 
-def _bytes(image: Image) -> bytes:
-    """The bytes of its file, which must be those that were checked."""
+def bytes_of(image: Image) -> bytes:
+    """The bytes of a picture's file, which must be those that were checked.
+
+    Raises:
+        PictureError: its file is no longer what it was when the data were read.
+    """
     data = image.data
     if data is None:
         try:

@@ -116,7 +116,7 @@ def apply_template(
     if images_of(chat) and not reads_images(tokenizer):
         raise ValueError(
             f"the chat template cannot render {what} with a picture, because the model is given none: set its images "
-            "to 'text' for a text in their place or to 'omit', or take a model that sees (in this process)"
+            "to 'text' for a text in their place or to 'omit', or take a model that sees"
         )
     if images_of(chat) or content_form(tokenizer, template_kwargs) == "parts":
         chat = [_in_parts(message) for message in chat]

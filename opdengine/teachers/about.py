@@ -43,6 +43,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "window": lambda v: v is None or within(v, 2, MOST_TOKENS),
     "max_tokens": lambda v: within(v, 2, MOST_TOKENS),
     "tokenizer": lambda v: isinstance(v, str),
+    "processor": lambda v: v is None or isinstance(v, str),
 }
 """What each field of :class:`About` may be."""
 
@@ -64,6 +65,7 @@ class About:
         window: longest sequence in tokens; None is unbounded.
         max_tokens: most tokens of one question, unless that has one context alone.
         tokenizer: its fingerprint.
+        processor: the fingerprint of what reads pictures; None: it is given none.
     """
 
     fingerprint: str
@@ -79,6 +81,7 @@ class About:
     window: int | None
     max_tokens: int
     tokenizer: str
+    processor: str | None
 
     @classmethod
     def of(cls, line: Line) -> About:

@@ -6,7 +6,7 @@ computed here, over the whole vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,10 @@ from opdengine.teachers import Configured, TeacherError
 from opdengine.teachers.about import About, ask_about, pool_of, within
 from opdengine.teachers.endpoint import BadAnswer
 from opdengine.teachers.exchange import Answer, Expect, Line
+from opdengine.teachers.pictures import MOST_CHARACTERS, asked_with, encoded, processor_fingerprint
 from opdengine.teachers.server import ServedTeacher
 from opdengine.teachers.wire import DTYPES, GENERATION, tokenizer_fingerprint
-from opdengine.types import Completion, Failure, Hidden, Request, SamplingParams, TeacherContext
+from opdengine.types import Completion, Failure, Hidden, Image, Request, SamplingParams, TeacherContext
 from opdengine.workers.printing import brief
 
 
@@ -90,6 +91,15 @@ class RemoteTeacher(Configured):
                 f"{self.config.tokenizer or self.config.model!r}, so it would read other text than is meant; set the "
                 "teacher's 'tokenizer' to the folder of the served model"
             )
+        processor = processor_fingerprint(self.tokenizer)
+        if processor is not None and processor != self._about.processor:
+            blind = self._about.processor is None
+            served = "is given no pictures (--images omit)" if blind else "has another processor"
+            raise ProbeError(
+                f"teacher {self.name!r}: the model at {self.pool.endpoints[0].url} {served}, and here pictures "
+                f"are read as {self.config.tokenizer or self.config.model!r} reads them; serve that folder with "
+                "--images image, or set the teacher's images to 'text' or 'omit'"
+            )
         if judges:
             rows, known = self._about.rows, vocabulary_size(self.tokenizer)
             if not known <= rows <= 2 * known + (1 << 16):
@@ -115,12 +125,19 @@ class RemoteTeacher(Configured):
         stops = stop_token_ids(self.tokenizer, template_kwargs=self.config.chat_template_kwargs)
         sampling = {**params.as_json(), "seed": params.seed, "stop_token_ids": list(stops)}
 
+        texts = encoded(r.images for r in requests)
+
         def question(part: Sequence[Request]) -> dict[str, Any]:
-            asked = [{"name": _label(r.id), "ids": list(map(int, r.token_ids)), "seed": r.seed} for r in part]
-            return {"requests": asked, "sampling": sampling}
+            pictures, fields = asked_with([r.images for r in part], texts)
+            asked = [
+                {"name": _label(r.id), "ids": list(map(int, r.token_ids)), "seed": r.seed, **own}
+                for r, own in zip(part, fields, strict=True)
+            ]
+            return {"requests": asked, "sampling": sampling, **({"pictures": pictures} if pictures else {})}
 
         lengths = [len(request.token_ids) + params.max_tokens for request in requests]
-        parts = [[requests[i] for i in part] for part in self._parts(lengths, GENERATION)]
+        sizes = _sizes([r.images for r in requests], texts)
+        parts = [[requests[i] for i in part] for part in self._parts(lengths, GENERATION, sizes)]
         expects = [_expect_written(len(part), params.max_tokens) for part in parts]
         answers = await self._ask("/generate", [question(part) for part in parts], expects)
         return self._flat(parts, answers, self._read)
@@ -152,24 +169,34 @@ class RemoteTeacher(Configured):
         if self.config.hidden_states_dtype != "auto":
             dtype = DTYPES[self.config.hidden_states_dtype]
 
+        texts = encoded(c.images for c in contexts)
+
         def question(part: Sequence[TeacherContext]) -> dict[str, Any]:
+            pictures, fields = asked_with([c.images for c in part], texts)
             asked = [
-                {"name": _label(c.sample_id), "ids": c.token_ids.tolist(), "targets": c.target_positions.tolist()}
-                for c in part
+                {
+                    "name": _label(c.sample_id),
+                    "ids": c.token_ids.tolist(),
+                    "targets": c.target_positions.tolist(),
+                    **own,
+                }
+                for c, own in zip(part, fields, strict=True)
             ]
-            return {"contexts": asked, "dtype": self.config.hidden_states_dtype}
+            dtype = self.config.hidden_states_dtype
+            return {"contexts": asked, "dtype": dtype, **({"pictures": pictures} if pictures else {})}
 
         def expect(part: Sequence[TeacherContext]) -> Expect:
             return lambda line: [torch.empty(len(c.target_positions), self.about.width, dtype=dtype) for c in part]
 
-        parts = [[contexts[i] for i in part] for part in self._parts([len(c.token_ids) for c in contexts], 1)]
+        lengths, sizes = [len(c.token_ids) for c in contexts], _sizes([c.images for c in contexts], texts)
+        parts = [[contexts[i] for i in part] for part in self._parts(lengths, 1, sizes)]
         answers = await self._ask("/score", [question(part) for part in parts], [expect(part) for part in parts])
         return self._flat(parts, answers, lambda answer: [Hidden(states) for states in answer[1]])
 
-    def _parts(self, lengths: Sequence[int], times: int) -> Iterator[range]:
+    def _parts(self, lengths: Sequence[int], times: int, pictures: Sequence[Mapping[str, int]]) -> Iterator[range]:
         """Consecutive calls of one question each, so that every endpoint has one and none is too large."""
         share = -(-sum(lengths) // len(self.pool.endpoints))
-        return parts_of(lengths, min(times * self.about.max_tokens, share))
+        return parts_of(lengths, min(times * self.about.max_tokens, share), pictures)
 
     async def _ask(self, path: str, questions: Sequence[Any], expects: Sequence[Expect]) -> list[Answer | Failure]:
         return await self.pool.ask_all(path, questions, expects, self._stop)
@@ -202,14 +229,33 @@ def _label(name: str) -> str:
     return str(without_surrogates(name[:200]))
 
 
-def parts_of(lengths: Sequence[int], most: int) -> Iterator[range]:
-    """Consecutive indices whose lengths sum to at most ``most``; what is longer stands alone."""
-    first, tokens = 0, 0
+def _sizes(sequences: Sequence[Sequence[Image]], texts: Mapping[str, str]) -> list[dict[str, int]]:
+    """Of every sequence the characters that its pictures have in a question, by picture."""
+    return [{image.sha256: len(texts[image.sha256]) for image in images} for images in sequences]
+
+
+def parts_of(
+    lengths: Sequence[int],
+    most: int,
+    pictures: Sequence[Mapping[str, int]] = (),
+    most_characters: int = MOST_CHARACTERS,
+) -> Iterator[range]:
+    """Consecutive indices whose lengths sum to at most ``most``; what is longer stands alone.
+
+    Args:
+        lengths: in tokens.
+        most: tokens of one part.
+        pictures: of each index, characters by picture; those that a part has several times count once.
+        most_characters: of one part.
+    """
+    first, tokens, held = 0, 0, dict[str, int]()
     for i, length in enumerate(lengths):
-        if i > first and tokens + length > most:
+        own = pictures[i] if pictures else {}
+        if i > first and (tokens + length > most or sum({**held, **own}.values()) > most_characters):
             yield range(first, i)
-            first, tokens = i, 0
+            first, tokens, held = i, 0, {}
         tokens += length
+        held |= own
     if lengths:
         yield range(first, len(lengths))
 

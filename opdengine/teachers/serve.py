@@ -24,6 +24,7 @@ import torch
 from opdengine.errors import ConfigError
 from opdengine.models.backbone import default_device
 from opdengine.rollout.vllm.serve import is_loopback
+from opdengine.teachers.pictures import MOST_CHARACTERS
 from opdengine.teachers.served_model import RefusedError, Reply, Served
 from opdengine.teachers.wire import name_of, raw, shapes
 from opdengine.workers.printing import brief, one_line
@@ -31,7 +32,7 @@ from opdengine.workers.printing import brief, one_line
 logger = logging.getLogger(__name__)
 
 MOST_BYTES = 16 << 20
-"""Of one question, beside :data:`TOKEN_BYTES` for each token that it may have."""
+"""Of one question, beside :data:`TOKEN_BYTES` for each token that it may have, and its pictures."""
 
 TOKEN_BYTES = 40
 """Of ids and targets in JSON, where a question to write has four times the tokens."""
@@ -127,7 +128,9 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdecimal() and len(length) < 16):
             raise RefusedError(411, "a question says how long it is (Content-Length)")
-        if int(length) > (most := MOST_BYTES + TOKEN_BYTES * self._served.max_tokens):
+        most = MOST_BYTES + TOKEN_BYTES * self._served.max_tokens
+        most += 0 if self._served.vision is None else MOST_CHARACTERS
+        if int(length) > most:
             raise RefusedError(413, f"a question of {length} bytes, which may have {most}; ask in parts")
         body = self.rfile.read(int(length))
         if len(body) < int(length):

@@ -6,24 +6,32 @@ It computes what a local teacher computes, with the same code.
 from __future__ import annotations
 
 import copy
+import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from opdengine.models.backbone import Backbone, load_model, read_dtype
 from opdengine.models.chat import load_tokenizer, stop_token_ids
 from opdengine.models.fingerprint import contents
 from opdengine.models.lora import digest
+from opdengine.models.pictures import PictureError
 from opdengine.rollout.transformers import TransformersSampler, check_room
 from opdengine.teachers.local import model_fingerprint
+from opdengine.teachers.pictures import (
+    MOST_PIXELS_TOGETHER,
+    processor_fingerprint,
+    received,
+)
 from opdengine.teachers.prefix import PrefixScorer
+from opdengine.teachers.questions import Context, Prompt, Question, Scoring, Writing
 from opdengine.teachers.wire import (
     DTYPES,
     GENERATION,
@@ -32,14 +40,18 @@ from opdengine.teachers.wire import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from opdengine.types import Request, SamplingParams
+from opdengine.types import Image, Request, SamplingParams
 from opdengine.workers.printing import one_line
 
 NO_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 """Trainers render the chats, so that models without a template can be served."""
 
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-Label = Annotated[str, Field(max_length=200)]
+PICTURES = (
+    "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}{{ MARK }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% endfor %}"
+)
+"""The same of a model that sees, with what stands for a picture in place of MARK: how it reads some is tried here."""
 
 
 class RefusedError(Exception):
@@ -55,43 +67,6 @@ class RefusedError(Exception):
         self.status = status
 
 
-class _Asked(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _Context(_Asked):
-    name: Label
-    ids: Annotated[list[TokenId], Field(min_length=1)]
-    targets: list[TokenId]
-
-
-class _Scoring(_Asked):
-    contexts: Annotated[list[_Context], Field(min_length=1, max_length=100_000)]
-    dtype: Literal["auto", "float32", "bfloat16"]
-
-
-class _Prompt(_Asked):
-    name: Label
-    ids: Annotated[list[TokenId], Field(min_length=1)]
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
-
-
-class _Sampling(_Asked):
-    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)]
-    temperature: Annotated[float, Field(ge=0, le=1e6)]
-    top_p: Annotated[float, Field(gt=0, le=1)]
-    top_k: Annotated[int, Field(ge=0, lt=1 << 31)]
-    repetition_penalty: Annotated[float, Field(gt=0, le=1e6)]
-    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=10_000)]], Field(max_length=100)]
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=1000)]
-
-
-class _Writing(_Asked):
-    requests: Annotated[list[_Prompt], Field(min_length=1, max_length=100_000)]
-    sampling: _Sampling
-
-
 Reply = tuple[Mapping[str, Any], Sequence[torch.Tensor]]
 
 
@@ -105,6 +80,11 @@ class Served:
         attn_implementation: see :func:`opdengine.models.backbone.load_model`.
         trust_remote_code: run code that comes with the model.
         max_tokens: token budget of one pass, and of one question.
+        images: "image": a model that sees is loaded with its tower, and is given the pictures of questions; "omit": it
+            is given none, and its language model alone is loaded.
+
+    Raises:
+        ConfigError: its processor cannot be loaded.
     """
 
     def __init__(
@@ -116,11 +96,17 @@ class Served:
         attn_implementation: str = "auto",
         trust_remote_code: bool = False,
         max_tokens: int = 16384,
+        images: str = "image",
     ) -> None:
         folder = Path(model).expanduser()
         self.name = folder.absolute().name if folder.is_dir() else model
         self.max_tokens = max_tokens
-        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, chat_template=NO_TEMPLATE, sees=False)
+        tokenizer = load_tokenizer(
+            model, trust_remote_code=trust_remote_code, chat_template=NO_TEMPLATE, sees=images == "image"
+        )
+        self.vision = tokenizer.vision
+        if self.vision is not None:
+            tokenizer.chat_template = PICTURES.replace("MARK", json.dumps(self.vision.marker))
         files = contents(model, trust_remote_code)
         loaded = load_model(
             model,
@@ -128,9 +114,10 @@ class Served:
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             device=device,
+            sees=self.vision is not None,
         )
         loaded.requires_grad_(False).eval()
-        self.backbone = Backbone(loaded, name=f"the teacher {self.name!r}", max_tokens=max_tokens)
+        self.backbone = Backbone(loaded, name=f"the teacher {self.name!r}", max_tokens=max_tokens, vision=self.vision)
         self._scorer = PrefixScorer(self.backbone)
         self._sampler = TransformersSampler(loaded, tokenizer, GENERATION * max_tokens)
         self._sampler.prove()
@@ -140,6 +127,9 @@ class Served:
         self.contents = files if files is not None else {"weights": digest(loaded.named_parameters())}
         if loaded.dtype != (read_dtype(model, trust_remote_code=trust_remote_code) or loaded.dtype):
             self.contents |= {"dtype": name_of(loaded.dtype)}  # a run that is resumed shall not get another one
+        self._processor = processor_fingerprint(tokenizer)
+        if self._processor is not None:
+            self.contents |= {"processor": self._processor}
         self.fingerprint = weights_fingerprint(self.contents, self.head.weight.dtype)
         self._model = threading.Lock()
 
@@ -165,6 +155,7 @@ class Served:
             "window": self.backbone.window,
             "max_tokens": self.max_tokens,
             "tokenizer": self._tokenizer,
+            "processor": self._processor,
         }, ()
 
     def send_head(self) -> Reply:
@@ -182,7 +173,7 @@ class Served:
         Raises:
             RefusedError: it cannot be answered.
         """
-        asked = _read(_Scoring, body)
+        asked = _read(Scoring, body)
         for context in asked.contexts:
             self._check_ids(f"context {context.name!r}", context.ids)
             places = context.targets
@@ -194,8 +185,12 @@ class Served:
         self._check_size([len(c.ids) for c in asked.contexts], self.max_tokens)
         ids = [np.array(c.ids, dtype=np.int64) for c in asked.contexts]
         targets = [np.array(c.targets, dtype=np.int64) for c in asked.contexts]
+        names = [f"context {c.name!r}" for c in asked.contexts]
+        images = self._pictures(asked, zip(names, asked.contexts, strict=True))
         with self._turn(waits):
-            states = self._scorer.score(ids, targets)
+            for name, row, own in zip(names, ids, images, strict=True):
+                self._check_pictures(name, row, own)
+            states = self._scorer.score(ids, targets, images)
         dtype = self.head.weight.dtype if asked.dtype == "auto" else DTYPES[asked.dtype]
         return {}, [rows.to(dtype) for rows in states]
 
@@ -209,12 +204,15 @@ class Served:
         Raises:
             RefusedError: it cannot be answered.
         """
-        asked = _read(_Writing, body)
+        asked = _read(Writing, body)
         sampling = asked.sampling.model_dump()
         sampler = copy.copy(self._sampler)  # what was proved of the model goes along
         sampler.stop_ids = tuple(sorted({*self._ends, *sampling.pop("stop_token_ids")}))
         params = SamplingParams(**{**sampling, "stop": tuple(sampling["stop"])})
-        requests = [Request(r.name, tuple(r.ids), r.seed) for r in asked.requests]
+        images = self._pictures(asked, ((f"prompt {r.name!r}", r) for r in asked.requests))
+        requests = [
+            Request(r.name, tuple(r.ids), r.seed, images=own) for r, own in zip(asked.requests, images, strict=True)
+        ]
         for request in requests:
             self._check_ids(f"prompt {request.id!r}", request.token_ids)
             try:
@@ -223,6 +221,8 @@ class Served:
                 raise RefusedError(422, str(error)) from None
         self._check_size([len(r.token_ids) + params.max_tokens for r in requests], GENERATION * self.max_tokens)
         with self._turn(waits):
+            for request in requests:
+                self._check_pictures(f"prompt {request.id!r}", np.array(request.token_ids), request.images)
             written = [completions[0] for completions in sampler.generate(requests, params)]
         line = {
             "lengths": [len(c.token_ids) for c in written],
@@ -240,6 +240,39 @@ class Served:
             )
         if max(ids) >= known:
             raise RefusedError(422, f"{which} has the token id {max(ids)}, and {self.name!r} knows {known}")
+
+    def _pictures(self, asked: Question, sequences: Iterable[tuple[str, Context | Prompt]]) -> list[tuple[Image, ...]]:
+        """The pictures of every sequence of a question, decoded once."""
+        if asked.pictures and self.vision is None:
+            raise RefusedError(
+                422, f"{self.name!r} is given no pictures here: set the teacher's images to 'text' or 'omit', or serve "
+                "a model that sees with --images image"
+            )  # fmt: skip
+        try:
+            known = received(asked.pictures)
+        except PictureError as error:
+            raise RefusedError(422, str(error)) from None
+        found = []
+        for name, sequence in sequences:
+            if max(sequence.pictures, default=-1) >= len(known):
+                raise RefusedError(422, f"{name} has a picture that is not in the question")
+            found.append(tuple(known[place] for place in sequence.pictures))
+            pixels = sum(image.width * image.height for image in found[-1])
+            if pixels > MOST_PIXELS_TOGETHER:
+                raise RefusedError(
+                    422, f"{name} has {pixels} pixels of pictures, which may have {MOST_PIXELS_TOGETHER}; make them "
+                    "smaller"
+                )  # fmt: skip
+        return found
+
+    def _check_pictures(self, name: str, ids: np.ndarray, images: tuple[Image, ...]) -> None:
+        """Refuse pictures that the processor cannot read, or of which it makes more or fewer tokens."""
+        try:
+            fits = not images or self.vision.matches(ids, images)
+        except ValueError as error:
+            raise RefusedError(422, f"{name}: {error}") from None
+        if not fits:
+            raise RefusedError(422, f"{name} has other image tokens than the pictures have features")
 
     @staticmethod
     def _check_size(lengths: Sequence[int], most: int) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from opdengine.models.chat import PROBES
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised when either side could misread the other."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,7 +47,7 @@ def shapes(tensors: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
 
 def digest_of(value: Any) -> str:
     """SHA-256 of plain data."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

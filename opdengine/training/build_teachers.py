@@ -48,7 +48,7 @@ def teacher_tokenizer(config: TrainConfig, teacher: TeacherConfig, sees: bool = 
             trust_remote_code=config.trust_remote_code,
             chat_template=teacher.chat_template,
             images=teacher.images,
-            sees=sees and teacher.is_here,
+            sees=sees and teacher.base_url is None,
         )
     except ValueError as error:
         if teacher.is_here or teacher.tokenizer is not None:

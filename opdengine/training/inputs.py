@@ -20,6 +20,7 @@ from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.models.quantised import refuse_quantised
 from opdengine.models.rendering import thought_opening
 from opdengine.models.reply import encode_prompt
+from opdengine.teachers.pictures import check_sendable
 from opdengine.training.build import check_ranks, student_dtype
 from opdengine.training.build_teachers import teacher_tokenizer
 from opdengine.training.evaluate import require_answers, warn_of_overlap
@@ -133,11 +134,14 @@ def check_pictures(config: TrainConfig, prompts: Sequence[Prompt]) -> bool:
             "samples), or set images to 'text' or 'omit'"
         )
     for teacher in config.teachers:
-        if teacher.images == "image" and (teacher.writer_base_url or not teacher.is_here):
+        if teacher.images == "image" and (teacher.writer_base_url or teacher.base_url):
             raise ConfigError(
-                f"teacher {teacher.name!r} is asked over a network, where no pictures are sent, but there are prompts "
-                "with pictures: set its images to 'text' or 'omit', or take a teacher in this process"
+                f"teacher {teacher.name!r} is asked by base_url or writer_base_url, where no pictures are sent, but "
+                "there are prompts with pictures: set its images to 'text' or 'omit', or take a teacher in this "
+                "process or behind 'opdengine teacher-serve' (hidden_states_url)"
             )
+        if teacher.images == "image" and teacher.hidden_states_url:
+            check_sendable(teacher.name, prompts)
     return True
 
 

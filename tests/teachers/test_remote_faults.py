@@ -247,8 +247,8 @@ def test_another_model_tokenizer_or_protocol_is_refused(
         differ = r"do not serve the same \(what differs: fingerprint\)"
         with answering(other) as second, pytest.raises(ProbeError, match=differ):
             probed(remote(models["big"], url, second))
-        monkeypatch.setattr("opdengine.teachers.served_model.PROTOCOL", 2)
-        with pytest.raises(ProbeError, match="speaks version 2 of the protocol, and this side 1"):
+        monkeypatch.setattr("opdengine.teachers.served_model.PROTOCOL", 1)
+        with pytest.raises(ProbeError, match="speaks version 1 of the protocol, and this side 2"):
             probed(remote(models["big"], url))
 
 

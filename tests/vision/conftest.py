@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from vision_helpers import make_picture, make_seeing
 
-sys.path.append(str(Path(__file__).parents[1] / "engine"))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("engine", "teachers")]
 
 
 @pytest.fixture(scope="session")

@@ -176,7 +176,7 @@ def test_settings_that_cannot_be_are_refused(
         train(config, progress=False)
     served = {"model": "x", "base_url": "http://host:1/v1", "tokenizer": models["big"]}
     config = vision_config(seeing(KIND), models["big"], picture_rows, tmp_path / "b", teachers=[served])
-    with pytest.raises(ConfigError, match="asked over a network"):
+    with pytest.raises(ConfigError, match="is asked by base_url or writer_base_url"):
         train(config, progress=False)
     without = Path(picture_rows).with_name("without.jsonl")
     without.write_text(json.dumps({"prompt": "What?", "images": "0.png"}))
