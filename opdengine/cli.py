@@ -1,4 +1,4 @@
-"""``opdengine train | report | balance | eval | bench | debate | plan | settings | fetch | teacher-serve | ...``."""
+"""``opdengine train | report | balance | eval | bench | debate | score | plan | settings | fetch | ...``."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ BENCH = "run a benchmark: opdengine bench humaneval --model run/final; without a
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """Failures of a disk, which say nothing of a file."""
 
+SCORE = "store what teachers say about the data's own answers, before a run: opdengine score --config run.yaml"
 FETCH = "get a small real model, or convert a GGUF file: opdengine fetch smollm2-135m --out models/smollm2"
 REPORT = "show runs on one page, without network: opdengine report outputs/one outputs/other --out report.html"
 TEACH = "serve an exact teacher to trainers elsewhere: opdengine teacher-serve --model MODEL --port 8765"
@@ -139,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "train a student: opdengine train --config run.yaml [--key value ...]"),
         ("debate", "print one debate: opdengine debate --config run.yaml --prompt TEXT"),
         ("eval", "grade a model: opdengine eval --config run.yaml [--model FOLDER]"),
+        ("score", SCORE),
         ("plan", "count memory and seconds of a step: opdengine plan --config run.yaml --gpus 8"),
     ):
         epilog = f"{SETTINGS}; the usual ones:\n\n{common()}" if name == "train" else f"{SETTINGS}."
@@ -238,6 +240,8 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return _balance(config, options)
     if options.command == "bench":
         return _bench(config, options)
+    if options.command == "score":
+        return _score(config)
     if options.command == "debate":
         return _debate(config, options.prompt, options.data_source)
     return _eval(config)
@@ -433,6 +437,15 @@ def _debate(config: TrainConfig, text: str, key: str) -> int:
     weights = debate.weights(config.debate.tau)
     for name, weight in zip(debate.teachers, weights, strict=True):
         _say(f"weight of {name}: {weight:.3f}")
+    return 0
+
+
+def _score(config: TrainConfig) -> int:
+    from opdengine.tools.score import score_given
+
+    found = score_given(config, logging.info)
+    if os.environ.get("RANK", "0") == "0":
+        _say(json.dumps(found, indent=1))
     return 0
 
 

@@ -218,6 +218,8 @@ class TeacherContext:
             [R] those of the tokens in which the teacher reads them.
         images: pictures that the teacher sees where ``token_ids`` have its image tokens, in their order.
         spans: of a teacher with another tokenizer; None: it reads the student's own ids.
+        sampled: whether the student has sampled the targets, so that they will hardly come again.
+        prompt: what errors call the prompt of the sample.
     """
 
     sample_id: str
@@ -226,6 +228,8 @@ class TeacherContext:
     target_positions: np.ndarray
     images: tuple[Image, ...] = ()
     spans: Spans | None = None
+    sampled: bool = False
+    prompt: str = ""
 
     @classmethod
     def replace_prompt(
@@ -247,7 +251,8 @@ class TeacherContext:
         parts = [np.asarray(others.get(i, t.token_ids), dtype=np.int64) for i, t in enumerate(sample.turns)]
         trains = [np.full(len(part), turn.trains) for part, turn in zip(parts, sample.turns, strict=True)]
         targets = np.flatnonzero(np.concatenate(trains))
-        context = cls(sample.id, teacher, np.concatenate(parts), targets, images_in(prefix_ids))
+        ids, images = np.concatenate(parts), images_in(prefix_ids)
+        context = cls(sample.id, teacher, ids, targets, images, None, sample.is_sampled, sample.prompt.name)
         context.check(sample)
         return context
 
@@ -473,6 +478,11 @@ class Sample:
         if not trained or len(known) != len(trained):
             return None
         return np.concatenate(known)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the student has sampled any of the targets; else all of them were given."""
+        return any(turn.logprobs is not None for turn in self.turns if turn.trains)
 
     @property
     def images(self) -> tuple[Image, ...]:

@@ -234,6 +234,15 @@ class TeacherConfig(Section):
     """further attempts of a call that failed for a reason that may pass; 0 is one attempt."""
     score_top_k: Changeable[Annotated[Integer, Range(1, 10**6)]] = 64
     """log-probs per token (vLLM: start the server with ``--max-logprobs`` as large)."""
+    stored: Resumable[Maybe[FilledPath]] = None
+    """folder of what it has said about given answers (``gkd.lmbda`` below 1): that is read there, and the rest is asked
+    and added, so that it judges each answer once (docs/stored_teachers.md)."""
+    stored_dtype: Changeable[Choice[Literal["auto", "bfloat16"]]] = "auto"
+    """in which hidden states are stored; "auto" is the teacher's own, which rounds nothing."""
+    stored_only: Resumable[Flag] = False
+    """its network is not even loaded: what is not stored ends the run. ``opdengine score`` stores all beforehand."""
+    stored_max_bytes: Resumable[Maybe[Annotated[Integer, Range(1, 2**62)]]] = None
+    """of the folder of this teacher: what would exceed it is judged, and not stored. Default: no limit."""
 
     @property
     def is_here(self) -> bool:
@@ -271,6 +280,7 @@ class TeacherConfig(Section):
             self._check_remote(served)
         else:
             need(self.hidden_states_dtype == "auto", "hidden_states_dtype", "it belongs to hidden_states_url")
+        self._check_stored(served)
         if not served:
             remote = bool(self.hidden_states_url)
             need(
@@ -287,6 +297,18 @@ class TeacherConfig(Section):
         for key in ("offload", "shard"):
             need(not getattr(self, key), key, "the weights of a served teacher are not here")
         need(self.weights is None, "weights", "they belong to model: self, which no server holds")
+
+    def _check_stored(self, served: bool) -> None:
+        """Refuse what has no effect beside a folder of judgements, or without one."""
+        need, kept = self.need, self.stored is not None
+        for key in ("stored_dtype", "stored_only", "stored_max_bytes"):
+            need(kept or getattr(self, key) == getattr(TeacherConfig, key), key, "it belongs to stored")
+        need(not kept or self.model != SELF, "stored", "the student changes, and with it what it says as a teacher")
+        need(not served or self.stored_dtype == "auto", "stored_dtype", "an endpoint tells log-probs and no states")
+        if self.stored_only:
+            need(self.stored_max_bytes is None, "stored_max_bytes", "with stored_only nothing is added")
+            for key in ("offload", "shard"):
+                need(not getattr(self, key), key, "with stored_only its weights are not loaded")
 
     def _check_remote(self, served: bool) -> None:
         """Refuse what does not go with servers of hidden states."""

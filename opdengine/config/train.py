@@ -542,7 +542,24 @@ def _check_best(config: TrainConfig) -> None:
          "eval_data or environment.eval_splits")  # fmt: skip
 
 
+def _check_stored(config: TrainConfig, teacher: TeacherConfig, where: str) -> None:
+    """Refuse a folder of judgements where no answer comes twice; what own methods judge is not known."""
+    if teacher.stored is None or ":" in config.method:
+        return
+
+    def need(ok: bool, key: str, remedy: str) -> None:
+        config.need(ok, f"{where}.{key}", remedy, getattr(teacher, key))
+
+    need(config.method != "mt_seqkd", "stored", "the teachers of 'mt_seqkd' write and never judge; leave it out")
+    anew = "what the student samples is judged once and never again; only given answers come again: set gkd.lmbda"
+    need(config.gkd.lmbda < 1, "stored", f"{anew} below 1, or leave it out")
+    if teacher.stored_only:
+        need(config.gkd.lmbda == 0, "stored_only", f"{anew}: 0, or leave it out")
+        need(not config.gkd.seq_kd, "stored_only", "with gkd.seq_kd the teachers write, which is not stored")
+
+
 def _check_teacher(config: TrainConfig, teacher: TeacherConfig, where: str) -> None:
+    _check_stored(config, teacher, where)
     if teacher.judges_exactly:
         _check_own(config, teacher, where)
         sharded = teacher.shard and config.max_staleness > 0

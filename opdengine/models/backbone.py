@@ -209,6 +209,19 @@ def read_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype | N
     return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
 
 
+def read_generation(path: str, trust_remote_code: bool = False) -> Any:
+    """The generation config that a model will have, from its files alone; of an object the object's."""
+    from transformers import GenerationConfig
+
+    if is_given(path):
+        return find_given(path).model.generation_config
+    folder = architecture(path)
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:  # it has none of its own
+        return GenerationConfig.from_model_config(read_config(folder, trust_remote_code))
+
+
 def check_model_path(path: str) -> None:
     """Raise ValueError for a local model folder that is missing, damaged, without ``config.json``, or GGUF."""
     if is_given(path):

@@ -31,7 +31,7 @@ def read_aligned(teacher: Teacher, alignment: Alignment, sample: Sample, message
         trains.append(np.full(len(said), turn.trains))
     context = TeacherContext(
         sample.id, teacher.name, np.concatenate(parts), np.flatnonzero(np.concatenate(trains)), images_in(prefix),
-        Spans.joined(spans, alignment.pairs, alignment.vocabulary),
+        Spans.joined(spans, alignment.pairs, alignment.vocabulary), sample.is_sampled, sample.prompt.name,
     )  # fmt: skip
     context.check(sample)
     return context

@@ -32,6 +32,7 @@ from opdengine.teachers.own import follow
 from opdengine.teachers.shard import Session
 from opdengine.training.build_teachers import (
     align_tokenizers,
+    attach,
     load_teachers,
     reach_teachers,
     serve_teachers,
@@ -99,11 +100,8 @@ def build_engine(
     model, sharded = ranks.in_turn(load)
     student = Backbone(model, "student", config.max_tokens_per_batch, sharded, config.bf16, vision)
     session = Session(ranks) if many and any(t.shard for t in config.teachers) else None
-    teachers = load_teachers(config, tokenizers, student, student_dtype(config), served, remote, device, session)
-    for teacher in teachers:
-        if (alignment := alignments.get(teacher.name)) is not None:
-            alignment.ends.update(stop_token_ids(tokenizer, model, config.chat_template_kwargs))
-            teacher.alignment = alignment  # type: ignore[attr-defined]
+    teachers = load_teachers(config, tokenizers, student, student_dtype(config), served, remote, device, session, ranks)
+    attach(teachers, alignments, stop_token_ids(tokenizer, model, config.chat_template_kwargs))
     if not method.writes:
         check_switch(config, student.regimes.switch)
     _require_rows("student", student.head, vocab_size)

@@ -13,6 +13,7 @@ import torch
 
 from opdengine.config.sections import SELF, TeacherConfig
 from opdengine.config.train import TrainConfig
+from opdengine.distributed import Ranks
 from opdengine.errors import ConfigError
 from opdengine.models.alignment import Alignment
 from opdengine.models.backbone import Backbone
@@ -30,6 +31,7 @@ from opdengine.teachers.own import build_own
 from opdengine.teachers.remote import RemoteTeacher
 from opdengine.teachers.server import ServedTeacher
 from opdengine.teachers.shard import Session
+from opdengine.teachers.stored import identity_of, open_alone, open_stored
 from opdengine.training.event_loop import run_coroutine
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,14 @@ def _align(config: TrainConfig, teacher: TeacherConfig, student: Any, tokenizer:
     return alignment
 
 
+def attach(teachers: Sequence[Teacher], alignments: Mapping[str, Alignment], ends: Sequence[int]) -> None:
+    """Give teachers what :func:`align_tokenizers` found; ``ends`` are the ids that end an answer of the student."""
+    for teacher in teachers:
+        if (alignment := alignments.get(teacher.name)) is not None:
+            alignment.ends.update(ends)
+            teacher.alignment = alignment  # type: ignore[attr-defined]
+
+
 def serve_teachers(config: TrainConfig, tokenizers: Sequence[Any], *, judges: bool) -> dict[str, ServedTeacher]:
     """The endpoints of the teachers by name, each asked whether it answers what will be needed.
 
@@ -112,7 +122,7 @@ def serve_teachers(config: TrainConfig, tokenizers: Sequence[Any], *, judges: bo
     teachers = [
         ServedTeacher(_as_served(teacher), tokenizer, vocabulary_size(tokenizer), stop_on_failure=stop)
         for teacher, tokenizer in zip(config.teachers, tokenizers, strict=True)
-        if teacher.base_url is not None or teacher.writer_base_url is not None
+        if (teacher.base_url is not None and not teacher.stored_only) or teacher.writer_base_url is not None
     ]
     scoring = {t.name for t in config.teachers if judges and t.base_url is not None}
 
@@ -153,7 +163,7 @@ def reach_teachers(
     ]
 
     async def probe() -> None:
-        await asyncio.gather(*(teacher.probe(judges=judges) for teacher in teachers))
+        await asyncio.gather(*(t.probe(judges=judges and not t.config.stored_only) for t in teachers))
 
     if teachers:
         run_coroutine(probe())
@@ -165,6 +175,7 @@ def _as_served(teacher: TeacherConfig) -> TeacherConfig:
     if teacher.base_url is not None:
         return teacher
     here: dict[str, Any] = {"writer_base_url": None, "writer_model": None, "offload": False, "shard": False}
+    here |= {"stored": None, "stored_dtype": "auto", "stored_only": False, "stored_max_bytes": None}
     there: dict[str, Any] = {"hidden_states_url": [], "hidden_states_dtype": "auto"}
     model, tokenizer = teacher.writer_model or teacher.model, teacher.tokenizer or teacher.model
     return replace(teacher, base_url=teacher.writer_base_url, model=model, tokenizer=tokenizer, **here, **there)
@@ -173,23 +184,28 @@ def _as_served(teacher: TeacherConfig) -> TeacherConfig:
 def load_teachers(
     config: TrainConfig,
     tokenizers: Sequence[Any],
-    student: Backbone,
+    student: Backbone | None,
     own_dtype: str,
     served: Mapping[str, ServedTeacher],
     remote: Mapping[str, RemoteTeacher],
     device: torch.device,
     session: Session | None,
+    ranks: Ranks,
 ) -> list[Teacher]:
     """All teachers in their order; those whose weights belong here are loaded.
 
     Args:
         config: of the run.
         tokenizers: of all teachers, in their order.
-        student: that is trained, and may teach itself.
+        student: that is trained, and may teach itself; None where no teacher is ``model: self``.
         own_dtype: in which it then teaches, unless the teacher's settings say another one.
         served, remote: the teachers on servers by name; see :func:`serve_teachers` and :func:`reach_teachers`.
         device: where the loaded ones compute.
         session: with the other processes, for teachers that are split over them.
+        ranks: of the run; the first one finds out which weights a teacher with ``stored`` has.
+
+    Raises:
+        ConfigError: with ``stored_only`` nothing is stored of a teacher.
     """
     options: dict[str, Any] = {
         "device": device,
@@ -206,8 +222,21 @@ def load_teachers(
             return remote[teacher.name]
         if teacher.model != SELF:
             return LocalTeacher(teacher, tokenizer=tokenizer, writer=served.get(teacher.name), **options)
+        assert student is not None
         own = config.as_loaded(teacher)
         own = own if own.dtype != "auto" else replace(own, dtype=cast(Any, own_dtype))
         return build_own(own, student, config.shares_student(teacher), tokenizer, options)
 
-    return [load(teacher, tokenizer) for teacher, tokenizer in zip(config.teachers, tokenizers, strict=True)]
+    def find(teacher: TeacherConfig, tokenizer: Any) -> Teacher:
+        if teacher.stored is None:
+            return load(teacher, tokenizer)
+        identity: dict[str, str] | None = None
+        with ranks.agree():
+            if ranks.is_first:
+                identity = identity_of(teacher, tokenizer, remote.get(teacher.name), config.trust_remote_code)
+        known = cast(dict[str, str], ranks.gather(identity)[0])
+        if teacher.stored_only:
+            return open_alone(teacher, known, tokenizer, device, served.get(teacher.name))
+        return open_stored(load(teacher, tokenizer), known)
+
+    return [find(teacher, tokenizer) for teacher, tokenizer in zip(config.teachers, tokenizers, strict=True)]

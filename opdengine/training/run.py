@@ -96,7 +96,7 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool, callbacks: Callbac
     """Check, load, train and write; what is open then is given to ``closing``, however the run ends."""
     config.require_train_data()
     method = build_method(config)
-    _check_needs(config)
+    check_needs(config)
     if config.num_train_epochs is None:
         require_updates(config)
     grader = Grader.from_config(config)
@@ -273,11 +273,14 @@ def _rows_of(prompts: Sequence[Prompt], result: Evaluation) -> list[dict[str, An
     ]  # fmt: skip
 
 
-def _check_needs(config: TrainConfig) -> None:
+def check_needs(config: TrainConfig) -> None:
     """Packages and model folders that the run needs are here."""
     require_trackers(config.report_to)
     if config.debate.cache_dir is not None:
         require_writable("debate.cache_dir", config.debate.cache_dir)
+    for i, teacher in enumerate(config.teachers):
+        if teacher.stored is not None and not teacher.stored_only:
+            require_writable(f"teachers.{i}.stored", teacher.stored)
     if config.use_vllm and config.vllm_mode == "colocate":
         require_vllm("set use_vllm to false to sample without it")
     for path in [config.model, *(config.as_loaded(t).model for t in config.teachers if t.is_here)]:
