@@ -223,6 +223,17 @@ class SdftConfig(Section):
 
 
 @settings
+class MTSeqKDConfig(Section):
+    """Supervised on what teachers wrote, or, in an environment, on the episodes that they played."""
+
+    section = "mt_seqkd"
+
+    successful_only: Flag = False
+    """in an environment: learn only from episodes in which the teacher succeeded; the others are counted, as
+    ``dropped/unsuccessful``."""
+
+
+@settings
 class GkdConfig(Section):
     """GKD's mixture (arXiv 2306.13649): answers of the student, and given ones. Names are those of TRL and ms-swift."""
 

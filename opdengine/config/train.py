@@ -55,6 +55,7 @@ from opdengine.config.method_sections import (
     GoldConfig,
     GOPDConfig,
     GrpoConfig,
+    MTSeqKDConfig,
     OpadConfig,
     RelaxedOPDConfig,
     SageConfig,
@@ -179,6 +180,8 @@ class TrainConfig(Section):
     """settings of the method "opad"."""
     sage: Changeable[SageConfig] = field(default_factory=SageConfig)
     """settings of the method "sage_opd"."""
+    mt_seqkd: Changeable[MTSeqKDConfig] = field(default_factory=MTSeqKDConfig)
+    """settings of the method "mt_seqkd"."""
     tcod: Changeable[TcodConfig] = field(default_factory=TcodConfig)
     """settings of the method "tcod"."""
     entropy_opd: Changeable[EntropyConfig] = field(default_factory=EntropyConfig)

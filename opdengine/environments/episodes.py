@@ -2,14 +2,15 @@
 
 All running episodes are sampled in one call per turn; an episode that ends makes room for the next
 task at once, so the sampler always has a full batch. The prompt of a turn is the ids of the turns before it, never text
-that was tokenised again.
+that was tokenised again. A teacher may take the turns instead; they are kept as the student would see them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +22,7 @@ from opdengine.metrics import Mean, mean
 from opdengine.models.chat import encode_answer, written
 from opdengine.models.surrogates import without_surrogates
 from opdengine.models.thoughts import answer_part
-from opdengine.types import Completion, Message, Prompt, Request, Sample, SamplingParams, Turn
+from opdengine.types import Completion, Failure, Message, Prompt, Request, Sample, SamplingParams, Turn
 
 if TYPE_CHECKING:
     from opdengine.rollout import Sampler
@@ -79,6 +80,16 @@ class Running:
         """Turns that the student has taken."""
         return len(self.steps)
 
+    def request(self, token_ids: Sequence[int]) -> Request:
+        """The next turn, to be sampled behind these ids."""
+        return Request(
+            f"{self.prompt.id} turn {self.taken}", tuple(token_ids), seed=_turn_seed(self.job.seed, self.taken)
+        )
+
+
+Taken = Completion | Failure | str
+"""A turn that was taken, a call that failed (the episode is broken), or why the episode ends without another turn."""
+
 
 @dataclass
 class Episodes:
@@ -119,48 +130,35 @@ class Episodes:
             params: of every turn; ``max_tokens`` is the limit of one turn.
         """
         with self._turn:
-            return self._play(sampler, jobs, params)
+            play = Play(self, params, deque(jobs), sampler.policy_version)
+            while running := play.begin():
+                requests = [episode.request(episode.token_ids) for episode in running]
+                play.go_on([c[0] for c in sampler.generate(requests, replace(params, n=1))])
+        return [play.finished[job.id] for job in jobs if job.id in play.finished], Counter(play.broken.values())
 
-    def _play(self, sampler: Sampler, jobs: Sequence[Job], params: SamplingParams) -> tuple[list[Sample], Counter[str]]:
-        waiting, finished, broken = deque(jobs), dict[str, Sample](), Counter[str]()
-        running: dict[int, Running] = {}
-        version = sampler.policy_version
+    async def play_by(
+        self,
+        take: Callable[[Sequence[Running]], Awaitable[Sequence[Taken]]],
+        jobs: Sequence[Job],
+        params: SamplingParams,
+    ) -> Play:
+        """Play episodes whose turns another takes than the student; what came of them.
 
-        def end(slot: int, reason: str) -> None:
-            episode = running.pop(slot)
-            finished[episode.job.id] = _rollout(episode, reason, version)
+        The environments work in a thread, so that other coroutines go on meanwhile.
 
-        while waiting or running:
-            free = [slot for slot in range(self.pool.size) if slot not in running]
-            opened = {slot: waiting.popleft() for slot in free[: len(waiting)]}
-            starts = self.pool.reset({s: (j.seed, j.prompt.extra["task"]) for s, j in opened.items()}) if opened else {}
-            for slot, start in starts.items():
-                if isinstance(start, Broken):
-                    broken[f"environment/{start.reason}"] += 1
-                    continue
-                running[slot] = self._begin(opened[slot], start)
-            for slot in [s for s, e in running.items() if not self._has_room(e, params)]:
-                end(slot, "window")
-            slots = sorted(running)
-            requests = [
-                Request(f"{e.prompt.id} turn {e.taken}", e.token_ids, seed=_turn_seed(e.job.seed, e.taken))
-                for e in (running[slot] for slot in slots)
-            ]
-            completions = [c[0] for c in sampler.generate(requests, replace(params, n=1))] if requests else []
-            messages = {s: self._message(running[s], c) for s, c in zip(slots, completions, strict=True)}
-            answers = self.pool.step(messages) if messages else {}
-            for slot, completion in zip(slots, completions, strict=True):
-                answer = answers[slot]
-                if isinstance(answer, Broken):
-                    broken[f"environment/{answer.reason}"] += 1
-                    del running[slot]
-                    continue
-                self._advance(running[slot], messages[slot], completion, answer)
-                if answer.done:
-                    end(slot, "terminated" if answer.terminated else "truncated")
-                elif running[slot].taken >= self.max_turns:
-                    end(slot, "max_turns")
-        return [finished[job.id] for job in jobs if job.id in finished], broken
+        Args:
+            take: running episodes -> the next turn of each, in the student's tokens.
+            jobs: episodes to play; their ids are unique.
+            params: of every turn.
+        """
+        await asyncio.to_thread(self._turn.acquire)
+        try:
+            play = Play(self, params, deque(jobs))
+            while running := await asyncio.to_thread(play.begin):
+                await asyncio.to_thread(play.go_on, await take(running))
+        finally:
+            self._turn.release()
+        return play
 
     def counts(self) -> dict[str, float]:
         """Metrics of the environments' processes since this was last asked."""
@@ -202,6 +200,74 @@ class Episodes:
                 self.tokenizer, answer.messages, episode.prompt.tools, self.template_kwargs, sampled
             )
             episode.turns.append(Turn("environment", np.array(following), messages=tuple(answer.messages)))
+
+
+@dataclass
+class Play:
+    """Episodes on their way: :meth:`begin` tells which ones wait for a turn, :meth:`go_on` is given these.
+
+    Args:
+        episodes: how they are played.
+        params: of every turn.
+        waiting: have not begun.
+        version: of the policy that plays.
+        running: by the place of their environment.
+        finished: id of the job -> its rollout.
+        broken: id of the job -> why there is none.
+    """
+
+    episodes: Episodes
+    params: SamplingParams
+    waiting: deque[Job]
+    version: int = 0
+    running: dict[int, Running] = field(default_factory=dict)
+    finished: dict[str, Sample] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+
+    def begin(self) -> list[Running]:
+        """Begin what there is room for; the episodes that wait for a turn, empty when all are over."""
+        pool = self.episodes.pool
+        while self.waiting or self.running:
+            free = [slot for slot in range(pool.size) if slot not in self.running]
+            opened = {slot: self.waiting.popleft() for slot in free[: len(self.waiting)]}
+            starts = pool.reset({s: (j.seed, j.prompt.extra["task"]) for s, j in opened.items()}) if opened else {}
+            for slot, start in starts.items():
+                if isinstance(start, Broken):
+                    self.broken[opened[slot].id] = f"environment/{start.reason}"
+                    continue
+                self.running[slot] = self.episodes._begin(opened[slot], start)
+            for slot in [s for s, e in self.running.items() if not self.episodes._has_room(e, self.params)]:
+                self._end(slot, "window")
+            if self.running:
+                break
+        return [self.running[slot] for slot in sorted(self.running)]
+
+    def go_on(self, turns: Sequence[Taken]) -> None:
+        """Hand the turns of the episodes that :meth:`begin` told of to their environments."""
+        taken: dict[int, Completion] = {}
+        for slot, turn in zip(sorted(self.running), turns, strict=True):
+            if isinstance(turn, str):
+                self._end(slot, turn)
+            elif isinstance(turn, Failure):
+                self.broken[self.running.pop(slot).job.id] = "teacher_failure"
+            else:
+                taken[slot] = turn
+        messages = {slot: self.episodes._message(self.running[slot], turn) for slot, turn in taken.items()}
+        answers = self.episodes.pool.step(messages) if messages else {}
+        for slot, completion in taken.items():
+            answer, episode = answers[slot], self.running[slot]
+            if isinstance(answer, Broken):
+                self.broken[self.running.pop(slot).job.id] = f"environment/{answer.reason}"
+                continue
+            self.episodes._advance(episode, messages[slot], completion, answer)
+            if answer.done:
+                self._end(slot, "terminated" if answer.terminated else "truncated")
+            elif episode.taken >= self.episodes.max_turns:
+                self._end(slot, "max_turns")
+
+    def _end(self, slot: int, reason: str) -> None:
+        episode = self.running.pop(slot)
+        self.finished[episode.job.id] = _rollout(episode, reason, self.version)
 
 
 def turns_of(rollout: Sample) -> Iterator[tuple[int, Turn, tuple[Message, ...]]]:

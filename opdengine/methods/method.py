@@ -15,6 +15,7 @@ import numpy as np
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import PromptSet
 from opdengine.distributed import Ranks
+from opdengine.environments.episodes import Episodes
 from opdengine.errors import ConfigError
 from opdengine.methods.checks import Check
 from opdengine.methods.paper import Paper
@@ -65,7 +66,7 @@ class Method:
         diverges: whether :meth:`weigh` gives a divergence any weight; settings of it are refused where nothing does.
         contexts: what :meth:`annotate` asks.
         view: a prompt as the teachers read it.
-        teachers, ranks: of the run; set before the first step.
+        teachers, ranks, episodes: of the run; set before the first step. ``episodes`` is None without an environment.
 
     Raises:
         ConfigError: the settings do not fit the method. No model has been loaded yet.
@@ -87,6 +88,7 @@ class Method:
         self.contexts: Contexts = PlainContexts(config)
         self.teachers: Sequence[Teacher] = ()
         self.ranks = Ranks()
+        self.episodes: Episodes | None = None
 
     # Before the first step.
 

@@ -2,7 +2,8 @@
 
 The off-policy baseline of MAD-OPD (arXiv 2605.01347, section 5): teachers write answers, the student
 is trained on them by cross-entropy. Each prompt is answered by one teacher, drawn in proportion to
-the teachers' weights (the paper mixes 7 : 3, strong : weak).
+the teachers' weights (the paper mixes 7 : 3, strong : weak). In an environment a teacher plays the whole episode of a
+task (:mod:`.trajectories`).
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import numpy as np
 
 from opdengine.config.train import TrainConfig
 from opdengine.errors import ConfigError
+from opdengine.methods.checks import Check
 from opdengine.methods.mad_opd import BASELINES
 from opdengine.methods.method import Method, answer_need, need_teachers, route
 from opdengine.methods.paper import Paper
 from opdengine.methods.room import Need, length
+from opdengine.methods.trajectories import Trajectories
 from opdengine.teachers import Teacher
 from opdengine.types import Batch, Completion, Failure, Prompt, Request, Sample, SamplingParams, Turn
 
@@ -43,7 +46,7 @@ _FAILED = Completion(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32),
 
 
 class MTSeqKD(Method):
-    """Supervised training on answers written by the teachers; an answer is written once per prompt."""
+    """Supervised training on what teachers write: an answer, or a whole episode, once per prompt."""
 
     paper = PAPER
 
@@ -64,9 +67,16 @@ class MTSeqKD(Method):
             top_p=config.top_p,
             top_k=config.top_k,
             repetition_penalty=config.repetition_penalty,
+            stop=tuple(config.environment.stop) if config.environment.name else (),
             seed=config.seed,
         )
         self._answers: dict[str, Completion] = {}
+        self.trajectories = Trajectories(config, self.params)
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """The run warns where most episodes are left out."""
+        return (*super().checks, *self.trajectories.checks)
 
     def room(self, prompt: Prompt) -> list[Need]:
         """The author reads the prompt (as ``teacher_prompt_template`` has it) and writes the longest answer."""
@@ -75,7 +85,10 @@ class MTSeqKD(Method):
         return [answer_need(self.params.max_tokens, teacher, read)]
 
     async def write(self, prompts: Sequence[Prompt], encode: Callable[..., list[int]]) -> Batch:
-        """One sample per prompt, written by one of its teachers."""
+        """One sample per prompt, written by one of its teachers, or played where there is an environment."""
+        if self.episodes is not None:
+            authors = {p.id: author(p, route(self.teachers, p.key), self.params.seed) for p in prompts}
+            return await self.trajectories.write(prompts, authors, self.episodes, self.view)
         missing = {p.id: p for p in prompts if p.id not in self._answers}
         queues: dict[str, tuple[Teacher, list[Prompt]]] = {}
         for prompt in missing.values():
@@ -121,6 +134,7 @@ class MTSeqKD(Method):
         for sample in batch:
             if not len(sample.target_ids):
                 sample.drop = sample.stop_reason
+        self.trajectories.select(batch)
 
     def weigh(self, batch: Batch) -> None:
         """Advantage 1 on every target: maximum likelihood of the teacher's answer."""

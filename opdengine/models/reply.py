@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opdengine.models.chat import as_read, encode_behind, encode_chat
-from opdengine.models.rendering import render, thought_opening, turn_end
+from opdengine.models.chat import as_read, encode_behind, encode_chat, stop_token_ids
+from opdengine.models.rendering import opening, render, thought_opening, turn_end
 from opdengine.models.thoughts import answer_part
 from opdengine.types import Prompt
 
@@ -42,3 +42,24 @@ def encode_prompt(
     ids, end = encode_behind(tokenizer, before, answer), turn_end(tokenizer, template_kwargs)
     end = tokenizer.eos_token_id if end is None else end
     return ids if ids and ids[-1] == end else [*ids, end]
+
+
+def own_turn(
+    tokenizer: Any, template_kwargs: Mapping[str, Any] | None, text: str, ids: Sequence[int] | None, *, ended: bool
+) -> list[int]:
+    """A turn that another model wrote, as the student's token ids.
+
+    Args:
+        tokenizer, template_kwargs: of the student.
+        text: of the turn.
+        ids: the writer's, kept where its tokenizer is the student's; None: it has another one.
+        ended: whether the writer ended the turn with a token. In its place stands the one that ends the student's,
+            unless that knows the writer's as an end.
+    """
+    ends = stop_token_ids(tokenizer, template_kwargs=template_kwargs)
+    last = turn_end(tokenizer, template_kwargs)
+    end = tokenizer.eos_token_id if last is None else last
+    if ids is None:
+        said = encode_behind(tokenizer, opening(tokenizer, template_kwargs), text)
+        return [*said, end] if ended and not (said and said[-1] in ends) else said
+    return [*ids[:-1], end] if ended and len(ids) and ids[-1] not in ends else list(ids)

@@ -110,6 +110,7 @@ def build_engine(
         _require_rows(teacher.name, teacher.head, vocab_size if its is None else its.vocabulary)
     optimizer = build_optimizer(config, model)
     follow(teachers, optimizer)
+    method.episodes = open_episodes(config, tokenizer, student.window) if config.environment.name else None
     return Engine(
         config=config,
         method=method,
@@ -121,7 +122,7 @@ def build_engine(
         ranks=ranks,
         scheduler=build_scheduler(config, optimizer, schedule_begin),
         vocab_size=vocab_size,
-        episodes=open_episodes(config, tokenizer, student.window) if config.environment.name else None,
+        episodes=method.episodes,
         grader=build_grader(config, tokenizer) if method.needs_reward and not config.environment.name else None,
         session=session,
         vocabulary=VocabParallel(ranks) if split_head else None,

@@ -15,7 +15,7 @@ def completion_row(sample: Sample) -> dict[str, Any]:
     """What the log of rollouts says of a sample; all of it can be written as JSON or as text.
 
     ``turns`` is there where the student acted in an environment: what was said after the prompt, in order, and of
-    the student's turns what came of them.
+    the student's turns what came of them; ``author`` is there where a teacher acted in its place.
     """
     row = {
         "id": sample.id,
@@ -37,7 +37,7 @@ def completion_row(sample: Sample) -> dict[str, Any]:
         row["tools"] = [dict(tool) for tool in sample.prompt.tools]
     if any(turn.messages for turn in sample.turns):
         row["turns"] = [_turn_row(turn) for turn in sample.turns[1:]]
-        row |= {name: sample.info[name] for name in ("success", "score") if name in sample.info}
+        row |= {name: sample.info[name] for name in ("success", "score", "author") if name in sample.info}
     return row
 
 
