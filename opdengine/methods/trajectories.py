@@ -139,7 +139,7 @@ class Trajectories:
         missing = {p.id: p for p in prompts if p.id not in self._played}
         jobs: dict[str, list[Job]] = {}
         for prompt in missing.values():
-            job = Job(prompt.id, prompt, _seed(prompt.id, self.params.seed))
+            job = Job(prompt.id, prompt, task_seed(prompt.id, self.params.seed))
             jobs.setdefault(authors[prompt.id].name, []).append(job)
         players = {author.name: author for author in authors.values()}
         broken: dict[str, str] = {}
@@ -176,5 +176,6 @@ def _written(sample: Sample, author: str) -> Sample:
     return replace(sample, turns=turns, info={**sample.info, "author": author})
 
 
-def _seed(name: str, seed: int) -> int:
+def task_seed(name: str, seed: int) -> int:
+    """The seed of the one episode of a task, in a run with ``seed``."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "big")

@@ -68,6 +68,15 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "debate": {"prompts": 4, "config": {"method": "mad_opd", "debate": {"rounds": 1, "max_tokens": 4}}},
     "written": {"prompts": 3, "config": {"method": "mt_seqkd"}},
+    # On four ranks one plays nothing.
+    "played_and_written": {
+        "prompts": 3,
+        "config": {
+            "method": "mt_seqkd",
+            "environment": {"name": HOUSE, "max_turns": 3, "num_environments": 1},
+            "train_data": [],
+        },
+    },
     # Three prompts on four ranks: one of them never calls its teachers.
     "sharded_debate": {
         "prompts": 3,
@@ -194,6 +203,7 @@ def test_the_cases_are_what_they_say(found: dict[int, Any]) -> None:
     assert first["balance"]["dropped/balance"] > 0 and first["balance"]["balance/correct_after"] == 0.5
     assert first["moved_weights"]["sage/skip"] > 0 and first["moved_weights"]["sage/strong"] > 0
     assert first["debate"]["debate/generated"] == 4
+    assert first["played_and_written"]["episodes/turns"] == 3
     assert 0 < first["mixture"]["gkd/on_policy"] < 1 and 0 < first["chosen_divergences"]["eopd/forward"] < 1
     assert set(found[1]["adapter"]["gradients"]) != set(found[1]["tied"]["gradients"])
     assert "lm_head.weight" not in found[1]["frozen_head"]["gradients"]

@@ -62,10 +62,14 @@ OF_METHODS: dict[str, dict[str, Any]] = {
 }
 """What every method needs beside :func:`settings_of`."""
 
+RUNS = {**OF_METHODS, "mt_seqkd, agents": {"method": "mt_seqkd", "environment": ENVIRONMENT}}
+"""A run of every method, and of those that do something else in an environment another one, by name."""
 
-def settings_of(method: str, models: dict[str, str], prompt_file: str, steps: int) -> dict[str, Any]:
-    """A run of a method that takes seconds: every step is saved, and every second one is evaluated."""
-    own = OF_METHODS[method]
+
+def settings_of(name: str, models: dict[str, str], prompt_file: str, steps: int) -> dict[str, Any]:
+    """One of :data:`RUNS`, which takes seconds: every step is saved, and every second one is evaluated."""
+    own = RUNS[name]
+    method = own.get("method", name)
     teachers = [{"model": models["big"]}, {"model": models["small"]}]
     if method == "camopd":
         teachers = [{"model": models["big"], "key": ["code"]}, {"model": models["small"], "key": ["agentic"]}]

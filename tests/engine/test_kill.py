@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from run_settings import OF_METHODS, settings_of
+from run_settings import OF_METHODS, RUNS, settings_of
 
 from opdengine.config.loading import from_mapping
 from opdengine.config.train import TrainConfig
@@ -87,7 +87,7 @@ def test_no_method_is_left_out() -> None:
     assert OF_METHODS.keys() == METHODS.keys()
 
 
-@pytest.mark.parametrize("method", OF_METHODS)
+@pytest.mark.parametrize("method", RUNS)
 def test_every_method_is_resumed_with_the_same_bits(
     models: dict[str, str], prompt_file: str, tmp_path: Path, method: str
 ) -> None:
@@ -133,7 +133,7 @@ def test_a_run_killed_25_times_ends_with_the_same_weights(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", OF_METHODS)
+@pytest.mark.parametrize("method", RUNS)
 def test_every_method_killed_20_times_ends_with_the_same_bits(
     models: dict[str, str], prompt_file: str, tmp_path: Path, method: str
 ) -> None:
@@ -145,7 +145,7 @@ def test_every_method_killed_20_times_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", OF_METHODS)
+@pytest.mark.parametrize("method", RUNS)
 def test_every_method_resumed_from_five_checkpoints_ends_with_the_same_bits(
     models: dict[str, str], prompt_file: str, tmp_path: Path, method: str
 ) -> None:

@@ -26,6 +26,10 @@ SAGE: list[Row] = [
 ]
 TCOD: list[Row] = [("tcod.k_start", 1, "equation 25"), ("tcod.eta", 1.0, "equation 25")]
 ENTROPY: list[Row] = [("entropy_opd.alpha", 1.0, "equation 26"), ("entropy_opd.tau", 0.8, "equation 26")]
+SFT: list[Row] = [
+    ("mt_seqkd.successful_only", False, "unstated"),
+    ("repetition_penalty", 1.0, "unstated: of the teacher, as of the student"),
+]
 LEARNING: list[Row] = [
     ("divergence", "reverse_kl", "equation 5"),
     ("loss_normalization", "token", "equation 12"),
@@ -113,6 +117,7 @@ PRESETS: dict[str, list[Row]] = {
     "opd_2_rollouts_alfworld_qwen3_8b_to_1.7b": run("opd", ALFWORLD, rollouts=2),
     "tcod_alfworld_qwen3_8b_to_1.7b": run("tcod", ALFWORLD, TCOD),
     "entropy_opd_alfworld_qwen3_8b_to_1.7b": run("entropy_opd", ALFWORLD, ENTROPY),
+    "mt_seqkd_alfworld_qwen3_8b_to_1.7b": run("mt_seqkd", ALFWORLD, SFT),
 }
 DEFAULTS: dict[str, list[Row]] = {
     "sage_opd": [*LEARNING, *ONE_ROLLOUT, *SAGE, ("environment.max_turns", 30, "appendix A")],

@@ -129,6 +129,8 @@ def test_what_is_to_be_chosen_is_what_the_presets_hold() -> None:
     """What a run is told of the paper's lengths, batch and steps, beside the presets of that method."""
     for name, rows in PRESETS.items():
         config = preset(name)
+        if name in sage_opd_table.PRESETS and config.method == "mt_seqkd":
+            continue  # of another paper than the method's
         for setting, text in PAPERS[config.method].choices.items() if config.method in PAPERS else ():
             if "unstated" in text or setting in ("train_data", "verifier", "teachers.weight", "environment.stop"):
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from opdengine.models.checkpoint import list_checkpoints
 from opdengine.teachers import TeacherError
 from opdengine.training.run import train
 from opdengine.training.writer import read_metrics
+from tiny.agents.house import HOUSE
 
 SAY = "so it is <<CONFIDENCE=90>>"
 PER_STEP = 2
@@ -173,6 +175,27 @@ def test_answers_for_sequence_distillation(
     train(config, progress=False)
     counts = [line.get("dropped/teacher_failure", 0.0) for line in lines(tmp_path)]
     assert counts == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("mode", ["stop", "drop"])
+def test_episodes_that_a_served_teacher_plays(
+    server: Server, models: dict[str, str], tmp_path: Path, mode: str
+) -> None:
+    """Two turns for each of two tasks in a step. An episode whose call failed is left out, or ends the run."""
+    server.control(say="go hall", faults=[{"kind": "500", "on": "generate", "after": 1 + 2 * PER_STEP, "times": 1}])
+    environment = {"name": HOUSE, "max_turns": 2, "num_environments": 2, "options": {"count": 6}}
+    config = settings(server, models, "", tmp_path, mode, method="mt_seqkd", environment=environment)
+    config = dataclasses.replace(config, teachers=config.teachers[:1], max_completion_length=16, log_completions=True)
+    if mode == "stop":
+        with pytest.raises(TeacherError):
+            train(config, progress=False)
+        assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["step_1"]
+        return
+    train(config, progress=False)
+    assert [line.get("dropped/teacher_failure", 0.0) for line in lines(tmp_path)] == [0.0, 1.0, 0.0]
+    assert [line["seqkd/written/served"] for line in lines(tmp_path)] == [2.0, 1.0, 2.0]
+    (row, _) = [json.loads(line) for line in (tmp_path / "rollouts" / "step_1.jsonl").read_text().splitlines()]
+    assert row["text"] == "go hall\ngo hall" and row["author"] == "served" and row["tokens"] > 0
 
 
 def test_a_debate_on_the_command_line(
