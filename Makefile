@@ -58,6 +58,7 @@ real-results: $(VENV)/.demo
 	$(PY) examples/real/demo.py --save_results benchmarks/results/real/demo.json
 	$(PY) benchmarks/real_teachers.py --save
 	$(PY) benchmarks/teacher_serve.py --save $(if $(VLLM_PYTHON),--vllm $(VLLM_PYTHON))
+	$(PY) benchmarks/stored_teacher.py --save
 	$(PY) examples/real/study.py --ablate --seeds 3 --save_results benchmarks/results/real/debate.json
 	$(PY) benchmarks/report.py
 

@@ -184,6 +184,32 @@ def teacher_serve() -> str:
     )
 
 
+def stored_teacher() -> str:
+    """What an epoch costs whose teacher is asked, and one that reads what it has said."""
+    document = read("stored_teacher")
+    if document is None:
+        return NONE
+    found = document["results"]
+    ways, asked = found["ways"], found["ways"]["asked"]
+    titles = {"asked": "the teacher is asked", "stored": "read, float32", "stored bfloat16": "read, bfloat16"}
+    whole = asked["score_seconds"] + asked["rest_seconds"]
+    rows = []
+    for name, way in ways.items():
+        size = f"{way['bytes'] / found['targets'] / 1e3:.2f}" if "bytes" in way else ""
+        first = f"{way['first_seconds'] / asked['score_seconds']:.2f}" if "first_seconds" in way else ""
+        judged = f"{way['score_seconds'] / asked['score_seconds']:.2g}"
+        epoch = f"{(way['score_seconds'] + way['rest_seconds']) / whole:.2f}"
+        error = abs(way["loss"] - asked["loss"]) / asked["loss"]
+        rows.append([titles[name], size, first, judged, epoch, f"{100 * error:.2g} %" if error else "0"])
+    headings = ["", "kB a target", "judging, first epoch", "judging, later", "whole step, later", "error of the loss"]
+    return table(headings, rows) + (
+        f"\n\nSmolLM2-135M-Instruct learns {found['targets']} tokens of {found['prompts']} given answers from itself "
+        "with noise in its matrices, float32, one thread. Processor time, relative to the teacher that is asked: "
+        f"{asked['score_seconds']:.1f} s of a step of {whole:.1f} s. The teacher is as large as the student; a larger "
+        "one has a larger share."
+    )
+
+
 def bench_real() -> str:
     """What ``opdengine bench`` found on SmolLM2-135M-Instruct."""
     found = [json.loads(file.read_text()) for file in sorted((RESULTS.parent / "bench").glob("*.json"))]
@@ -211,5 +237,6 @@ TABLES = {
     "real_debate": real_debate,
     "real_example": real_example,
     "real_teachers": real_teachers,
+    "stored_teacher": stored_teacher,
     "teacher_serve": teacher_serve,
 }

@@ -26,6 +26,7 @@ from opdengine.models.fingerprint import contents, differences
 from opdengine.models.manifest import hashes_of
 from opdengine.models.rendering import thought_opening
 from opdengine.teachers import Configured, Teacher, TeacherError
+from opdengine.teachers.pictures import processor_fingerprint
 from opdengine.teachers.remote import RemoteTeacher
 from opdengine.teachers.server import ServedTeacher
 from opdengine.teachers.store import Store, key_of
@@ -61,14 +62,17 @@ def identity_of(
     found = {"format": str(FORMAT), "tokenizer": tokenizer_fingerprint(tokenizer)}
     if not teacher.judges_exactly:
         return {**found, "served model": teacher.model, "score_top_k": str(teacher.score_top_k)}
+    if (processor := processor_fingerprint(tokenizer)) is not None:
+        found["processor"] = processor
     if remote is not None:
         files: Mapping[str, str] | None = remote.about.contents
         dtype, sent = name_of(remote.about.dtype), teacher.hidden_states_dtype
     else:
-        files = _files(teacher.model, trust_remote_code)
+        files, sent = contents(teacher.model, trust_remote_code), "auto"
         own = read_dtype(teacher.model, trust_remote_code=trust_remote_code)
-        dtype = teacher.dtype if teacher.dtype != "auto" else name_of(own) if own is not None else "auto"
-        sent = "auto"
+        dtype = teacher.dtype if teacher.dtype != "auto" or own is None else name_of(own)
+        code = Path(teacher.model).expanduser().glob("*.py") if trust_remote_code else ()
+        found |= hashes_of({file.name: file for file in code})
     if files is None or "object" in files:
         raise ConfigError(
             f"teacher {teacher.name!r}: stored={teacher.stored!r} needs to know which weights {teacher.model!r} are; "
@@ -76,14 +80,6 @@ def identity_of(
         )
     kept = next((name for name in (teacher.stored_dtype, sent) if name != "auto"), dtype)
     return {**found, **files, "dtype": dtype, "dtype of what is kept": kept}
-
-
-def _files(model: str, trust_remote_code: bool) -> dict[str, str] | None:
-    found, folder = contents(model, trust_remote_code), Path(model).expanduser()
-    if found is None or not folder.is_dir():
-        return found
-    more = {file.name: file for file in (*folder.glob("*processor*.json"), *folder.glob("*.py"))}
-    return {**found, **hashes_of(more)}
 
 
 def folder_of(teacher: TeacherConfig, identity: Mapping[str, str]) -> Path:
@@ -244,37 +240,37 @@ class StoredTeacher(Configured):
         return await self.teacher.generate(requests, params)
 
     async def score(self, contexts: Sequence[TeacherContext]) -> Sequence[TeacherTargets | Failure]:
-        """What is stored, and for the rest what the teacher says now, which is stored then, if no student sampled it.
+        """What is stored of given answers, and of the others, and of sampled ones, what the teacher says now.
 
         Raises:
             TeacherError: with ``stored_only`` anything is not stored, or an endpoint says something else than before.
         """
-        keys = ["" if c.sampled else key_of(c) for c in contexts]
-        kept = {key for key in keys if key}
-        found: dict[str, TeacherTargets | Failure] = {}
-        found |= await asyncio.to_thread(self.store.read, kept)
-        self._counts["hits"] += sum(key in found for key in keys)
-        await self._prove([(c, found[key]) for c, key in zip(contexts, keys, strict=True) if key in found])
-        # The same context twice is asked about once, so that both have the same numbers whenever they are read.
-        named = [key or str(i) for i, key in enumerate(keys)]
-        open_ = {name: c for name, c in zip(named, contexts, strict=True) if name not in found}
-        if open_:
-            answers = await self.teacher.score(list(open_.values()))
-            said = {name: self._as_kept(a, name in kept) for name, a in zip(open_, answers, strict=True)}
-            found |= said
-            new = {name: a for name, a in said.items() if name in kept and not isinstance(a, Failure)}
-            self._counts["misses"] += sum(key in said for key in keys)
-            if new and not await asyncio.to_thread(self.store.write, new):
-                self._counts["beyond_max_bytes"] += len(new)
+        keys = [None if context.sampled else key_of(context) for context in contexts]
+        given = {key: context for key, context in zip(keys, contexts, strict=True) if key is not None}
+        found: dict[str, TeacherTargets | Failure] = {**await asyncio.to_thread(self.store.read, given)}
+        self._counts["hits"] += len(found)
+        await self._prove([(given[key], targets) for key, targets in found.items()])
+        found |= await self._ask({key: context for key, context in given.items() if key not in found})
         self._counts["damaged"] += self.store.damaged
         self.store.damaged = 0
-        return [found[name] for name in named]
+        # In a call of their own, so that their numbers do not depend on what is stored by now: a resumed run has them.
+        sampled = [context for context in contexts if context.sampled]
+        rest = iter(await self.teacher.score(sampled) if sampled else ())
+        return [next(rest) if key is None else found[key] for key in keys]
 
-    def _as_kept(self, answer: TeacherTargets | Failure, is_kept: bool) -> TeacherTargets | Failure:
-        """The numbers that a later epoch will read; already the first one learns from these."""
-        if is_kept and isinstance(answer, Hidden) and self.config.stored_dtype != "auto":
-            return Hidden(answer.states.to(DTYPES[self.config.stored_dtype]))
-        return answer
+    async def _ask(self, missing: Mapping[str, TeacherContext]) -> dict[str, TeacherTargets | Failure]:
+        """What the teacher says, as a later epoch will read it; it is stored then."""
+        if not missing:
+            return {}
+        self._counts["misses"] += len(missing)
+        said = dict(zip(missing, await self.teacher.score(list(missing.values())), strict=True))
+        if self.config.stored_dtype != "auto":
+            dtype = DTYPES[self.config.stored_dtype]
+            said |= {key: Hidden(t.states.to(dtype)) for key, t in said.items() if isinstance(t, Hidden)}
+        good = {key: targets for key, targets in said.items() if not isinstance(targets, Failure)}
+        if good and not await asyncio.to_thread(self.store.write, good):
+            self._counts["beyond_max_bytes"] += len(good)
+        return said
 
     async def _prove(self, hits: Sequence[tuple[TeacherContext, TeacherTargets | Failure]]) -> None:
         """Once in a run, ask an endpoint again about one answer that is stored."""

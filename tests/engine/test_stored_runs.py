@@ -27,12 +27,12 @@ from opdengine.training.writer import read_metrics
 Models = dict[str, str]
 
 
-def settings(models: Models, file: str, store: Path, steps: int = 6, **more: Any) -> dict[str, Any]:
-    """Two teachers, answers of the data alone; three of twelve prompts are a step."""
+def settings(models: Models, file: str, store: Path, steps: int = 6, lmbda: float = 0.0) -> dict[str, Any]:
+    """Two teachers, and answers of the data; three of twelve prompts are a step."""
     teachers = [{"model": models[name], "name": name, "stored": str(store)} for name in ("big", "small")]
-    mixture = {"lmbda": 0.0, "completion_column": "answer", "sft_alpha": 0.5}
+    mixture = {"lmbda": lmbda, "completion_column": "answer", "sft_alpha": 0.5}
     own = {"teachers": teachers, "gkd": mixture, "lora": None}
-    return settings_of("mt_opd", models, file, steps) | own | more
+    return settings_of("mt_opd", models, file, steps) | own
 
 
 def written(settings: dict[str, Any], folder: Path) -> str:
@@ -97,8 +97,11 @@ cli.main(["train", "--config", sys.argv[1]])
 def test_a_run_that_is_killed_while_it_stores_ends_with_the_same_bits(
     models: Models, prompt_file: str, tmp_path: Path
 ) -> None:
-    """Its bytes were written, and not yet the line of the index: the third step judges all of its answers again."""
-    whole, killed = (settings(models, prompt_file, tmp_path / f"store_{name}", 5) for name in ("whole", "killed"))
+    """Its bytes were written, and not yet the line of the index: that step judges its answers again.
+
+    Those of the teacher before it are stored by now, and what the student sampled is judged as if they were not.
+    """
+    whole, killed = (settings(models, prompt_file, tmp_path / f"store_{name}", 5, 0.5) for name in ("whole", "killed"))
     train(from_mapping(TrainConfig, {**whole, "output_dir": str(tmp_path / "whole")}), progress=False)
     file = written(killed, tmp_path / "killed")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}

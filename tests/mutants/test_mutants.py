@@ -83,6 +83,15 @@ MUTANTS = [
     ("loss/objective.py", "np.where(own == kind, sample.kl_weight, 0)", "sample.kl_weight", "tests/methods/test_eopd.py::test_every_token_has_the_gradient_of_its_own_divergence"),
     ("loss/objective.py", "[sign * kl_weight(sample)", "[kl_weight(sample)", "tests/methods/test_rewards.py::test_the_exact_form_has_the_gradient_of_a_scaled_reward"),
     ("teachers/own.py", "            left_out.discard(name)\n", "            left_out.clear()\n", "tests/teachers/test_own.py::test_an_average_that_would_not_follow_is_refused"),
+    ("teachers/store.py", "or _digest(content) != place.digest", "or False", "tests/teachers/test_stored.py::test_damage_is_said_and_asked_anew"),
+    ("teachers/store.py", 'digest.decode("latin-1") != _digest(body)', "False", "tests/teachers/test_stored.py::test_damaged_lines_of_an_index_are_not_used"),
+    ("teachers/store.py", "(context.token_ids, context.target_positions)", "(context.token_ids,)", "tests/teachers/test_stored.py::test_keys_are_of_all_that_a_teacher_reads"),
+    ("teachers/store.py", "self.size + sum(map(len, parts))", "sum(map(len, parts))", "tests/teachers/test_stored.py::test_a_folder_has_a_limit"),
+    ("teachers/stored.py", '"dtype": dtype, "dtype of', '"dtype of', "tests/teachers/test_stored.py::test_another_teacher_does_not_meet_what_this_one_said"),
+    ("teachers/stored.py", "{**found, **files,", "{**found,", "tests/teachers/test_stored.py::test_another_adapter_is_another_teacher"),
+    ("teachers/stored.py", "Hidden(t.states.to(dtype))", "t", "tests/teachers/test_stored.py::test_bfloat16_rounds_states_once"),
+    ("teachers/stored.py", "None if context.sampled else", "", "tests/teachers/test_stored.py::test_what_the_student_samples_is_not_kept"),
+    ("teachers/stored.py", "not apart <= MOST_APART", "False", "tests/teachers/test_stored.py::test_log_probs_of_an_endpoint"),
 ]  # fmt: skip
 
 

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 from engine_helpers import loss_and_gradient, make_config, make_engine, make_samples
+from remote_helpers import answering
 from teacher_helpers import Server
 
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.data.prompts import load_prompts
 from opdengine.models.backbone import Backbone
 from opdengine.teachers import TeacherError
+from opdengine.teachers.served_model import Served
 from opdengine.teachers.server import ServedTeacher
 from opdengine.teachers.store import Store, key_of
 from opdengine.types import Hidden, Image, TeacherContext, TopK
@@ -125,14 +127,14 @@ def test_bfloat16_rounds_states_once(models: Models, recorded_file: str, tmp_pat
 
 
 def test_what_the_student_samples_is_not_kept(models: Models, recorded_file: str, tmp_path: Path) -> None:
-    """It hardly comes again; loss and gradient are those without a store, in the same batches."""
+    """It hardly comes again; the step is the same, to the last bit, whatever had been stored before it."""
     live = step_of(config_of(models, recorded_file, tmp_path, {"stored": None}, lmbda=0.5))
     first = step_of(config_of(models, recorded_file, tmp_path, lmbda=0.5))
     again = step_of(config_of(models, recorded_file, tmp_path, lmbda=0.5))
-    assert_equal(live, first)
     given = first[2]["stored/misses/t"]
-    assert 0 < given < 8 and again[2]["stored/hits/t"] == given and "stored/misses/t" in again[2]
-    assert again[2]["stored/misses/t"] == 0 and again[0] == pytest.approx(live[0], rel=1e-5)
+    assert 0 < given < 8 and again[2]["stored/hits/t"] == given and "stored/misses/t" not in again[2]
+    assert_equal(first, again)
+    assert again[0] == pytest.approx(live[0], rel=1e-5)
 
 
 def test_log_probs_of_an_endpoint(
@@ -166,6 +168,24 @@ def test_log_probs_of_an_endpoint(
         step_of(config_of(models, recorded_file, tmp_path, served))
 
 
+def test_states_that_a_server_sends_are_those_of_the_model_here(
+    models: Models, recorded_file: str, tmp_path: Path, passes: list[str]
+) -> None:
+    """The same weights have the same folder: the server is asked nothing more, and the model here neither."""
+    with answering(Served(models["big"])) as url:
+        far = {"hidden_states_url": [url]}
+        first = step_of(config_of(models, recorded_file, tmp_path, far), passes)
+        assert passes and first[2]["stored/misses/t"] == 8
+        again = step_of(config_of(models, recorded_file, tmp_path, {**far, "stored_only": True}), passes)
+        halved = step_of(config_of(models, recorded_file, tmp_path, {**far, "hidden_states_dtype": "bfloat16"}), passes)
+        assert halved[2]["stored/misses/t"] == 8  # other numbers travel, so others are kept
+        passes.clear()
+    here = step_of(config_of(models, recorded_file, tmp_path, {"stored_only": True}))
+    assert not passes
+    assert_equal(first, again)
+    assert_equal(first, here)
+
+
 # --------------------------------------------------------------------------------------- whose judgement it is
 
 
@@ -183,7 +203,7 @@ def test_another_teacher_does_not_meet_what_this_one_said(
 
     assert hits(own) == 0 and hits(own) == 8
     assert hits(str(shutil.copytree(own, tmp_path / "moved"))) == 8
-    assert hits(own, dtype="bfloat16") == 0
+    assert hits(own, stored_dtype="bfloat16") == 0 and hits(own, dtype="bfloat16") == 0
     weights = Path(shutil.copytree(own, tmp_path / "weights"), "model.safetensors")
     content = bytearray(weights.read_bytes())
     content[-2] ^= 1  # one bit of one number
