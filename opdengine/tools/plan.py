@@ -158,7 +158,7 @@ def plan(config: TrainConfig, machine: Machine, lengths: Lengths | None = None) 
     lengths = lengths or Lengths(config.max_prompt_length, config.max_completion_length, config.debate.max_tokens)
     student = shape_of(config.model, trust_remote_code=config.trust_remote_code)
     exact, teachers = exact_teachers(config)
-    here = [(t, shape) for t, shape in zip(exact, teachers, strict=True) if t.is_here]
+    here = [(t, shape) for t, shape in zip(exact, teachers, strict=True) if t.is_here and not t.stored_only]
     prompts = config.prompts_per_step * machine.gpus
     rollouts = prompts * config.num_generations
     tokens = rollouts * lengths.completion
@@ -200,6 +200,8 @@ def plan(config: TrainConfig, machine: Machine, lengths: Lengths | None = None) 
         if not t.is_here:
             size = (4 if t.hidden_states_dtype == "float32" else 2) * tokens * shape.hidden
             notes.append(f"{t.name} sends {size / 1e9:.2f} GB of hidden states a step, and its head once to every GPU")
+    if asked := [t.name for t in config.teachers if t.stored and not t.stored_only]:
+        notes.append(f"counted as in the first epoch, before what they say is stored: {', '.join(asked)}")
     if unknown := [t.name for t in config.teachers if t.hidden_states_url and t.name not in {e.name for e in exact}]:
         notes.append(f"heads and hidden states not counted, since no config.json is here: {', '.join(unknown)}")
     if written := [t.name for t, _ in here if t.writer_base_url is not None]:
@@ -341,8 +343,8 @@ def memory_of(
 
 
 def _resident(teacher: TeacherConfig, shape: Shape, machine: Machine) -> float:
-    """Bytes of a teacher that stay on one GPU, in bf16; of one elsewhere and of one that waits on the CPU its head."""
-    if teacher.offload or not teacher.is_here:
+    """Bytes of a teacher that stay on one GPU, in bf16; of one elsewhere, stored or waiting on the CPU its head."""
+    if teacher.offload or teacher.stored_only or not teacher.is_here:
         return 2.0 * shape.head_parameters
     if not teacher.shard:
         return 2.0 * shape.parameters

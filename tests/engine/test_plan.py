@@ -118,6 +118,7 @@ def test_a_plan_scales_as_it_should() -> None:
 
 
 def test_a_plan_of_split_teachers_and_of_a_split_head() -> None:
+    from opdengine.config.method_sections import GkdConfig
     from opdengine.config.train import TeacherConfig, TrainConfig
 
     shape = QWEN3["Qwen3-32B"]
@@ -138,6 +139,15 @@ def test_a_plan_of_split_teachers_and_of_a_split_head() -> None:
     assert split.phases["score"].sent > 0 == whole.phases["score"].sent
     assert split.phases["debate"].seconds > 3 * whole.phases["debate"].seconds  # all weights for every token
     assert written.phases["debate"].seconds < whole.phases["debate"].seconds and "written elsewhere" in str(written)
+    given = {"method": "mt_opd", "gkd": GkdConfig(lmbda=0.0)}
+    stored, alone = make({"stored": "s"}, **given), make({"stored": "s", "stored_only": True}, **given)
+    assert alone.memory["teachers"] == head + small and stored.memory["teachers"] == whole.memory["teachers"]
+    assert (
+        alone.phases["score"].flops
+        < 0.5 * stored.phases["score"].flops
+        == 0.5 * make({}, **given).phases["score"].flops
+    )
+    assert "counted as in the first epoch" in str(stored) and "first epoch" not in str(alone)
     rows = make({}, vocab_parallel_head=True)
     assert rows.memory["fused loss"] < whole.memory["fused loss"]
     width = sum(QWEN3[name].hidden for name in ("Qwen3-32B", "Qwen3-8B"))
