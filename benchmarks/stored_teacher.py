@@ -1,6 +1,6 @@
 """A teacher that is asked in every epoch beside one whose judgement is read from disk: seconds, bytes, and the loss.
 
-    python benchmarks/stored_teacher.py --model models/smollm2 [--save] [--prompts 12] [--tokens 48] [--rounds 3]
+    python benchmarks/stored_teacher.py --model models/smollm2 [--save] [--prompts 8] [--tokens 32] [--rounds 3]
 
 The student is the model in float32, the teacher the same with noise in every matrix; the given answers are passages of
 the LICENSE behind the prompts of ``real_rows.py``, and the run is ``gkd`` with ``lmbda: 0``. All ways take turns on the
@@ -109,8 +109,8 @@ def written(folder: Path) -> int:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/smollm2", help="folder of a causal language model with tokenizer")
-    parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args(arguments)
