@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from opdengine.config.sections import SELF
 from opdengine.config.train import TrainConfig
 from opdengine.errors import ConfigError
 from opdengine.methods.checks import Check
@@ -60,6 +61,11 @@ class MTSeqKD(Method):
             raise ConfigError(
                 f"num_generations={config.num_generations} is not possible; in method 'mt_seqkd' one teacher "
                 "writes one answer per prompt: use 1"
+            )
+        if changing := [t.name for t in config.teachers if t.model == SELF and t.weights != "base"]:
+            raise ConfigError(
+                f"teacher {changing[0]!r} is not possible where teachers write once what is learned: its weights "
+                "change with the student's, and a resumed run would have it write something else; use weights: base"
             )
         self.params = SamplingParams(
             max_tokens=config.max_completion_length,

@@ -65,8 +65,11 @@ class Player:
             self._read[name] += self.teacher.encode_answer(episode.turns[-1].messages, tools, self._said[name])
         return self._read[name]
 
-    def _heard(self, episode: Running, answer: Completion) -> Completion:
-        """A turn in the student's tokens; nobody has sampled these, so their log-probs are no number."""
+    def _heard(self, episode: Running, answer: Completion) -> Completion | str:
+        """A turn in the student's tokens; nobody has sampled these, so their log-probs are no number.
+
+        One that takes more of them than of the teacher's may be too long: then the episode is over.
+        """
         theirs = answer.token_ids.tolist()
         self._said[episode.job.id] = theirs
         self._read[episode.job.id] += theirs
@@ -76,6 +79,8 @@ class Player:
         own = own_turn(
             self.episodes.tokenizer, self.episodes.template_kwargs, answer.text, theirs if same else None, ended=ended
         )
+        if len(episode.token_ids) + len(own) > self.episodes.max_trajectory_tokens:
+            return "window"
         return replace(answer, token_ids=np.array(own, dtype=np.int64), logprobs=np.full(len(own), np.nan))
 
 

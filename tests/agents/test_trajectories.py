@@ -318,6 +318,10 @@ def test_episodes_that_break_or_do_not_fit_have_a_reason(
     assert [s.drop for s in batch.samples] == [""] * 3 and batch.metrics["seqkd/written/a"] == 2
     assert {r.id.split()[0] for call in teacher.calls for r in call} == {"t0", "t1"}
 
+    teacher = ScriptedTeacher("long", lambda call, request: "win " * 200)  # one token of the teacher's
+    (sample,) = write(method_of(models, tmp_path, LocalPool(Guess, 1), tokenizer, teacher), 1).samples
+    assert sample.drop == sample.stop_reason == "window"
+
     longest = len("<user>task t0<assistant>") + 6  # the first turn fits, the second does not
     teacher = ScriptedTeacher("short", lambda call, request: "win", window=longest)
     (sample,) = write(method_of(models, tmp_path, LocalPool(Guess, 1), tokenizer, teacher), 1).samples
@@ -355,6 +359,7 @@ def test_a_teacher_may_be_shown_more_than_the_student(models: dict[str, str], tm
          r"mt_seqkd\.successful_only=True has no effect with answers, which nobody grades; set environment\.name"),
         ({"environment": {**ENVIRONMENT, "stop": ["x"]}, "teachers": [{"model": "m", "base_url": "http://h:1/v1"}]},
          r"environment\.stop=\['x'\] is not possible in method 'mt_seqkd' with teacher 'm'"),
+        ({"teachers": [{"model": "self", "weights": "ema"}]}, r"teacher 'self' is not possible .*use weights: base"),
         ({"num_generations": 2}, r"num_generations=2 .*one answer per prompt"),
     ],
 )  # fmt: skip

@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RULES = "tests/methods/test_rules.py"
 DEFAULTS = "tests/methods/test_paper_defaults.py"
+PLAYED = "tests/agents/test_trajectories.py"
 
 MUTANTS = [
     # (file, what stands there, what is put in its place, the test that must fail)
@@ -82,6 +83,11 @@ MUTANTS = [
     ("methods/policy_gradient.py", '"truncated": ("advantage.low",)', '"truncated": ()', "tests/methods/test_advantage.py::test_impossible_settings_are_refused"),
     ("loss/objective.py", "np.where(own == kind, sample.kl_weight, 0)", "sample.kl_weight", "tests/methods/test_eopd.py::test_every_token_has_the_gradient_of_its_own_divergence"),
     ("loss/objective.py", "[sign * kl_weight(sample)", "[kl_weight(sample)", "tests/methods/test_rewards.py::test_the_exact_form_has_the_gradient_of_a_scaled_reward"),
+    ("methods/trajectories.py", 'not sample.info["success"]', "False", f"{PLAYED}::test_failures_are_left_out_where_that_is_asked_for"),
+    ("methods/trajectories.py", "ended=ended", "ended=True", f"{PLAYED}::test_a_turn_that_has_no_end_is_given_none"),
+    ("methods/trajectories.py", "theirs if same else None", "theirs", f"{PLAYED}::test_a_teacher_with_other_tokens_reads_its_own_chat_and_is_kept_in_the_students"),
+    ("methods/trajectories.py", "self.view(episode.prompt)", "episode.prompt", f"{PLAYED}::test_a_teacher_may_be_shown_more_than_the_student"),
+    ("models/reply.py", "ids[-1] not in ends", "False", f"{PLAYED}::test_an_end_that_the_student_does_not_know_becomes_its_own"),
     ("teachers/own.py", "            left_out.discard(name)\n", "            left_out.clear()\n", "tests/teachers/test_own.py::test_an_average_that_would_not_follow_is_refused"),
     ("teachers/store.py", "or _digest(content) != place.digest", "or False", "tests/teachers/test_stored.py::test_damage_is_said_and_asked_anew"),
     ("teachers/store.py", 'digest.decode("latin-1") != _digest(body)', "False", "tests/teachers/test_stored.py::test_damaged_lines_of_an_index_are_not_used"),
