@@ -57,11 +57,13 @@ class Encoded(list[int]):
     Args:
         ids: the token ids.
         images: in the order in which they come in ``ids``.
+        text: of the chat, with one mark for each picture; "" where nobody needs it.
     """
 
-    def __init__(self, ids: Iterable[int] = (), images: Sequence[Image] = ()) -> None:
+    def __init__(self, ids: Iterable[int] = (), images: Sequence[Image] = (), text: str = "") -> None:
         super().__init__(ids)
         self.images = tuple(images)
+        self.text = text
 
 
 def images_in(ids: object) -> tuple[Image, ...]:
@@ -661,13 +663,16 @@ class Request:
         token_ids: the whole templated prompt; :class:`Encoded` ids bring their pictures.
         seed: makes its samples independent of every other request and of the batch.
         images: pictures that its image tokens stand for, in their order.
+        text: of a chat with pictures, with one mark for each; see :class:`Encoded`.
     """
 
     id: str
     token_ids: Sequence[int]
     seed: int = 0
     images: tuple[Image, ...] = ()
+    text: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", self.images or images_in(self.token_ids))
+        object.__setattr__(self, "text", self.text or getattr(self.token_ids, "text", ""))
         object.__setattr__(self, "token_ids", tuple(self.token_ids))

@@ -37,7 +37,7 @@ from opdengine.models.hub import hub_problem
 from opdengine.models.lfs import require_no_gguf
 from opdengine.models.lora import architecture, base_of, merge_adapter, read_adapted
 from opdengine.models.packing import ONE_REGIME, Packed, Regimes, pack
-from opdengine.models.processor import can_see
+from opdengine.models.processor import can_see, reader_of
 from opdengine.models.quantised import explained, is_quantised, quantisation, require_quantiser, restore_head, rounding
 from opdengine.models.sharding import Sharded
 from opdengine.models.vision import Vision, counts_rows
@@ -120,13 +120,10 @@ def load_model(
 
 def _reader(path: str, config: Any, sees: bool) -> Callable[..., Any]:
     """``from_pretrained`` of the class that loads a model: with its tower, or its language model alone."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    whole = can_see(config) and (sees or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING)
-    if can_see(config) and not whole:
+    kind = reader_of(config, sees)
+    if can_see(config) and "ImageText" not in kind.__name__:
         logger.warning("%s sees, but is loaded as its language model alone: there are no pictures for it", path)
-    read: Callable[..., Any] = (AutoModelForImageTextToText if whole else AutoModelForCausalLM).from_pretrained
+    read: Callable[..., Any] = kind.from_pretrained
     return read
 
 

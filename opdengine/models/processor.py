@@ -30,6 +30,20 @@ def can_see(config: Any) -> bool:
     return getattr(config, "vision_config", None) is not None and saved in set(KNOWN.values())
 
 
+def reader_of(config: Any, sees: bool) -> Any:
+    """The class that loads a model: with its tower, or its language model alone where it can be had so.
+
+    Args:
+        config: of the model.
+        sees: whether it is given pictures.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    whole = can_see(config) and (sees or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING)
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
+
+
 def give_eyes(tokenizer: Any, path: str, *, sees: bool = True, trust_remote_code: bool = False) -> None:
     """Set the tokenizer's ``vision`` where its model sees and is to; else it is None.
 

@@ -89,7 +89,11 @@ class Vision:
         if kept is None or kept.text != text:  # all rollouts of a prompt are read behind the same text
             kept = self._process(text, images)
         self._keep(images, kept)
-        return Encoded(kept.ids, images)
+        return Encoded(kept.ids, images, text)
+
+    def marked(self, text: str) -> list[int]:
+        """Token ids of a chat's text in which a picture is one mark still: what vLLM puts its own tokens into."""
+        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def pixels(self, images: tuple[Image, ...]) -> Pixels:
         """The pictures of one sequence, processed once."""
@@ -172,7 +176,7 @@ class Vision:
         chats = [[first, words], [second, words, third, words], [words, words, first, words]]
         encoded = [self.encode([{"role": "user", "content": content}]) for content in chats]
         rest = [i for i in behind if i not in self.token_ids]
-        return [Encoded([*ids, *rest], ids.images) for ids in encoded]
+        return [Encoded([*ids, *rest], ids.images, "" if rest else ids.text) for ids in encoded]
 
 
 def counts_rows(trunk: Any) -> bool:

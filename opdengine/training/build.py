@@ -25,7 +25,7 @@ from opdengine.models.lora import add_adapter, architecture, base_of, freeze_hea
 from opdengine.models.quantised import refuse_quantised
 from opdengine.models.rendering import thought_opening
 from opdengine.models.sharding import Sharded
-from opdengine.models.vision_tower import freeze_vision_tower, vision_layers
+from opdengine.models.vision_tower import freeze_vision_tower, tower, vision_layers
 from opdengine.rollout import Sampler
 from opdengine.rollout.vllm.weight_names import find_naming
 from opdengine.teachers.own import follow
@@ -279,7 +279,7 @@ def build_sampler(
     dtype = "bfloat16" if config.bf16 else str(model.dtype).removeprefix("torch.")
     stop_ids = stop_token_ids(tokenizer, model, config.chat_template_kwargs)
     if config.use_vllm:
-        find_naming(architecture(config.model), config.trust_remote_code)  # refuses before an engine starts
+        find_naming(architecture(config.model), config.trust_remote_code, sees)  # refuses before an engine starts
     if config.use_vllm and config.vllm_mode == "server":
         from opdengine.rollout.vllm.opening import open_server
 
@@ -326,6 +326,8 @@ def build_sampler(
             response_timeout=config.vllm_response_timeout,
             devices=_gpus(ranks, 1),
             stop_ids=stop_ids,
+            sees=sees,
+            fixed=_fixed_weights(config, model) if sees else [],
         )
     from opdengine.rollout.transformers import TransformersSampler
 
@@ -338,6 +340,13 @@ def build_sampler(
     sampler.vocabulary = vocab_size or sampler.vocabulary
     sampler.prove()
     return sampler
+
+
+def _fixed_weights(config: TrainConfig, model: Any) -> list[str]:
+    """Beginnings of the names of weights that stay those of the checkpoint which an engine loads: a frozen tower's."""
+    if not config.freeze_vision_tower or architecture(config.model) != config.model:  # an adapter may have moved it
+        return []
+    return [f"{name}." for name, _ in tower(base_of(model))]
 
 
 def load_copy(config: TrainConfig, sees: bool = False) -> Any:

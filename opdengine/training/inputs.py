@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from opdengine.config.sections import SELF
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import PromptSet, drop_long, load_prompts
 from opdengine.data.templates import Reader, check_templates, readable, readers_of
@@ -64,7 +65,7 @@ def read_inputs(config: TrainConfig, method: Method, grader: Grader, ranks: Rank
     check_ranks(config, ranks)
     check_routing(config, method, prompts)
     method.require(prompts.prompts)
-    sees = check_pictures(config, [*prompts.prompts, *held_out])
+    sees = check_pictures(config, [*prompts.prompts, *held_out], ranks)
     rewarded = prompts.prompts if method.needs_reward and not environment.name else ()
     grader.check([*held_out, *rewarded])
     tokenizer = load_tokenizer(
@@ -120,7 +121,7 @@ def check_routing(config: TrainConfig, method: Method, prompts: PromptSet) -> No
         logger.warning("no prompt has the data_source %s named in the settings (it has %s)", unused, list(prompts.keys))
 
 
-def check_pictures(config: TrainConfig, prompts: Sequence[Prompt]) -> bool:
+def check_pictures(config: TrainConfig, prompts: Sequence[Prompt], ranks: Ranks) -> bool:
     """Whether there are prompts with pictures; they are refused for what is only sent token ids.
 
     Raises:
@@ -128,10 +129,13 @@ def check_pictures(config: TrainConfig, prompts: Sequence[Prompt]) -> bool:
     """
     if not any(images_of(prompt.messages) for prompt in prompts):
         return False
-    if config.use_vllm and config.images == "image":
+    shared = ranks.world_size > 1 and config.vllm_tensor_parallel_size > 1
+    student = "image" in (config.images, *(teacher.images for teacher in config.teachers if teacher.model == SELF))
+    if config.use_vllm and student and (config.vllm_mode == "server" or shared):
+        setting = "vllm_tensor_parallel_size: 1" if shared else "vllm_mode: colocate"
         raise ConfigError(
-            "use_vllm is not possible yet where the student is given pictures: leave it out (the trainer's own model "
-            "samples), or set images to 'text' or 'omit'"
+            "no pictures are sent to a vLLM server, which several processes share or which runs elsewhere: set "
+            f"{setting}, use_vllm: false (the trainer's own model samples), or images to 'text' or 'omit'"
         )
     for teacher in config.teachers:
         if teacher.images == "image" and (teacher.writer_base_url or teacher.base_url):

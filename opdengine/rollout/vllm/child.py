@@ -6,6 +6,7 @@ process of its own (:mod:`opdengine.rollout.vllm.worker`), which is replaced whe
 
 from __future__ import annotations
 
+import base64
 import logging
 import threading
 import time
@@ -14,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from opdengine.models.pictures import bytes_of
 from opdengine.rollout.vllm.engine import (
     FRESH,
     EngineDiedError,
     EngineError,
     EngineInfo,
     InvalidRequestError,
+    PicturePrompt,
     Sampled,
     engine_environment,
 )
@@ -95,10 +98,13 @@ class ChildEngine:
         self._held = name
 
     def generate(
-        self, prompts: Sequence[np.ndarray], seeds: Sequence[Sequence[int]], sampling: Mapping[str, Any]
+        self,
+        prompts: Sequence[np.ndarray | PicturePrompt],
+        seeds: Sequence[Sequence[int]],
+        sampling: Mapping[str, Any],
     ) -> list[Sampled]:
         self.wake()
-        stamp, samples = self.call("generate", [[ids.tolist() for ids in prompts], seeds, sampling])
+        stamp, samples = self.call("generate", [list(map(_asked, prompts)), seeds, sampling])
         self._held = stamp
         return [
             Sampled(frozenset([stamp]), np.array(ids, dtype=np.int64), np.array(logprobs, dtype=np.float32), reason)
@@ -227,6 +233,14 @@ class ChildEngine:
     def _end(self) -> int | None:
         process, self._process = self._process, None
         return None if process is None else process.end()
+
+
+def _asked(prompt: np.ndarray | PicturePrompt) -> Any:
+    """A prompt as :meth:`opdengine.rollout.vllm.worker.Engine.generate` takes it."""
+    if not isinstance(prompt, PicturePrompt):
+        return prompt.tolist()
+    pictures = [base64.b64encode(bytes_of(image)).decode() for image in prompt.images]
+    return {"marked": list(prompt.marked), "read_as": prompt.token_ids.tolist(), "pictures": pictures}
 
 
 def _answer(process: WorkerProcess, question: Question | None, seconds: float) -> dict[str, Any]:

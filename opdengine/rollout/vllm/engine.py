@@ -13,6 +13,7 @@ import numpy as np
 
 from opdengine.errors import ServiceError, VLLMMissingError
 from opdengine.rollout.vllm.policy_file import StoredPolicy
+from opdengine.types import Image
 
 FRESH, NO_STAMP = "default", "none"
 """Names of the weights that an engine starts with, and of those that are being replaced."""
@@ -62,6 +63,21 @@ class EngineInfo:
     logprobs_mode: str
 
 
+@dataclass(frozen=True)
+class PicturePrompt:
+    """A prompt with pictures, whose tokens vLLM works out by itself.
+
+    Args:
+        token_ids: int64 [L], as the trainer reads it; the engine must come to the same.
+        marked: token ids in which each picture is one mark.
+        images: in the order of the marks.
+    """
+
+    token_ids: np.ndarray
+    marked: Sequence[int]
+    images: Sequence[Image]
+
+
 class Sampled(NamedTuple):
     """One completion as an engine returns it.
 
@@ -106,9 +122,12 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[np.ndarray], seeds: Sequence[Sequence[int]], sampling: Mapping[str, Any]
+        self,
+        prompts: Sequence[np.ndarray | PicturePrompt],
+        seeds: Sequence[Sequence[int]],
+        sampling: Mapping[str, Any],
     ) -> list[Sampled]:
-        """One completion per (prompt, seed), prompts outermost.
+        """One completion per (prompt, seed), prompts outermost; only a child process takes prompts with pictures.
 
         Each is a request of its own: vLLM seeds child i of one request with seed + i, which would make
         neighbouring seeds share samples.
@@ -117,7 +136,7 @@ class Engine(Protocol):
             sampling: further fields of vLLM's ``SamplingParams``.
 
         Raises:
-            InvalidRequestError: vLLM refuses a request.
+            InvalidRequestError: vLLM refuses a request, or reads a prompt with pictures as other tokens.
         """
         ...
 

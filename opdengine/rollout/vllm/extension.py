@@ -19,12 +19,12 @@ from opdengine.rollout.vllm.weight_names import as_in_checkpoint, model_weights
 class PolicyLoader:
     """Mixed into vLLM's workers."""
 
-    def describe_engine(self: Any) -> dict[str, Any]:
-        """The fields of :class:`~opdengine.rollout.vllm.engine.EngineInfo`."""
+    def describe_engine(self: Any, sees: bool = False) -> dict[str, Any]:
+        """The fields of :class:`~opdengine.rollout.vllm.engine.EngineInfo`; ``sees``: of the model with its tower."""
         from vllm.platforms import current_platform
 
         config = self.vllm_config.model_config
-        shapes, tied = model_weights(config.model, config.trust_remote_code)
+        shapes, tied = model_weights(config.model, config.trust_remote_code, sees)
         return {
             "is_cpu": current_platform.is_cpu(),
             "window": config.max_model_len,
@@ -37,12 +37,16 @@ class PolicyLoader:
         }
 
     def load_policy_file(
-        self: Any, path: str | None = None, names: Mapping[str, str] | None = None, low_rank: str | None = None
+        self: Any,
+        path: str | None = None,
+        names: Mapping[str, str] | None = None,
+        low_rank: str | None = None,
+        sees: bool = False,
     ) -> None:
         """Load a stored policy, or the model's own checkpoint when path is None.
 
         A policy that is here already is not loaded again: its files never change. So several processes that
-        find a server without their policy may all give it back.
+        find a server without their policy may all give it back. Weights that ``names`` leaves out stay as they are.
         """
         policy = (path, low_rank)
         if path is not None and policy == getattr(self, "loaded_policy", None):
@@ -57,7 +61,7 @@ class PolicyLoader:
         else:
             config = self.vllm_config.model_config
             stored = read_policy(path, names or {}, low_rank, self.device)
-            weights = as_in_checkpoint(stored, config.model, config.trust_remote_code)
+            weights = as_in_checkpoint(stored, config.model, config.trust_remote_code, sees)
         self.reload_weights(weights_iterator=weights)
         _pack_experts(self.model_runner.get_model())
         self.loaded_policy = policy

@@ -13,6 +13,9 @@ from opdengine.rollout.vllm.remote import OwnServer, ServerEngine
 from opdengine.rollout.vllm.sampler import VLLMSampler
 from opdengine.rollout.vllm.serve import is_loopback
 
+MOST_IMAGES = 64
+"""Of one prompt."""
+
 
 def open_child(
     model: str,
@@ -33,6 +36,8 @@ def open_child(
     cpu_threads: int | None = None,
     start_timeout: float = 900.0,
     response_timeout: float = 3600.0,
+    sees: bool = False,
+    fixed: Sequence[str] = (),
 ) -> VLLMSampler:
     """A sampler with an engine of its own, in a child process.
 
@@ -55,13 +60,14 @@ def open_child(
         cpu_threads: threads of the engine's CPU kernels; None: one less than there are cores.
         start_timeout: seconds to load the model.
         response_timeout: seconds for one call; an engine that takes longer is stopped.
+        sees, fixed: see :class:`VLLMSampler`.
 
     Raises:
         VLLMMissingError: vLLM is not installed.
         EngineError: the engine did not start; the message holds the end of its log.
     """
     require_vllm("set use_vllm to false to sample without it")
-    config = {
+    config: dict[str, Any] = {
         "model": str(model),
         "dtype": dtype,
         "max_model_len": max_model_len,
@@ -74,9 +80,11 @@ def open_child(
         "enable_sleep_mode": enable_sleep_mode,
         "trust_remote_code": trust_remote_code,
     }
+    if sees:
+        config |= {"limit_mm_per_prompt": {"image": MOST_IMAGES, "video": 0}}
     folders = private_folders()
     engine = ChildEngine(config, folders, devices, cpu_threads, start_timeout, response_timeout)
-    return VLLMSampler(engine, tokenizer, folders, stop_ids=stop_ids)
+    return VLLMSampler(engine, tokenizer, folders, stop_ids=stop_ids, sees=sees, fixed=fixed)
 
 
 def open_server(

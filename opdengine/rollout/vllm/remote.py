@@ -19,6 +19,7 @@ from opdengine.rollout.vllm.engine import (
     EngineError,
     EngineInfo,
     InvalidRequestError,
+    PicturePrompt,
     Sampled,
     end_of_log,
 )
@@ -173,11 +174,17 @@ class ServerEngine:
         self.stamp(name)
 
     def generate(
-        self, prompts: Sequence[np.ndarray], seeds: Sequence[Sequence[int]], sampling: Mapping[str, Any]
+        self,
+        prompts: Sequence[np.ndarray | PicturePrompt],
+        seeds: Sequence[Sequence[int]],
+        sampling: Mapping[str, Any],
     ) -> list[Sampled]:
+        texts = [prompt for prompt in prompts if not isinstance(prompt, PicturePrompt)]
+        if len(texts) < len(prompts):
+            raise InvalidRequestError(f"no pictures are sent to {self.name}; set vllm_mode: colocate")
         bodies = [
             {"token_ids": ids.tolist(), "sampling_params": {**sampling, "seed": seed}}
-            for ids, row in zip(prompts, seeds, strict=True)
+            for ids, row in zip(texts, seeds, strict=True)
             for seed in row
         ]
         most = int(sampling["max_tokens"])

@@ -26,6 +26,8 @@ from opdengine.rollout.vllm.engine import (
     EngineDiedError,
     EngineError,
     EngineInfo,
+    InvalidRequestError,
+    PicturePrompt,
     Sampled,
 )
 from opdengine.rollout.vllm.folders import path_with_room, remove_folders
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     import torch
 
     from opdengine.models.lora import LowRank
+    from opdengine.models.vision import Vision
 
 T = TypeVar("T")
 
@@ -71,6 +74,8 @@ class VLLMSampler:
         ranks: that take part in updates.
         owner: the rank that sends weights to this engine.
         stop_ids: tokens that end a completion, beside those that vLLM reads from the model's files.
+        sees: whether the engine is given pictures.
+        fixed: beginnings of the names of weights that are never trained: the engine keeps those of its checkpoint.
 
     Raises:
         EngineError: the engine cannot be reached, or cannot be trained with.
@@ -90,7 +95,10 @@ class VLLMSampler:
         ranks: Ranks | None = None,
         owner: int = 0,
         stop_ids: Sequence[int] = (),
+        sees: bool = False,
+        fixed: Sequence[str] = (),
     ) -> None:
+        self._sees, self._fixed = sees, tuple(fixed)
         self.tokenizer = tokenizer
         self.stop_ids = tuple(stop_ids)
         self.restarts = 0
@@ -104,10 +112,12 @@ class VLLMSampler:
         try:
             self._name = self._shared(secrets.token_hex(4))
             with self._ranks.agree():
-                self.info = engine.describe()
+                self.info = self._without_fixed(engine.describe())
                 self._check(dtype)
                 if self._owns:
                     self._dry_sync()
+                if sees and getattr(tokenizer, "vision", None) is not None:
+                    self._probe_pictures(tokenizer.vision)
         except BaseException:
             self.close()
             raise
@@ -124,7 +134,7 @@ class VLLMSampler:
             EngineError: the engine failed.
         """
         _check_temperature(params.temperature)
-        prompts = [self._prompt_ids(request, params.max_tokens) for request in requests]
+        prompts = [self._prompt(request, params.max_tokens) for request in requests]
         if not prompts:
             return []
         seeds = [[_seed(params, r, i) for i in range(params.n)] for r in requests]
@@ -226,6 +236,20 @@ class VLLMSampler:
                 "architecture or quantisation cannot be updated in place"
             )
 
+    def _probe_pictures(self, vision: Vision) -> None:
+        """See that vLLM and the trainer read prompts with pictures as the same tokens.
+
+        Raises:
+            EngineError: they do not, or vLLM cannot read them.
+        """
+        room = self.info.window - int(PROBE["max_tokens"])
+        probes = [p for p in vision.probe() if len(p) <= room]
+        prompts = [PicturePrompt(np.array(p, dtype=np.int64), vision.marked(p.text), p.images) for p in probes]
+        try:
+            self._engine.generate(prompts, [[0]] * len(prompts), PROBE)
+        except InvalidRequestError as error:
+            raise EngineError(str(error)) from None
+
     def _probe(self) -> np.ndarray:
         """float32 [T]: log-probs of a greedy completion."""
         count = min(16, self.info.window - 4)
@@ -233,7 +257,10 @@ class VLLMSampler:
         return self._engine.generate([ids], [[0]], PROBE)[0].logprobs
 
     def _sample(
-        self, prompts: Sequence[np.ndarray], seeds: Sequence[Sequence[int]], sampling: Mapping[str, Any]
+        self,
+        prompts: Sequence[np.ndarray | PicturePrompt],
+        seeds: Sequence[Sequence[int]],
+        sampling: Mapping[str, Any],
     ) -> list[Sampled]:
         """One sample per (prompt, seed), all of the weights of :attr:`policy_version`."""
         for attempt in (1, 2):
@@ -307,7 +334,12 @@ class VLLMSampler:
 
         To the end on every rank, since it takes all of them to gather one that is split.
         """
-        return iter(() if self._stored_base(low_rank) else weights)
+        changing = (pair for pair in weights if not pair[0].startswith(self._fixed))
+        return iter(() if self._stored_base(low_rank) else changing)
+
+    def _without_fixed(self, info: EngineInfo) -> EngineInfo:
+        """What an engine says of the weights that it is sent."""
+        return replace(info, shapes={n: shape for n, shape in info.shapes.items() if not n.startswith(self._fixed)})
 
     def _stored_base(self, low_rank: LowRank | None) -> StoredPolicy | None:
         """What the next policy shares with the last one, so that its weights are not read again."""
@@ -328,12 +360,18 @@ class VLLMSampler:
             raise
         return path
 
-    def _prompt_ids(self, request: Request, max_tokens: int) -> np.ndarray:
-        if request.images:
+    def _prompt(self, request: Request, max_tokens: int) -> np.ndarray | PicturePrompt:
+        ids = self._prompt_ids(request, max_tokens)
+        if not request.images:
+            return ids
+        if not self._sees or not request.text:
             raise ValueError(
-                f"prompt {request.id!r} has pictures, which are not sent to vLLM yet: set use_vllm to false, or images "
-                "to 'text' or 'omit'"
+                f"prompt {request.id!r} has pictures, which are not sent to {self._engine.name}: set use_vllm to "
+                "false, or images to 'text' or 'omit'"
             )
+        return PicturePrompt(ids, self.tokenizer.vision.marked(request.text), request.images)
+
+    def _prompt_ids(self, request: Request, max_tokens: int) -> np.ndarray:
         check_room(request, max_tokens, self.info.window)
         ids = np.asarray(request.token_ids)
         if ids.dtype.kind not in "iu":

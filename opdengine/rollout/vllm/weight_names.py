@@ -16,30 +16,34 @@ from pathlib import Path
 from typing import Any
 
 from opdengine.errors import ConfigError
+from opdengine.models.processor import reader_of
 
 LAYER = re.compile(r"(.*?\.\d+(?=\.))?")
 """The part of a weight's name up to its layer's number; empty outside the layers."""
 
 
 @cache
-def empty_model(model: str, trust_remote_code: bool) -> Any:
-    """The transformers model without its weights; allocates nothing."""
+def empty_model(model: str, trust_remote_code: bool, sees: bool = False) -> Any:
+    """The transformers model without its weights; allocates nothing. ``sees``: with the tower that reads pictures."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    kind = reader_of(config, sees)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        empty = kind.from_config(config, trust_remote_code=trust_remote_code)
     empty.tie_weights()
     return empty
 
 
-def model_weights(model: str, trust_remote_code: bool) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+def model_weights(
+    model: str, trust_remote_code: bool, sees: bool = False
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Names and shapes of the ``state_dict``, and which names share storage."""
     shapes: dict[str, tuple[int, ...]] = {}
     tied: dict[str, str] = {}
     owner: dict[int, str] = {}
-    for name, tensor in empty_model(model, trust_remote_code).state_dict(keep_vars=True).items():
+    for name, tensor in empty_model(model, trust_remote_code, sees).state_dict(keep_vars=True).items():
         shapes[name] = tuple(tensor.shape)
         first = owner.setdefault(id(tensor), name)
         if first != name:
@@ -52,7 +56,7 @@ Conversion = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 @cache
-def find_naming(model: str, trust_remote_code: bool) -> Conversion:
+def find_naming(model: str, trust_remote_code: bool, sees: bool = False) -> Conversion:
     """The conversion after which every name is one of the checkpoint's, or that of a weight tied to one.
 
     A tied weight that the checkpoint leaves out is sent all the same: vLLM, which ties the two at its first load
@@ -61,12 +65,13 @@ def find_naming(model: str, trust_remote_code: bool) -> Conversion:
     Args:
         model: folder or hub name of the checkpoint.
         trust_remote_code: run code that comes with the model.
+        sees: whether the model is loaded with its tower.
 
     Raises:
         ConfigError: there is none; says which names the checkpoint does not have.
     """
-    empty = empty_model(model, trust_remote_code)
-    weights, (_, tied) = dict(empty.state_dict()), model_weights(model, trust_remote_code)
+    empty = empty_model(model, trust_remote_code, sees)
+    weights, (_, tied) = dict(empty.state_dict()), model_weights(model, trust_remote_code, sees)
     known = checkpoint_names(model)
     nearest: list[str] = []
     for convert in _conversions(empty):
@@ -85,15 +90,15 @@ def find_naming(model: str, trust_remote_code: bool) -> Conversion:
 
 
 def as_in_checkpoint(
-    weights: Iterable[tuple[str, Any]], model: str, trust_remote_code: bool
+    weights: Iterable[tuple[str, Any]], model: str, trust_remote_code: bool, sees: bool = False
 ) -> Iterator[tuple[str, Any]]:
     """Weights by the names and shapes of the model's checkpoint files.
 
     Args:
         weights: by the names of the ``state_dict``; at most one layer at a time is held.
-        model, trust_remote_code: see :func:`find_naming`.
+        model, trust_remote_code, sees: see :func:`find_naming`.
     """
-    convert = find_naming(model, trust_remote_code)
+    convert = find_naming(model, trust_remote_code, sees)
     for _, layer in groupby(weights, key=lambda item: LAYER.match(item[0])[0]):  # type: ignore[index]
         yield from convert(dict(layer)).items()
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import select
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opdengine.models.pictures import open_picture
 from opdengine.rollout.vllm.engine import FRESH, NO_STAMP
 from opdengine.rollout.vllm.extension import WORKER_EXTENSION
+from opdengine.types import Image
 from opdengine.workers.talk import Answer, Question, answer_questions
 
 MIN_CPU_KV_BYTES, MAX_CPU_KV_BYTES = 64 << 20, 2 << 30
@@ -17,6 +20,10 @@ MIN_CPU_KV_BYTES, MAX_CPU_KV_BYTES = 64 << 20, 2 << 30
 
 class Cancelled(Exception):
     """The parent does not want the answer any more."""
+
+
+class ReadOtherwise(Exception):
+    """vLLM makes other tokens of a prompt with pictures than the trainer does."""
 
 
 class Engine:
@@ -38,6 +45,7 @@ class Engine:
         self._channel = channel
         self._stamp = FRESH
         self._asleep = False
+        self._sees = "limit_mm_per_prompt" in config
         eager = config["enforce_eager"]
         kv_bytes = config["kv_cache_memory_bytes"]
         if self._is_cpu and kv_bytes is None:
@@ -54,21 +62,33 @@ class Engine:
             logprobs_mode="processed_logprobs",
             worker_extension_cls=WORKER_EXTENSION,
         )
-        self.info = [os.getpid(), self._llm.collective_rpc("describe_engine")[0]]
+        self.info = [os.getpid(), self._llm.collective_rpc("describe_engine", args=(self._sees,))[0]]
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Mapping[str, Any]
+        self, prompts: Sequence[Any], seeds: Sequence[Sequence[int]], sampling: Mapping[str, Any]
     ) -> tuple[str, list[Any]]:
         """Sample once per (prompt, seed), prompts outermost.
+
+        Args:
+            prompts: token ids; with pictures a mapping of ``marked`` ids, the ``pictures`` in base64, and the ids that
+                the prompt must be ``read_as``.
+            seeds: of the samples of each prompt.
+            sampling: further fields of vLLM's ``SamplingParams``.
 
         Returns:
             The name of the weights and (token ids, log-probs, reason) of every sample.
         """
         from vllm import SamplingParams
 
-        inputs = [{"prompt_token_ids": ids} for ids, row in zip(prompts, seeds, strict=True) for _ in row]
+        rows = [(_input(prompt), len(row)) for prompt, row in zip(prompts, seeds, strict=True)]
+        inputs = [given for given, count in rows for _ in range(count)]
         parameters = [SamplingParams(seed=seed, flat_logprobs=True, **sampling) for row in seeds for seed in row]
-        outputs = [output.outputs[0] for output in self._run(inputs, parameters)]
+        found = self._run(inputs, parameters)
+        asked = [prompt for prompt, row in zip(prompts, seeds, strict=True) for _ in row]
+        for prompt, output in zip(asked, found, strict=True):
+            if isinstance(prompt, Mapping):
+                _require_same(list(output.prompt_token_ids), prompt["read_as"])
+        outputs = [output.outputs[0] for output in found]
         return self._stamp, [(list(o.token_ids), o.logprobs.logprobs, str(o.finish_reason)) for o in outputs]
 
     def _run(self, inputs: list[Any], parameters: list[Any]) -> list[Any]:
@@ -92,9 +112,11 @@ class Engine:
         self._stamp = NO_STAMP
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
-        self._llm.collective_rpc("load_policy_file", args=tuple(stored))
+        self._llm.collective_rpc("load_policy_file", args=tuple(stored), kwargs={"sees": self._sees})
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM refused to reset its prefix cache after a weight update")
+        if self._sees:  # what the tower made of pictures before
+            self._llm.llm_engine.reset_encoder_cache()
         self._stamp = stamp
 
     def sleep(self) -> None:
@@ -112,6 +134,24 @@ class Engine:
     def close(self) -> None:
         """Stop vLLM's own workers, if it has any."""
         self._llm.llm_engine.engine_core.shutdown()
+
+
+def _input(prompt: Any) -> dict[str, Any]:
+    """A prompt in vLLM's form; its processor puts the tokens of pictures in place of their marks."""
+    if not isinstance(prompt, Mapping):
+        return {"prompt_token_ids": prompt}
+    files = [Image("", 0, 0, base64.b64decode(text)) for text in prompt["pictures"]]
+    return {"prompt_token_ids": prompt["marked"], "multi_modal_data": {"image": list(map(open_picture, files))}}
+
+
+def _require_same(found: list[int], wanted: list[int]) -> None:
+    if found != wanted:
+        place = next((i for i, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), -1)
+        first = f", and they differ at {place} ({found[place]}, {wanted[place]})" if place >= 0 else ""
+        raise ReadOtherwise(
+            f"vLLM reads a prompt with pictures as {len(found)} tokens, the trainer as {len(wanted)}{first}: its "
+            "processor is another one than transformers'; set use_vllm to false, or images to 'text' or 'omit'"
+        )
 
 
 def serve(channel: int) -> None:
@@ -133,7 +173,7 @@ def serve(channel: int) -> None:
             return {operation: getattr(engine, operation)(*question[operation])}
         except Cancelled:
             return {"cancelled": True}
-        except VLLMClientError as error:
+        except (VLLMClientError, ReadOtherwise) as error:
             return {"invalid": str(error)}
         except Exception as error:  # whatever it is, the parent must hear of it
             traceback.print_exc()
