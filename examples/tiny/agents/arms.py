@@ -168,6 +168,8 @@ def summary(
     """What is kept of a run."""
     health = [n for n in lines[0] if n.startswith(("sage/", "teacher_weight/", "tcod/")) and "turns_" not in n]
     phases = ("rollout", "debate", "score", "update")
+    # The episodes of MT-SeqKD are the teacher's.
+    curves = [n for n in CURVES if n in lines[0] and (n, arm.settings["method"]) != ("episodes/success", "mt_seqkd")]
     return {
         "arm": arm.name,
         "title": arm.title,
@@ -176,7 +178,7 @@ def summary(
         "phases": {p: round(sum(line.get(f"timing/{p}", 0.0) for line in lines), 1) for p in phases},
         "after": {name: round(value, 4) for name, value in after.items()},
         "mean": {n: round(float(np.mean([line[n] for line in lines if n in line])), 4) for n in health},
-        "curve": {n: [round(line.get(n, 0.0), 3) for line in lines] for n in CURVES if n in lines[0]},
+        "curve": {n: [round(line.get(n, 0.0), 3) for line in lines] for n in curves},
     }
 
 

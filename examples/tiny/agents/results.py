@@ -104,7 +104,8 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
         axes[0].set_xlabel("games won, greedy (95 % interval)")
         axes[0].set_xlim(0, 1)
         axes[0].legend(frameon=False, fontsize=8)
-        for number, name in enumerate(dict.fromkeys(run["arm"] for run in runs)):
+        played = [run for run in runs if "episodes/success" in run["curve"]]
+        for number, name in enumerate(dict.fromkeys(run["arm"] for run in played)):
             of_arm = [run for run in runs if run["arm"] == name]
             curve = np.mean([run["curve"]["episodes/success"] for run in of_arm], axis=0)
             window = min(5, len(curve))

@@ -33,6 +33,8 @@ def arms() -> list[Arm]:
         sage("inverted", "SAGE-OPD, inverted, same rate", intervention="inverted"),
         sage("history", "SAGE-OPD, judge sees history", judge_history=True),
         sage("next_obs", "SAGE-OPD, judge sees what happened", judge_next_observation=True),
+        arm("sft", "supervised on the teacher's episodes", "mt_seqkd"),
+        arm("sft_won", "supervised on those it wins", "mt_seqkd", mt_seqkd={"successful_only": True}),
     ]
 
 
