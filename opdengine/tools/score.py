@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from opdengine.models.chat import shared_vocabulary, stop_token_ids
 from opdengine.teachers.shard import Session
 from opdengine.teachers.stored import StoredTeacher
 from opdengine.training.build_teachers import align_tokenizers, attach, load_teachers, reach_teachers, serve_teachers
+from opdengine.training.event_loop import run_coroutine
 from opdengine.training.inputs import Inputs, read_inputs
 from opdengine.training.run import check_needs
 from opdengine.training.step import Engine
@@ -61,7 +61,7 @@ def score_given(config: TrainConfig, progress: Callable[[str], None] = lambda te
         with Grader.from_config(config) as grader:
             given = read_inputs(config, method, grader, ranks)
         ranks.raise_on_all_ranks()
-        return asyncio.run(_score(_engine(config, method, given, ranks), given, progress))
+        return run_coroutine(_score(_engine(config, method, given, ranks), given, progress))
 
 
 def _engine(config: TrainConfig, method: Method, given: Inputs, ranks: Ranks) -> Engine:
