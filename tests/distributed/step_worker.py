@@ -113,7 +113,7 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     def note(loss: float, norm: float) -> dict[str, float]:
         if not gradients:
             named = engine.student.model.named_parameters()
-            gradients.update({n: whole(p.grad).clone() for n, p in named if p.grad is not None})
+            gradients.update({n: whole(p.grad).clone().cpu() for n, p in named if p.grad is not None})
         return take(loss, norm)
 
     engine._optimizer_step = note  # type: ignore[method-assign]
@@ -131,7 +131,8 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         engine.episodes.close()
     return {
         "gradients": gradients,
-        "weights": {name: value.clone() for name, value in whole_weights(engine.student.model)},
+        "weights": {name: value.clone() for name, value in whole_weights(engine.student.model, host=True)},
+        "device": str(engine.student.device),
         "metrics": [r.metrics for r in results],
         "recomputed": [recompute_loss(arrays for _, arrays in r.tokens) for r in results],
         "head_rows": ranks.gather(engine.student.head_rows.weight.shape[0] if engine.student.has_split_head else 0),

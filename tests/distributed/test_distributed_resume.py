@@ -86,6 +86,32 @@ def test_resumed_on_as_many_processes_the_weights_are_the_same_bits(world: Path)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
+def test_on_a_pretend_device_a_resumed_run_ends_as_one_that_was_not_stopped(
+    world: Path, models: dict[str, str]
+) -> None:
+    """With teachers and vocabulary split, bfloat16, evaluation and checkpoints: no tensor is left on the CPU."""
+    settings = yaml.safe_load((world / "run.yaml").read_text())
+    settings["teachers"] = [{"model": models[name], "shard": True} for name in ("big", "small")]
+    (world / "device.yaml").write_text(yaml.safe_dump({**settings, "vocab_parallel_head": True, "bf16": True}))
+    device = str(Path(__file__).with_name("on_pretend_device.py"))
+
+    def train_there(*arguments: str) -> None:
+        where = ("--config", str(world / "device.yaml"), "--output_dir", str(world / "device"), *arguments)
+        done = torchrun(2, device, WORKER, *where)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    train_there()
+    whole = final(world / "device")
+    assert len(list_checkpoints(world / "device" / "checkpoints")) == 2
+    assert len((world / "device" / "evaluations" / f"step_{STEPS}.jsonl").read_text().splitlines()) == 3
+    shutil.rmtree(world / "device" / "final")
+    shutil.rmtree(world / "device" / "checkpoints" / "step_4")
+    train_there("--resume_from_checkpoint", "latest")
+    again = final(world / "device")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
 def test_resumed_on_one_process_the_data_go_on_in_the_same_order(world: Path) -> None:
     half(world, "alone")
     shutil.rmtree(world / "alone" / "rollouts")

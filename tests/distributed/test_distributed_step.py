@@ -8,6 +8,7 @@ near 0 into steps.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ranks_helpers import LEARNING_RATE, same_steps, torchrun
 from tiny.agents.house import HOUSE
 
 WORKER = Path(__file__).with_name("step_worker.py")
+DEVICE = str(Path(__file__).with_name("on_pretend_device.py"))
 WORLDS = (1, 2, 4)
 TAU = 4.0
 """Amid the entropies of the tiny teachers, nats."""
@@ -142,11 +144,17 @@ def found(models: dict[str, str], prompt_file: str, tmp_path_factory: pytest.Tem
     for world in WORLDS:
         cases = {name: {**case, "config": settings(case, models, prompt_file, root / f"{name}-{world}")}
                  for name, case in CASES.items()}  # fmt: skip
-        (root / f"{world}.json").write_text(json.dumps(cases))
-        done = torchrun(world, str(WORKER), str(root / f"{world}.json"), str(root / f"{world}.pt"))
-        assert done.returncode == 0, done.stderr[-5000:]
-        results[world] = torch.load(root / f"{world}.pt", weights_only=False)
+        results[world] = run_cases(cases, world, root)
     return results
+
+
+def run_cases(cases: Mapping[str, dict[str, Any]], world: int, root: Path, *before: str) -> dict[str, Any]:
+    """What ``step_worker.py``, which ``before`` may start, found on ``world`` processes; ``root`` holds its files."""
+    (root / f"{world}.json").write_text(json.dumps(cases))
+    done = torchrun(world, *before, str(WORKER), str(root / f"{world}.json"), str(root / f"{world}.pt"))
+    assert done.returncode == 0, done.stderr[-5000:]
+    found: dict[str, Any] = torch.load(root / f"{world}.pt", weights_only=False)
+    return found
 
 
 def settings(case: dict[str, Any], models: dict[str, str], prompt_file: str, folder: Path) -> dict[str, Any]:
@@ -216,6 +224,28 @@ def test_no_process_holds_a_whole_head_where_it_is_split(found: dict[int, Any], 
         for world in WORLDS[1:]:
             held = found[world][case]["head_rows"]
             assert sum(held) == rows and max(held) == -(-rows // world)
+
+
+ON_DEVICE = ("split_vocabulary", "adapter")
+"""Cases that the ordinary suite runs on the pretend device, with teachers that are split, too."""
+LEFT = [name for name in CASES if name not in ON_DEVICE]
+
+
+@pytest.mark.parametrize(
+    "names", [ON_DEVICE, *(pytest.param(tuple(LEFT[i::4]), marks=pytest.mark.slow) for i in range(4))]
+)
+def test_on_a_pretend_device_two_processes_find_what_one_does_on_the_cpu(
+    found: dict[int, Any], models: dict[str, str], prompt_file: str, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    """No tensor is left on the CPU: neither by FSDP2 nor where the vocabulary is split."""
+    cases = {}
+    for name in names:
+        case = {**CASES[name], "teacher": {"shard": True}} if name in ON_DEVICE else CASES[name]
+        cases[name] = {**case, "config": settings(case, models, prompt_file, tmp_path / name)}
+    many = run_cases(cases, 2, tmp_path, DEVICE)
+    for name in names:
+        assert many[name]["device"] == "pretend:0"
+        same_steps(found[1][name], many[name], CASES[name].get("tolerance", 1e-4))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,7 +2,9 @@
 
 It stands for a GPU where only places matter. As on CUDA an operator whose tensors are in two places raises, except
 for copies, numbers (tensors without dimensions) and index tensors of ``x[index]``; ``numpy()`` raises; a tensor that
-is made without ``device=`` stays on the CPU. Speed, races and the precision of a GPU's products are not those of one.
+is made without ``device=`` stays on the CPU. Processes exchange its tensors over gloo, and FSDP2 splits them: its
+streams are those of the CPU, which do nothing. Speed, races, the precision of products and the place of a random
+generator are not those of a GPU.
 
 Importing this registers the device for the whole process: tests that use it run in their own (``pretend_cases.py``).
 """
@@ -27,6 +29,10 @@ JOINS = {"aten::cat", "aten::stack"}
 """Operators that take no number from the CPU either."""
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "scaled_dot_product_attention")
 """What autocast computes in half precision."""
+MAKERS = ("empty_strided", "empty.memory_format", "arange", "arange.start", "arange.start_step")
+"""Operators without a tensor among their arguments that call no other one, or one that would resize its result."""
+WAITING = "_c10d_functional::_wrap_tensor_autograd"
+"""Wraps what a collective between processes will have written when it is first used; here it is waited for at once."""
 
 
 class Pretend(torch.Tensor):
@@ -64,6 +70,21 @@ class Pretend(torch.Tensor):
         return f"Pretend({self.inner})"
 
 
+class PretendGenerator(torch.Generator):
+    """Random numbers of the device: those of the CPU."""
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        here = torch.device(device).type == NAME
+        return super().__new__(cls, "cpu") if here else GENERATOR(device)
+
+    @property
+    def device(self) -> torch.device:
+        return DEVICE
+
+
+GENERATOR = torch.Generator
+
+
 def unwrapped(x: Any) -> Any:
     """The CPU's form of an argument."""
     if isinstance(x, Pretend):
@@ -81,7 +102,10 @@ def check_places(name: str, here: list[Pretend], elsewhere: list[torch.Tensor]) 
 
 def compute(operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the numbers inside, after a check that its tensors are in one place."""
-    name, tensors = operator._schema.name, [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    name = operator._schema.name
+    if name == WAITING:
+        return Pretend(torch.ops._c10d_functional.wait_tensor(args[0].inner))
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     here = [x for x in tensors if isinstance(x, Pretend)]
     check_places(name, here, [x for x in tensors if not isinstance(x, Pretend)])
     wanted = kwargs.get("device")
@@ -98,7 +122,11 @@ def compute(operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def wrapped(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
-        return known[id(x)] if id(x) in known else Pretend(x) if to_here else x
+        if id(x) not in known:
+            return Pretend(x) if to_here else x
+        if known[id(x)].shape != x.shape:
+            raise NotImplementedError(f"{name} gives a tensor on {DEVICE} another size")
+        return known[id(x)]
 
     return tree_map(wrapped, result)
 
@@ -138,14 +166,17 @@ def register() -> None:
     every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     aten.impl("_copy_from", copy_from, "PrivateUse1")
     aten.impl("_local_scalar_dense", lambda x: x.inner.item(), "PrivateUse1")
-    aten.impl("empty_strided", maker(torch.ops.aten.empty_strided.default), "PrivateUse1")
-    aten.impl("empty.memory_format", maker(torch.ops.aten.empty.memory_format), "PrivateUse1")
+    for name in MAKERS:
+        operator, _, overload = name.partition(".")
+        aten.impl(name, maker(getattr(getattr(torch.ops.aten, operator), overload or "default")), "PrivateUse1")
     for name in PRODUCTS:
         aten.impl(name, in_half(getattr(torch.ops.aten, name).default), "AutocastPrivateUse1")
     module = type(getattr(torch, NAME))
     module.get_amp_supported_dtype = lambda self: [torch.bfloat16, torch.float16]
     module.current_device = lambda self: 0
     module.device_count = lambda self: 1
+    for name in ("Stream", "Event", "current_stream", "stream"):
+        setattr(module, name, staticmethod(getattr(torch.cpu, name)))
     tolist, numpy = torch.Tensor.tolist, torch.Tensor.numpy
 
     def to_numpy(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -159,6 +190,8 @@ def register() -> None:
         """As on CUDA, where the device of a tensor changes with its data."""
         if isinstance(self, Pretend) == isinstance(value, Pretend):
             data.__set__(self, value)
+            if isinstance(self, Pretend):
+                self.inner = value.inner.detach()
             return
         other = value.detach()
         if isinstance(self, torch.nn.Parameter):
@@ -172,6 +205,7 @@ def register() -> None:
     )
     torch.Tensor.data = property(data.__get__, set_data)  # type: ignore[assignment]
     torch.Tensor.tolist = lambda self: tolist(unwrapped(self))  # type: ignore[method-assign]
+    torch.Generator = PretendGenerator  # type: ignore[misc]
     torch.Tensor.numpy = to_numpy  # type: ignore[method-assign]
 
 
