@@ -31,6 +31,8 @@ CUDA_TILE_ROWS = 64
 WHOLE_CHUNK_ROWS = 512
 # Weight or result of one block of a CPU's matrix product, see ``cpu_gemm``.
 PRODUCT_BLOCK_BYTES = 8 << 20
+# From logits of this size on, 32 rows of a vocabulary of 32,768, such blocks pay.
+LARGE_BYTES = 4 << 20
 # Elements of one row-sweep tile: on a CPU small enough to stay in the last-level cache between
 # sweeps.
 TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}
@@ -121,8 +123,8 @@ def plan_chunks(
         )
 
     budget = workspace_bytes - blocks - fixed_bytes
-    if device.type == "cpu" and budget >= 4 * PRODUCT_BLOCK_BYTES:
-        budget -= PRODUCT_BLOCK_BYTES
+    if device.type == "cpu":
+        budget -= product_block_bytes(budget)
     tile_rows = max(1, min(rows, TILE_ELEMENTS.get(device.type, 1 << 19) // vocab, budget // 8 // max(1, scratch_row)))
     budget -= tile_rows * scratch_row
     weight_rows = 0
@@ -145,6 +147,12 @@ def plan_chunks(
         fitting = (budget - chunk_rows * logits_row) // (chunk_rows * gradient_row)
         gradient_rows = chunk_rows * max(1, min(8, fitting, -(-rows // chunk_rows)))
     return ChunkPlan(chunk_rows, tile_rows, weight_rows, gradient_rows, blocks)
+
+
+def product_block_bytes(whole: int) -> int:
+    """Most bytes of one block of a product on a CPU whose logits, or the budget that they must fit, have ``whole``;
+    0 where blocks do not pay."""
+    return 0 if whole < LARGE_BYTES else min(PRODUCT_BLOCK_BYTES, whole // 4)
 
 
 def balanced(rows: int, largest: int, step: int = 1) -> int:

@@ -18,10 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunking import PRODUCT_BLOCK_BYTES, spans
-
-LARGE_BYTES = 4 * PRODUCT_BLOCK_BYTES
-"""Logits of this size make the blocks worth it; the plan of a pass then has room for one."""
+from .chunking import product_block_bytes, spans
 
 BLOCK_COLUMNS = 4096
 """At most; some of oneDNN's kernels add them up one after the other."""
@@ -39,13 +36,10 @@ def linear() -> Any:
 def blocks(matrix: Tensor, width: int) -> int | None:
     """Columns in a block of products with ``matrix`` [c, V] and hidden size ``width``; None where
     ``torch.mm`` is to be used."""
-    if matrix.device.type != "cpu" or matrix.dtype != torch.float32 or matrix.numel() * 4 < LARGE_BYTES:
+    most = product_block_bytes(4 * matrix.numel())
+    if matrix.device.type != "cpu" or matrix.dtype != torch.float32 or most == 0 or linear() is None:
         return None
-    return (
-        None
-        if linear() is None
-        else min(BLOCK_COLUMNS, max(1, PRODUCT_BLOCK_BYTES // 4 // max(width, matrix.shape[0])))
-    )
+    return min(BLOCK_COLUMNS, max(1, most // 4 // max(width, matrix.shape[0])))
 
 
 def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opd_kernels import TeacherHead, cpu_gemm, linear_divergence
+from opd_kernels import TeacherHead, chunking, cpu_gemm, linear_divergence
 
 ROWS, VOCAB, WIDTH = 70, 120_001, 24
 
@@ -58,3 +58,13 @@ def test_divergence_of_a_large_vocabulary(operands):
 
     for mine, exact in zip(gradients(torch.float32), gradients(torch.float64, impl="reference"), strict=True):
         assert (mine.double() - exact).norm() <= 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 9, 32, ROWS])
+def test_blocks_take_no_more_than_the_plan_leaves_them(rows):
+    """A block of the result is at most a quarter of the logits, which share a budget with it."""
+    matrix = torch.empty(rows, VOCAB)
+    block = cpu_gemm.blocks(matrix, WIDTH)
+    assert (block is None) == (4 * matrix.numel() < chunking.LARGE_BYTES)
+    if block is not None:
+        assert 4 * block * max(rows, WIDTH) <= min(chunking.PRODUCT_BLOCK_BYTES, matrix.numel())

@@ -298,8 +298,9 @@ def test_bad_settings_are_refused(options, words):
 
 
 def test_products_shrink_to_the_share():
-    """Counted FLOPs: the student's logits, a tenth of the rest, and the values of 32 rows."""
-    problem = peaked(dtype=torch.float32, rows=256, vocab=4096, width=32)
+    """Counted FLOPs: the student's logits, a tenth of the rest, and the values of 32 rows; those of oneDNN, which takes
+    larger products, are not counted."""
+    problem = peaked(dtype=torch.float32, rows=256, vocab=4000, width=32)
     counted = []
     for options in ({}, {"vocab_sample": SHARE}):
         with FlopCounterMode(display=False) as counter:
