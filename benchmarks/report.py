@@ -217,6 +217,35 @@ def gpu() -> str:
     return "\n".join(lines or tables({})).rstrip()
 
 
+def sampled() -> str:
+    """Gradients from sampled columns beside dense ones, on rows of a real model."""
+    document = json.loads((ROOT / "benchmarks" / "results" / "cpu_1_threads" / "real_rows.json").read_text())
+    results, about = document["results"], document["results"]["rows"]
+    lines = [
+        "| | columns | of the dense time (quartiles) | noise of dX, predicted | noise of dW, predicted |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for case, found in results.items():
+        kind, _, rows = case.partition(", ")
+        for share, figures in found.items() if kind in KINDS else ():
+            if share == "dense":
+                continue
+            first, last = figures["over_dense_quartiles"]
+            noises = [
+                f"{100 * figures[f'{which}_noise']:.2f}, {100 * figures[f'predicted_{which}_noise']:.2f} %"
+                for which in ("hidden", "weight")
+            ]
+            time = f"{figures['over_dense']:.2f} ({first:.2f}, {last:.2f})"
+            lines.append(f"| {KINDS[kind]}, {rows} | {share.replace('%', ' %')} | {time} | {' | '.join(noises)} |")
+    lines += [
+        "",
+        f"{about['rows']} rows of a model with {about['vocab']} columns of width {about['width']}, "
+        f"{about['entropy']:.1f} nats of entropy and a KL of {about['kl']:.2f} to its teacher; processor time of one "
+        "thread, on a machine with other programs.",
+    ]
+    return "\n".join(lines)
+
+
 TRAINERS = {"ours": "opdengine", "trl": "TRL `DistillationTrainer`", "trl gkd": "TRL `GKDTrainer`"}
 
 
@@ -240,6 +269,7 @@ def trainers() -> str:
 
 
 TABLES = {
+    "sampled": sampled,
     "demo": demo,
     "confidences": confidences,
     "findings": findings,
