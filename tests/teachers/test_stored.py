@@ -84,18 +84,23 @@ def files_of(folder: Path, ending: str) -> list[Path]:
 # -------------------------------------------------------------------------------------------- what is learned
 
 
-@pytest.mark.parametrize("method", ["opd", "gkd"])
+@pytest.mark.parametrize("alignment", ["none", "spans"])
 def test_loss_and_gradient_are_those_of_the_teacher(
-    models: Models, recorded_file: str, tmp_path: Path, passes: list[str], method: str
+    models: Models, recorded_file: str, tmp_path: Path, passes: list[str], alignment: str
 ) -> None:
     """To the last bit: of the teacher alone, of the step that stores, of one that reads, and of one without network."""
-    live = step_of(config_of(models, recorded_file, tmp_path, {"stored": None}, method=method), passes)
+
+    def step(**teacher: Any) -> tuple[float, dict[str, Any], dict[str, float]]:
+        teacher = {"tokenizer_alignment": alignment, **teacher}
+        return step_of(config_of(models, recorded_file, tmp_path, teacher), passes)
+
+    live = step(stored=None)
     assert passes
-    first = step_of(config_of(models, recorded_file, tmp_path, method=method), passes)
+    first = step()
     assert passes and first[2] == {"stored/hits/t": 0, "stored/misses/t": 8, "stored/damaged/t": 0}
-    again = step_of(config_of(models, recorded_file, tmp_path, method=method), passes)
+    again = step()
     assert not passes and again[2] == {"stored/hits/t": 8, "stored/damaged/t": 0}
-    alone = step_of(config_of(models, recorded_file, tmp_path, {"stored_only": True}, method=method), passes)
+    alone = step(stored_only=True)
     assert not passes and alone[2]["stored/hits/t"] == 8
     for found in (first, again, alone):
         assert_equal(live, found)
