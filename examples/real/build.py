@@ -39,8 +39,10 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 FIRST_LAYER = 14
 """Layers below keep the base's weights, so that no gradient goes there: almost half of the backward pass is saved."""
 LEARNING_RATE = 2e-3
-PHASES = ((32, {"plain": 6, "first": 3}), (44, {"plain": 2, "first": 1, "later": 3, "score": 2}))
+PHASES = ((56, {"plain": 6, "first": 3}), (52, {"plain": 2, "first": 1, "later": 3, "score": 2}))
 """(steps, lessons of each kind in a step): answers first, then debates."""
+SHARES = ((3, 1, 2), (1, 2, 3))
+"""How often each expert is taught price, total and both: ten prices take A longer to learn than anything else."""
 
 
 def main() -> None:
@@ -94,7 +96,8 @@ def teach(model: str, out: Path, expert: int, seed: int, steps: int | None = Non
     for count, kinds in phases:
         for _ in range(count):
             for kind, number in kinds.items():
-                lessons = [lesson(kind, rng.choice(SKILLS), expert, rng) for _ in range(number)]
+                skills = rng.choices(SKILLS, SHARES[expert], k=number)
+                lessons = [lesson(kind, skill, expert, rng) for skill in skills]
                 loss = supervise(base, tokenizer, lessons)
                 (loss * number / sum(kinds.values())).backward()
                 losses[kind] = loss.item()

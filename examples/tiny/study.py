@@ -163,10 +163,11 @@ def run(arm: str, seed: int, settings: Mapping[str, Any], reported: Sequence[str
     from opdengine.training.writer import read_metrics
 
     torch.set_num_threads(1)
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     result = train(from_mapping(TrainConfig, settings), progress=False)
     lines = read_metrics(result.output_dir / "metrics.jsonl")
     found = summary(arm, seed, lines, reported, time.perf_counter() - started)
+    found["processor_seconds"] = time.process_time() - used
     kept = json.dumps({"settings": settings, "run": found}, default=str)
     partial = result.output_dir / f"{FINISHED}.partial"
     partial.write_text(kept + "\n")
