@@ -52,19 +52,19 @@ def add_adapter(model: Any, config: LoRAConfig, left_out: Collection[str] = ()) 
     from peft import LoraConfig, get_peft_model
 
     targets = config.target_modules
+    adapter = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.r,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=sorted(left_out) or None,
+    )
     try:
-        adapted = get_peft_model(
-            model,
-            LoraConfig(
-                task_type="CAUSAL_LM",
-                r=config.r,
-                lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-                lora_dropout=config.lora_dropout,
-                use_rslora=config.use_rslora,
-                target_modules=targets if isinstance(targets, str) else list(targets),
-                exclude_modules=sorted(left_out) or None,
-            ),
-        )
+        # peft asks for `is_gradient_checkpointing`, which transformers 5.24 calls deprecated.
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            adapted = get_peft_model(model, adapter)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules={targets!r} is not possible: {error}") from error
     _refuse_embeddings(base_of(adapted), targets)
@@ -110,7 +110,9 @@ def _with_adapter(model: Any, folder: Path, trained: bool) -> Any:
     stored, where = set(tensor_shapes(folder / ADAPTER_FILE)), f"the adapter in {str(folder)!r}"
     name = model.name_or_path
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of what is missing
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of what is missing
+            warnings.simplefilter("ignore", FutureWarning)  # as in add_adapter
             adapted = PeftModel.from_pretrained(
                 model, str(folder), is_trainable=trained, torch_device=str(model.device)
             )

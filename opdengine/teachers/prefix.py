@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 LEAST_SAVED = 1024
 """Tokens that a shared prefix must save; below, the two extra passes cost more."""
+LEAST_WORK = 1e10
+"""The same in floating-point operations, for CPUs: they compute so slowly that a wide model's passes cost little more
+than their products."""
 
 
 class PrefixScorer:
@@ -30,6 +33,7 @@ class PrefixScorer:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self._exact: bool | None = None
+        self._weights = sum(p.numel() for name, p in backbone.trunk.named_parameters() if "embed" not in name)
 
     @torch.no_grad()
     def score(
@@ -53,7 +57,7 @@ class PrefixScorer:
         paying = [
             group
             for key, group in groups.items()
-            if len(key) // 8 * (len(group) - 1) >= LEAST_SAVED and not self._far(len(sequences[i]) for i in group)
+            if len(key) // 8 * (len(group) - 1) >= self.least_saved and not self._far(len(sequences[i]) for i in group)
         ]
         if paying and self._exact is None:
             self._exact = self._prove()
@@ -68,6 +72,13 @@ class PrefixScorer:
         )
         found |= dict(zip(rest, plain, strict=True))
         return [found[i] for i in range(len(sequences))]
+
+    @property
+    def least_saved(self) -> float:
+        """Tokens that sharing a prefix must save; every weight multiplies and adds once for a token."""
+        if self.backbone.device.type != "cpu":
+            return LEAST_SAVED
+        return min(LEAST_SAVED, LEAST_WORK / (2 * max(self._weights, 1)))
 
     @torch.no_grad()
     def _continue(

@@ -153,6 +153,26 @@ def test_a_shared_prefix_is_read_once_within_one_regime_only(monkeypatch: pytest
             torch.testing.assert_close(ours, alone(model, ids)[45:-1], rtol=1e-4, atol=1e-4)
 
 
+def test_a_prefix_is_shared_where_its_products_cost_more_than_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sequences of 40 + 8 tokens: 96 are read where sharing does not pay, and 39 + 9 + 9 where it does."""
+    scorer = PrefixScorer(Backbone(make_model("llama", True)))
+    trunk = scorer.backbone.trunk
+    weights = sum(p.numel() for p in trunk.parameters()) - trunk.get_input_embeddings().weight.numel()
+    rng = np.random.default_rng(0)
+    start = rng.integers(2, VOCAB, 40)
+    sequences = [np.concatenate([start, rng.integers(2, VOCAB, 8)]) for _ in range(2)]
+    read: list[int] = []
+    trunk.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    for saved, expected in ((40, 96), (39, 57)):
+        monkeypatch.setattr(prefix, "LEAST_WORK", 2.0 * weights * saved)
+        scorer._exact = True
+        read.clear()
+        scorer.score(sequences, [np.arange(40, 48)] * 2)
+        assert sum(read) == expected
+    monkeypatch.setattr(type(scorer.backbone), "device", torch.device("cuda"))
+    assert scorer.least_saved == prefix.LEAST_SAVED
+
+
 # -------------------------------------------------------------------------- layouts and causality
 
 

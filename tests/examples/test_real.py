@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -16,7 +17,7 @@ from opdengine.config.train import TrainConfig
 from opdengine.methods.debate.debate import Debate
 from opdengine.methods.debate.prompts import debate_prompts, parse_confidence
 from opdengine.verifiers.number import numeric
-from real import build, demo, experts, lessons, market, study, uni_study
+from real import build, demo, experts, lessons, market, sampled_study, study, uni_study
 from tiny.study import filled, merged
 
 ROOT = Path(__file__).parents[2]
@@ -166,6 +167,15 @@ def test_the_share_of_wrong_rankings_is_swept(arm, tmp_path: Path) -> None:
     assert len({row["id"] for row in rows}) == len(rows) == uni_study.QUESTIONS
     assert Counter(row["data_source"] for row in rows)["both"] == uni_study.QUESTIONS * share // 100
     assert config.train_data == [str(tmp_path / f"wrong_{share}.jsonl")]
+
+
+def test_sampled_columns_are_all_that_differs_between_the_two_trainings(tmp_path: Path) -> None:
+    dense, sampled = (
+        from_mapping(TrainConfig, {**merged(sampled_study.settings(tmp_path, 0), arm.settings), "output_dir": "run"})
+        for arm in sampled_study.ARMS
+    )
+    assert (dense.vocab_sample, sampled.vocab_sample) == (0.0, 0.1) and dense.lora is None
+    assert dataclasses.replace(sampled, vocab_sample=0.0) == dense
 
 
 @pytest.mark.slow
