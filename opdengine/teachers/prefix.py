@@ -33,7 +33,7 @@ class PrefixScorer:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self._exact: bool | None = None
-        self._weights = sum(p.numel() for name, p in backbone.trunk.named_parameters() if "embed" not in name)
+        self._weights: int = sum(p.numel() for name, p in backbone.trunk.named_parameters() if "embed" not in name)
 
     @torch.no_grad()
     def score(
