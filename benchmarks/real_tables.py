@@ -92,27 +92,36 @@ def real_example() -> str:
 
 
 def real_debate() -> str:
-    """MAD-OPD beside its controls: over seeds, or of one seed with the questions' intervals."""
-    from opdengine.training.evaluate import wilson
-    from real import market
-    from tiny.study import columns, final, headings, table_rows
+    """MAD-OPD beside its controls."""
+    return study("debate")
 
-    found = read("debate")
+
+def real_sampled() -> str:
+    """Trainings on sampled columns beside dense ones, with what they cost."""
+    found = read("sampled_training")
+    if found is None:
+        return NONE
+    cost = []
+    for arm in found["arms"]:
+        runs = [run for run in found["runs"] if run["arm"] == arm["name"]]
+        update = statistics.median(run["update_seconds"] for run in runs)
+        whole = statistics.median(run["processor_seconds"] for run in runs)
+        cost.append(f"{arm['title']}: {update:.0f} s in the updates, {whole:.0f} processor seconds in all")
+    return study("sampled_training") + "\n\nMedian over the seeds, " + "; ".join(cost) + "."
+
+
+def study(name: str) -> str:
+    """The arms of a study and the models that it graded: over seeds, or of one seed with the questions' intervals."""
+    from tiny.study import headings, table_rows
+
+    found = read(name)
     if found is None:
         return NONE
     settings, seeds = found["settings"], len(found["seeds"])
-    names, rows = headings(found)[:-1], [row[:-1] for row in table_rows(found)]
     over = f"mean ± 95 % interval over {seeds} seeds"
     if seeds == 1:
-        asked = {skill: len(market.questions("test", skill)) for skill in found["skills"]}
-        counts = [sum(asked.values()), *asked.values()]
-        for row, arm in zip(rows[len(found["models"]) :], found["arms"], strict=True):
-            for place, (metric, n) in enumerate(zip(columns(found), counts, strict=True), start=1):
-                share = final(found, arm["name"], metric)[0] / 100
-                low, high = wilson(round(share * n), n)
-                row[place] = cell({"accuracy": share, "low": low, "high": high})
-        over = f"one seed, with 95 % intervals over the {counts[0]} questions"
-    return table(names, rows) + (
+        over = f"one seed, with 95 % intervals over the {found['held_out']['eval/accuracy']} questions"
+    return table(headings(found)[:-1], [row[:-1] for row in table_rows(found)]) + (
         f"\n\nAccuracy in percent on the held-out questions after {settings['max_steps']} steps of "
         f"{settings['per_device_train_batch_size']} prompts x {settings['num_generations']} rollouts, {over}."
     )
@@ -210,6 +219,38 @@ def stored_teacher() -> str:
     )
 
 
+CASES = {"short": "at most 32 tokens", "long": "at most 160 tokens", "lora": "at most 32 tokens, LoRA"}
+TRAINERS = {"ours": "opdengine", "trl": "TRL `DistillationTrainer`", "trl gkd": "TRL `GKDTrainer`"}
+
+
+def real_steps() -> str:
+    """A whole step beside TRL's trainers, on the same completions."""
+    found = read("steps")
+    if found is None:
+        return NONE
+    rows = []
+    for name, case in found["cases"].items():
+        ours = case["ours"]
+        tokens = f"{CASES[name]} ({case['completion_tokens']} in all)"
+        for trainer, title in TRAINERS.items():
+            run = case[trainer]
+            rows.append(
+                [
+                    f"{tokens if trainer == 'ours' else ''} | {title}",
+                    f"{run['processor_s']:.1f}",
+                    f"{run['step_s']:.1f}",
+                    f"{run['processor_s'] / ours['processor_s']:.2f}×",
+                    f"{run['peak_bytes'] / 1e6:.0f} MB",
+                    f"{run['peak_bytes'] / ours['peak_bytes']:.2f}×",
+                ]
+            )
+    headings = ["completions | trainer", "processor seconds a step", "by the clock", "", "memory", ""]
+    return table(headings, rows).replace("|---|", "|---|---|", 1) + (
+        f"\n\nMedians over {found['rounds']} round(s) on {found['threads']} thread(s); {case['prompts']} prompts a "
+        "step, float32. Multiples are of ours, the first of processor seconds. Memory is the peak beyond the loaded models."
+    )
+
+
 def bench_real() -> str:
     """What ``opdengine bench`` found on SmolLM2-135M-Instruct."""
     found = [json.loads(file.read_text()) for file in sorted((RESULTS.parent / "bench").glob("*.json"))]
@@ -236,6 +277,8 @@ TABLES = {
     "real_confidences": real_confidences,
     "real_debate": real_debate,
     "real_example": real_example,
+    "real_sampled": real_sampled,
+    "real_steps": real_steps,
     "real_teachers": real_teachers,
     "stored_teacher": stored_teacher,
     "teacher_serve": teacher_serve,

@@ -8,7 +8,7 @@ trainer runs in processes of its own, in turns. Every run is printed: time by th
 other programs hardly stretch), peak memory, and the first step's loss. Only the loss of
 ``DistillationTrainer`` compares with ours: ``GKDTrainer`` divides by the tokens of the given answers, not of samples.
 
-``--save`` writes the medians over the rounds to ``benchmarks/results/real/steps.json``. No result is committed.
+``--save`` writes the medians over the rounds to ``benchmarks/results/real/steps.json``.
 """
 
 from __future__ import annotations
@@ -98,9 +98,10 @@ def main(arguments: list[str]) -> int:
         for case in options.cases:
             print(case, flush=True)
             results[case] = measure({**settings, **CASES[case]}, folder, options.rounds)
-    if options.save:
-        file = ROOT / "benchmarks" / "results" / "real" / "steps.json"
-        file.write_text(json.dumps({**environment(), "threads": torch.get_num_threads(), "cases": results}, indent=1))
+            if options.save:  # what was measured stays where a later case is stopped
+                document = {**environment(), "threads": settings["threads"], "rounds": options.rounds, "cases": results}
+                file = ROOT / "benchmarks" / "results" / "real" / "steps.json"
+                file.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 
