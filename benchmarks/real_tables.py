@@ -247,7 +247,8 @@ def real_steps() -> str:
     headings = ["completions | trainer", "processor seconds a step", "by the clock", "", "memory", ""]
     return table(headings, rows).replace("|---|", "|---|---|", 1) + (
         f"\n\nMedians over {found['rounds']} round(s) on {found['threads']} thread(s); {case['prompts']} prompts a "
-        "step, float32. Multiples are of ours, the first of processor seconds. Memory is the peak beyond the loaded models."
+        "step, float32. Multiples are of ours, the first of processor seconds. Memory is the peak beyond the loaded "
+        "models."
     )
 
 
