@@ -120,8 +120,7 @@ class MTSeqKD(Method):
         teacher = author(prompt, route(self.teachers, prompt.key), self.params.seed)
         if getattr(teacher, "alignment", None) is None or not len(answer.token_ids):
             return answer.token_ids
-        ids = encode(prompt, answer.text)
-        return np.array(ids[:-1] if answer.stop_reason == "length" else ids, dtype=np.int64)
+        return np.array(encode(prompt, answer.text, ended=answer.stop_reason == "stop"), dtype=np.int64)
 
     async def _write(self, teacher: Teacher, prompts: Sequence[Prompt]) -> None:
         queue = []

@@ -12,22 +12,30 @@ from opdengine.types import Prompt
 
 
 def encode_prompt(
-    tokenizer: Any, template_kwargs: Mapping[str, Any] | None, prompt: Prompt, answer: str | None = None
+    tokenizer: Any,
+    template_kwargs: Mapping[str, Any] | None,
+    prompt: Prompt,
+    answer: str | None = None,
+    *,
+    ended: bool | None = None,
 ) -> list[int]:
     """Token ids of a prompt, ready for the student's answer; with ``answer`` those of that answer behind it.
 
-    An answer ends with the token that ends a turn. Where the chat template opens a thought, the answer goes on in it.
+    A recorded answer ends with the token that ends a turn. Where the chat template opens a thought, it goes on in it.
 
     Args:
         tokenizer, template_kwargs: of the student.
         prompt: is read with its tools and pictures.
-        answer: a recorded one, in words.
+        answer: in words.
+        ended: of an answer that a teacher wrote, which stays as it is (:func:`own_turn`). None: it is a recorded one.
 
     Raises:
-        ValueError: the template refuses the chat, or opens a thought that the answer does not close.
+        ValueError: the template refuses the chat, or opens a thought that the recorded answer does not close.
     """
     if answer is None:
         return encode_chat(tokenizer, prompt.messages, prompt.tools, template_kwargs)
+    if ended is not None:
+        return own_turn(tokenizer, template_kwargs, answer, None, ended=ended)
     if opened := thought_opening(tokenizer, template_kwargs):
         begins = next((tag for tag in (opened, opened.strip()) if answer.lstrip().startswith(tag)), "")
         answer = answer.lstrip().removeprefix(begins) if begins else answer

@@ -341,9 +341,9 @@ class Engine:
         """Await work that no rank waits for, unless teachers are split: then all ranks learn of a failure here."""
         return await (work if self.session is None else self.ranks.agreed(work))
 
-    def encode(self, prompt: Prompt, answer: str | None = None) -> list[int]:
-        """The prompt in the student's chat template, or an answer behind it."""
-        return encode_prompt(self.tokenizer, self.config.chat_template_kwargs, prompt, answer)
+    def encode(self, prompt: Prompt, answer: str | None = None, **written: Any) -> list[int]:
+        """The prompt in the student's chat template, or an answer behind it; see :func:`encode_prompt`."""
+        return encode_prompt(self.tokenizer, self.config.chat_template_kwargs, prompt, answer, **written)
 
     def sampling_params(self) -> SamplingParams:
         """Return how the student is sampled in training."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +25,8 @@ from transformers import AutoModelForCausalLM
 
 from opdengine.data.prompts import load_prompts
 from opdengine.methods.mt_seqkd import MTSeqKD, author
+from opdengine.models.chat import load_tokenizer
+from opdengine.models.reply import encode_prompt
 from opdengine.types import Prompt, Request
 
 
@@ -160,3 +165,28 @@ def test_the_author_reads_what_is_shown_to_teachers(models: dict[str, str], prom
     asyncio.run(method.write([prompt], lambda p: [len(p.messages[0]["content"])]))
     assert teacher.asked(0) == "<user>u (42)<assistant>"
     assert method.room(prompt)[0].tokens == len("<user>u (42)<assistant>") + method.params.max_tokens
+
+
+def test_an_answer_that_was_cut_off_in_its_thought_is_learned_as_far_as_it_goes(
+    models: dict[str, str], prompt_file: str, tmp_path: Path
+) -> None:
+    """Of a teacher with another tokenizer, where the template opens a thought; one that ended has the student's end."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    tokenizer = load_tokenizer(models["student"], chat_template=template)
+
+    class Stops(ScriptedTeacher):
+        async def generate(self, requests: Any, params: Any) -> Any:
+            answers = await super().generate(requests, params)
+            return [replace(a, stop_reason=r.id) for a, r in zip(answers, requests, strict=True)]
+
+    teacher = Stops("a", lambda call, request: "first I add")
+    teacher.alignment = object()
+    method = MTSeqKD(make_config(models, prompt_file, tmp_path, method="mt_seqkd"))
+    method.teachers = [teacher]
+    prompts = [Prompt(name, ({"role": "user", "content": "u"},)) for name in ("length", "stop")]
+    samples = asyncio.run(method.write(prompts, partial(encode_prompt, tokenizer, {}))).samples
+    said = [tokenizer.decode(sample.target_ids) for sample in samples]
+    assert said == ["first I add", "first I add<|im_end|>"]
