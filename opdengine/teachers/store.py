@@ -1,7 +1,7 @@
 """What one teacher has said about given tokens, in a folder on disk.
 
 A process writes into two files of its own. ``NAME.data`` holds the bytes of judgements one behind another;
-``NAME.index`` has one line for each call that the teacher has answered, written last, in one piece and with a checksum.
+``NAME.index`` has one line for each call that the teacher has answered, written last and with a checksum.
 So a call is there as a whole or not at all, whenever a process is killed, and readers need no locks. Several processes
 may fill a folder that others read.
 """
@@ -27,6 +27,9 @@ from opdengine.types import Hidden, TeacherContext, TeacherTargets, TopK
 
 logger = logging.getLogger(__name__)
 
+STATES = {**DTYPES, "float64": torch.float64}
+"""In which hidden states are stored."""
+
 TOP_K = "top_k"
 """How the index calls lists of log-probs; hidden states have the name of their dtype."""
 
@@ -38,7 +41,7 @@ class Place:
     Args:
         file: that holds it.
         start: its first byte.
-        kind: a name in :data:`opdengine.teachers.wire.DTYPES`, or :data:`TOP_K`.
+        kind: a name in :data:`STATES`, or :data:`TOP_K`.
         shape: [T, d] of hidden states, [T, k] of lists.
         digest: of its bytes.
     """
@@ -73,7 +76,8 @@ class Store:
     @property
     def size(self) -> int:
         """Bytes of all files, those of other processes too."""
-        return sum(file.stat().st_size for file in self.folder.glob("*"))
+        endings = (".data", ".index", ".safetensors")  # a head that is being written ends otherwise, and is renamed
+        return sum(file.stat().st_size for file in self.folder.glob("*") if file.suffix in endings)
 
     def read(self, keys: Collection[str]) -> dict[str, TeacherTargets]:
         """What is there, and whole, of some judgements. What is damaged is said, and never returned."""
@@ -119,23 +123,22 @@ class Store:
             self._full = True
             return False
         with data.open("ab") as file:
-            for part in parts:
-                file.write(part)
-        with index.open("ab", buffering=0) as file:
+            file.writelines(parts)
+        with index.open("ab") as file:  # an unbuffered file would cut the line at a full disk, and say nothing
             file.write(line)
         return True
 
     def _refresh(self) -> None:
         """Read what has been added to the indices, by whichever process."""
         for file in sorted(self.folder.glob("*.index")):
-            begin = self._seen.get(file, 0)
+            known, begin = file in self._seen, self._seen.get(file, 0)
             with file.open("rb") as lines:
                 lines.seek(begin)
                 text = lines.read()
             end = text.rfind(b"\n") + 1
             for line in text[:end].splitlines():
                 self._add(file, line)
-            if end < len(text) and not begin:
+            if end < len(text) and not known:
                 logger.warning("%s ends within a line: a process was killed there, and nothing of it is used", file)
             self._seen[file] = begin + end
 
@@ -180,7 +183,7 @@ def _read_at(file: IO[bytes] | None, place: Place) -> TeacherTargets | None:
         return None
     lists = place.kind == TOP_K
     shape = (2, *place.shape) if lists else place.shape
-    found = torch.empty(shape, dtype=torch.int32 if lists else DTYPES[place.kind])
+    found = torch.empty(shape, dtype=torch.int32 if lists else STATES[place.kind])
     content = raw(found)
     file.seek(place.start)
     if file.readinto(content) != len(content) or _digest(content) != place.digest:  # type: ignore[attr-defined]
