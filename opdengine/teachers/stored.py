@@ -23,6 +23,7 @@ from opdengine.data.templates import Reader
 from opdengine.errors import ConfigError
 from opdengine.models.backbone import read_dtype
 from opdengine.models.fingerprint import contents, differences
+from opdengine.models.lora import read_adapted
 from opdengine.models.manifest import hashes_of
 from opdengine.models.rendering import thought_opening
 from opdengine.teachers import Configured, Teacher, TeacherError
@@ -71,8 +72,7 @@ def identity_of(
         files, sent = contents(teacher.model, trust_remote_code), "auto"
         own = read_dtype(teacher.model, trust_remote_code=trust_remote_code)
         dtype = teacher.dtype if teacher.dtype != "auto" or own is None else name_of(own)
-        code = Path(teacher.model).expanduser().glob("*.py") if trust_remote_code else ()
-        found |= hashes_of({file.name: file for file in code})
+        found |= _code(teacher.model) if trust_remote_code else {}
     if files is None or "object" in files:
         raise ConfigError(
             f"teacher {teacher.name!r}: stored={teacher.stored!r} needs to know which weights {teacher.model!r} are; "
@@ -80,6 +80,13 @@ def identity_of(
         )
     kept = next((name for name in (teacher.stored_dtype, sent) if name != "auto"), dtype)
     return {**found, **files, "dtype": dtype, "dtype of what is kept": kept}
+
+
+def _code(model: str) -> dict[str, str]:
+    """The code that lies beside a model's weights and beside those of its base, each file with its SHA-256."""
+    own = hashes_of({file.name: file for file in Path(model).expanduser().glob("*.py")})
+    base = read_adapted(model)
+    return own | ({} if base is None else {f"base/{name}": digest for name, digest in _code(base).items()})
 
 
 def folder_of(teacher: TeacherConfig, identity: Mapping[str, str]) -> Path:
@@ -122,7 +129,7 @@ def open_alone(
     """
     folder = folder_of(teacher, identity)
     if not (folder / ABOUT).is_file():
-        others = [_read(file)[0] for file in sorted(folder.parent.glob(f"*/{ABOUT}"))][:3]
+        others = [_read(file)[0] for file in sorted(folder.parent.glob(f"*/{ABOUT}"))[:3]]
         said = [f"{o['model']!r} (other {', '.join(differences(o['identity'], identity)[:3])})" for o in others]
         there = "nothing that these weights have said" + (", but of " * bool(said)) + "; ".join(said)
         raise ConfigError(

@@ -85,8 +85,11 @@ async def _score(engine: Engine, given: Inputs, progress: Callable[[str], None])
     prompts, counts = given.prompts.prompts, Counter[str]()
     check_room(engine.method.room, prompts)
     size = engine.config.prompts_per_step * engine.ranks.world_size
+    keeping = [teacher.name for teacher in engine.teachers if isinstance(teacher, StoredTeacher)]
     for begin in range(0, len(prompts), size):
         batch = await engine.prepare(prompts[begin : begin + size], begin // size)
+        for sample in batch:
+            sample.keep_teachers(keeping)  # nobody would read what the others say
         await engine.ranks.agreed(engine.score(batch))
         counts["answers"] += len(batch)
         counts.update({f"dropped/{reason}": number for reason, number in batch.dropped.items()})

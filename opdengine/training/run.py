@@ -19,12 +19,14 @@ from opdengine.config.loading import to_mapping
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import PromptSet, PromptStream, ScheduledStream, as_source
 from opdengine.distributed import Ranks, start
+from opdengine.errors import ConfigError
 from opdengine.methods import build_method
 from opdengine.methods.method import Method
 from opdengine.methods.room import check_room
 from opdengine.metrics import write_jsonl
 from opdengine.models.backbone import check_model_path, load_model
 from opdengine.models.checkpoint import copy_model, read_teachers, restore_optimizer, step_of, write_model
+from opdengine.models.given import is_given
 from opdengine.models.lora import restore_model
 from opdengine.models.manifest import find_damage
 from opdengine.models.processor import save_tokenizer
@@ -279,6 +281,11 @@ def check_needs(config: TrainConfig) -> None:
     if config.debate.cache_dir is not None:
         require_writable("debate.cache_dir", config.debate.cache_dir)
     for i, teacher in enumerate(config.teachers):
+        if teacher.stored is not None and is_given(teacher.model):
+            raise ConfigError(
+                f"teacher {teacher.name!r}: stored={teacher.stored!r} needs to know which weights {teacher.model!r} "
+                "are; save the model with save_pretrained and name the folder"
+            )
         if teacher.stored is not None and not teacher.stored_only:
             require_writable(f"teachers.{i}.stored", teacher.stored)
     if config.use_vllm and config.vllm_mode == "colocate":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,15 +16,21 @@ import pytest
 import torch
 from engine_helpers import loss_and_gradient, make_config, make_engine, make_samples
 from remote_helpers import answering
+from safetensors.torch import save_file
 from teacher_helpers import Server
 
+from opdengine.config.sections import TeacherConfig
 from opdengine.config.train import ConfigError, TrainConfig
 from opdengine.data.prompts import load_prompts
 from opdengine.models.backbone import Backbone
+from opdengine.models.given import PREFIX
 from opdengine.teachers import TeacherError
 from opdengine.teachers.served_model import Served
 from opdengine.teachers.server import ServedTeacher
 from opdengine.teachers.store import Store, key_of
+from opdengine.teachers.stored import identity_of
+from opdengine.tools.score import score_given
+from opdengine.training.run import check_needs
 from opdengine.types import Hidden, Image, TeacherContext, TopK
 
 Models = dict[str, str]
@@ -247,6 +254,20 @@ def test_another_adapter_is_another_teacher(models: Models, recorded_file: str, 
     assert counts == [0, 8, 0]
 
 
+def test_code_beside_the_base_of_an_adapter_is_in_a_teacher(models: Models, tmp_path: Path, tokenizer: Any) -> None:
+    """Where code that comes with models is run."""
+    base, adapter = Path(shutil.copytree(models["big"], tmp_path / "base")), tmp_path / "adapter"
+    adapter.mkdir()
+    save_file({"x": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    teacher = TeacherConfig(model=str(adapter), stored=str(tmp_path))
+    found = []
+    for text in ("a = 1", "a = 2"):
+        (base / "modeling.py").write_text(text)
+        found.append([identity_of(teacher, tokenizer, None, trusted) for trusted in (False, True)])
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
+
+
 def test_keys_are_of_all_that_a_teacher_reads() -> None:
     """Any token, the length, the targets, a picture; not the step, the teacher's name or the student's tokens."""
     ids, images = np.arange(9), (Image("a" * 64, 8, 8),)
@@ -287,7 +308,7 @@ def same(one: Any, other: Any) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k].states, other[k].states) for k in one)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_what_is_written_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
     states = judgements(3, dtype=dtype)
     lists = {"l": TopK(np.array([[5, 2, -1]]), np.array([[-0.1, -3.0, -np.inf]], dtype=np.float32))}
@@ -436,6 +457,35 @@ def test_a_folder_has_a_limit(
         assert found[2]["stored/beyond_max_bytes/t"] == 8 and not files_of(tmp_path, "data")
 
 
+def test_a_line_that_a_full_disk_cuts_is_an_error(tmp_path: Path) -> None:
+    """The file may not grow beyond 50 bytes: those of the judgement are less, and the line of the index is longer."""
+    some = {"k": Hidden(torch.zeros(1, 1))}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            Store(tmp_path).write(some)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not Store(tmp_path).read(some)
+
+
+def test_a_file_without_a_whole_line_is_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.index").write_bytes(b"0123 [[")
+    store = Store(tmp_path)
+    assert store.read(["k"]) == store.read(["k"]) == {}
+    assert caplog.text.count("ends within a line") == 1
+
+
+def test_a_head_that_another_process_writes_is_not_counted(tmp_path: Path) -> None:
+    """It may be renamed before its size is asked."""
+    store = Store(tmp_path)
+    store.write(judgements(1))
+    size = store.size
+    (tmp_path / "teacher.safetensors.0123abcd").write_bytes(b"0" * 99)
+    assert store.size == size > 0
+
+
 # ------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -461,6 +511,21 @@ def test_settings_without_effect_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         config_of(models, recorded_file, tmp_path, teacher, **more)
+
+
+def test_models_in_memory_are_refused_before_any_is_loaded(models: Models, recorded_file: str, tmp_path: Path) -> None:
+    config = config_of(models, recorded_file, tmp_path, {"model": f"{PREFIX}a model"})
+    with pytest.raises(ConfigError, match=r"teacher 't': stored=.* save the model with save_pretrained"):
+        check_needs(config)
+
+
+def test_score_asks_only_teachers_whose_judgements_are_kept(
+    models: Models, recorded_file: str, tmp_path: Path, passes: list[str]
+) -> None:
+    teachers = [{"model": models["big"], "stored": str(tmp_path / "store")}, {"model": models["small"]}]
+    config = config_of(models, recorded_file, tmp_path, method="mt_opd", teachers=teachers)
+    found = score_given(config)
+    assert found["stored/misses/big"] == 8 and set(passes) == {"teacher 'big'"}
 
 
 def test_debates_about_given_answers_are_stored(
