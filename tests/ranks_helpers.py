@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,29 @@ LEARNING_RATE = 1e-2
 def torchrun(world: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """``torchrun`` with gloo on the CPU; one process runs without it."""
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
+    return _python([*ranks, *arguments], environment)
+
+
+def each_to_its_end(world: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Like :func:`torchrun` for a program that fails on all ranks: it is known what each of them says.
+
+    ``torchrun`` ends the other processes as soon as one has failed, also one that is about to say why it fails.
+
+    Returns:
+        The largest status, and what the ranks printed, one after the other.
+    """
+    shared = {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **environment}
+    places = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world)} for r in range(world)]
+    with ThreadPoolExecutor(world) as pool:
+        done = list(pool.map(lambda place: _python(arguments, {**shared, **place}), places))
+    printed = ("".join(d.stdout for d in done), "".join(d.stderr for d in done))
+    return subprocess.CompletedProcess(arguments, max(d.returncode for d in done), *printed)
+
+
+def _python(arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     places = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     return subprocess.run(
-        [sys.executable, *ranks, *arguments],
+        [sys.executable, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places, "CUDA_VISIBLE_DEVICES": "", **environment},
         capture_output=True,
         text=True,

@@ -8,13 +8,14 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from ranks_helpers import ROOT, torchrun
+from ranks_helpers import ROOT, each_to_its_end, torchrun
 from safetensors.torch import load_file
 
 from opdengine.models.checkpoint import list_checkpoints
@@ -48,9 +49,16 @@ def world(models: dict[str, str], prompt_file: str, tmp_path_factory: pytest.Tem
     return root
 
 
-def train(root: Path, processes: int, folder: str, *arguments: str, **environment: str) -> Any:
+def train(
+    root: Path,
+    processes: int,
+    folder: str,
+    *arguments: str,
+    start: Callable[..., Any] = torchrun,
+    **environment: str,
+) -> Any:
     where = ("--config", str(root / "run.yaml"), "--output_dir", str(root / folder))
-    return torchrun(processes, WORKER, *where, *arguments, **environment)
+    return start(processes, WORKER, *where, *arguments, **environment)
 
 
 def half(root: Path, folder: str) -> None:
@@ -130,7 +138,7 @@ def test_resumed_on_one_process_the_data_go_on_in_the_same_order(world: Path) ->
 
 
 def test_when_one_process_fails_all_stop_with_a_checkpoint(world: Path) -> None:
-    failed = train(world, 2, "failed", FAIL_AT="2")
+    failed = train(world, 2, "failed", start=each_to_its_end, FAIL_AT="2")
     assert failed.returncode != 0
     assert "(rank 1): the service of one rank is gone" in failed.stderr
     assert "(rank 0): rank 1 failed (ServiceError): the service of one rank is gone" in failed.stderr
@@ -142,14 +150,14 @@ def test_when_one_process_fails_all_stop_with_a_checkpoint(world: Path) -> None:
 
 def test_where_teachers_are_split_the_others_do_not_wait_for_one_that_failed(world: Path) -> None:
     split = [word for k in (0, 1) for word in (f"--teachers.{k}.shard", "true")]
-    failed = train(world, 2, "split", *split, FAIL_AT="2")
+    failed = train(world, 2, "split", *split, start=each_to_its_end, FAIL_AT="2")
     assert failed.returncode != 0
     assert "(rank 0): rank 1 failed (ServiceError): the service of one rank is gone" in failed.stderr
     assert [p.name for p in list_checkpoints(world / "split" / "checkpoints")] == ["step_1"]
 
 
 def test_when_one_sampler_cannot_be_updated_all_stop_with_a_checkpoint(world: Path) -> None:
-    failed = train(world, 2, "unsynced", SYNC_FAIL_AT="2")
+    failed = train(world, 2, "unsynced", start=each_to_its_end, SYNC_FAIL_AT="2")
     assert failed.returncode != 0
     assert "(rank 0): rank 1 failed (ServiceError): the sampler of one rank is gone" in failed.stderr
     assert [p.name for p in list_checkpoints(world / "unsynced" / "checkpoints")][-1] == "step_2"

@@ -18,6 +18,8 @@ from opdengine.types import Request, SamplingParams
 
 SCRIPT = Path(__file__).with_name("fake_server.py")
 PARAMS = SamplingParams(max_tokens=4, n=2, seed=3)
+WAIT_SECONDS = 300
+"""A rank may start a server before it meets the others, and that takes long on a busy machine."""
 REQUESTS = [Request(f"p{i}", (5, 6, 7 + i), seed=i) for i in range(3)]
 
 T = TypeVar("T")
@@ -87,9 +89,9 @@ class ThreadRanks(Ranks):
 
     def gather(self, value: T) -> list[T]:
         self.board.values[self.rank] = pickle.dumps(value)
-        self.board.barrier.wait(20)
+        self.board.barrier.wait(WAIT_SECONDS)
         values = [pickle.loads(data) for data in self.board.values]
-        self.board.barrier.wait(20)
+        self.board.barrier.wait(WAIT_SECONDS)
         return values
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +47,39 @@ def test_every_answer_ends_in_time_and_in_one_error(kind: str) -> None:
     assert time.monotonic() - begin < 20
     said = str(found)
     assert len(said) < 1000 and harmless(said) == said
+
+
+def test_a_full_queue_of_a_socket_is_waited_for(tmp_path: Path) -> None:
+    """A socket in the file system refuses at once where its queue is full; a server on TCP lets one wait."""
+    with socket.socket(socket.AF_UNIX) as listening, ExitStack() as waiting:
+        listening.bind(str(tmp_path / "socket"))
+        listening.listen(0)
+        full = False
+        while not full:
+            first = waiting.enter_context(socket.socket(socket.AF_UNIX))
+            first.setblocking(False)
+            full = first.connect_ex(str(tmp_path / "socket")) == errno.EAGAIN
+        client = JSONClient(f"unix:{tmp_path}/socket")
+        with pytest.raises(SilentError, match=r"gave no answer in 0 s"):
+            client.call("/x", timeout=0.2)
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(client.call, "/x")
+            waiting.close()  # those in the queue ask nothing
+            while not (asked := _accepted(listening)):
+                pass
+            with asked:
+                asked.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n17")
+            assert answer.result() == 17
+
+
+def _accepted(listening: socket.socket) -> socket.socket | None:
+    """The next connection, if somebody asks in it."""
+    found, _ = listening.accept()
+    found.settimeout(60)
+    if found.recv(1000):
+        return found
+    found.close()
+    return None
 
 
 @pytest.mark.parametrize("kind", ["drip", "endless_continue"])

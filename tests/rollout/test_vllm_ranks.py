@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from ranks_helpers import torchrun
+from ranks_helpers import each_to_its_end, torchrun
 from safetensors.torch import load_file, save_file
 from server_helpers import PARAMS, REQUESTS, SCRIPT, Server, ThreadRanks, ids, on_ranks, settings
 from transformers import AutoModelForCausalLM
@@ -346,10 +346,10 @@ def server(serve: Callable[..., Server]) -> Server:
     return serve()
 
 
-def train(processes: int, data: dict[str, Any], **changes: Any) -> Any:
+def train(processes: int, data: dict[str, Any], start: Callable[..., Any] = torchrun, **changes: Any) -> Any:
     file = Path(data["output_dir"]).with_suffix(".yaml")
     file.write_text(yaml.safe_dump({**data, **changes}))
-    return torchrun(processes, "-m", "opdengine", "train", "--config", str(file))
+    return start(processes, "-m", "opdengine", "train", "--config", str(file))
 
 
 def rollouts(folder: Path, steps: int) -> list[list[dict[str, Any]]]:
@@ -386,7 +386,7 @@ def test_a_failing_update_ends_all_processes_with_a_checkpoint(
 ) -> None:
     server.post("/fault", {"kind": "cache", "version": 2})
     data = settings(models, prompt_file, tmp_path / "run", server.url, per_device_train_batch_size=2)
-    done = train(2, data)
+    done = train(2, data, each_to_its_end)
     assert done.returncode != 0
     assert "(rank 0): the server" in done.stderr and "did not reset its prefix cache" in done.stderr
     assert "(rank 1): rank 0 failed (EngineError)" in done.stderr

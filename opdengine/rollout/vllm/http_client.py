@@ -21,6 +21,7 @@ MOST_BYTES = 16 << 20
 """Of one answer, where nothing else is said."""
 
 TICK_SECONDS = 0.2
+QUEUE_SECONDS = 0.01
 
 
 class HTTPError(RuntimeError):
@@ -187,9 +188,17 @@ class _UnixConnection(HTTPConnection):
         self._file = file
 
     def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._file)
+        """Wait for a place in the server's queue, as TCP does; such a socket refuses at once where it is full."""
+        deadline = time.monotonic() + (self.timeout or 0.0)
+        sock = self.sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(self.timeout)
+        while True:
+            try:
+                return sock.connect(self._file)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError("the queue of the socket is full") from None
+                time.sleep(QUEUE_SECONDS)
 
 
 def _read(response: HTTPResponse, limit: int) -> bytes | None:
