@@ -31,7 +31,13 @@ class PictureError(ValueError):
     """A picture that cannot be used; the message follows its name."""
 
 
-def read_picture(data: bytes, path: str = "", max_pixels: int = MOST_PIXELS, text: str | None = None) -> Image:
+def read_picture(
+    data: bytes,
+    path: str = "",
+    max_pixels: int = MOST_PIXELS,
+    text: str | None = None,
+    remedy: str = "make it smaller, or raise max_image_pixels of its source",
+) -> Image:
     """A picture from the bytes of its file, all of which have been decoded once.
 
     Args:
@@ -39,6 +45,7 @@ def read_picture(data: bytes, path: str = "", max_pixels: int = MOST_PIXELS, tex
         path: where it can be read again; "" keeps the bytes.
         max_pixels: the most that it may have.
         text: what is read in its place without pictures.
+        remedy: what is said of one with more pixels.
 
     Raises:
         PictureError: it is none, is cut off or too large, or is none that can be shown as one RGB picture.
@@ -50,10 +57,7 @@ def read_picture(data: bytes, path: str = "", max_pixels: int = MOST_PIXELS, tex
     with _opened(data) as picture:
         width, height = picture.size
         if width * height > max_pixels:
-            raise PictureError(
-                f"has {width}x{height} pixels, and {max_pixels} are allowed; make it smaller, or raise "
-                "max_image_pixels of its source"
-            )
+            raise PictureError(f"has {width}x{height} pixels, and {max_pixels} are allowed; {remedy}")
         if min(width, height) < LEAST_SIDE:
             raise PictureError(f"has {width}x{height} pixels; each side needs at least {LEAST_SIDE}")
         if picture.mode[0] in DEEP:

@@ -23,7 +23,9 @@ MOST_IMAGES = 64
 """Of one sequence."""
 
 MOST_PIXELS_TOGETHER = 4 * MOST_PIXELS
-"""Of the pictures of one sequence, which are open at the same time."""
+"""Of all pictures of one question, sequence by sequence; sequences with the same pictures count once.
+
+Each is decoded, and made into what the model reads, on behalf of whoever asks."""
 
 Encoded = Mapping[str, str]
 """Base64 of the bytes of pictures, by their SHA-256."""
@@ -50,19 +52,32 @@ def asked_with(sequences: Sequence[Sequence[Image]], texts: Encoded) -> tuple[li
 
 
 def received(texts: Sequence[str]) -> list[Image]:
-    """The pictures of a question, each decoded once.
+    """The pictures of a question, each decoded once, as long as they have no more pixels together than they may have.
 
     Raises:
         PictureError: one is none, or too large; says which.
     """
-    found = []
+    found: list[Image] = []
+    left, smaller = MOST_PIXELS_TOGETHER, "make it smaller, or ask in parts"
     for number, text in enumerate(texts, start=1):
         try:
-            found.append(read_picture(base64.b64decode(text, validate=True)))
+            data = base64.b64decode(text, validate=True)
+            found.append(read_picture(data, max_pixels=min(MOST_PIXELS, left), remedy=smaller))
+            left -= pixels_of(found[-1:])
         except (binascii.Error, ValueError) as error:
             said = error if isinstance(error, PictureError) else "is no base64"
             raise PictureError(f"picture {number} of the question {said}") from None
     return found
+
+
+def pixels_of(images: Iterable[Image]) -> int:
+    """How many the pictures have together."""
+    return sum(image.width * image.height for image in images)
+
+
+def names_of(images: Iterable[Image]) -> tuple[str, ...]:
+    """Their contents, in order: sequences with equal names have the same pictures."""
+    return tuple(image.sha256 for image in images)
 
 
 def processor_fingerprint(tokenizer: Any) -> str | None:
@@ -84,7 +99,7 @@ def check_sendable(teacher: str, prompts: Iterable[Prompt]) -> None:
         found = (
             (len(images), MOST_IMAGES, "pictures"),
             (sum(files.values()), MOST_BYTES, "bytes of pictures"),
-            (sum(image.width * image.height for image in images), MOST_PIXELS_TOGETHER, "pixels of pictures"),
+            (pixels_of(images), MOST_PIXELS_TOGETHER, "pixels of pictures"),
         )
         for count, most, what in found:
             if count > most:

@@ -6,7 +6,7 @@ computed here, over the whole vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,16 @@ from opdengine.teachers import Configured, TeacherError
 from opdengine.teachers.about import About, ask_about, pool_of, within
 from opdengine.teachers.endpoint import BadAnswer
 from opdengine.teachers.exchange import Answer, Expect, Line
-from opdengine.teachers.pictures import MOST_CHARACTERS, asked_with, encoded, processor_fingerprint
+from opdengine.teachers.pictures import (
+    MOST_CHARACTERS,
+    MOST_PIXELS_TOGETHER,
+    Encoded,
+    asked_with,
+    encoded,
+    names_of,
+    pixels_of,
+    processor_fingerprint,
+)
 from opdengine.teachers.server import ServedTeacher
 from opdengine.teachers.wire import DTYPES, GENERATION, tokenizer_fingerprint
 from opdengine.types import Completion, Failure, Hidden, Image, Request, SamplingParams, TeacherContext
@@ -136,7 +145,7 @@ class RemoteTeacher(Configured):
             return {"requests": asked, "sampling": sampling, **({"pictures": pictures} if pictures else {})}
 
         lengths = [len(request.token_ids) + params.max_tokens for request in requests]
-        sizes = _sizes([r.images for r in requests], texts)
+        sizes = _of_pictures([r.images for r in requests], texts)
         parts = [[requests[i] for i in part] for part in self._parts(lengths, GENERATION, sizes)]
         expects = [_expect_written(len(part), params.max_tokens) for part in parts]
         answers = await self._ask("/generate", [question(part) for part in parts], expects)
@@ -188,15 +197,15 @@ class RemoteTeacher(Configured):
         def expect(part: Sequence[TeacherContext]) -> Expect:
             return lambda line: [torch.empty(len(c.target_positions), self.about.width, dtype=dtype) for c in part]
 
-        lengths, sizes = [len(c.token_ids) for c in contexts], _sizes([c.images for c in contexts], texts)
+        lengths, sizes = [len(c.token_ids) for c in contexts], _of_pictures([c.images for c in contexts], texts)
         parts = [[contexts[i] for i in part] for part in self._parts(lengths, 1, sizes)]
         answers = await self._ask("/score", [question(part) for part in parts], [expect(part) for part in parts])
         return self._flat(parts, answers, lambda answer: [Hidden(states) for states in answer[1]])
 
-    def _parts(self, lengths: Sequence[int], times: int, pictures: Sequence[Mapping[str, int]]) -> Iterator[range]:
+    def _parts(self, lengths: Sequence[int], times: int, sizes: Sequence[Shared]) -> Iterator[range]:
         """Consecutive calls of one question each, so that every endpoint has one and none is too large."""
         share = -(-sum(lengths) // len(self.pool.endpoints))
-        return parts_of(lengths, min(times * self.about.max_tokens, share), pictures)
+        return parts_of(lengths, min(times * self.about.max_tokens, share), sizes)
 
     async def _ask(self, path: str, questions: Sequence[Any], expects: Sequence[Expect]) -> list[Answer | Failure]:
         return await self.pool.ask_all(path, questions, expects, self._stop)
@@ -229,33 +238,33 @@ def _label(name: str) -> str:
     return str(without_surrogates(name[:200]))
 
 
-def _sizes(sequences: Sequence[Sequence[Image]], texts: Mapping[str, str]) -> list[dict[str, int]]:
-    """Of every sequence the characters that its pictures have in a question, by picture."""
-    return [{image.sha256: len(texts[image.sha256]) for image in images} for images in sequences]
+Shared = tuple[Sequence[Mapping[Hashable, int]], int]
+"""Of each index what it needs, by name, and the most that a part may have; what has one name counts once in a part."""
 
 
-def parts_of(
-    lengths: Sequence[int],
-    most: int,
-    pictures: Sequence[Mapping[str, int]] = (),
-    most_characters: int = MOST_CHARACTERS,
-) -> Iterator[range]:
+def _of_pictures(sequences: Sequence[Sequence[Image]], texts: Encoded) -> list[Shared]:
+    """The characters that the pictures of every sequence have in a question, and their pixels."""
+    characters = [{image.sha256: len(texts[image.sha256]) for image in images} for images in sequences]
+    pixels = [{names_of(images): pixels_of(images)} for images in sequences]
+    return [(characters, MOST_CHARACTERS), (pixels, MOST_PIXELS_TOGETHER)]
+
+
+def parts_of(lengths: Sequence[int], most: int, sizes: Sequence[Shared] = ()) -> Iterator[range]:
     """Consecutive indices whose lengths sum to at most ``most``; what is longer stands alone.
 
     Args:
         lengths: in tokens.
         most: tokens of one part.
-        pictures: of each index, characters by picture; those that a part has several times count once.
-        most_characters: of one part.
+        sizes: further bounds of a part.
     """
-    first, tokens, held = 0, 0, dict[str, int]()
+    first, tokens, held = 0, 0, [dict[Hashable, int]() for _ in sizes]
     for i, length in enumerate(lengths):
-        own = pictures[i] if pictures else {}
-        if i > first and (tokens + length > most or sum({**held, **own}.values()) > most_characters):
+        both = [{**before, **needs[i]} for before, (needs, _) in zip(held, sizes, strict=True)]
+        full = any(sum(all_.values()) > bound for all_, (_, bound) in zip(both, sizes, strict=True))
+        if i > first and (tokens + length > most or full):
             yield range(first, i)
-            first, tokens, held = i, 0, {}
-        tokens += length
-        held |= own
+            first, tokens, both = i, 0, [dict(needs[i]) for needs, _ in sizes]
+        tokens, held = tokens + length, both
     if lengths:
         yield range(first, len(lengths))
 

@@ -27,6 +27,8 @@ from opdengine.rollout.transformers import TransformersSampler, check_room
 from opdengine.teachers.local import model_fingerprint
 from opdengine.teachers.pictures import (
     MOST_PIXELS_TOGETHER,
+    names_of,
+    pixels_of,
     processor_fingerprint,
     received,
 )
@@ -248,21 +250,23 @@ class Served:
                 422, f"{self.name!r} is given no pictures here: set the teacher's images to 'text' or 'omit', or serve "
                 "a model that sees with --images image"
             )  # fmt: skip
+        shown = list(sequences)
+        for name, sequence in shown:
+            if max(sequence.pictures, default=-1) >= len(asked.pictures):
+                raise RefusedError(422, f"{name} has a picture that is not in the question")
+        if left := len(set(range(len(asked.pictures))).difference(*(sequence.pictures for _, sequence in shown))):
+            raise RefusedError(422, f"no sequence has {left} of the pictures of the question")
         try:
             known = received(asked.pictures)
         except PictureError as error:
             raise RefusedError(422, str(error)) from None
-        found = []
-        for name, sequence in sequences:
-            if max(sequence.pictures, default=-1) >= len(known):
-                raise RefusedError(422, f"{name} has a picture that is not in the question")
-            found.append(tuple(known[place] for place in sequence.pictures))
-            pixels = sum(image.width * image.height for image in found[-1])
-            if pixels > MOST_PIXELS_TOGETHER:
-                raise RefusedError(
-                    422, f"{name} has {pixels} pixels of pictures, which may have {MOST_PIXELS_TOGETHER}; make them "
-                    "smaller"
-                )  # fmt: skip
+        found = [tuple(known[place] for place in sequence.pictures) for _, sequence in shown]
+        pixels = sum({names_of(own): pixels_of(own) for own in found}.values())
+        if pixels > MOST_PIXELS_TOGETHER:
+            raise RefusedError(
+                413, f"{pixels} pixels of pictures in one question, which may have {MOST_PIXELS_TOGETHER}; make them "
+                "smaller, or ask in parts"
+            )  # fmt: skip
         return found
 
     def _check_pictures(self, name: str, ids: np.ndarray, images: tuple[Image, ...]) -> None:

@@ -23,11 +23,12 @@ from opdengine.data.prompts import load_prompts
 from opdengine.errors import ConfigError, ProbeError
 from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.teachers import pictures, serve
+from opdengine.teachers import remote as remote_teacher
 from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.pictures import check_sendable
 from opdengine.teachers.remote import parts_of
 from opdengine.teachers.served_model import RefusedError, Served
-from opdengine.types import Prompt, Request, SamplingParams, TeacherContext
+from opdengine.types import Failure, Prompt, Request, SamplingParams, TeacherContext
 
 KIND = "qwen3_vl"
 
@@ -103,13 +104,14 @@ def text_of(data: bytes) -> str:
         (["http://127.0.0.1/a.png"], [0], "picture 1 of the question is no base64"),
         (["/etc/passwd"], [0], "picture 1 of the question is no base64"),
         ([text_of(b"GIF89a")], [0], "picture 1 of the question is damaged|is no picture"),
-        (["GOOD", text_of(bomb())], [0], "picture 2 of the question is far too large|10000x10000 pixels"),
+        (["GOOD", text_of(bomb())], [0, 1], "picture 2 of the question is far too large|10000x10000 pixels"),
         (["GOOD"], [1], "context 'c' has a picture that is not in the question"),
         (["GOOD"], [0, 0], "context 'c' has other image tokens than the pictures have features"),
         (["OTHER"], [0], "context 'c' has other image tokens than the pictures have features"),
         (["FLAT"], [0], "context 'c': the model's processor cannot read the pictures"),
         (["GOOD"], [-1], "contexts.0.pictures.0"),
         (["GOOD"], [0] * 65, "contexts.0.pictures"),
+        (["GOOD", text_of(bomb()), "?"], [0], "no sequence has 2 of the pictures of the question"),
         ("GOOD", [0], "pictures"),
     ],
 )
@@ -147,7 +149,17 @@ def test_pictures_are_bounded_together(
     ids = encode_chat(teacher.tokenizer, chat(make_picture(0), "and", make_picture(1), "?"))
     context = TeacherContext("c", "t", np.array(ids), np.array([len(ids) - 1]), ids.images)
     monkeypatch.setattr("opdengine.teachers.served_model.MOST_PIXELS_TOGETHER", 5000)
-    assert "has 6272 pixels of pictures" in str(asyncio.run(teacher.score([context]))[0])
+    assert "6272 pixels of pictures in one question" in str(asyncio.run(teacher.score([context]))[0])
+    with monkeypatch.context() as patch:  # what is beyond is not decoded
+        patch.setattr(pictures, "MOST_PIXELS_TOGETHER", 4000)
+        assert "picture 2 of the question has 56x56 pixels, and 864 are allowed; make it smaller, or ask in" in str(
+            asyncio.run(teacher.score([context]))[0]
+        )
+    monkeypatch.setattr("opdengine.teachers.served_model.MOST_PIXELS_TOGETHER", 6272)
+    monkeypatch.setattr(remote_teacher, "MOST_PIXELS_TOGETHER", 6272)
+    half = encode_chat(teacher.tokenizer, chat(make_picture(0), "?"))
+    other = TeacherContext("d", "t", np.array(half), np.array([len(half) - 1]), half.images)
+    assert not any(isinstance(found, Failure) for found in asyncio.run(teacher.score([context, context, other])))
     monkeypatch.setattr(serve, "MOST_BYTES", 1000)
     monkeypatch.setattr(serve, "MOST_CHARACTERS", 1000)
     assert "a question of" in str(asyncio.run(teacher.score([context]))[0])
@@ -167,5 +179,8 @@ def test_pictures_are_bounded_together(
 def test_a_question_has_as_many_pictures_as_it_may_have() -> None:
     """Those that its contexts share count once."""
     sizes = [{"a": 6}, {"a": 6}, {"b": 5}, {"c": 4, "b": 5}, {"d": 11}, {}]
-    assert [list(part) for part in parts_of([1] * 6, 100, sizes, 10)] == [[0, 1], [2, 3], [4], [5]]
-    assert [list(part) for part in parts_of([1] * 6, 2, sizes, 100)] == [[0, 1], [2, 3], [4, 5]]
+    assert [list(part) for part in parts_of([1] * 6, 100, [(sizes, 10)])] == [[0, 1], [2, 3], [4], [5]]
+    assert [list(part) for part in parts_of([1] * 6, 2, [(sizes, 100)])] == [[0, 1], [2, 3], [4, 5]]
+    assert [list(part) for part in parts_of([1] * 6, 4, [(sizes, 100), ([{i: 1} for i in range(6)], 3)])] == [
+        [0, 1, 2], [3, 4, 5]
+    ]  # fmt: skip
