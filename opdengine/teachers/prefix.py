@@ -22,6 +22,12 @@ LEAST_WORK = 1e10
 than their products."""
 
 
+def saved_tokens(prefix: int, lengths: Sequence[int]) -> int:
+    """How many tokens fewer are read where sequences of these lengths share a prefix: the rest of each is padded."""
+    longest = max(lengths, default=0)
+    return sum(lengths) - prefix - len(lengths) * (longest - prefix)
+
+
 class PrefixScorer:
     """Scores like :meth:`Backbone.score`, with one pass over every prefix that several contexts share.
 
@@ -54,11 +60,11 @@ class PrefixScorer:
             # The state that predicts the first target is not part of what is shared.
             shared = ids[: max(int(positions[0]) - 1, 0)] if len(positions) else ids[:0]
             groups.setdefault(shared.tobytes(), []).append(i)
-        paying = [
-            group
-            for key, group in groups.items()
-            if len(key) // 8 * (len(group) - 1) >= self.least_saved and not self._far(len(sequences[i]) for i in group)
-        ]
+        paying = []
+        for key, group in groups.items():
+            lengths = [len(sequences[i]) for i in group]
+            if saved_tokens(len(key) // 8, lengths) >= self.least_saved and not self._far(lengths):
+                paying.append(group)
         if paying and self._exact is None:
             self._exact = self._prove()
         found: dict[int, torch.Tensor] = {}

@@ -21,6 +21,7 @@ from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.models.quantised import refuse_quantised
 from opdengine.models.rendering import thought_opening
 from opdengine.models.reply import encode_prompt
+from opdengine.rollout.vllm.engine import MOST_IMAGES
 from opdengine.teachers.pictures import check_sendable
 from opdengine.training.build import check_ranks, student_dtype
 from opdengine.training.build_teachers import teacher_tokenizer
@@ -136,6 +137,12 @@ def check_pictures(config: TrainConfig, prompts: Sequence[Prompt], ranks: Ranks)
         raise ConfigError(
             "no pictures are sent to a vLLM server, which several processes share or which runs elsewhere: set "
             f"{setting}, use_vllm: false (the trainer's own model samples), or images to 'text' or 'omit'"
+        )
+    most = max(prompts, key=lambda prompt: len(images_of(prompt.messages)))
+    if config.use_vllm and student and (count := len(images_of(most.messages))) > MOST_IMAGES:
+        raise ConfigError(
+            f"prompt {most.id!r} has {count} pictures, and vLLM is given {MOST_IMAGES} at most: leave it out, or set "
+            "use_vllm to false"
         )
     for teacher in config.teachers:
         if teacher.images == "image" and (teacher.writer_base_url or teacher.base_url):

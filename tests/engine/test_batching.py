@@ -169,6 +169,12 @@ def test_a_prefix_is_shared_where_its_products_cost_more_than_two_passes(monkeyp
         read.clear()
         scorer.score(sequences, [np.arange(40, 48)] * 2)
         assert sum(read) == expected
+    # One long continuation: the others would be filled up to it, which costs more than their start saves.
+    monkeypatch.setattr(prefix, "LEAST_WORK", 2.0 * weights)
+    sequences.append(np.concatenate([start, rng.integers(2, VOCAB, 60)]))
+    read.clear()
+    scorer.score(sequences, [np.arange(40, len(ids)) for ids in sequences])
+    assert sum(read) < 39 + 3 * 61
     monkeypatch.setattr(type(scorer.backbone), "device", torch.device("cuda"))
     assert scorer.least_saved == prefix.LEAST_SAVED
 

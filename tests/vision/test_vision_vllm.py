@@ -26,7 +26,7 @@ from opdengine.rollout.vllm.sampler import VLLMSampler
 from opdengine.rollout.vllm.weight_names import as_in_checkpoint, checkpoint_names, model_weights
 from opdengine.rollout.vllm.worker import ReadOtherwise, _input, _require_same
 from opdengine.training.inputs import check_pictures
-from opdengine.types import Request, SamplingParams
+from opdengine.types import Prompt, Request, SamplingParams
 
 KINDS = ("qwen3_vl", "qwen2_5_vl", "gemma3", "idefics3", "smolvlm")
 
@@ -142,6 +142,11 @@ def test_a_server_is_sent_no_pictures(seeing: Any, picture_rows: str, tmp_path: 
         )
 
     assert check(Ranks()) and check(Ranks(0, 2, 0, 2))
+    many = [*prompts, Prompt("many", tuple(chat(*[make_picture(0)] * 65)))]
+    path = seeing("qwen3_vl")
+    with pytest.raises(ConfigError, match="prompt 'many' has 65 pictures, and vLLM is given 64 at most"):
+        check_pictures(vision_config(path, path, picture_rows, tmp_path, use_vllm=True), many, Ranks())
+    assert check_pictures(vision_config(path, path, picture_rows, tmp_path), many, Ranks())
     with pytest.raises(ConfigError, match=r"no pictures are sent to a vLLM server.*vllm_mode: colocate"):
         check(Ranks(), vllm_mode="server", vllm_server_base_url="http://127.0.0.1:1")
     with pytest.raises(ConfigError, match=r"no pictures are sent to a vLLM server.*vllm_tensor_parallel_size: 1"):

@@ -7,14 +7,11 @@ from typing import Any
 
 from opdengine.distributed import Ranks
 from opdengine.rollout.vllm.child import ChildEngine
-from opdengine.rollout.vllm.engine import require_vllm
+from opdengine.rollout.vllm.engine import MOST_IMAGES, require_vllm
 from opdengine.rollout.vllm.folders import private_folders
 from opdengine.rollout.vllm.remote import OwnServer, ServerEngine
 from opdengine.rollout.vllm.sampler import VLLMSampler
 from opdengine.rollout.vllm.serve import is_loopback
-
-MOST_IMAGES = 64
-"""Of one prompt."""
 
 
 def open_child(
