@@ -244,8 +244,10 @@ Shared = tuple[Sequence[Mapping[Hashable, int]], int]
 
 def _of_pictures(sequences: Sequence[Sequence[Image]], texts: Encoded) -> list[Shared]:
     """The characters that the pictures of every sequence have in a question, and their pixels."""
-    characters = [{image.sha256: len(texts[image.sha256]) for image in images} for images in sequences]
-    pixels = [{names_of(images): pixels_of(images)} for images in sequences]
+    characters: list[Mapping[Hashable, int]] = [
+        {image.sha256: len(texts[image.sha256]) for image in images} for images in sequences
+    ]
+    pixels: list[Mapping[Hashable, int]] = [{names_of(images): pixels_of(images)} for images in sequences]
     return [(characters, MOST_CHARACTERS), (pixels, MOST_PIXELS_TOGETHER)]
 
 
