@@ -381,7 +381,7 @@ def _graded_prompts(config: TrainConfig) -> tuple[Grader, Sequence[Prompt]]:
 def _load_student(config: TrainConfig) -> tuple[TransformersSampler, Any]:
     from opdengine.models.chat import load_tokenizer
     from opdengine.rollout.transformers import TransformersSampler
-    from opdengine.training.build import load_copy
+    from opdengine.training.build_student import load_copy
 
     tokenizer = load_tokenizer(
         config.model,

@@ -351,7 +351,8 @@ def _written(value: Any) -> str:
 def open_sampler(config: TrainConfig, tokenizer: Any) -> Any:
     """The configured sampler with the student's weights."""
     from opdengine.models.backbone import default_device, load_model
-    from opdengine.training.build import build_sampler, student_dtype
+    from opdengine.training.build_sampler import build_sampler
+    from opdengine.training.build_student import student_dtype
 
     model = load_model(
         config.model,

@@ -23,7 +23,8 @@ from opdengine.models.rendering import thought_opening
 from opdengine.models.reply import encode_prompt
 from opdengine.rollout.vllm.engine import MOST_IMAGES
 from opdengine.teachers.pictures import check_sendable
-from opdengine.training.build import check_ranks, student_dtype
+from opdengine.training.build import check_ranks
+from opdengine.training.build_student import student_dtype
 from opdengine.training.build_teachers import teacher_tokenizer
 from opdengine.training.evaluate import require_answers, warn_of_overlap
 from opdengine.types import Prompt, images_of

@@ -33,7 +33,8 @@ from opdengine.models.processor import save_tokenizer
 from opdengine.rollout.vllm.engine import require_vllm
 from opdengine.teachers.own import restore_own
 from opdengine.training.best import Best
-from opdengine.training.build import build_engine, student_dtype
+from opdengine.training.build import build_engine
+from opdengine.training.build_student import student_dtype
 from opdengine.training.callbacks import Callbacks
 from opdengine.training.diagnostics import gradient_diagnostics
 from opdengine.training.evaluate import Evaluation, answer_params, evaluate, evaluate_episodes, turn_params

@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from pretend_device import DEVICE
 
 from opdengine.models import backbone
-from opdengine.training import build
+from opdengine.training import build, build_student
 
-for module in (backbone, build):
+for module in (backbone, build, build_student):
     module.default_device = lambda: DEVICE  # type: ignore[attr-defined]
 
 if __name__ == "__main__":

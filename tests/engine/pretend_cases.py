@@ -32,7 +32,7 @@ from test_gpu_rehearsal import (  # noqa: F401 - run here on the pretend device
 from opdengine.config.loading import from_mapping
 from opdengine.config.train import TrainConfig
 from opdengine.models import backbone
-from opdengine.training import build
+from opdengine.training import build, build_student
 from opdengine.training.run import train
 
 
@@ -45,7 +45,7 @@ def bench(models: dict[str, str], prompt_file: str, tmp_path: Path) -> Bench:
 
 @pytest.fixture(autouse=True)
 def on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (backbone, build):
+    for module in (backbone, build, build_student):
         monkeypatch.setattr(module, "default_device", lambda: DEVICE)
 
 

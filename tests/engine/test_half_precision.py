@@ -17,7 +17,7 @@ from opdengine.data.prompts import load_prompts
 from opdengine.models.backbone import Backbone, fit_attention, load_model
 from opdengine.models.packing import pack
 from opdengine.rollout.transformers import TransformersSampler
-from opdengine.training.build import halve_products
+from opdengine.training.build_student import halve_products
 from opdengine.types import Batch, Request, SamplingParams
 
 IDS = np.arange(1, 30, dtype=np.int64)

@@ -24,7 +24,8 @@ from opdengine.models.chat import load_tokenizer
 from opdengine.models.checkpoint import restore_optimizer
 from opdengine.models.lora import add_adapter, load_adapter, save_model
 from opdengine.tools.shapes import shape_of
-from opdengine.training.build import build_engine, load_student
+from opdengine.training.build import build_engine
+from opdengine.training.build_student import load_student
 from opdengine.training.run import train
 
 Tensors = dict[str, torch.Tensor]

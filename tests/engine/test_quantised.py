@@ -143,7 +143,8 @@ def test_a_missing_package_is_named_before_a_model_is_loaded(
     found = importlib.util.find_spec
     hidden = package.replace("-", "_")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == hidden else found(name, *rest))
-    monkeypatch.setattr("opdengine.training.build.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    refuse = lambda *_, **__: pytest.fail("a model was loaded")  # noqa: E731
+    monkeypatch.setattr("opdengine.training.build_student.load_model", refuse)
     config = make_config(models, prompt_file, tmp_path / "run", method="opd", teachers=[{"model": folder}])
     with pytest.raises(ConfigError, match=f"quantised by {kind} and needs {package}.*: pip install {package}"):
         train(config)

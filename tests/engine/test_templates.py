@@ -34,7 +34,7 @@ from opdengine.rollout.vllm.engine import Sampled
 from opdengine.rollout.vllm.sampler import VLLMSampler
 from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.server import ServedTeacher
-from opdengine.training.build import build_sampler
+from opdengine.training.build_sampler import build_sampler
 from opdengine.training.run import train
 from opdengine.types import Prompt, Request, SamplingParams
 

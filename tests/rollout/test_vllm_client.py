@@ -36,7 +36,7 @@ from opdengine.rollout.vllm.folders import private_folders
 from opdengine.rollout.vllm.opening import open_server
 from opdengine.rollout.vllm.sampler import VLLMSampler
 from opdengine.rollout.vllm.serve import server_command
-from opdengine.training.build import build_sampler
+from opdengine.training.build_sampler import build_sampler
 from opdengine.training.loop import prepared
 from opdengine.training.run import train
 from opdengine.training.step import Engine

@@ -33,7 +33,7 @@ from opdengine.rollout.vllm import opening, remote
 from opdengine.rollout.vllm.engine import EngineDiedError, EngineError
 from opdengine.rollout.vllm.extension import PolicyLoader
 from opdengine.rollout.vllm.opening import open_server, open_shared
-from opdengine.training.build import _gpus
+from opdengine.training.build_sampler import _gpus
 from opdengine.training.writer import read_metrics
 
 
