@@ -196,3 +196,15 @@ def refuse_quantised(config: TrainConfig, processes: int = 1) -> None:
                 f"{what} is not possible with the student {config.model!r}, which is quantised by {kind}: {remedy}, or "
                 "name the model as it was before"
             )
+
+
+def keep_layout(model: Any) -> None:
+    """Leave the 4-bit weights of a student as they were stored.
+
+    On CPUs with bfloat16 products in AVX-512, bitsandbytes turns them, at the first pass without gradient, into a
+    layout whose products pass no gradient on: every later backward pass would lose what flows through the base without
+    a word, and the base would not be recognised when the run is resumed.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

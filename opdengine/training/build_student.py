@@ -13,6 +13,7 @@ from opdengine.errors import ConfigError
 from opdengine.models.backbone import choose_attention, default_device, load_model, read_dtype, read_window
 from opdengine.models.given import is_given
 from opdengine.models.lora import add_adapter, freeze_head, load_adapter
+from opdengine.models.quantised import keep_layout
 from opdengine.models.vision_tower import freeze_vision_tower, vision_layers
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def load_student(
         bf16=config.bf16,
         sees=sees,
     )
+    keep_layout(model)
     if model.dtype == torch.float16:  # its configuration did not say so
         raise ConfigError(f"dtype={config.dtype!r} {NO_FLOAT16}")
     if model.dtype == torch.bfloat16 and config.lora is None:
@@ -108,6 +110,7 @@ def load_copy(config: TrainConfig, sees: bool = False) -> Any:
         bf16=config.bf16,
         sees=sees,
     ).requires_grad_(False)
+    keep_layout(model)
     if config.bf16:
         halve_products(model)
     return model

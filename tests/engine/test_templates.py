@@ -30,7 +30,7 @@ from opdengine.models.chat import (
 from opdengine.models.rendering import arguments_form, opening, render, turn_end
 from opdengine.models.surrogates import without_surrogates
 from opdengine.rollout.transformers import TransformersSampler
-from opdengine.rollout.vllm.engine import Sampled
+from opdengine.rollout.vllm.engine import EngineInfo, Sampled
 from opdengine.rollout.vllm.sampler import VLLMSampler
 from opdengine.teachers.local import LocalTeacher
 from opdengine.teachers.server import ServedTeacher
@@ -209,7 +209,7 @@ class Recorded:
     stamp_of_all = ""
 
     def describe(self) -> Any:
-        return SimpleNamespace(window=100, vocabulary=300, dtype="float32", logprobs_mode="processed_logprobs")
+        return EngineInfo(True, 100, 300, {}, {}, "model", "float32", "processed_logprobs")
 
     def held(self) -> str:
         return self.stamp_of_all
