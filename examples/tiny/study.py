@@ -419,11 +419,12 @@ def main(study: Study, description: str, arguments: Sequence[str]) -> int:
 def _changes(arguments: Sequence[str]) -> dict[str, Any]:
     """``--key value`` settings of the engine for all arms, such as ``--max_steps 20``."""
     from opdengine.config.loading import _assign, _parse_overrides
+    from opdengine.config.yaml_text import plain
 
     data: dict[str, Any] = {}
     for key, value in _parse_overrides(arguments):
         _assign(data, key.split("."), value)
-    return data
+    return dict(plain(data))
 
 
 def _run_all(

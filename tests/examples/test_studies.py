@@ -132,6 +132,11 @@ def stand_in(of: study.Study = uni_study.STUDY) -> study.Study:
     return study.Study("stand_in", arms, {s: s for s in uni_study.SKILLS}, prepare, settings)
 
 
+def test_settings_of_the_command_line_are_plain_values() -> None:
+    assert study._changes(["--max_steps", "40", "--debate.tau", "0.5"]) == {"max_steps": 40, "debate": {"tau": 0.5}}
+    assert type(study._changes(["--max_steps", "40"])["max_steps"]) is int
+
+
 def test_a_study_that_was_stopped_runs_only_what_is_missing(tmp_path: Path) -> None:
     """Finished runs are taken as they are, unfinished ones begin again, and other settings are refused."""
     kept = tmp_path / "results.json"
