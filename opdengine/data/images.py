@@ -17,16 +17,13 @@ from typing import Any
 
 from opdengine.config.fields import at_home
 from opdengine.config.sections import DataConfig
-from opdengine.models.pictures import MOST_BYTES, PictureError, read_picture
+from opdengine.models.pictures import MOST_BYTES, MOST_IMAGES, PictureError, read_picture
 from opdengine.models.rendering import image_part, text_part
 from opdengine.types import Image, Message
 
 logger = logging.getLogger(__name__)
 
 MARK = "<image>"
-MOST_IMAGES = 64
-"""Of one row."""
-
 SOURCES = ("image", "image_url", "path", "url", "bytes", "base64")
 """Fields of a part that may hold its picture."""
 

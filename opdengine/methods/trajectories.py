@@ -171,8 +171,8 @@ class Trajectories:
 
 def _nothing(prompt: Prompt, reason: str) -> Sample:
     """In place of a trajectory that there is not."""
-    empty = (Turn("prompt", np.zeros(0)), Turn("assistant", np.zeros(0), trains=True))
-    return Sample("", prompt, empty, stop_reason=reason)
+    none = np.zeros(0, dtype=np.int64)
+    return Sample("", prompt, (Turn("prompt", none), Turn("assistant", none, trains=True)), stop_reason=reason)
 
 
 def _written(sample: Sample, author: str) -> Sample:

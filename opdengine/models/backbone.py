@@ -120,8 +120,10 @@ def load_model(
 
 def _reader(path: str, config: Any, sees: bool) -> Callable[..., Any]:
     """``from_pretrained`` of the class that loads a model: with its tower, or its language model alone."""
+    from transformers import AutoModelForCausalLM
+
     kind = reader_of(config, sees)
-    if can_see(config) and "ImageText" not in kind.__name__:
+    if can_see(config) and kind is AutoModelForCausalLM:
         logger.warning("%s sees, but is loaded as its language model alone: there are no pictures for it", path)
     read: Callable[..., Any] = kind.from_pretrained
     return read

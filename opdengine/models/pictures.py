@@ -27,6 +27,10 @@ LEAST_SIDE = 2
 """Pixels; a picture that is one pixel wide cannot be resized by every processor."""
 
 
+MOST_IMAGES = 64
+"""Of one row of data, and so of one sequence that goes to a teacher elsewhere or to vLLM."""
+
+
 class PictureError(ValueError):
     """A picture that cannot be used; the message follows its name."""
 

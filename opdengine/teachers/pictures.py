@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from opdengine.errors import ConfigError
-from opdengine.models.pictures import MOST_BYTES, MOST_PIXELS, PictureError, bytes_of, read_picture
+from opdengine.models.pictures import MOST_BYTES, MOST_IMAGES, MOST_PIXELS, PictureError, bytes_of, read_picture
 from opdengine.teachers.wire import digest_of
 from opdengine.types import Image, Prompt, images_of
 
 MOST_CHARACTERS = -(-MOST_BYTES // 3) * 4
 """Of all pictures of one question in base64: one picture may be as large as any."""
-
-MOST_IMAGES = 64
-"""Of one sequence."""
 
 MOST_PIXELS_TOGETHER = 4 * MOST_PIXELS
 """Of all pictures of one question, sequence by sequence; sequences with the same pictures count once.

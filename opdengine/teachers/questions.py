@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from opdengine.teachers.pictures import MOST_IMAGES
+from opdengine.models.pictures import MOST_IMAGES
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Label = Annotated[str, Field(max_length=200)]

@@ -74,12 +74,17 @@ def identity_of(
         dtype = teacher.dtype if teacher.dtype != "auto" or own is None else name_of(own)
         found |= _code(teacher.model) if trust_remote_code else {}
     if files is None or "object" in files:
-        raise ConfigError(
-            f"teacher {teacher.name!r}: stored={teacher.stored!r} needs to know which weights {teacher.model!r} are; "
-            "save the model with save_pretrained and name the folder"
-        )
+        raise unknown_weights(teacher)
     kept = next((name for name in (teacher.stored_dtype, sent) if name != "auto"), dtype)
     return {**found, **files, "dtype": dtype, "dtype of what is kept": kept}
+
+
+def unknown_weights(teacher: TeacherConfig) -> ConfigError:
+    """Of a teacher whose model is no files."""
+    return ConfigError(
+        f"teacher {teacher.name!r}: stored={teacher.stored!r} needs to know which weights {teacher.model!r} are; save "
+        "the model with save_pretrained and name the folder"
+    )
 
 
 def _code(model: str) -> dict[str, str]:
@@ -151,11 +156,12 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         with safe_open(file, "pt") as parts:
             told, tensors = parts.metadata(), {name: parts.get_tensor(name) for name in parts.keys()}  # noqa: SIM118
-        if told["sha256"] == _digest(told["about"], tensors):
-            return json.loads(told["about"]), tensors
+        whole = told["sha256"] == _digest(told["about"], tensors)
     except (SafetensorError, KeyError, TypeError):
-        pass
-    raise ConfigError(f"{file} is damaged; remove it, and run 'opdengine score', which writes it anew")
+        whole = False
+    if not whole:
+        raise ConfigError(f"{file} is damaged; remove it, and run 'opdengine score', which writes it anew")
+    return json.loads(told["about"]), tensors
 
 
 def _digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -350,19 +350,12 @@ def _written(value: Any) -> str:
 
 def open_sampler(config: TrainConfig, tokenizer: Any) -> Any:
     """The configured sampler with the student's weights."""
-    from opdengine.models.backbone import default_device, load_model
     from opdengine.training.build_sampler import build_sampler
-    from opdengine.training.build_student import student_dtype
+    from opdengine.training.build_student import load_copy
 
-    model = load_model(
-        config.model,
-        dtype=student_dtype(config),
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-        device=default_device(),
-        sees=tokenizer.vision is not None,
-    )
-    sampler = build_sampler(config, model, tokenizer)
+    sees = tokenizer.vision is not None
+    model = load_copy(config, sees)
+    sampler = build_sampler(config, model, tokenizer, sees=sees)
     if sampler.policy_version != 0:
         sampler.load_policy(0, model.state_dict().items())
     return sampler

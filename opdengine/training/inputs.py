@@ -18,10 +18,10 @@ from opdengine.errors import ConfigError
 from opdengine.methods.method import Method
 from opdengine.models.backbone import read_window
 from opdengine.models.chat import encode_chat, load_tokenizer
+from opdengine.models.pictures import MOST_IMAGES
 from opdengine.models.quantised import refuse_quantised
 from opdengine.models.rendering import thought_opening
 from opdengine.models.reply import encode_prompt
-from opdengine.rollout.vllm.engine import MOST_IMAGES
 from opdengine.teachers.pictures import check_sendable
 from opdengine.training.build import check_ranks
 from opdengine.training.build_student import student_dtype

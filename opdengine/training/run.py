@@ -19,7 +19,6 @@ from opdengine.config.loading import to_mapping
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import PromptSet, PromptStream, ScheduledStream, as_source
 from opdengine.distributed import Ranks, start
-from opdengine.errors import ConfigError
 from opdengine.methods import build_method
 from opdengine.methods.method import Method
 from opdengine.methods.room import check_room
@@ -32,6 +31,7 @@ from opdengine.models.manifest import find_damage
 from opdengine.models.processor import save_tokenizer
 from opdengine.rollout.vllm.engine import require_vllm
 from opdengine.teachers.own import restore_own
+from opdengine.teachers.stored import unknown_weights
 from opdengine.training.best import Best
 from opdengine.training.build import build_engine
 from opdengine.training.build_student import student_dtype
@@ -283,10 +283,7 @@ def check_needs(config: TrainConfig) -> None:
         require_writable("debate.cache_dir", config.debate.cache_dir)
     for i, teacher in enumerate(config.teachers):
         if teacher.stored is not None and is_given(teacher.model):
-            raise ConfigError(
-                f"teacher {teacher.name!r}: stored={teacher.stored!r} needs to know which weights {teacher.model!r} "
-                "are; save the model with save_pretrained and name the folder"
-            )
+            raise unknown_weights(teacher)
         if teacher.stored is not None and not teacher.stored_only:
             require_writable(f"teachers.{i}.stored", teacher.stored)
     if config.use_vllm and config.vllm_mode == "colocate":

@@ -81,7 +81,7 @@ SEEING: list[Row] = [
     *[row for row in RUN if row[0] not in ("model", "use_vllm", *(name for name, _, _ in THINKS_NOT))],
     ("model", "Qwen/Qwen3-VL-4B-Instruct", "table C.1"),
     ("freeze_vision_tower", True, "unstated"),
-    ("use_vllm", False, "ours: vLLM is given no pictures yet"),
+    ("use_vllm", False, "ours: vLLM resizes pictures in its own way"),
     *[row for row in UNI if row[0] not in ("uni_opd.margin_delta", "uni_opd.margin_direction")],
     ("uni_opd.margin_delta", 0.0, "table C.2, multimodal"),
     ("uni_opd.margin_direction", "lift", "table C.2, multimodal"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from opdengine.rollout.vllm.policy_file import StoredPolicy
 from opdengine.rollout.vllm.sampler import VLLMSampler
 from opdengine.rollout.vllm.weight_names import as_in_checkpoint, checkpoint_names, model_weights
 from opdengine.rollout.vllm.worker import ReadOtherwise, _input, _require_same
+from opdengine.tools.balance import open_sampler
 from opdengine.training.inputs import check_pictures
 from opdengine.types import Prompt, Request, SamplingParams
 
@@ -152,3 +154,17 @@ def test_a_server_is_sent_no_pictures(seeing: Any, picture_rows: str, tmp_path: 
     with pytest.raises(ConfigError, match=r"no pictures are sent to a vLLM server.*vllm_tensor_parallel_size: 1"):
         check(Ranks(0, 2, 0, 2), vllm_tensor_parallel_size=2)
     assert check(Ranks(), vllm_mode="server", vllm_server_base_url="http://127.0.0.1:1", images="text")
+
+
+def test_balance_opens_an_engine_that_is_given_pictures(
+    seeing: Any, picture_rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, told = seeing("qwen3_vl"), dict[str, Any]()
+
+    def opened(source: str, tokenizer: Any, **settings: Any) -> Any:
+        told.update(settings)
+        return SimpleNamespace(policy_version=0)
+
+    monkeypatch.setattr("opdengine.rollout.vllm.opening.open_child", opened)
+    open_sampler(vision_config(path, path, picture_rows, tmp_path, use_vllm=True), load_tokenizer(path))
+    assert told["sees"] and told["fixed"]

@@ -18,9 +18,6 @@ from opdengine.types import Image
 FRESH, NO_STAMP = "default", "none"
 """Names of the weights that an engine starts with, and of those that are being replaced."""
 
-MOST_IMAGES = 64
-"""Of one prompt; an engine is told at its start."""
-
 RANK_VARIABLES = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from opdengine.distributed import Ranks
+from opdengine.models.pictures import MOST_IMAGES
 from opdengine.rollout.vllm.child import ChildEngine
-from opdengine.rollout.vllm.engine import MOST_IMAGES, require_vllm
+from opdengine.rollout.vllm.engine import require_vllm
 from opdengine.rollout.vllm.folders import private_folders
 from opdengine.rollout.vllm.remote import OwnServer, ServerEngine
 from opdengine.rollout.vllm.sampler import VLLMSampler
