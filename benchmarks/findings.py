@@ -51,7 +51,7 @@ def won(results: Mapping[str, Any], arm: str) -> str:
 
 def opad_less() -> str:
     """Games won with OPAD less those with each of its baselines, seed by seed."""
-    from tiny.study import interval
+    from tiny.study_tables import interval
 
     results = read("opad")
     shares = {

@@ -112,7 +112,7 @@ def real_sampled() -> str:
 
 def study(name: str) -> str:
     """The arms of a study and the models that it graded: over seeds, or of one seed with the questions' intervals."""
-    from tiny.study import headings, table_rows
+    from tiny.study_tables import headings, table_rows
 
     found = read(name)
     if found is None:

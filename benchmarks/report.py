@@ -294,7 +294,7 @@ def study_results(name: str) -> dict[str, Any] | None:
 
 def study(name: str) -> str:
     """A method and its controls, with what the method's own runs measured."""
-    from tiny.study import headings, table_rows
+    from tiny.study_tables import headings, table_rows
 
     results = study_results(name)
     if results is None:

@@ -15,7 +15,7 @@ from opdengine.config.loading import from_mapping
 from opdengine.config.train import TrainConfig
 from opdengine.methods import METHODS, build_method
 from opdengine.metrics import write_jsonl
-from tiny import camopd_study, study, task, uni_study
+from tiny import camopd_study, study, study_tables, task, uni_study
 
 
 @pytest.mark.parametrize(("prompt", "answer", "said"), [("C(7+1)*0", "71+0*", "*+710"), ("C7-(1*0)", "710*-", "-7*10")])
@@ -48,8 +48,8 @@ def test_fine_tuning_problems_are_mostly_dialect_and_never_held_out() -> None:
 
 def test_interval_is_students() -> None:
     values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert study.interval(values) == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
-    assert math.isnan(study.interval(values[:1]))
+    assert study_tables.interval(values) == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
+    assert math.isnan(study_tables.interval(values[:1]))
 
 
 def results() -> dict[str, Any]:
@@ -69,24 +69,24 @@ def results() -> dict[str, Any]:
 
 def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
     """The arms vary widely over seeds and their difference not at all."""
-    teacher, method, baseline = study.table_rows(results())
+    teacher, method, baseline = study_tables.table_rows(results())
     assert teacher[:2] == ["teacher", "100.0"]
     assert method[1] == "60.0 ± 24.8" and baseline[4] == "-10.0 ± 0.0" and method[4] == ""
-    assert len(study.headings(results())) == len(method)
-    study.draw(results(), tmp_path / "figure.png")
+    assert len(study_tables.headings(results())) == len(method)
+    study_tables.draw(results(), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
 def test_one_seed_has_the_interval_of_its_prompts(tmp_path: Path) -> None:
     """Wilson's, by hand for 150 of 200; over several seeds the number of prompts changes nothing."""
-    assert study.shown(np.array([75.0]), 200) == "75.0 (69 to 80)"
-    assert study.shown(np.array([75.0]), None) == "75.0"
-    assert study.shown(np.array([74.0, 76.0]), 200) == f"75.0 ± {12.706:.1f}"
+    assert study_tables.shown(np.array([75.0]), 200) == "75.0 (69 to 80)"
+    assert study_tables.shown(np.array([75.0]), None) == "75.0"
+    assert study_tables.shown(np.array([74.0, 76.0]), 200) == f"75.0 ± {12.706:.1f}"
     file = tmp_path / "held_out.jsonl"
     write_jsonl(file, [{"data_source": "x"}, {"data_source": "y"}, {"data_source": "x"}])
     assert study.held_out(file) == {"eval/accuracy": 3, "eval/accuracy/x": 2, "eval/accuracy/y": 1}
     found = results() | {"held_out": {"eval/accuracy": 200, "eval/accuracy/x": 200, "eval/accuracy/y": 200}}
-    teacher, method, _ = study.table_rows(found)
+    teacher, method, _ = study_tables.table_rows(found)
     assert teacher[1] == "100.0 (98 to 100)" and method[1] == "60.0 ± 24.8"
 
 
