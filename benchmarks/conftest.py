@@ -6,6 +6,7 @@ stated margin; ``--update-baselines`` writes them from this run.
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import time
@@ -54,6 +55,16 @@ def save_results(file: Path, results: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({**environment(), "results": results}, indent=1) + "\n")
     print(f"written to {file}")
+
+
+def real_model_parser(description: str | None, prompts: int, tokens: int) -> argparse.ArgumentParser:
+    """The options that scripts about a real model share, with their numbers of prompts and tokens."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/smollm2", help="folder of a causal language model with tokenizer")
+    parser.add_argument("--prompts", type=int, default=prompts)
+    parser.add_argument("--tokens", type=int, default=tokens)
+    parser.add_argument("--save", action="store_true", help="write the file under benchmarks/results/real")
+    return parser
 
 
 @dataclass(frozen=True)

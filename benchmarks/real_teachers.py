@@ -15,7 +15,6 @@ quarters of the prompts, and the exact divergence is measured on the others. ``-
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 import numpy as np
 import torch
-from conftest import save_results
+from conftest import real_model_parser, save_results
 from real_rows import NOISE, PROMPTS
 from torch import Tensor
 
@@ -211,12 +210,8 @@ def trained(rows: Rows, teacher: str, draws_seed: int = 2) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/smollm2", help="folder of a causal language model with tokenizer")
-    parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=24)
+    parser = real_model_parser(__doc__, prompts=12, tokens=24)
     parser.add_argument("--draws", type=int, default=16, help="samples of the sampled form")
-    parser.add_argument("--save", action="store_true")
     options = parser.parse_args(arguments)
     rows = read_rows(options.model, options.prompts, options.tokens)
     results: dict[str, Any] = {"rows": len(rows.labels), "prompts": options.prompts, "draws": options.draws}

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 import torch
-from conftest import save_results
+from conftest import real_model_parser, save_results
 from real_rows import NOISE, PROMPTS
 
 from opdengine.config.loading import from_mapping
@@ -107,12 +107,8 @@ def written(folder: Path) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/smollm2", help="folder of a causal language model with tokenizer")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser = real_model_parser(__doc__, prompts=8, tokens=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--save", action="store_true")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:

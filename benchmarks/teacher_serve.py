@@ -40,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 import numpy as np
 import torch
-from conftest import save_results
+from conftest import real_model_parser, save_results
 from real_rows import NOISE, PROMPTS
 from real_teachers import PRIVILEGED
 
@@ -285,13 +285,9 @@ def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/smollm2", help="folder of a causal language model with tokenizer")
-    parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=24)
+    parser = real_model_parser(__doc__, prompts=12, tokens=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter that has vLLM, which then tells the log-probs")
-    parser.add_argument("--save", action="store_true")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:

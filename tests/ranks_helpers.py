@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -15,13 +16,39 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+STEP_WORKER = ROOT / "tests" / "distributed" / "step_worker.py"
 LEARNING_RATE = 1e-2
+STEP: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "repetition_penalty": 1.0,
+    "max_completion_length": 7,
+    "learning_rate": LEARNING_RATE,
+    "lr_scheduler_type": "constant",
+    "warmup_ratio": 0.0,
+    "adam_epsilon": 1e-2,
+    "max_steps": 2,
+}
+"""Settings of steps that :func:`same_steps` compares."""
 
 
 def torchrun(world: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """``torchrun`` with gloo on the CPU; one process runs without it."""
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
     return _python([*ranks, *arguments], environment)
+
+
+def run_cases(
+    cases: Mapping[str, dict[str, Any]], world: int, root: Path, *before: str, **environment: str
+) -> dict[str, Any]:
+    """What ``step_worker.py``, which ``before`` may start, found on ``world`` processes; ``root`` holds its files."""
+    (root / f"{world}.json").write_text(json.dumps(cases))
+    files = (str(root / f"{world}.json"), str(root / f"{world}.pt"))
+    done = torchrun(world, *before, str(STEP_WORKER), *files, **environment)
+    assert done.returncode == 0, done.stderr[-5000:]
+    found: dict[str, Any] = torch.load(files[1], weights_only=False, map_location="cpu")
+    return found
 
 
 def each_to_its_end(world: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

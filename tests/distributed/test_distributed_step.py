@@ -8,17 +8,14 @@ near 0 into steps.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from ranks_helpers import LEARNING_RATE, same_steps, torchrun
+from ranks_helpers import STEP, run_cases, same_steps
 
 from tiny.agents.house import HOUSE
 
-WORKER = Path(__file__).with_name("step_worker.py")
 DEVICE = str(Path(__file__).with_name("on_pretend_device.py"))
 WORLDS = (1, 2, 4)
 TAU = 4.0
@@ -148,15 +145,6 @@ def found(models: dict[str, str], prompt_file: str, tmp_path_factory: pytest.Tem
     return results
 
 
-def run_cases(cases: Mapping[str, dict[str, Any]], world: int, root: Path, *before: str) -> dict[str, Any]:
-    """What ``step_worker.py``, which ``before`` may start, found on ``world`` processes; ``root`` holds its files."""
-    (root / f"{world}.json").write_text(json.dumps(cases))
-    done = torchrun(world, *before, str(WORKER), str(root / f"{world}.json"), str(root / f"{world}.pt"))
-    assert done.returncode == 0, done.stderr[-5000:]
-    found: dict[str, Any] = torch.load(root / f"{world}.pt", weights_only=False)
-    return found
-
-
 def settings(case: dict[str, Any], models: dict[str, str], prompt_file: str, folder: Path) -> dict[str, Any]:
     keys = case.get("keys", ([], []))
     teachers = [
@@ -169,17 +157,8 @@ def settings(case: dict[str, Any], models: dict[str, str], prompt_file: str, fol
         "output_dir": str(folder),
         "teachers": teachers,
         "method": "mt_opd",
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "repetition_penalty": 1.0,
-        "max_completion_length": 7,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "warmup_ratio": 0.0,
-        "adam_epsilon": 1e-2,
-        "max_steps": 2,
         "log_tokens": "all",
+        **STEP,
         **case["config"],
     }
 

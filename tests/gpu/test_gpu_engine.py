@@ -5,7 +5,6 @@ python -m pytest -m gpu tests/gpu/test_gpu_engine.py
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -19,8 +18,8 @@ from engine_cases import Bench
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
-from ranks_helpers import same_steps, torchrun
-from test_distributed_step import CASES, WORKER, settings
+from ranks_helpers import run_cases, same_steps
+from test_distributed_step import CASES, settings
 
 pytestmark = pytest.mark.gpu
 
@@ -96,11 +95,7 @@ def test_two_gpus_take_the_same_steps_as_one(models: dict[str, str], prompt_file
             name: {**CASES[name], "config": settings(CASES[name], models, prompt_file, tmp_path / f"{name}-{world}")}
             for name in SHARED_CASES
         }
-        (tmp_path / f"{world}.json").write_text(json.dumps(cases))
-        out = tmp_path / f"{world}.pt"
-        done = torchrun(world, str(WORKER), str(tmp_path / f"{world}.json"), str(out), CUDA_VISIBLE_DEVICES=visible)
-        assert done.returncode == 0, done.stderr[-5000:]
-        found[world] = torch.load(out, weights_only=False, map_location="cpu")
+        found[world] = run_cases(cases, world, tmp_path, CUDA_VISIBLE_DEVICES=visible)
     for name in EXACT_CASES:
         same_steps(found[1][name], found[WORLD][name], 1e-3)
     # Kernels round bfloat16 by the shape of the batch, and a tie may then be drawn the other way.

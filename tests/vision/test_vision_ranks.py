@@ -5,15 +5,12 @@ Rank 0 has prompts with pictures where rank 1 has one without: a tower runs in p
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from ranks_helpers import LEARNING_RATE, same_steps, torchrun
+from ranks_helpers import STEP, run_cases, same_steps
 
-WORKER = Path(__file__).parents[1] / "distributed" / "step_worker.py"
 NARROW = ("qwen3_vl", 0, 16)
 """Its tower has larger layers than its language model."""
 
@@ -49,10 +46,7 @@ def found(seeing: Any, picture_rows: str, tmp_path_factory: pytest.TempPathFacto
     results = {}
     for world in (1, 2):
         cases = {name: step_case(case, seeing, picture_rows, root / name) for name, case in CASES.items()}
-        (root / f"{world}.json").write_text(json.dumps(cases))
-        done = torchrun(world, str(WORKER), str(root / f"{world}.json"), str(root / f"{world}.pt"))
-        assert done.returncode == 0, done.stderr[-5000:]
-        results[world] = torch.load(root / f"{world}.pt", weights_only=False)
+        results[world] = run_cases(cases, world, root)
     return results
 
 
@@ -69,16 +63,7 @@ def step_case(case: dict[str, Any], seeing: Any, data: str, folder: Path) -> dic
         "train_data": [data],
         "output_dir": str(folder),
         "method": "opd",
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "repetition_penalty": 1.0,
-        "max_completion_length": 7,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "warmup_ratio": 0.0,
-        "adam_epsilon": 1e-2,
-        "max_steps": 2,
+        **STEP,
         **case,
         "teachers": teachers,
     }
