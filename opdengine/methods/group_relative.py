@@ -40,6 +40,9 @@ PAPER = Paper(
 LEAST_DEVIATION = 1e-4
 """Is added to the standard deviation, as in TRL."""
 
+LEAST_SPREAD = 1e-9
+"""Rewards of a prompt that differ by less are equal: only the rounding of a sum lies between."""
+
 NEEDS = frozenset({"policy_logratio"})
 """The measures that the clip needs."""
 
@@ -69,7 +72,8 @@ def advantages(groups: Sequence[str], rewards: Sequence[float], scale: str) -> n
         deviation[:] = values.std(ddof=1) if len(values) > 1 else 0.0
     for name in dict.fromkeys(groups):
         members = names == name
-        centred[members] = values[members] - values[members].mean()
+        if np.ptp(values[members]) > LEAST_SPREAD:  # the mean of equal ones may be rounded to another number
+            centred[members] = values[members] - values[members].mean()
         if scale == "group":
             deviation[members] = values[members].std(ddof=1) if members.sum() > 1 else 0.0
     return centred / (deviation + LEAST_DEVIATION)
@@ -78,14 +82,18 @@ def advantages(groups: Sequence[str], rewards: Sequence[float], scale: str) -> n
 def add_advantages(batch: Batch, ranks: Ranks, settings: GrpoConfig, weight: float) -> None:
     """Add ``weight`` times the group-relative advantage to that of every token. All processes call this.
 
+    Rollouts that are left out of the update count in the mean and the deviation of their prompt: what they were worth
+    is known, and who is left out (the longest ones, say) would move the others' advantages.
+
     Args:
         batch: weighed samples.
         ranks: of the run: a batch's deviation is that of the whole step.
         settings: scale and clip.
         weight: of this term.
     """
-    rewarded = [sample for sample in batch if sample.reward is not None]
-    mine = {_rollout(s): (s.group or s.id, float(s.reward or 0.0)) for s in rewarded}  # the states of one count once
+    graded = [sample for sample in batch.samples if sample.reward is not None]
+    rewarded = [sample for sample in graded if not sample.drop]
+    mine = {_rollout(s): (s.group or s.id, float(s.reward or 0.0)) for s in graded}  # the states of one count once
     rows = ranks.join(list(mine.values()))
     every = advantages([group for group, _ in rows], [reward for _, reward in rows], settings.scale_rewards)
     own = dict(zip(mine, every[ranks.own(len(mine))].tolist(), strict=True))

@@ -21,6 +21,7 @@ from opdengine.distributed import Ranks
 from opdengine.loss.objective import Objective, set_scales
 from opdengine.loss.statistics import Statistics
 from opdengine.methods import build_method
+from opdengine.methods.group_relative import advantages
 from opdengine.methods.token_selection import uncertain
 from opdengine.training.run import train
 from opdengine.types import Batch, Hidden
@@ -193,6 +194,28 @@ def test_states_of_one_episode_count_once() -> None:
     method.weigh(batch)
     np.testing.assert_allclose([s.advantage[0] for s in samples], np.array([0.5, 0.5, -0.5]) / (1 + 1e-4), rtol=1e-6)
     assert batch.metrics["grpo/rollouts"] == 2 and batch.metrics["grpo/no_spread"] == 0
+
+
+def test_what_is_left_out_counts_in_the_mean_of_its_prompt() -> None:
+    """Rewards 1, 1, 0, 0 of which one 0 is left out: the others are above or below 1/2, not 2/3."""
+    method = built("opd", num_generations=4, grpo={"weight": 1.0, "scale_rewards": "group"})
+    rewards = [1.0, 1.0, 0.0, 0.0]
+    samples = [make_rollout(str(i), [1], group="g", reward=reward) for i, reward in enumerate(rewards)]
+    samples[3].drop = "teacher_window/t"
+    batch = Batch(samples=samples)
+    method.weigh(batch)
+    expected = np.array([0.5, 0.5, -0.5]) / (np.std(rewards, ddof=1) + 1e-4)
+    np.testing.assert_allclose([s.advantage[0] for s in samples[:3]], expected, rtol=1e-6)
+    assert samples[3].advantage is None and batch.metrics["grpo/rollouts"] == 4
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_rewards_have_no_advantage_however_their_mean_is_rounded(scale: str) -> None:
+    """In float64 the mean of three times 0.1 is no 0.1, and 0.1 + 0.2 is no 0.3."""
+    equal = [0.1, 0.1, 0.1, 0.3, 0.1 + 0.2, 0.3]
+    assert np.mean(equal[:3]) != 0.1 and equal[3] != equal[4]
+    found = advantages(["a"] * 3 + ["b"] * 3 + ["c"] * 2, [*equal, 0.0, 1.0], scale)
+    assert not found[:6].any() and found[6] == -found[7] != 0
 
 
 def test_how_far_the_policy_has_moved_is_known_without_a_teacher(
