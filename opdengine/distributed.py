@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -229,9 +231,30 @@ def start(timeout: float = 7200.0) -> Iterator[Ranks]:
     try:
         torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
         yield Ranks(rank, world_size, local_rank, local_world_size, timeout=timeout)
+        _settle()
     except RuntimeError as error:
         if lost := _lost(error, timeout):
             raise lost from error
         raise
     # After an error the others may be waiting for this rank: it just ends.
     torch.distributed.destroy_process_group()
+
+
+def _settle() -> None:
+    """Wait until the threads of gloo have let go of the tensors of every exchange.
+
+    They take the interpreter's lock for that, and one that asks for it while the interpreter ends aborts the process
+    (before Python 3.14): a run that is finished would fail. Exchanges are taken in turn, so when the last ones are
+    let go of, those before them have been.
+    """
+    import torch.distributed
+
+    tensors = [torch.zeros(1) for _ in range(8)]
+    exchanges = [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
+    while exchanges:
+        exchanges.pop().wait()
+    held = [weakref.ref(tensor) for tensor in tensors]
+    tensors.clear()
+    until = time.monotonic() + 10
+    while any(tensor() is not None for tensor in held) and time.monotonic() < until:
+        time.sleep(0.001)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from engine_helpers import make_config
+from ranks_helpers import torchrun
 
 from opdengine.config.loading import from_mapping, to_mapping
 from opdengine.config.train import ConfigError, TrainConfig
@@ -162,3 +163,25 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         start(),
     ):
         pass
+
+
+EXCHANGE_AND_END = """
+import sys
+from opdengine.distributed import start
+sys.setswitchinterval(100)  # this thread keeps the interpreter as long as it does not wait for anything
+with start() as ranks:
+    group = __import__("torch").distributed.group.WORLD  # as a split model holds it
+    for i in range(5):
+        assert ranks.gather(ranks.rank) == [0, 1, 2, 3]
+print("done")
+"""
+
+
+def test_processes_that_end_right_after_an_exchange_end_well(tmp_path: Path) -> None:
+    """The threads of the exchange must not need the interpreter when it is gone: that aborts a process."""
+    program = tmp_path / "program.py"
+    program.write_text(EXCHANGE_AND_END)
+    for _ in range(4):  # without the wait two of three such runs fail
+        done = torchrun(4, str(program), OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("done") == 4
