@@ -225,4 +225,9 @@ def _arrow(data: Any) -> Iterator[Any]:
     if "Image(" in str(data.features):  # what decodes pictures here would do so before any bound
         chunks = data.with_format("arrow").iter(256)
         return (without_nulls(row) for chunk in chunks for row in chunk.to_pylist())
+    return rows_in_memory(data)
+
+
+def rows_in_memory(data: Any) -> Iterator[Any]:
+    """Rows of a ``datasets.Dataset`` as Python values, with open pictures where it has some."""
     return (without_nulls(row) for row in data.with_format(None))

@@ -12,6 +12,7 @@ from typing import Any
 from opdengine.config.loading import from_mapping, to_mapping
 from opdengine.config.sections import DataConfig, TeacherConfig
 from opdengine.config.train import TrainConfig
+from opdengine.data.files import rows_in_memory
 from opdengine.errors import ConfigError
 from opdengine.models.files import some
 from opdengine.models.given import PREFIX, Given, given
@@ -171,7 +172,7 @@ def _are_rows(value: Any) -> bool:
 
 
 def _named_rows(key: str, rows: Any, objects: dict[str, Given]) -> str:
-    found = [dict(row) for row in rows]
+    found = [dict(row) for row in (rows_in_memory(rows) if hasattr(rows, "with_format") else rows)]
     digest = hashlib.sha256()
     for row in found:
         digest.update(json.dumps(row, default=_content, sort_keys=True).encode("utf-8", "surrogatepass"))

@@ -24,7 +24,9 @@ from transformers import AutoModelForCausalLM
 
 from opdengine import Callback, Event, TrainConfig, train
 from opdengine.cli import main
+from opdengine.data.prompts import load_prompts
 from opdengine.errors import ConfigError
+from opdengine.models.given import given
 from opdengine.training.api import lift
 from opdengine.training.signals import Interrupted
 from opdengine.training.step import Engine
@@ -89,6 +91,28 @@ def test_objects_train_as_their_folders_do(
     text = (got.output_dir / "config.yaml").read_text()
     assert text.startswith('# What begins with "in memory: " was given to opdengine.train in Python')
     assert "in memory: Qwen3ForCausalLM of" in text and "train_data of 8 rows with the content" in text
+
+
+@pytest.mark.parametrize("form", [None, "torch", "numpy"])
+def test_a_data_set_in_memory_has_the_rows_of_one_on_disk(form: str | None, tmp_path: Path) -> None:
+    """Arrow gives every tool all tools' fields, and a format makes arrays of numbers: neither reaches a prompt."""
+
+    def tool(name: str, properties: dict[str, Any]) -> dict[str, Any]:
+        return {"name": name, "parameters": {"type": "object", "properties": properties}}
+
+    data = datasets.Dataset.from_list([
+        {"prompt": "Rome?", "answer": 4, "tools": [tool("weather", {"city": {"type": "string"}})]},
+        {"prompt": "ACME?", "answer": 5, "tools": [tool("price", {"stock": {"type": "string"}})]},
+    ]).with_format(form)  # fmt: skip
+    data.save_to_disk(tmp_path / "data")
+    plain, objects = lift({"train_data": data})
+    with given(objects):
+        found = load_prompts(plain["train_data"]).prompts
+    stored = load_prompts([str(tmp_path / "data")]).prompts
+    assert [(p.messages, p.tools, p.answer, type(p.answer)) for p in found] == [
+        (p.messages, p.tools, p.answer, int) for p in stored
+    ]
+    assert found[0].tools == (tool("weather", {"city": {"type": "string"}}),)
 
 
 def test_sections_are_dicts(settings: dict[str, Any], models: dict[str, str]) -> None:
