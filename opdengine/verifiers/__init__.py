@@ -18,12 +18,25 @@ Verifier = Callable[[str, Any, Sequence[Message]], float | Score]
 
 
 def exact_match(text: str, answer: Any, messages: Sequence[Message]) -> float:
-    """1 when the stripped text behind the thoughts equals the answer (or one of a list of answers)."""
+    """1 when the stripped text behind the thoughts equals the answer (or one of a list of answers).
+
+    Raises:
+        ValueError: the reference answer is empty, so that saying nothing would be right.
+    """
     part = answer_part(text)
     if part is None:
         return NO_ANSWER
-    answers = answer if isinstance(answer, (list, tuple)) else [answer]
-    return float(part.strip() in {str(a).strip() for a in answers})
+    answers = {_written(a) for a in (answer if isinstance(answer, (list, tuple)) else [answer])}
+    if not answers or "" in answers:
+        raise ValueError(f"the reference answer {answer!r:.200} is empty")
+    return float(part.strip() in answers)
+
+
+def _written(answer: Any) -> str:
+    """An answer as text. 4.0 is 4: a column of whole numbers of which one is missing is read as floats."""
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    return str(answer).strip()
 
 
 VERIFIERS: dict[str, Verifier] = {"exact_match": exact_match, "numeric": numeric, "choice": choice}

@@ -14,6 +14,8 @@ from opdengine.verifiers.boxes import last_box
 from opdengine.verifiers.score import NO_ANSWER, Reasoned
 
 TOLERANCE = 1e-6
+SMALL = 1e-3
+"""Numbers from here on down, but 0, are compared relatively; of larger ones six decimals are enough."""
 MAX_EXPONENT = 400
 """No power of a larger exponent is a float, unless it is 0 or 1."""
 
@@ -122,7 +124,8 @@ def _exponent(digits: str) -> int:
 
 
 def numeric(text: str, answer: Any, messages: Sequence[Message]) -> float:
-    """1 when the last number of the text, behind its thoughts, equals the answer to a relative 1e-6.
+    """1 when the last number of the text, behind its thoughts, equals the answer to 1e-6: relative to it where it is
+    above 1 or, but for 0, below 1e-3.
 
     Signs of currencies, percent and units are passed over.
 
@@ -138,7 +141,8 @@ def numeric(text: str, answer: Any, messages: Sequence[Message]) -> float:
     found = last_number(part)
     if found is None:
         return Reasoned(0.0, "no number in the answer")
-    return float(abs(found - target) <= TOLERANCE * max(1.0, abs(target)))
+    size = abs(target)
+    return float(abs(found - target) <= TOLERANCE * (size if 0 < size < SMALL else max(1.0, size)))
 
 
 def _finite(answer: Any) -> float | None:

@@ -181,6 +181,11 @@ def test_conversations_train_from_end_to_end(models: dict[str, str], strict: Any
 def test_verifiers(tmp_path: Path) -> None:
     exact, numeric = load_verifier("exact_match"), load_verifier("numeric")
     assert exact(" 4\n", 4, ()) == 1 and exact("four", ["4", "four"], ()) == 1 and exact("5", "4", ()) == 0
+    # A column of whole numbers of which one is missing is read as floats; nothing said answers no question.
+    assert exact("4", 4.0, ()) == 1 and exact("4", [3.0, 4.0], ()) == 1 and exact("4", 4.5, ()) == 0
+    for empty in ("", " ", [], ["4", ""]):
+        with pytest.raises(ValueError, match="is empty"):
+            exact("", empty, ())
     assert numeric("so 3 + 1 = 4.0", "4", ()) == 1 and numeric("1,234", 1234, ()) == 1
     assert numeric("nothing", "4", ()) == 0 and numeric("4 or 5", "4", ()) == 0
     assert numeric("-2e3", "-2,000", ()) == 1

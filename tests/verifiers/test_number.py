@@ -61,6 +61,12 @@ def test_what_is_no_finite_number_is_none(text: str) -> None:
     assert numeric(text, 5, ()) == 0
 
 
+def test_small_numbers_are_compared_relatively() -> None:
+    assert numeric("9e-12", "1.6e-19", ()) == numeric("0", "1.6e-19", ()) == numeric("5e-7", "2e-7", ()) == 0
+    assert numeric("1.6 * 10^-19", "1.6e-19", ()) == numeric("0.00020000000001", "2e-4", ()) == 1
+    assert numeric("0.333333", "1/3", ()) == numeric("1e-9", 0, ()) == numeric("1e-9", "0.0", ()) == 1
+
+
 def test_other_numbers_are_wrong() -> None:
     for text, answer in (
         (r"\boxed{1\,000}", 0),
