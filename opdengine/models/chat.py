@@ -114,7 +114,7 @@ def load_tokenizer(
         place = f"the folder {path!r}" if Path(path).is_dir() else f"{path!r}, which is no folder here, as a hub name"
         raise ValueError(f"no tokenizer could be loaded from {place}: {error}") from error
     if chat_template is not None:
-        tokenizer.chat_template = _read_template(chat_template)
+        tokenizer.chat_template = read_template(chat_template)
     tokenizer.images = images
     give_eyes(tokenizer, path, sees=sees and images == "image", trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
@@ -127,7 +127,12 @@ def load_tokenizer(
     return tokenizer
 
 
-def _read_template(text: str) -> str:
+def read_template(text: str) -> str:
+    """The chat template that a setting holds, as text or in a file.
+
+    Raises:
+        ValueError: it is neither.
+    """
     try:
         is_file = "\n" not in text and Path(text).is_file()
     except OSError:  # longer than a path can be

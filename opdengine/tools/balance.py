@@ -29,7 +29,7 @@ import numpy as np
 
 from opdengine.config.fields import COUNT, TOP_K, TOP_P, Range
 from opdengine.config.train import TrainConfig
-from opdengine.data.prompts import DataError, drop_long, load_prompts
+from opdengine.data.prompts import DataError, PromptSet, drop_long, load_prompts
 from opdengine.errors import ConfigError
 from opdengine.models.pictures import data_url
 from opdengine.tools.figures import figure, require_matplotlib
@@ -280,7 +280,7 @@ def balance(config: TrainConfig, settings: BalanceSettings, progress: Callable[[
         n=settings.rollouts,
         seed=config.seed,
     )
-    header = {"data": data.fingerprint, "model": config.model, "verifier": config.verifier, **vars(params)}
+    header = depends_on(config, data, tokenizer, params)
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     with Grader.from_config(config) as grader:
         grader.check(data.prompts)
@@ -314,6 +314,22 @@ def balance(config: TrainConfig, settings: BalanceSettings, progress: Callable[[
     settings.path_with(".report.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(report, settings.path_with(".png"))
     return report
+
+
+def depends_on(config: TrainConfig, data: PromptSet, tokenizer: Any, params: SamplingParams) -> dict[str, Any]:
+    """What the counts of a file depend on; the weights by their content, since others may be in their place by now."""
+    from opdengine.tools.bench.record import identity
+
+    read = json.dumps([tokenizer.chat_template, config.chat_template_kwargs, config.images], default=str)
+    return {
+        "data": data.fingerprint,
+        "model": config.model,
+        "weights": identity(config.model, config.trust_remote_code),
+        "dtype": f"{config.dtype}, bf16={config.bf16}",
+        "template": hashlib.sha256(read.encode()).hexdigest()[:16],
+        "verifier": config.verifier,
+        **vars(params),
+    }
 
 
 def write(prompts: Sequence[Prompt], counts: Mapping[str, int], settings: BalanceSettings, seed: int) -> dict[str, Any]:

@@ -70,6 +70,8 @@ def test_a_result_is_kept_continued_and_never_mixed(
     for other, named in (
         (["--limit", "1"], "fingerprint, limit, questions"),
         (["--eval_temperature", "0.5"], "sampling"),
+        (["--chat_template", "{{ messages[0].content }}"], "chat_template"),
+        (["--dtype", "bfloat16"], "dtype"),
     ):
         given = sampled[:2] * ("eval_temperature" not in other[0][2:]) + sampled[2:] + other
         assert run(models["student"], problems, out, *given) == 2

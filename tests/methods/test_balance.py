@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,11 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opdengine.data.prompts import DataError, load_prompts
+from opdengine.config.train import TrainConfig
+from opdengine.data.prompts import DataError, PromptSet, load_prompts
 from opdengine.errors import ConfigError
+from opdengine.models.chat import load_tokenizer
 from opdengine.tools.balance import (
     BalanceSettings,
     chosen,
+    depends_on,
     histogram,
     pass_counts,
     repetitions,
@@ -24,7 +28,7 @@ from opdengine.tools.balance import (
     shape,
     write,
 )
-from opdengine.types import Prompt
+from opdengine.types import Prompt, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -150,6 +154,25 @@ def test_counting_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert pass_counts(data, third.sample, third.grade, file, {"seed": 1}, chunk=3) == expected
     with pytest.raises(DataError, match="counts for other settings"):
         pass_counts(data, third.sample, third.grade, file, {"seed": 2}, chunk=3)
+
+
+def test_counts_belong_to_weights_and_template(models: dict[str, str], tmp_path: Path) -> None:
+    """Under the same name there may be other weights by now, and a template that lets the student think."""
+    data, folder = PromptSet(tuple(prompts([1])), {}), tmp_path / "model"
+    shutil.copytree(models["student"], folder)
+
+    def header(**changes: Any) -> dict[str, Any]:
+        config = TrainConfig(model=str(folder), output_dir=str(tmp_path), **changes)
+        tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
+        return depends_on(config, data, tokenizer, SamplingParams())
+
+    before = header()
+    assert header() == before
+    for changes in ({"chat_template_kwargs": {"enable_thinking": False}}, {"chat_template": "{{ messages }}"},
+                    {"dtype": "bfloat16"}, {"bf16": True}):  # fmt: skip
+        assert header(**changes) != before
+    shutil.copy(Path(models["small"]) / "model.safetensors", folder / "model.safetensors")
+    assert header() != before
 
 
 @pytest.mark.parametrize(

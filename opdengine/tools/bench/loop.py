@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from opdengine import __version__
 from opdengine.config.train import TrainConfig
 from opdengine.data.benchmarks import BENCHMARKS
 from opdengine.models.backbone import check_model_path
+from opdengine.models.chat import read_template
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.tools.bench.lm_eval import PREFIX, TASKS, LmEval, is_lm_eval
 from opdengine.tools.bench.questions import Questions
@@ -100,6 +102,7 @@ def bench(
             "limit": told.limit,
             "data": told.data and Path(told.data).name,
             "chat_template_kwargs": config.chat_template_kwargs,
+            **_own(config),
             **asker.settings(),
         }
         record = Record(told.out or file_of(config.model, told.name), told.name, settings, config.model)
@@ -114,6 +117,17 @@ def bench(
     finally:
         asker.close()
     return record
+
+
+def _own(config: TrainConfig) -> dict[str, Any]:
+    """What is said of the model in place of its own: the text of a chat template, and the dtype."""
+    found: dict[str, Any] = {}
+    if config.chat_template is not None:
+        text = read_template(config.chat_template)
+        found["chat_template"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    if (config.dtype, config.bf16) != ("auto", False):
+        found["dtype"] = f"{config.dtype}, bf16={config.bf16}"
+    return found
 
 
 def prepared(told: BenchSettings, config: TrainConfig) -> Asker:
