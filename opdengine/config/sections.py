@@ -36,7 +36,10 @@ from opdengine.config.section import ByContent, Changeable, Elsewhere, Resumable
 from opdengine.errors import ConfigError
 
 DATA_COLUMNS = ("id", "prompt", "messages", "tools", "answer", "data_source", "images", "image_text")
-"""What a row of data may say to the engine; other columns are handed to environments."""
+"""What a row of data may say to the engine; other columns are handed to environments, templates and methods."""
+
+MAPPED_COLUMNS = (*DATA_COLUMNS, "completion", "privileged_context")
+"""What ``columns`` may fill: those of the engine, and those that methods look for where they are told no other name."""
 
 Images = Choice[Literal["image", "text", "omit"]]
 Dtype = Choice[Literal["auto", "float32", "bfloat16", "float16"]]
@@ -66,11 +69,13 @@ class DataConfig(Section):
     ``reasoning_gym:NAMES?size=1000&seed=0&split=train``, or a benchmark as ``bench:NAME`` (``opdengine bench`` lists
     them)."""
     format: Text = "prompts"
-    """layout of its rows: "prompts" (ours), or that of a public data set (docs/verifiers.md lists them)."""
+    """layout of its rows: "prompts" (ours), "sft" (chats that end with an answer), or that of a public data set
+    (docs/verifiers.md lists them)."""
     data_source: Maybe[Text] = None
     """routing key of all its rows; default: the row's own, or the format's."""
     columns: Mapped[Text] = field(default_factory=dict)
-    """our column -> dotted place in the row, in place of the format's."""
+    """our column -> dotted place in the row, in place of the format's. With ``format: prompts`` or ``sft`` all other
+    columns of the row keep their names."""
     where: Free = field(default_factory=dict)
     """use only rows with these values; dotted place -> value, list of values, or ``{min: , max: }``."""
     system: Maybe[Text] = None
@@ -83,8 +88,8 @@ class DataConfig(Section):
     """a picture with more is a bad row; nothing of it is decoded."""
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.columns) - set(DATA_COLUMNS))
-        self.need(not unknown, "columns", f"{unknown} are no columns of ours; ours are {list(DATA_COLUMNS)}")
+        unknown = sorted(set(self.columns) - set(MAPPED_COLUMNS))
+        self.need(not unknown, "columns", f"{unknown} are no columns of ours; ours are {list(MAPPED_COLUMNS)}")
 
 
 @settings

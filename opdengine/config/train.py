@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from opdengine.config.fields import (
     BY_SHAPE,
@@ -44,6 +44,7 @@ from opdengine.config.fields import (
     Text,
     TopK,
     TopP,
+    unwrapped,
 )
 from opdengine.config.method_sections import (
     AdvantageConfig,
@@ -78,6 +79,7 @@ from opdengine.config.sections import (
     by_key,
     is_address,
 )
+from opdengine.config.yaml_text import Written
 from opdengine.errors import ConfigError
 from opdengine.types import DIVERGENCES
 
@@ -102,6 +104,14 @@ def _known(divergence: str | dict[str, str]) -> str | dict[str, str]:
         remedy = f"use {list(DIVERGENCES)} or a mapping from data_source to one of them"
         raise Refused(IMPOSSIBLE + remedy, value=divergence)
     return divergence
+
+
+def _by_name(teacher: Any) -> Any:
+    """A name alone stands for a teacher of that model."""
+    return {"model": teacher} if isinstance(unwrapped(teacher), (str, Written)) else teacher
+
+
+Judge = Annotated[TeacherConfig, BeforeValidator(_by_name)]
 
 
 def _named(teachers: list[TeacherConfig]) -> list[TeacherConfig]:
@@ -131,8 +141,8 @@ class TrainConfig(Section):
     """sources of prompts: JSONL or Parquet files, or ``datasets`` folders, with a ``prompt`` or ``messages`` column and
     optionally ``id, tools, answer, data_source``. Sections of :class:`DataConfig` also read the layouts of public data
     sets."""
-    teachers: Annotated[Listed[TeacherConfig], AfterValidator(_named)] = field(default_factory=list)
-    """the models that judge the student, and debate."""
+    teachers: Annotated[Listed[Judge], AfterValidator(_named)] = field(default_factory=list)
+    """the models that judge the student, and debate; a name alone stands for a teacher with nothing but ``model``."""
     method: Name = "mad_opd"
     """one of "opd", "mt_opd", "mt_seqkd", "mad_opd", "opad", "sage_opd", "tcod", "entropy_opd", "eopd", "uni_opd",
     "camopd", "sdft", "sdpo", "opsd", "grpo", "gkd", "g_opd", "relaxed_opd", "selectkd", "gold", or a class of your own:

@@ -120,9 +120,9 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
         yield from enumerate(_read(path, lambda: _hub(path)), start=1)
     else:
         raise DataError(
-            f"data file {path!r} does not exist or is none of .jsonl, .json, .parquet, a folder written by "
-            "datasets.save_to_disk, a hub data set as 'name:split', generated tasks as 'reasoning_gym:NAMES', or "
-            "'bench:NAME'"
+            f"data file {path!r} {'is of no kind that is read' if file.exists() else 'does not exist'}; name a file "
+            "that ends in .jsonl, .json or .parquet, a folder written by datasets.save_to_disk, a hub data set as "
+            "'name:split', generated tasks as 'reasoning_gym:NAMES', or 'bench:NAME'"
         )
 
 
@@ -221,7 +221,8 @@ def _arrow_row(table: Any, number: int) -> Any:
 def _arrow(data: Any) -> Iterator[Any]:
     """Rows of a ``datasets.Dataset`` as Python values, whatever format it was saved with."""
     if isinstance(data, Mapping):
-        raise DataError(f"holds a mapping with {sorted(map(str, data))[:5]}; one list of rows is needed")
+        splits = sorted(map(str, data))[:5]
+        raise DataError(f"holds a mapping with {splits}; name one, as in FOLDER:{splits[0]}, or give a list of rows")
     if "Image(" in str(data.features):  # what decodes pictures here would do so before any bound
         chunks = data.with_format("arrow").iter(256)
         return (without_nulls(row) for chunk in chunks for row in chunk.to_pylist())

@@ -62,12 +62,12 @@ def adapt(row: Any, source: DataConfig) -> Any:
             raise NotSelected(f"where {place}")
     form = find_format(source.format)
     columns = {**form.columns, **{name: [place] for name, place in source.columns.items()}}
-    if columns:
-        found = {name: _first(row, places) for name, places in columns.items()}
-        if "prompt" in found and not isinstance(found["prompt"], str):
-            found["messages"] = found.pop("prompt")
-    else:
-        found = dict(row)
+    found = {} if form.columns else dict(row)
+    if {"prompt", "messages"} & {*columns}:  # what the student is asked stands there and nowhere else
+        found = {name: value for name, value in found.items() if name not in ("prompt", "messages")}
+    found |= {name: _first(row, places) for name, places in columns.items()}
+    if columns and "prompt" in found and not isinstance(found["prompt"], str):
+        found["messages"] = found.pop("prompt")
     if form.change is not None:
         form.change(row, found)
     if source.data_source is not None:
@@ -182,6 +182,29 @@ def _until_last_question(row: Row, found: dict[str, Any]) -> None:
     found["messages"] = messages
 
 
+def _answered(row: Row, found: dict[str, Any]) -> None:
+    """The answer at the end of a chat is the column ``completion``; what stands before it is the prompt."""
+    names = ("messages", "conversations", "conversation")
+    messages = next((found.pop(name) for name in names if found.get(name) is not None), None)
+    if isinstance(messages, str):
+        messages = chat_of_text(messages, "messages")
+    if not isinstance(messages, (list, tuple)):
+        raise ValueError(f"no list of messages in any of {list(names)} (columns: {sorted(map(str, row))})")
+    messages = [_in_roles(message) for message in messages]
+    last = messages[-1] if messages else None
+    if not isinstance(last, Mapping) or last.get("role") != "assistant":
+        raise ValueError("the last message is not the assistant's, so there is no answer")
+    found.update(messages=messages[:-1], completion=last)
+
+
+def _in_roles(message: Any) -> Any:
+    """A message of ``from`` and ``value`` in the names of everybody else."""
+    if not isinstance(message, Mapping) or "role" in message or "from" not in message:
+        return message
+    role = {"human": "user", "gpt": "assistant"}.get(message["from"], message["from"])
+    return {"role": role, "content": message.get("value")}
+
+
 def _options(row: Row, found: dict[str, Any]) -> None:
     """Question and options as text; the answer as a letter."""
     options, labels = found.pop("options", None), found.pop("labels", None)
@@ -288,6 +311,8 @@ _VERL = {
 FORMATS: dict[str, Format] = {
     # Ours: nothing is changed.
     "prompts": Format(),
+    # Chats as for supervised fine-tuning, in the layout of TRL or of ShareGPT.
+    "sft": Format(change=_answered),
     # zwhe99/DeepMath-103K
     "deepmath": Format({"prompt": ["question"], "answer": ["final_answer"]}, data_source="math", suffix=BOXED),
     # What is made for verl: a chat, an ability, a reference answer.

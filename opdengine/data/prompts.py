@@ -17,10 +17,10 @@ import numpy as np
 from opdengine.config.sections import DataConfig
 from opdengine.data.benchmarks import BENCH, find_benchmark
 from opdengine.data.files import DataError, Undecodable, read_rows
-from opdengine.data.formats import NotSelected, adapt, find_format
+from opdengine.data.formats import NotSelected, adapt, find_format, look_up
 from opdengine.data.images import Pictures
 from opdengine.data.reasoning_tasks import GENERATED
-from opdengine.data.rows import parse_tools, prompt_of
+from opdengine.data.rows import ANSWERED, NO_PROMPT, parse_tools, prompt_of
 from opdengine.models.given import is_given, label_of
 from opdengine.types import Prompt
 
@@ -99,7 +99,12 @@ def load_prompts(sources: Sequence[str | DataConfig], *, skip_bad_rows: bool = F
         find_format(config.format)
     for config, stem in zip(configs, _stems(paths), strict=True):
         pictures = Pictures(config)
+        empty = dict(config.columns)
+        columns: list[str] = []
         for number, row in read_rows(config.path):
+            if isinstance(row, Mapping):
+                columns = columns or sorted(map(str, row))
+                empty = {name: at for name, at in empty.items() if look_up(row, at) is None}
             place = f"{config.path}, row {number}"
             try:
                 prompt = prompt_of(adapt(row, config), f"{stem}:{number}", pictures)
@@ -109,15 +114,20 @@ def load_prompts(sources: Sequence[str | DataConfig], *, skip_bad_rows: bool = F
                 reasons[f"not_selected/{reason}"] += 1
             except ValueError as error:
                 bad.append(f"  {place}: {error}")
-                reasons[str(error).split(" (")[0].split(" '")[0]] += 1
+                reasons[_kind(str(error))] += 1
             else:
                 seen[prompt.id] = place
                 prompts.append(replace(prompt, place=place))
+        if empty and columns:
+            name, at = next(iter(empty.items()))
+            raise DataError(
+                f"{config.path}: no row has anything at {at!r}, which columns.{name} names; its columns are {columns}"
+            )
     if bad and not skip_bad_rows:
         shown = "\n".join(bad[:10]) + ("\n  ..." if len(bad) > 10 else "")
         raise DataError(
             f"{len(bad)} of {len(bad) + len(prompts)} rows cannot be used:\n{shown}\n"
-            "Fix them, or leave them out with --skip-bad-rows."
+            f"{_remedy(bad)}Fix them, or leave them out with --skip_bad_rows."
         )
     if bad:
         logger.warning("left out %d bad rows: %s", len(bad), dict(reasons))
@@ -125,6 +135,24 @@ def load_prompts(sources: Sequence[str | DataConfig], *, skip_bad_rows: bool = F
         left_out = f": all {len(bad)} rows are bad:\n" + "\n".join(bad[:10]) if bad else ""
         raise DataError(f"no prompts in {paths}{left_out or f' ({dict(reasons)})' if reasons else ''}")
     return PromptSet(tuple(prompts), dict(reasons))
+
+
+REMEDIES = {
+    NO_PROMPT: "Where the prompt has another name: train_data: [{path: FILE, columns: {prompt: ITS_NAME}}].",
+    ANSWERED: "With format: sft that message is the given answer (column completion): [{path: FILE, format: sft}].",
+}
+"""What to do about rows of which the message begins so."""
+
+
+def _remedy(bad: Sequence[str]) -> str:
+    found = [remedy for kind, remedy in REMEDIES.items() if any(kind in line for line in bad)]
+    return "".join(f"{remedy}\n" for remedy in found)
+
+
+def _kind(message: str) -> str:
+    """What counts as the same reason: the message without what belongs to one row."""
+    known = next((kind for kind in REMEDIES if message.startswith(kind)), None)
+    return known or message.split(" (")[0].split(" '")[0]
 
 
 def drop_long(

@@ -19,6 +19,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 SPOKEN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """A message may hold one of these in place of content."""
 
+NO_PROMPT = "neither 'prompt' nor 'messages'"
+ANSWERED = "the last message is the assistant's"
+
 CHAT_TEXT = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
 MESSAGE_TEXT = re.compile(r"""\s*\{\s*"(role|content)"\s*:""")
 
@@ -64,7 +67,7 @@ def _messages(row: Mapping[str, Any], pictures: Pictures) -> tuple[Message, ...]
     column = "messages" if row.get("messages") is not None else "prompt"
     content = row.get(column)
     if content is None:
-        raise ValueError(f"neither 'prompt' nor 'messages' (columns: {sorted(map(str, row))})")
+        raise ValueError(f"{NO_PROMPT} (columns: {sorted(map(str, row))})")
     if isinstance(content, str):
         content = chat_of_text(content, column)
     if not isinstance(content, (list, tuple)) or not content:
@@ -73,7 +76,7 @@ def _messages(row: Mapping[str, Any], pictures: Pictures) -> tuple[Message, ...]
     messages = tuple(_message(message) for message in content)
     last = messages[-1]
     if last["role"] == "assistant":
-        raise ValueError("the last message is the assistant's; the student is to write that one")
+        raise ValueError(f"{ANSWERED}; the student is to write that one")
     if last["role"] == "user" and not text_of(last.get("content")).strip() and not images_of([last]):
         raise ValueError("empty prompt")
     return messages

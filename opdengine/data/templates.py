@@ -187,7 +187,7 @@ def readable(prompts: PromptSet, readers: Sequence[Reader], *, skip_bad_rows: bo
     if not skip_bad_rows or not kept:
         raise DataError(
             f"{len(unread)} of {len(prompts.prompts)} prompts cannot be read in full:\n{shown}\nGive the model another "
-            "chat_template, change the prompts, or leave them out with --skip-bad-rows."
+            "chat_template, change the prompts, or leave them out with --skip_bad_rows."
         )
     logger.warning("left out %d of %d prompts:\n%s", len(unread), len(prompts.prompts), shown)
     return PromptSet(kept, {**prompts.dropped, "chat_template": len(unread)})

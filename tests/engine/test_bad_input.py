@@ -76,6 +76,8 @@ BASE = {"--model": "m", "--train_data": "d.jsonl", "--output_dir": "o"}
         (["--loss_normalization", "batch"], "loss_normalization='batch'.*'token', 'sequence'"),
         (["--lr_scheduler_type", "cosin"], "lr_scheduler_type='cosin'"),
         (["--teachers.0.model", "a/t", "--teachers.1.model", "b/t"], r"share the name \['t'\]"),
+        (["--teachers", "[a/t, {model: b/t}]"], r"share the name \['t'\]"),
+        (["--teachers", "[[a]]"], r"teachers.0=\['a'\] has the wrong type; expected a mapping"),
         (["--teachers.0.model", "t", "--teachers.0.dtype", "int8"], "teachers.0.dtype='int8'"),
         (["--teachers.1.model", "t"], "'1' is not a position in a list of 0"),
         (["--teachers", "null"], "teachers.0=None has the wrong type"),
@@ -182,6 +184,11 @@ def test_methods_and_folders(
     with pytest.raises((ValueError, VLLMMissingError), match=message):
         train(make_config(models, prompt_file, tmp_path / "out", **changes), progress=False)
     assert not (tmp_path / "out").exists()  # a refused run leaves nothing behind
+
+
+def test_a_name_alone_is_a_teacher() -> None:
+    named = load_config(None, ["--model", "m", "--output_dir", "o", "--teachers", "[a/one, {model: a/two, weight: 2}]"])
+    assert [(t.model, t.name, t.weight) for t in named.teachers] == [("a/one", "one", 1), ("a/two", "two", 2)]
 
 
 def test_teachers(models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
@@ -332,7 +339,7 @@ def test_bad_rows_are_listed_with_their_numbers(tmp_path: Path) -> None:
         "row 9: duplicate id 'fine' (first in",
         "row 10: the picture 'x' does not exist below",
         "row 11: 'tools' is not JSON",
-        "--skip-bad-rows",
+        "--skip_bad_rows",
     ):
         assert expected in message
     assert "row 13" not in message  # ten are shown
@@ -370,8 +377,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             load_prompts([str(path)])
 
-    refused("none.jsonl", None, "none.jsonl' does not exist or is none of .jsonl")
-    refused("notes.txt", b"hello", "none of .jsonl, .json, .parquet")
+    refused("none.jsonl", None, "none.jsonl' does not exist; name a file that ends in .jsonl")
+    refused("notes.txt", b"hello", "is of no kind that is read; name a file that ends in .jsonl")
     refused("broken.json", b"[1,", r"broken.json' cannot be read")
     refused("map.json", b'{"rows": []}', "holds a mapping with .'rows'.")
     refused("broken.parquet", b"PAR1", r"broken.parquet' cannot be read")

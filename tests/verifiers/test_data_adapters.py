@@ -166,9 +166,8 @@ def test_an_answer_is_found_by_label_place_or_text(tmp_path: Path, labels: Any, 
         shapes.append({**shapes[0], "choices": pairs})
     for row in shapes:
         if expected is None:
-            with pytest.raises(
-                DataError, match=r"row 1: (the answer is none of the options|the labels of the options)"
-            ):
+            reasons = "the answer is none of the options|the labels of the options|no row has anything at 'answerKey'"
+            with pytest.raises(DataError, match=reasons):
                 one(tmp_path, row, format="multiple_choice", columns={"answer": "answerKey"})
             continue
         prompt = one(tmp_path, row, format="multiple_choice", columns={"answer": "answerKey"})
@@ -237,11 +236,63 @@ def test_columns_of_ones_own(tmp_path: Path) -> None:
     columns = {"id": "n", "prompt": "q.text", "answer": "solution.final.1", "data_source": "tag"}
     prompt = one(tmp_path, row, columns=columns)
     assert (prompt.id, prompt.answer, prompt.key) == ("17", "four", "sums")
-    assert prompt.messages == ({"role": "user", "content": "2 + 2?"},) and not prompt.extra
+    assert prompt.messages == ({"role": "user", "content": "2 + 2?"},) and prompt.extra == row
     chat = one(tmp_path, {"conversation": CHAT}, columns={"prompt": "conversation"}, data_source="mine")
     assert len(chat.messages) == 2 and chat.key == "mine"
     with pytest.raises(ConfigError, match=r"data.columns=.*\['question'\] are no columns of ours"):
         DataConfig("x.jsonl", columns={"question": "q"})
+
+
+def test_columns_beside_those_that_are_named_keep_their_names(tmp_path: Path) -> None:
+    row = {
+        "question": "2 + 2?",
+        "answer": "4",
+        "response": "It is 4.",
+        "messages": [{"role": "user", "content": "Hm?"}],
+    }
+    prompt = one(tmp_path, row, columns={"prompt": "question", "completion": "response"})
+    assert prompt.messages == ({"role": "user", "content": "2 + 2?"},) and prompt.answer == "4"
+    assert prompt.extra["completion"] == prompt.extra["response"] == "It is 4."
+
+
+def test_a_column_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    rows = [{"question": "2 + 2?", "gold": None}, {"question": "1 + 1?", "gold": "2"}]
+    found = load(tmp_path, rows, columns={"prompt": "question", "answer": "gold"})
+    assert [p.answer for p in found.prompts] == [None, "2"]
+    with pytest.raises(
+        DataError, match=r"at 'gould', which columns.answer names; its columns are \['gold', 'question'\]"
+    ):
+        load(tmp_path, rows, columns={"prompt": "question", "answer": "gould"})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [*CHAT, {"role": "assistant", "content": "4"}], "source": "a"},
+        {
+            "conversations": [
+                {"from": "system", "value": "Think in steps."},
+                {"from": "human", "value": "What is 2 + 2?"},
+                {"from": "gpt", "value": "4"},
+            ],
+            "source": "a",
+        },
+    ],
+)
+def test_chats_for_supervised_training_end_with_the_given_answer(tmp_path: Path, row: dict[str, Any]) -> None:
+    prompt = one(tmp_path, row, format="sft")
+    assert [*prompt.messages] == CHAT
+    assert prompt.extra == {"completion": {"role": "assistant", "content": "4"}, "source": "a"}
+    unanswered = {"messages": CHAT}
+    with pytest.raises(DataError, match="the last message is not the assistant's, so there is no answer"):
+        load(tmp_path, [unanswered], format="sft")
+
+
+def test_rows_without_a_prompt_or_with_an_answer_are_told_the_way(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"columns: \{prompt: ITS_NAME\}"):
+        load(tmp_path, [{"question": "2 + 2?"}])
+    with pytest.raises(DataError, match="path: FILE, format: sft"):
+        load(tmp_path, [{"messages": [*CHAT, {"role": "assistant", "content": "4"}]}])
 
 
 def test_system_and_suffix_replace_those_of_the_data(tmp_path: Path) -> None:
