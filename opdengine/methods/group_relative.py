@@ -20,7 +20,7 @@ from opdengine.loss.importance import clipped
 from opdengine.methods.checks import Check
 from opdengine.methods.method import Method
 from opdengine.methods.paper import Paper
-from opdengine.methods.policy_gradient import check_ratio
+from opdengine.methods.policy_gradient import check_ratio, warn_of_sampling
 from opdengine.methods.room import Need
 from opdengine.methods.unused import refuse_unused
 from opdengine.metrics import Mean
@@ -120,6 +120,7 @@ class RewardTerm(Method):
         setting = f"grpo.weight={config.grpo.weight}"
         need_rollouts(config, setting)
         check_ratio(config, setting, "grpo.weight to 0")
+        warn_of_sampling(config, setting)
         self.needs = self.needs | NEEDS
 
     @property

@@ -184,6 +184,7 @@ def policy_gradient(config: TrainConfig, paper: Paper) -> PolicyGradient:
     exact = section.kl_mode == "full_vocab"
     if not exact:
         need_reverse_kl(config, "advantage.kl_mode")
+        warn_of_sampling(config, "advantage.kl_mode=sampled", "take full_vocab")
     max_gap = paper["advantage.max_gap"] if section.max_gap is None else section.max_gap
     return PolicyGradient(exact, kind, low, high, max_gap)
 
@@ -216,6 +217,25 @@ def check_ratio(config: TrainConfig, setting: str, off: str) -> None:
             config.max_staleness,
             setting,
         )
+
+
+def warn_of_sampling(config: TrainConfig, setting: str, other: str = "") -> None:
+    """Point out that tokens are not sampled from the distribution whose log-probs a policy gradient has.
+
+    Args:
+        config: of the run.
+        setting: that asks for the policy gradient, with its value.
+        other: what else there is; follows "or".
+    """
+    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    if changed := {name: value for name in plain if (value := getattr(config, name)) != plain[name]}:
+        said = ", ".join(f"{name}={value:g}" for name, value in changed.items())
+        asked = ", ".join(f"{name}: {plain[name]:g}" for name in changed)
+        logger.warning(
+            "%s takes log-probs of the model itself, and %s samples from another distribution: the mean over such "
+            "samples is not the gradient that it stands for; set %s%s",
+            setting, said, asked, f", or {other}" if other else "",
+        )  # fmt: skip
 
 
 def need_reverse_kl(config: TrainConfig, setting: str) -> None:

@@ -24,7 +24,7 @@ from opdengine.methods.checks import Check
 from opdengine.methods.debate.contexts import contexts_of
 from opdengine.methods.method import Method, need_teachers, route
 from opdengine.methods.paper import Paper
-from opdengine.methods.policy_gradient import OF_GAP, gap_of, need_reverse_kl
+from opdengine.methods.policy_gradient import OF_GAP, gap_of, need_reverse_kl, warn_of_sampling
 from opdengine.methods.room import Need
 from opdengine.methods.sage_judge import FAILED, Judge, Verdict, answer_metrics, judge_checks, turn_metrics
 from opdengine.metrics import Mean
@@ -155,6 +155,7 @@ def check(config: TrainConfig) -> None:
         )
     if sage.kl_mode == "sampled":
         need_reverse_kl(config, "sage.kl_mode")
+        warn_of_sampling(config, "sage.kl_mode=sampled", "take full_vocab")
 
 
 def has_failed(turn: Turn) -> bool:

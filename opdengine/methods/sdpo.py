@@ -17,7 +17,7 @@ from opdengine.methods import group_relative
 from opdengine.methods.checks import SAMPLED, Check
 from opdengine.methods.method import judged_by, route
 from opdengine.methods.paper import Paper
-from opdengine.methods.policy_gradient import CHECKS, check_ratio, gap_of, policy_gradient
+from opdengine.methods.policy_gradient import CHECKS, check_ratio, gap_of, policy_gradient, warn_of_sampling
 from opdengine.methods.privileged import column, lack_of_user, privileged_text, told
 from opdengine.methods.sdft import SelfTaught
 from opdengine.models.chat import written
@@ -73,6 +73,8 @@ class SDPO(SelfTaught):
         self.diverges = self.gradient.exact and weight > 0
         if weight < 1:
             check_ratio(config, f"sdpo.distillation_weight={weight}", "sdpo.distillation_weight to 1")
+            if self.gradient.exact:  # else the gap has said so
+                warn_of_sampling(config, f"sdpo.distillation_weight={weight}")
         else:
             group_relative.refuse_unweighed(config, "sdpo.distillation_weight=1.0", "set that below 1")
 

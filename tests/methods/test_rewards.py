@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,30 @@ def test_what_is_left_out_counts_in_the_mean_of_its_prompt() -> None:
     expected = np.array([0.5, 0.5, -0.5]) / (np.std(rewards, ddof=1) + 1e-4)
     np.testing.assert_allclose([s.advantage[0] for s in samples[:3]], expected, rtol=1e-6)
     assert samples[3].advantage is None and batch.metrics["grpo/rollouts"] == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"method": "gold", "advantage": {"kl_mode": "sampled"}},
+            "advantage.kl_mode=sampled .* temperature=0.9, top_p",
+        ),
+        ({"method": "uni_opd", "num_generations": 2, "temperature": 0.7}, "kl_mode=sampled .*; set temperature: 1, or"),
+        ({"method": "opd", "num_generations": 2, "top_k": 20, "grpo": {"weight": 1.0}}, "grpo.weight=1.0 .* top_k=20"),
+        ({"method": "gold"}, ""),
+        ({"method": "uni_opd", "num_generations": 2}, ""),
+        ({"method": "opd", "temperature": 0.7}, ""),
+    ],
+)
+def test_samples_of_another_distribution_than_the_gradients_are_pointed_out(
+    settings: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The mean of (log q - log p) d log p is the gradient of KL(p || q) over samples of p, and not of p at 0.7."""
+    alignment = "spans" if settings["method"] == "gold" else "none"
+    built(teachers=[{"model": "t", "tokenizer_alignment": alignment}], **settings)
+    found = [r.getMessage() for r in caplog.records if "samples from another distribution" in r.getMessage()]
+    assert len(found) == bool(said) and (not said or re.search(said, found[0]))
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
