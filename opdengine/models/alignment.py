@@ -54,6 +54,9 @@ class Alignment:
         self.pairs = equal_tokens(self.own, self.theirs, first)
         self.vocabulary = vocabulary_size(teacher)
         self._names = {token: i for i, token in self.theirs.special.items()}
+        # A token of the student's own, such as <think>, is the teacher's special one also where it is not special.
+        markup = {i: name for i, name in self.own.added.items() if name in self._names}
+        self._named = {**self.own.special, **markup}
 
     def turn(self, ids: Sequence[int]) -> tuple[list[int], Spans]:
         """One answer of the student in the teacher's tokens.
@@ -65,7 +68,7 @@ class Alignment:
             The teacher's ids, and the spans of both.
         """
         ended = bool(len(ids)) and int(ids[-1]) in self.ends
-        text = Text(self.own, [int(i) for i in (ids[:-1] if ended else ids)], ended)
+        text = Text(self.own, [int(i) for i in (ids[:-1] if ended else ids)], ended, self._named)
         theirs, pieces = self._encode(text)
         own_span, their_span = spans_of(text, pieces)
         if ended:
@@ -75,7 +78,7 @@ class Alignment:
                              self.pairs, self.vocabulary)  # fmt: skip
 
     def _encode(self, text: Text) -> tuple[list[int], list[bytes]]:
-        """The teacher's ids of a text and their bytes. A special token of the student is the teacher's of that name;
+        """The teacher's ids of a text and their bytes. A token with a name is the teacher's special one of that name;
         where it has none it is read as text, as is what the student has only spelt like a special token."""
         ids: list[int] = []
         pieces: list[bytes] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -21,30 +21,34 @@ class Text:
         own: the bytes of the student's tokens.
         ids: of an answer, without the token that ended it.
         ended: whether it was ended; else its last bytes may be the beginning of a character, which nobody reads.
+        named: ids of the tokens that have a name; default: the special ones.
 
     Attributes:
-        parts: (name, text) in order; special tokens have a name, and their name as text.
+        parts: (name, text) in order; tokens with a name have that as text, too.
         whole: all of it in bytes.
         edges: for every token, how many bytes of ``whole`` lie before its end; -1 inside of what is no character.
         broken: for every token, whether some of its bytes are no character.
     """
 
-    def __init__(self, own: TokenBytes, ids: Sequence[int], ended: bool) -> None:
+    def __init__(
+        self, own: TokenBytes, ids: Sequence[int], ended: bool, named: Mapping[int, str] | None = None
+    ) -> None:
+        named = own.special if named is None else named
         self.parts: list[tuple[str, str]] = []
         self.whole = b""
         self.edges: list[int] = []
         self.broken: list[bool] = []
         pieces = [own.values[i] if i < len(own.values) else b"" for i in ids]
-        if pieces and own.strips_space and ids[0] not in own.special:
+        if pieces and own.strips_space and ids[0] not in named:
             pieces[0] = pieces[0].removeprefix(b" ")
         start = 0
         for place in range(len(ids) + 1):
-            if place < len(ids) and ids[place] not in own.special:
+            if place < len(ids) and ids[place] not in named:
                 continue
             if start < place:
                 self._add_words(pieces[start:place], last=place == len(ids) and not ended)
             if place < len(ids):
-                self._add_words([pieces[place]], last=False, name=own.special[ids[place]])
+                self._add_words([pieces[place]], last=False, name=named[ids[place]])
             start = place + 1
 
     def _add_words(self, pieces: Sequence[bytes], *, last: bool, name: str = "") -> None:

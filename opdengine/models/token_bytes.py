@@ -32,6 +32,7 @@ class TokenBytes:
     Attributes:
         values: the bytes of every id; of a special token those of its name.
         special: ids of the special tokens -> their names.
+        added: the same of all tokens that were added to the vocabulary, such as ``<think>``, which are not all special.
         byte_tokens: ids that stand for one byte each where other tokens stand for characters (``<0x0A>``).
         strips_space: whether the text of some tokens begins without the space of the first of them.
 
@@ -58,6 +59,7 @@ class TokenBytes:
         added = tokenizer.added_tokens_decoder
         names: dict[str, int] = tokenizer.get_vocab()
         self.special: dict[int, str] = {i: token.content for i, token in added.items() if token.special}
+        self.added: dict[int, str] = {i: token.content for i, token in added.items()}
         self.values: list[bytes] = [b""] * (max(names.values()) + 1)
         self.byte_tokens: set[int] = set()
         for token, i in names.items():
@@ -127,24 +129,35 @@ def byte_characters() -> dict[str, bytes]:
 
 
 def equal_tokens(own: TokenBytes, theirs: TokenBytes, first: tuple[int, int]) -> np.ndarray:
-    """int64 [2, n]: ids of tokens with equal bytes, of the same kind where both have it; ``first`` is a pair."""
+    """int64 [2, n]: ids of tokens with equal bytes, of the same kind where both have it; ``first`` is a pair.
+
+    Added tokens of one name are a pair, too, where only one of them is special.
+    """
     pairs = {first[0]: first[1]}
     taken = {first[1]}
-    for kinds in (True, False):
+    for kind in (_strict_kind, _kind, _is_added):
         found: dict[tuple[str, bytes], int] = {}
         for i, value in reversed([*enumerate(theirs.values)]):
-            if value and i not in taken:
-                found[_kind(theirs, i, kinds), value] = i
+            if value and i not in taken and (of := kind(theirs, i)):
+                found[of, value] = i
         for i, value in enumerate(own.values):
-            other = found.get((_kind(own, i, kinds), value))
+            other = found.get((kind(own, i), value))
             if value and i not in pairs and other is not None and other not in taken:
                 pairs[i] = other
                 taken.add(other)
     return np.array([[*pairs.keys()], [*pairs.values()]], dtype=np.int64)
 
 
-def _kind(tokens: TokenBytes, i: int, kinds: bool) -> str:
-    """What a token is compared within: a special token only with special ones, one of a byte first with such."""
-    if i in tokens.special:
-        return "special"
-    return "byte" if kinds and i in tokens.byte_tokens else "text"
+def _strict_kind(tokens: TokenBytes, i: int) -> str:
+    """What a token is compared within first: one of a byte only with such."""
+    return "byte" if i not in tokens.special and i in tokens.byte_tokens else _kind(tokens, i)
+
+
+def _kind(tokens: TokenBytes, i: int) -> str:
+    """What a token is compared within: a special token only with special ones."""
+    return "special" if i in tokens.special else "text"
+
+
+def _is_added(tokens: TokenBytes, i: int) -> str:
+    """The same of added tokens; "" of all others, which are compared with nothing."""
+    return "added" if i in tokens.added else ""

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 from tokenizers_of_tests import byte_level, sentencepiece, word_piece
 
 from opdengine.errors import ConfigError
@@ -108,6 +109,21 @@ def test_special_tokens_by_role_and_by_name(kinds: Any) -> None:
     theirs, spans = Alignment(one, other, "t").turn([think, one.eos_token_id])
     assert len(theirs) > 2 and spans.teacher.tolist() == [0] * (len(theirs) - 1) + [1]
     assert [one.eos_token_id, other.eos_token_id] in Alignment(one, other, "t").pairs.T.tolist()
+
+
+def test_markup_is_one_token_where_only_one_side_calls_it_special() -> None:
+    """<think> of Qwen is an added token that is not special: a teacher whose own is special reads that, no letters."""
+    kinds = []
+    for special in (True, False):
+        tokenizer = byte_level()
+        tokenizer.add_tokens([AddedToken("<call>", special=special, normalized=False)])
+        kinds.append(tokenizer)
+    for one, other in (kinds, kinds[::-1]):
+        alignment, own = Alignment(one, other, "t"), one.convert_tokens_to_ids("<call>")
+        theirs, spans = alignment.turn([*one.encode("fox ", add_special_tokens=False), own, one.eos_token_id])
+        there = other.convert_tokens_to_ids("<call>")
+        assert theirs[-2:] == [there, other.eos_token_id] and spans.one_to_one[-2:].all()
+        assert [own, there] in alignment.pairs.T.tolist()
 
 
 def test_a_tokenizer_that_changes_the_text_says_nothing_of_what_it_changed(kinds: Any) -> None:
