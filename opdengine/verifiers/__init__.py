@@ -26,17 +26,16 @@ def exact_match(text: str, answer: Any, messages: Sequence[Message]) -> float:
     part = answer_part(text)
     if part is None:
         return NO_ANSWER
-    answers = {_written(a) for a in (answer if isinstance(answer, (list, tuple)) else [answer])}
+    answers = {form for a in (answer if isinstance(answer, (list, tuple)) else [answer]) for form in _written(a)}
     if not answers or "" in answers:
         raise ValueError(f"the reference answer {answer!r:.200} is empty")
     return float(part.strip() in answers)
 
 
-def _written(answer: Any) -> str:
-    """An answer as text. 4.0 is 4: a column of whole numbers of which one is missing is read as floats."""
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)
-    return str(answer).strip()
+def _written(answer: Any) -> set[str]:
+    """An answer as text. 4.0 is also 4: a column of whole numbers of which one is missing is read as floats."""
+    whole = {str(int(answer))} if isinstance(answer, float) and answer.is_integer() else set()
+    return {str(answer).strip(), *whole}
 
 
 VERIFIERS: dict[str, Verifier] = {"exact_match": exact_match, "numeric": numeric, "choice": choice}

@@ -182,7 +182,8 @@ def test_verifiers(tmp_path: Path) -> None:
     exact, numeric = load_verifier("exact_match"), load_verifier("numeric")
     assert exact(" 4\n", 4, ()) == 1 and exact("four", ["4", "four"], ()) == 1 and exact("5", "4", ()) == 0
     # A column of whole numbers of which one is missing is read as floats; nothing said answers no question.
-    assert exact("4", 4.0, ()) == 1 and exact("4", [3.0, 4.0], ()) == 1 and exact("4", 4.5, ()) == 0
+    assert exact("4", 4.0, ()) == exact("4.0", 4.0, ()) == exact("4", [3.0, 4.0], ()) == 1
+    assert exact("4", 4.5, ()) == 0
     for empty in ("", " ", [], ["4", ""]):
         with pytest.raises(ValueError, match="is empty"):
             exact("", empty, ())
