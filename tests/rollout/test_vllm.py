@@ -279,6 +279,15 @@ def test_policy_file_stores_shared_weights_once_and_returns_all(tmp_path: Path) 
         assert torch.equal(loaded["other"], other)
 
 
+def test_tied_weights_that_differ_are_refused() -> None:
+    """As of a student whose adapter trained its head apart: the engine would go on with the embedding in its place."""
+    embed, shapes = torch.randn(4, 3), {"embed": (4, 3), "head": (4, 3)}
+    tensors, names = collect_policy([("embed", embed), ("head", embed.clone())], shapes, {"head": "embed"})
+    assert torch.equal(tensors[names["head"]], embed)
+    with pytest.raises(ValueError, match="other values for 'head' than for 'embed', which the engine's model ties"):
+        collect_policy([("embed", embed), ("head", embed + 1)], shapes, {"head": "embed"})
+
+
 def test_policy_given_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="twice"):
         collect_policy([("a", torch.ones(1))] * 2, {"a": (1,)}, {})

@@ -72,6 +72,12 @@ def collect_policy(
     for name, twin in tied.items():
         if name not in names and twin in names:
             names[name] = names[twin]
+        elif names.get(name) != names.get(twin) and not _equal(tensors, names.get(name), names.get(twin)):
+            raise ValueError(
+                f"the policy has other values for {name!r} than for {twin!r}, which the engine's model ties, so it "
+                "would keep one of them alone (an adapter with modules_to_save may have parted them): save the merged "
+                "model and name its folder, or set use_vllm to false"
+            )
     if missing := [name for name in shapes if name not in names]:
         raise ValueError(
             f"the policy lacks {len(missing)} of {len(shapes)} weights, first {missing[0]!r}; "
@@ -79,6 +85,11 @@ def collect_policy(
             "rows)"
         )
     return tensors, {name: names[name] for name in shapes}
+
+
+def _equal(tensors: Mapping[str, Any], one: str | None, other: str | None) -> bool:
+    """Whether two weights that were given apart have the same values; one that is missing is another's concern."""
+    return one is None or other is None or bool((tensors[one] == tensors[other]).all())
 
 
 def _check_weight(
