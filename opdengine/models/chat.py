@@ -283,7 +283,8 @@ def text_of_completion(tokenizer: Any, ids: Sequence[int], stop_ids: Sequence[in
     said = list(ids[:-1] if len(ids) and ids[-1] in stop_ids else ids)
     marks = thought_marks(tokenizer)
     parts = [list(part) for _, part in groupby(said, key=lambda i: marks.get(i, ""))]
-    texts = [marks[p[0]] * len(p) if p[0] in marks else tokenizer.decode(p, skip_special_tokens=True) for p in parts]
+    plain: Any = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}  # which would change programs
+    texts = [marks[p[0]] * len(p) if p[0] in marks else tokenizer.decode(p, **plain) for p in parts]
     return "".join(map(str, texts))
 
 

@@ -61,8 +61,8 @@ def own_turn(
         tokenizer, template_kwargs: of the student.
         text: of the turn.
         ids: the writer's, kept where its tokenizer is the student's; None: it has another one.
-        ended: whether the writer ended the turn with a token. In its place stands the one that ends the student's,
-            unless that knows the writer's as an end.
+        ended: whether the writer ended the turn with a token. In its place (or behind the others, where a server does
+            not tell it) stands the one that ends the student's, unless that knows the writer's as an end.
     """
     ends = stop_token_ids(tokenizer, template_kwargs=template_kwargs)
     last = turn_end(tokenizer, template_kwargs)
@@ -70,4 +70,7 @@ def own_turn(
     if ids is None:
         said = encode_behind(tokenizer, opening(tokenizer, template_kwargs), text)
         return [*said, end] if ended and not (said and said[-1] in ends) else said
-    return [*ids[:-1], end] if ended and len(ids) and ids[-1] not in ends else list(ids)
+    if not ended or not len(ids) or ids[-1] in ends:
+        return list(ids)
+    markup = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    return [*(ids[:-1] if ids[-1] in markup else ids), end]

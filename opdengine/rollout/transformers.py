@@ -225,7 +225,8 @@ class TransformersSampler:
         if not stop:
             return False
         # Every token adds at least one byte, so the match lies within the last tokens.
-        tail = self.tokenizer.decode(ids[-(max(len(s.encode()) for s in stop) + 4) :])
+        last = ids[-(max(len(s.encode()) for s in stop) + 4) :]
+        tail = self.tokenizer.decode(last, clean_up_tokenization_spaces=False)
         return any(s in tail for s in stop)
 
 

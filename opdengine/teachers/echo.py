@@ -74,6 +74,6 @@ _COLUMNS = ("tokens", "token_logprobs", "top_logprobs")
 def _namings(tokenizer: Any) -> list[Callable[[int], str]]:
     return [
         lambda i: f"token_id:{i}",
-        lambda i: str(tokenizer.decode([i])),
+        lambda i: str(tokenizer.decode([i], clean_up_tokenization_spaces=False)),
         lambda i: str(tokenizer.convert_ids_to_tokens(i)),
     ]

@@ -20,6 +20,7 @@ from opdengine.models.chat import (
     text_of_completion,
     thought_marks,
 )
+from opdengine.models.reply import own_turn
 from opdengine.models.thoughts import answer_part
 from opdengine.teachers.server import ServedTeacher
 from opdengine.types import Request, SamplingParams
@@ -176,6 +177,24 @@ def test_conversations_train_from_end_to_end(models: dict[str, str], strict: Any
             assert f"<|im_start|>user\nS Decide on the next step of the conversation above. | {letter} |" in after_tool
             assert f"<|im_start|>user\nS Weather in Rome? | {letter} | [Debate Start]" in plain_text
             assert plain_text.count("Weather in Rome?") == 1
+
+
+def test_spaces_of_a_completion_stay(tiny: Any) -> None:
+    """Many tokenizers are told to clean up spaces, as the first ones were made to: other programs would be run."""
+    tokenizer, text = tiny.make_tokenizer(), "if x != 'a .' : f( 's , t ' ) ."
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(ids) != text
+    assert text_of_completion(tokenizer, ids, ()) == text
+
+
+def test_the_end_of_a_turn_is_added_where_a_server_does_not_tell_it(tokenizer: Any) -> None:
+    said, end = tokenizer.encode("I go", add_special_tokens=False), tokenizer.eos_token_id
+    other = tokenizer.convert_tokens_to_ids("<|pad|>")
+    for ids in ([*said, end], [*said, other], said):
+        assert own_turn(tokenizer, {}, "I go", ids, ended=True) == [*said, end]
+    assert own_turn(tokenizer, {}, "I go", said, ended=False) == said
 
 
 def test_verifiers(tmp_path: Path) -> None:
