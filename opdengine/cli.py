@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _prepare_output()
     for noisy in ("httpx", "transformers", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    for noisy in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):  # they speak when they are imported
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if options.command in ("doctor", "settings", "fetch", "report", "teacher-serve") and rest:

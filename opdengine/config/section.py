@@ -200,6 +200,8 @@ def _hint(key: str, cls: Any, where: str) -> str:
         return f"here it is {here}"
     if names_secret(key):
         return "keys are no settings: name the environment variable that holds it with api_key_env of a teacher"
+    if not where and (inside := [setting for setting, _ in every_setting(cls) if setting.endswith(f".{key}")]):
+        return f"name its section, too: {' or '.join(map(repr, inside))}"
     options = () if where else ("config",)
     if close := difflib.get_close_matches(key[:100], [*fields_of(cls), *options], n=1):
         return f"did you mean {('--' if close[0] in options else where) + close[0]!r}?"

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from opdengine.config.section import Section, fields_of
+
 if TYPE_CHECKING:
     from opdengine.config.train import TrainConfig
 
@@ -67,7 +69,7 @@ class Paper:
                 lines["unstated in the paper"].append(f"{setting}={_shown(value)}")
             else:
                 lines["as in the paper"].append(f"{setting}={_shown(value)}")
-        lines["to be chosen"] = [f"{s}={here[s]} (there {text})" for s, text in self.choices.items()]
+        lines["to be chosen"] = [f"{s}={_shown(here[s])} (there {text})" for s, text in self.choices.items()]
         return [
             f"{config.method} (arXiv {self.arxiv}), {what}: {', '.join(settings)}"
             for what, settings in lines.items()
@@ -76,7 +78,10 @@ class Paper:
 
 
 def _shown(value: Any) -> str:
-    """A value on one line."""
+    """A value on one line; of a section what is not its default, as in YAML."""
+    if isinstance(value, Section):
+        said = ((name, getattr(value, name), field.default) for name, field in fields_of(type(value)).items())
+        return f"{{{', '.join(f'{name}: {given}' for name, given, usual in said if given != usual)}}}"
     return str(value).replace("\n", "\\n")
 
 

@@ -204,7 +204,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
 
 def _require_whole(checkpoint: Path) -> Path:
     if not checkpoint.is_dir():
-        raise CheckpointError(f"{str(checkpoint)!r} is not a checkpoint: there is no such folder")
+        raise CheckpointError(f"{str(checkpoint)!r} is not a checkpoint: no such folder; name one, or 'latest'")
     if not any((checkpoint / name).exists() for name in (STATE, MANIFEST)):
         raise CheckpointError(f"{str(checkpoint)!r} is not a checkpoint: it has no {STATE}")
     damage = find_damage(checkpoint)

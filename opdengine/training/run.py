@@ -19,9 +19,10 @@ from opdengine.config.loading import to_mapping
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import PromptSet, PromptStream, ScheduledStream, as_source
 from opdengine.distributed import Ranks, start
-from opdengine.methods import build_method
+from opdengine.methods import METHODS, build_method
 from opdengine.methods.method import Method
 from opdengine.methods.room import check_room
+from opdengine.methods.unused import unread
 from opdengine.metrics import write_jsonl
 from opdengine.models.backbone import check_model_path, load_model
 from opdengine.models.checkpoint import copy_model, read_teachers, restore_optimizer, step_of, write_model
@@ -52,6 +53,7 @@ from opdengine.training.trackers import open_trackers, require_trackers
 from opdengine.training.writer import MetricsWriter, NoWriter, read_metrics
 from opdengine.types import Prompt
 from opdengine.verifiers.grader import Grader
+from opdengine.workers.printing import brief
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +122,9 @@ def _train(config: TrainConfig, ranks: Ranks, progress: bool, callbacks: Callbac
     ranks.raise_on_all_ranks()  # everything that can be refused has been, on every rank
     for line in method.paper.report(config, ranks.world_size) if method.paper is not None else ():
         logger.info(line)
+    if config.method in METHODS and (idle := unread(config, method.paper)):
+        shown = ", ".join(f"{setting}={brief(value, 80)}" for setting, value in idle.items())
+        logger.warning("nothing in this run reads %s", shown)
     with ranks.agree():
         if ranks.is_first:
             folder.look_at_models()

@@ -20,6 +20,8 @@ from opdengine.config.loading import load_config
 from opdengine.config.train import ConfigError
 from opdengine.data.prompts import DataError, PromptSet, PromptStream, load_prompts
 from opdengine.errors import VLLMMissingError
+from opdengine.methods import PAPERS
+from opdengine.methods.unused import unread
 from opdengine.models.backbone import load_model
 from opdengine.models.chat import load_tokenizer
 from opdengine.tools.balance import BalanceSettings, balance
@@ -79,6 +81,7 @@ BASE = {"--model": "m", "--train_data": "d.jsonl", "--output_dir": "o"}
         (["--teachers", "[a/t, {model: b/t}]"], r"share the name \['t'\]"),
         (["--teachers", "[[a]]"], r"teachers.0=\['a'\] has the wrong type; expected a mapping"),
         (["--teachers.0.model", "t", "--teachers.0.dtype", "int8"], "teachers.0.dtype='int8'"),
+        (["--tau", "0.5"], "'tau'; name its section, too: 'debate.tau' or 'entropy_opd.tau' or 'eopd.tau'"),
         (["--teachers.1.model", "t"], "'1' is not a position in a list of 0"),
         (["--teachers", "null"], "teachers.0=None has the wrong type"),
         (["--model.name.x", "y"], "'model'|'name'"),
@@ -491,6 +494,26 @@ def test_a_step_of_more_prompts_than_there_are_is_pointed_out(
         with caplog.at_level(logging.WARNING), pytest.raises(AssertionError, match="a model was loaded"):
             train(config, progress=False)
         assert ("a step takes 13 prompts and there are only 12" in caplog.text) == (size == 13)
+
+
+def test_settings_that_nothing_reads_are_named(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(
+        models, prompt_file, tmp_path, divergence="jsd", jsd_beta=0.3,
+        skew_alpha=0.3, eval_steps=2, debate={"rounds": 3}, camopd={"rho_g": 0.5},
+    )  # fmt: skip
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        train(config, progress=False)
+    (said,) = (message for message in caplog.messages if message.startswith("nothing in this run reads"))
+    assert all(name in said for name in ("debate.rounds=3", "camopd.rho_g=0.5", "skew_alpha=0.3", "eval_steps=2"))
+    assert "jsd_beta" not in said
+
+
+@pytest.mark.parametrize("file", sorted(Path("examples/configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_setting_of_a_preset_is_read(file: Path) -> None:
+    config = load_config(str(file))
+    assert not unread(config, PAPERS.get(config.method))
 
 
 def test_a_misspelt_attention_is_not_replaced(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
