@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opdengine.config.loading import from_mapping, to_mapping
-from opdengine.config.sections import DataConfig, TeacherConfig
+from opdengine.config.sections import SELF, DataConfig, TeacherConfig
 from opdengine.config.train import TrainConfig
 from opdengine.data.files import rows_in_memory
 from opdengine.errors import ConfigError
@@ -221,6 +221,13 @@ def _require_possible(config: TrainConfig, objects: Mapping[str, Given]) -> None
             )
     if config.model not in models:
         return
+    for i, teacher in enumerate(config.teachers):
+        if teacher.model == SELF and not config.shares_student(teacher):
+            raise ConfigError(
+                f"teachers.{i}.weights={teacher.weights!r} holds weights beside the student's, which is given as an "
+                "object and trained in place: save it with save_pretrained and name the folder"
+                + ("" if teacher.weights == "ema" else ", train an adapter (lora), or give copy.deepcopy(model)")
+            )
     if config.lora is None:
         _require_trainable(models[config.model])
     for setting, wanted in (

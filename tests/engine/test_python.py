@@ -214,6 +214,17 @@ def test_lora_of_an_object(settings: dict[str, Any], models: Any, student: Any, 
             lambda s, t, k: {"model": s, "tokenizer": k, "use_vllm": True},
             "use_vllm reads the files of the student, which is given as an object",
         ),
+        *(
+            (
+                lambda s, t, k, w=weights: {
+                    "model": s,
+                    "tokenizer": k,
+                    "teachers": [{"model": "self", "weights": w}],
+                },
+                rf"teachers\.0\.weights='{weights}' holds weights beside the student's.*{remedy}",
+            )
+            for weights, remedy in (("base", r"or give copy.deepcopy\(model\)"), ("ema", "name the folder"))
+        ),
         (
             lambda s, t, k: {"model": s, "tokenizer": k, "lora": {"merge_final": True}},
             r"lora\.merge_final reads the files",
