@@ -67,10 +67,11 @@ class SharedTeacher(Configured):
 
     @property
     def head(self) -> LMHead:
-        """The student's, out of reach of gradients."""
+        """The student's, out of reach of gradients, in the dtype in which the loss takes it."""
         own = self.backbone.head
         bias = None if own.bias is None else own.bias.detach()
-        return LMHead(own.weight.detach(), bias, own.logit_scale, own.softcap)
+        head = LMHead(own.weight.detach(), bias, own.logit_scale, own.softcap)
+        return head.to(torch.bfloat16) if self.backbone.bf16 else head
 
     async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion | Failure]:
         return [completions[0] for completions in await self._run(self._sampler.generate, requests, params)]

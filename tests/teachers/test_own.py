@@ -85,6 +85,18 @@ def test_the_base_under_an_adapter_is_the_model_without_it(models: Models, promp
     torch.testing.assert_close(read_by(student), moved)
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_under_autocast_equal_weights_agree_exactly(
+    models: Models, prompt_file: str, tmp_path: Path, divergence: str
+) -> None:
+    """A head in float32 would give other logits than the student's in bfloat16, and AdamW scales what is left."""
+    settings = {"lora": LORA, "bf16": True, "divergence": divergence, "teacher_prompt_template": None}
+    engine = engine_of(models, prompt_file, tmp_path, "base", **settings)
+    assert engine.student.model.dtype == torch.float32 and engine.student.bf16
+    loss, gradient = loss_and_gradient(engine, make_samples(engine, load_prompts([prompt_file]).prompts[:4]))
+    assert loss == 0 and not any(value.any() for value in gradient.values())
+
+
 def test_present_weights_are_the_students_without_gradient(models: Models, prompt_file: str, tmp_path: Path) -> None:
     """Loss and gradient are those of a frozen copy of the same weights."""
     engine = engine_of(models, prompt_file, tmp_path / "a", "live")
