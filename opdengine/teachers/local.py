@@ -45,6 +45,7 @@ class LocalTeacher(Configured):
         tokenizer: of the model; None loads it.
         writer: writes its text; None: the weights here do.
         session: of the ranks that share the weights of a teacher with ``shard``; None: they are all here.
+        bf16: passes run under autocast to bfloat16, and the head is bfloat16: of a copy of a student that has them so.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class LocalTeacher(Configured):
         tokenizer: Any = None,
         writer: ServedTeacher | None = None,
         session: Session | None = None,
+        bf16: bool = False,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer or load_tokenizer(
@@ -73,6 +75,7 @@ class LocalTeacher(Configured):
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             device="cpu" if session is not None and config.shard else device,
+            bf16=bf16,
             sees=getattr(self.tokenizer, "vision", None) is not None,
         )
         model.requires_grad_(False).eval()
@@ -81,15 +84,13 @@ class LocalTeacher(Configured):
 
         def split() -> Backbone:
             vision = getattr(self.tokenizer, "vision", None)
-            return Backbone(model, name=f"teacher {config.name!r}", max_tokens=max_tokens, vision=vision)
+            return Backbone(model, f"teacher {config.name!r}", max_tokens, bf16=bf16, vision=vision)
 
         self.backbone = split() if self._sharded is None else self._sharded.run(split)
         self._device = self.backbone.device  # offloaded weights are elsewhere between calls
         self._scorer = PrefixScorer(self.backbone)
         self.opening = thought_opening(self.tokenizer, config.chat_template_kwargs)
-        self._generator = TransformersSampler(
-            model, self.tokenizer, 4 * max_tokens, template_kwargs=config.chat_template_kwargs
-        )
+        self._generator = TransformersSampler(model, self.tokenizer, 4 * max_tokens, bf16, config.chat_template_kwargs)
         self._writer = writer
         if writer is None:
             prove = self._generator.prove
@@ -106,7 +107,7 @@ class LocalTeacher(Configured):
 
     @property
     def head(self) -> LMHead:
-        return self.backbone.head
+        return in_dtype_of_loss(self.backbone)
 
     async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion | Failure]:
         if self._writer is not None:
@@ -135,6 +136,11 @@ class LocalTeacher(Configured):
     def counts(self) -> dict[str, float]:
         """Of the calls to its writer; calls in this process either work or raise."""
         return {} if self._writer is None else self._writer.counts()
+
+
+def in_dtype_of_loss(backbone: Backbone) -> LMHead:
+    """The head of a model whose states are bfloat16 under autocast, as the loss takes that of the student."""
+    return backbone.head.to(torch.bfloat16) if backbone.bf16 else backbone.head
 
 
 def model_fingerprint(path: str, model: Any, blocks: int = 256) -> str:

@@ -20,7 +20,7 @@ from opdengine.models.rendering import thought_opening
 from opdengine.models.sharding import split_like, whole, whole_weights
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.teachers import Configured, Teacher
-from opdengine.teachers.local import LocalTeacher
+from opdengine.teachers.local import LocalTeacher, in_dtype_of_loss
 from opdengine.teachers.threads import work_on
 from opdengine.types import Completion, Failure, Hidden, Request, SamplingParams, TeacherContext
 
@@ -68,10 +68,9 @@ class SharedTeacher(Configured):
     @property
     def head(self) -> LMHead:
         """The student's, out of reach of gradients, in the dtype in which the loss takes it."""
-        own = self.backbone.head
+        own = in_dtype_of_loss(self.backbone)
         bias = None if own.bias is None else own.bias.detach()
-        head = LMHead(own.weight.detach(), bias, own.logit_scale, own.softcap)
-        return head.to(torch.bfloat16) if self.backbone.bf16 else head
+        return LMHead(own.weight.detach(), bias, own.logit_scale, own.softcap)
 
     async def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion | Failure]:
         return [completions[0] for completions in await self._run(self._sampler.generate, requests, params)]

@@ -95,7 +95,8 @@ class PrefixScorer:
         start = torch.from_numpy(sequences[0][:prefix])[None].to(device)
         options = self.backbone.options
         argument = cache_argument(trunk)
-        cache = getattr(trunk(input_ids=start, use_cache=True, **options), argument)
+        with self.backbone.autocast():
+            cache = getattr(trunk(input_ids=start, use_cache=True, **options), argument)
         longest = max(len(s) for s in sequences)
         # As many new tokens as in any pass, and four times as many with those in the cache.
         budget = self.backbone.max_tokens
@@ -112,7 +113,9 @@ class PrefixScorer:
             copies.reorder_cache(torch.zeros(len(members), dtype=torch.int64, device=device))
             positions = torch.arange(prefix, prefix + width, device=device)[None].expand(len(members), -1)
             reading = {argument: copies, "position_ids": positions, "use_cache": True, **options}
-            states = trunk(input_ids=ids.to(device), **reading).last_hidden_state
+            with self.backbone.autocast():
+                states = trunk(input_ids=ids.to(device), **reading).last_hidden_state
+            states = states.to(torch.bfloat16) if self.backbone.bf16 else states
             for row, i in enumerate(members):
                 places = torch.from_numpy(np.asarray(target_positions[i]) - 1 - prefix).to(device)
                 found.append(states[row].index_select(0, places).cpu())
@@ -137,7 +140,7 @@ class PrefixScorer:
         except UNPROBED as reason:
             logger.warning("%s: prefixes are not shared (%s)", self.backbone.name, reason)
             return False
-        limit = 1e-4 if plain.dtype == self.backbone.trunk.dtype else 5e-2
+        limit = 1e-4 if plain.dtype == self.backbone.trunk.dtype and not self.backbone.bf16 else 5e-2
         if error > limit:
             logger.warning("%s: prefixes are not shared (difference %.2g)", self.backbone.name, error)
         return error <= limit

@@ -225,7 +225,7 @@ def load_teachers(
         assert student is not None
         own = config.as_loaded(teacher)
         own = own if own.dtype != "auto" else replace(own, dtype=cast(Any, own_dtype))
-        return build_own(own, student, config.shares_student(teacher), tokenizer, options)
+        return build_own(own, student, config.shares_student(teacher), tokenizer, {**options, "bf16": config.bf16})
 
     def find(teacher: TeacherConfig, tokenizer: Any) -> Teacher:
         if teacher.stored is None:
