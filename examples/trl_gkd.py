@@ -10,6 +10,7 @@ is saved are the logits: [tokens, vocabulary] of student and teacher.
 
 from __future__ import annotations
 
+import argparse
 import os
 import tempfile
 from pathlib import Path
@@ -98,4 +99,6 @@ def main(steps: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5, help="of each trainer (default: %(default)s)")
+    main(parser.parse_args().steps)
