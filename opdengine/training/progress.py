@@ -102,14 +102,19 @@ class Progress:
             folder: of the run.
         """
         done = self.step - self.start
+        files = f"  files: {folder} (opdengine report {folder} shows them); model: {folder / 'final'}"
+        if not done:
+            return [f"{self.title}: no step was left to do: {self.step} of {self.total} had been done before", files]
         phases = {
             k.removeprefix(TIMING): v for k, v in self.sums.items() if k.startswith(TIMING) and k != "timing/step"
         }
         whole = sum(phases.values())
+        if not self.config.debates and "debate" in phases:
+            phases["contexts"] = phases.pop("debate")  # all that is done there is to write what teachers read
         shares = [f"{name} {value / whole:.0%}" for name, value in sorted(phases.items(), key=lambda i: -i[1]) if whole]
         taken = time.perf_counter() - self._begun
-        per_step = f" ({_seconds(taken / done)} a step)" if done else ""
-        lines = [f"{self.title}: {done} steps in {_seconds(taken)}{per_step}; {', '.join(shares) or 'no step'}"]
+        times = f"{_seconds(taken)} ({_seconds(taken / done)} a step)"
+        lines = [f"{self.title}: {done} steps in {times}; {', '.join(shares)}"]
         lines += [
             f"  {one_line(name)}: {first:.4g} -> {last:.4g}"
             for name, (first, last) in self.evaluated.items()
@@ -119,8 +124,7 @@ class Progress:
         reasons = ", ".join(f"{name} {count:g}" for name, count in sorted(dropped.items(), key=lambda i: -i[1]))
         sampled = self.sums.get("completions/sampled", 0.0)
         lines.append(f"  rollouts: {sampled:g}; dropped: {one_line(reasons) or 'none'}")
-        lines.append(f"  files: {folder} (opdengine report {folder} shows them); model: {folder / 'final'}")
-        return lines
+        return [*lines, files]
 
     def _count(self, line: Mapping[str, float]) -> None:
         for name, value in line.items():

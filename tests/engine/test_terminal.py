@@ -177,3 +177,20 @@ def test_a_summary_tells_before_and_after_and_what_was_dropped(
     assert "eval/accuracy: 0.25 -> 0.75" in text and "mean_length" not in text
     assert "rollouts: 16; dropped: empty 4" in text
     assert f"opdengine report {tmp_path} shows them" in text and str(tmp_path / "final") in text
+
+
+@pytest.mark.parametrize(("method", "word"), [("mt_opd", "contexts"), ("mad_opd", "debate")])
+def test_a_summary_names_a_debate_only_where_teachers_debate(
+    models: dict[str, str], prompt_file: str, tmp_path: Path, method: str, word: str
+) -> None:
+    with Progress(make_config(models, prompt_file, tmp_path, method=method), 0, enabled=False) as bar:
+        values = {"timing/debate": 1.0, "timing/update": 3.0}
+        bar.advance(1, values, values)
+    assert f"update 75%, {word} 25%" in bar.summary(tmp_path)[0]
+
+
+def test_a_run_that_had_been_finished_says_so(models: dict[str, str], prompt_file: str, tmp_path: Path) -> None:
+    with Progress(make_config(models, prompt_file, tmp_path), 3, enabled=False) as bar:
+        pass
+    first, files = bar.summary(tmp_path)
+    assert first == "mt_opd: no step was left to do: 3 of 3 had been done before" and str(tmp_path / "final") in files
