@@ -59,7 +59,7 @@ real-results: $(VENV)/.demo
 	$(PY) benchmarks/real_teachers.py --save
 	$(PY) benchmarks/teacher_serve.py --save $(if $(VLLM_PYTHON),--vllm $(VLLM_PYTHON))
 	$(PY) benchmarks/stored_teacher.py --save
-	$(PY) examples/real/study.py --arms mad_opd uniform confidences mt_opd --seeds 3 --max_steps 40 \
+	$(PY) examples/real/study.py --seeds 3 --max_steps 40 \
 		--save_results benchmarks/results/real/debate.json
 	$(PY) benchmarks/report.py
 

@@ -1,6 +1,6 @@
 """Does the debate help? MAD-OPD on the market beside its controls, all of them with the same questions and temperature.
 
-python examples/real/study.py --ablate --seeds 3 --jobs 2
+python examples/real/study.py --seeds 3 --jobs 2
 python examples/real/study.py --arms mad_opd uniform --max_steps 10       some arms, other settings
 
 Hours on two cores. The arms that debate between the same two experts share one folder of transcripts, so that uniform

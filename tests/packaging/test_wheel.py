@@ -44,7 +44,9 @@ def test_wheel_imports_light_and_works(wheel, tmp_path):
     """torch comes from this environment; the project itself only from the wheel."""
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True)
+    # A checkout on PYTHONPATH would count as installed already.
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True, env=alone)
     # A folder on PYTHONPATH does not run its .pth files, so an editable install stays invisible.
     code = """
 import sys
