@@ -231,7 +231,7 @@ def real_steps() -> str:
     rows = []
     for name, case in found["cases"].items():
         ours = case["ours"]
-        tokens = f"{CASES[name]} ({case['completion_tokens']} in all)"
+        tokens = f"{CASES[name]} ({case['completion_tokens']:g} in all)"
         for trainer, title in TRAINERS.items():
             run = case[trainer]
             rows.append(
