@@ -106,7 +106,7 @@ def real_sampled() -> str:
         runs = [run for run in found["runs"] if run["arm"] == arm["name"]]
         update = statistics.median(run["update_seconds"] for run in runs)
         whole = statistics.median(run["processor_seconds"] for run in runs)
-        cost.append(f"{arm['title']}: {update:.0f} s in the updates, {whole:.0f} processor seconds in all")
+        cost.append(f"{arm['title']}: {update:.0f} s by the clock in the updates, {whole:.0f} processor seconds in all")
     return study("sampled_training") + "\n\nMedian over the seeds, " + "; ".join(cost) + "."
 
 
@@ -246,8 +246,8 @@ def real_steps() -> str:
             )
     headings = ["completions | trainer", "processor seconds a step", "by the clock", "", "memory", ""]
     return table(headings, rows).replace("|---|", "|---|---|", 1) + (
-        f"\n\nMedians over {found['rounds']} round(s) on {found['threads']} thread(s); {case['prompts']} prompts a "
-        "step, float32. Multiples are of ours, the first of processor seconds. Memory is the peak beyond the loaded "
+        f"\n\nMedians (rounds: {found['rounds']}, threads: {found['threads']}); {case['prompts']} prompts a step, "
+        "float32. Multiples are of ours, the first of processor seconds. Memory is the peak beyond the loaded "
         "models."
     )
 

@@ -9,6 +9,7 @@ ranks by FSDP2; gradients are summed, since the loss is normalised over the whol
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 import weakref
@@ -22,6 +23,8 @@ from opdengine.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -256,5 +259,8 @@ def _settle() -> None:
     held = [weakref.ref(tensor) for tensor in tensors]
     tensors.clear()
     until = time.monotonic() + 10
-    while any(tensor() is not None for tensor in held) and time.monotonic() < until:
+    while any(tensor() is not None for tensor in held):
+        if time.monotonic() > until:
+            logger.warning("gloo has not let go of an exchange for 10 s: this finished process may abort as it ends")
+            return
         time.sleep(0.001)

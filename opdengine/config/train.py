@@ -111,7 +111,7 @@ def _by_name(teacher: Any) -> Any:
     return {"model": teacher} if isinstance(unwrapped(teacher), (str, Written)) else teacher
 
 
-Judge = Annotated[TeacherConfig, BeforeValidator(_by_name)]
+TeacherOrName = Annotated[TeacherConfig, BeforeValidator(_by_name)]
 
 
 def _named(teachers: list[TeacherConfig]) -> list[TeacherConfig]:
@@ -141,7 +141,7 @@ class TrainConfig(Section):
     """sources of prompts: JSONL or Parquet files, or ``datasets`` folders, with a ``prompt`` or ``messages`` column and
     optionally ``id, tools, answer, data_source``. Sections of :class:`DataConfig` also read the layouts of public data
     sets."""
-    teachers: Annotated[Listed[Judge], AfterValidator(_named)] = field(default_factory=list)
+    teachers: Annotated[Listed[TeacherOrName], AfterValidator(_named)] = field(default_factory=list)
     """the models that judge the student, and debate; a name alone stands for a teacher with nothing but ``model``."""
     method: Name = "mad_opd"
     """one of "opd", "mt_opd", "mt_seqkd", "mad_opd", "opad", "sage_opd", "tcod", "entropy_opd", "eopd", "uni_opd",

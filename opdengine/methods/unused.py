@@ -61,7 +61,7 @@ READ_WHERE: Mapping[str, Callable[[TrainConfig], bool]] = {
     **{name: _method_is(name) for name in OF_A_METHOD},
     "sage": _method_is("sage_opd"),
     "advantage": _method_is("uni_opd", "camopd", "sdpo", "g_opd", "relaxed_opd", "gold"),
-    "debate": lambda config: config.method in ("mad_opd", "opad") or config.contexts == "debate",
+    "debate": lambda config: config.debates,
     "environment": lambda config: bool(config.environment.name),
     "jsd_beta": _diverges_by("jsd"),
     "skew_alpha": _diverges_by("skew_kl"),
