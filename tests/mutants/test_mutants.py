@@ -87,7 +87,7 @@ MUTANTS = [
     ("methods/trajectories.py", "ended=ended", "ended=True", f"{PLAYED}::test_a_turn_that_has_no_end_is_given_none"),
     ("methods/trajectories.py", "theirs if same else None", "theirs", f"{PLAYED}::test_a_teacher_with_other_tokens_reads_its_own_chat_and_is_kept_in_the_students"),
     ("methods/trajectories.py", "self.view(episode.prompt)", "episode.prompt", f"{PLAYED}::test_a_teacher_may_be_shown_more_than_the_student"),
-    ("models/reply.py", "ids[-1] not in ends", "False", f"{PLAYED}::test_an_end_that_the_student_does_not_know_becomes_its_own"),
+    ("models/reply.py", "or ids[-1] in ends", "or True", f"{PLAYED}::test_an_end_that_the_student_does_not_know_becomes_its_own"),
     ("teachers/own.py", "            left_out.discard(name)\n", "            left_out.clear()\n", "tests/teachers/test_own.py::test_an_average_that_would_not_follow_is_refused"),
     ("teachers/store.py", "or _digest(content) != place.digest", "or False", "tests/teachers/test_stored.py::test_damage_is_said_and_asked_anew"),
     ("teachers/store.py", 'digest.decode("latin-1") != _digest(body)', "False", "tests/teachers/test_stored.py::test_damaged_lines_of_an_index_are_not_used"),
