@@ -129,7 +129,7 @@ class Episodes:
             jobs: episodes to play.
             params: of every turn; ``max_tokens`` is the limit of one turn.
         """
-        with self._turn:
+        with self._turn, sampler.chats():
             play = Play(self, params, deque(jobs), sampler.policy_version)
             while running := play.begin():
                 requests = [episode.request(episode.token_ids) for episode in running]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from opdengine.types import Completion, Request, SamplingParams
@@ -26,6 +27,13 @@ class Sampler(Protocol):
 
         Raises:
             ValueError: a prompt is empty or leaves no room in the model's window; names its id.
+        """
+        ...
+
+    def chats(self) -> AbstractContextManager[None]:
+        """Within it every call of :meth:`generate` has the next turns of chats of the call before.
+
+        So what was read of them may be kept. The policy stays the same, and one caller at a time is within.
         """
         ...
 

@@ -19,6 +19,7 @@ import torch
 from opdengine.models.batching import UNPROBED, cache_argument, forget_lengths, forward_options, relative
 from opdengine.models.packing import ONE_REGIME, Packed, Regimes
 from opdengine.models.vision import Vision
+from opdengine.rollout.chats import Read, cache_of, read_of
 from opdengine.types import Encoded, images_in
 
 logger = logging.getLogger(__name__)
@@ -49,21 +50,35 @@ class Together:
         prompts: of the rows; all of them have pictures, or none has.
         copies: of each prompt.
         vision: reads the pictures.
+        past: what was read of the prompts' beginnings; () reads them whole.
     """
 
-    def __init__(self, model: Any, prompts: Sequence[Ids], copies: int = 1, vision: Vision | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Ids],
+        copies: int = 1,
+        vision: Vision | None = None,
+        past: Sequence[Read | None] = (),
+    ) -> None:
         self.model = model
         self.options = forward_options(model)
-        lengths, device = [len(p) for p in prompts], model.get_input_embeddings().weight.device
+        self.argument = cache_argument(model)
+        device = model.get_input_embeddings().weight.device
+        begun = [len(read.ids) if read else 0 for read in past] or [0] * len(prompts)
+        width = max(begun)
+        lengths = [len(prompt) - known for prompt, known in zip(prompts, begun, strict=True)]
         ids = np.zeros((len(prompts), max(lengths)), dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, len(ids[row]) - len(prompt) :] = prompt
-            mask[row, len(ids[row]) - len(prompt) :] = 1
+        mask = np.zeros((len(prompts), width + max(lengths)), dtype=np.int64)
+        for row, (prompt, known, length) in enumerate(zip(prompts, begun, lengths, strict=True)):
+            ids[row, ids.shape[1] - length :] = prompt[known:]
+            mask[row, mask.shape[1] - length :] = mask[row, width - known : width] = 1
         self.mask = torch.from_numpy(mask).to(device)
-        inputs: dict[str, Any] = {"position_ids": (self.mask.cumsum(-1) - 1).clamp(min=0)}
+        inputs: dict[str, Any] = {"position_ids": (self.mask.cumsum(-1) - 1).clamp(min=0)[:, width:]}
         if any(map(images_in, prompts)):
             inputs = _seen(model, vision, prompts, ids, inputs["position_ids"])
+        if width:
+            inputs[self.argument] = cache_of(past)
         output = model(
             input_ids=torch.from_numpy(ids).to(device),
             attention_mask=self.mask,
@@ -72,7 +87,6 @@ class Together:
             **inputs,
             **self.options,
         )
-        self.argument = cache_argument(model)
         self.cache = getattr(output, self.argument)
         # State-space models count no positions; their state already leaves the padding out.
         self.counts = "position_ids" in inspect.signature(type(model).forward).parameters
@@ -93,6 +107,10 @@ class Together:
 
     def keep(self, places: torch.Tensor) -> None:
         self._select(places)
+
+    def read(self, row: int, ids: Ids) -> Read | None:
+        """What was read of a row, whose tokens up to the last one that was appended are ``ids``."""
+        return read_of(self.cache, row, self.mask, ids)
 
     def _select(self, places: torch.Tensor) -> None:
         self.cache.reorder_cache(places)  # the one selection that every kind of layer knows
@@ -183,10 +201,12 @@ class Ways:
     Args:
         together: whether one cache may hold several sequences.
         row: decodes a single sequence.
+        resumes: whether a chat may go on from what was read of it a turn before.
     """
 
     together: bool = True
     row: Callable[..., Decoding] = Together
+    resumes: bool = False
 
     def start(
         self,
@@ -196,11 +216,12 @@ class Ways:
         longest: int,
         regimes: Regimes,
         vision: Vision | None = None,
+        past: Sequence[Read | None] = (),
     ) -> Decoding:
         """Decode ``copies`` of every prompt, up to ``longest`` tokens in the longest row."""
         one = len({regimes.of(n) for n in (min(map(len, prompts)), longest)}) == 1
         if self.together and one:
-            return Together(model, prompts, copies, vision)
+            return Together(model, prompts, copies, vision, past)
         return Apart(model, prompts, copies, self.row, regimes, vision)
 
 
@@ -236,7 +257,7 @@ def choose_decoding(
     reads = [_whole_logits(model, s, vision) for s in ids]
     name = name or type(model).__name__
     if _exact(lambda: Together(model, begun, 2, vision), ids, reads, 2, limit, name):
-        return Ways()
+        return Ways(resumes=vision is None and _resumes(model, begun, ids, reads, limit, name))
     if _exact(lambda: Apart(model, begun, vision=vision), ids, reads, 1, limit, name):
         logger.warning("%s: its cache holds one sequence at a time: it samples them in turn, which is slow", name)
         return Ways(together=False)
@@ -295,6 +316,20 @@ def _exact(
     if not error <= limit:
         logger.info("%s: decoding %d copies gives other logits (difference %.2g)", name, copies, error)
     return error <= limit
+
+
+def _resumes(
+    model: Any, begun: Sequence[Ids], ids: Sequence[Ids], reads: Sequence[torch.Tensor], limit: float, name: str
+) -> bool:
+    """Whether sequences whose beginnings were read before, of several lengths and one not at all, go on exactly."""
+    first = Together(model, [s[: len(s) // (i + 2)] for i, s in enumerate(begun)])
+    first.advance(torch.tensor([s[len(s) // (i + 2)] for i, s in enumerate(begun)], device=first.logits.device))
+    past = [first.read(i, s[: len(s) // (i + 2) + 1]) for i, s in enumerate(begun)]
+    if any(read is None for read in past):
+        return False
+    return _exact(lambda: Together(model, begun, past=past), ids, reads, 1, limit, name) and _exact(
+        lambda: Together(model, begun, past=[None, *past[1:]]), ids, reads, 1, limit, name
+    )
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ from opdengine.models.lora import LowRank
 from opdengine.models.packing import Regimes
 from opdengine.models.quantised import is_quantised
 from opdengine.models.vision import Vision
-from opdengine.rollout.decoding import Decoding, Ways, choose_decoding
+from opdengine.rollout.chats import Chats, Read
+from opdengine.rollout.decoding import Decoding, Together, Ways, choose_decoding
 from opdengine.types import Completion, Encoded, Request, SamplingParams
 
 
@@ -57,6 +58,7 @@ class TransformersSampler:
         self.policy_version = 0
         self.stop_ids = stop_token_ids(tokenizer, model, template_kwargs)
         self.vocabulary = vocabulary_size(tokenizer)
+        self._chats: Chats | None = None
         self.window = window_of(model.config)
 
     @property
@@ -70,12 +72,27 @@ class TransformersSampler:
             check_room(request, params.max_tokens, self.window)
         self.prove()
         results: list[list[Completion]] = [[] for _ in requests]
+        past: list[Read | None] = [None] * len(requests)
+        if self._chats is not None:
+            past = self._chats.take([request.token_ids for request in requests])
         with self._evaluating():
-            for group in self._groups(requests, params):
-                completions = self._generate_batch([requests[i] for i in group], params)
+            for group in self._groups(requests, params, past):
+                completions = self._generate_batch([requests[i] for i in group], params, [past[i] for i in group])
                 for place, i in enumerate(group):
                     results[i] = completions[place * params.n : (place + 1) * params.n]
         return results
+
+    @contextmanager
+    def chats(self) -> Iterator[None]:
+        """See :class:`opdengine.rollout.Sampler`; at most ``max_batch_tokens`` tokens are kept between turns."""
+        self.prove()
+        regimes, ways = self._proven
+        if ways.resumes and regimes.switch is None:
+            self._chats = Chats(self.max_batch_tokens)
+        try:
+            yield
+        finally:
+            self._chats = None
 
     def prove(self) -> None:
         """Find the way to sample that gives the model's own log-probs; the first call costs a few passes."""
@@ -146,14 +163,17 @@ class TransformersSampler:
     def close(self) -> None:
         """Nothing is held beyond the model itself."""
 
-    def _groups(self, requests: Sequence[Request], params: SamplingParams) -> list[list[int]]:
+    def _groups(
+        self, requests: Sequence[Request], params: SamplingParams, past: Sequence[Read | None]
+    ) -> list[list[int]]:
         """Requests of similar length and one regime together, each batch within the token budget."""
         groups: list[list[int]] = []
-        longest, last, regimes = 0, (0, 0, False), self._proven[0]
-        for i in sorted(range(len(requests)), key=lambda i: (bool(requests[i].images), len(requests[i].token_ids), i)):
+        longest, last, regimes = 0, (0, 0, False, False), self._proven[0]
+        kinds = [(bool(request.images), read is None) for request, read in zip(requests, past, strict=True)]
+        for i in sorted(range(len(requests)), key=lambda i: (kinds[i], len(requests[i].token_ids), i)):
             length = len(requests[i].token_ids)
             longest = length + params.max_tokens
-            span = regimes.of(length), regimes.of(longest), bool(requests[i].images)
+            span = regimes.of(length), regimes.of(longest), *kinds[i]
             size = (len(groups[-1]) + 1) * params.n if groups else 0
             if not groups or span != last or size * longest > self.max_batch_tokens:
                 groups.append([])
@@ -161,17 +181,26 @@ class TransformersSampler:
             last = span
         return groups
 
-    def _generate_batch(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+    def _generate_batch(
+        self, requests: Sequence[Request], params: SamplingParams, past: Sequence[Read | None]
+    ) -> list[Completion]:
         state = _State(requests, params, self.device, self.vocabulary)
         prompts = [Encoded(request.token_ids, request.images) for request in requests]
         regimes, ways = self._proven
         if requests[0].images:
             ways = self._seen
         longest = max(map(len, prompts)) + params.max_tokens
-        decoding: Decoding = ways.start(self.model, prompts, params.n, longest, regimes, self.vision)
+        if not any(past):
+            past = ()
+        decoding: Decoding = ways.start(self.model, prompts, params.n, longest, regimes, self.vision, past)
         while True:
             tokens = self._sample(decoding.logits[:, : self.vocabulary], state, params)
             self._finish(tokens, state, params)
+            if self._chats is not None and params.n == 1 and isinstance(decoding, Together):
+                for place, row in enumerate(state.live):
+                    if state.reasons[row]:  # its last token was not read
+                        ids = [*prompts[row], *state.ids[row][:-1]]
+                        self._chats.put(len(ids), partial(decoding.read, place, ids))
             kept = state.compact()
             if not len(state.live):
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,9 @@ class Scripted:
         self.policy_version = 0
         self.requests: list[Request] = []
         self.params: list[SamplingParams] = []
+
+    def chats(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Completion]]:
         self.requests += requests

@@ -309,6 +309,10 @@ WAYS = {
 }
 
 
+WINDOWS = {"gemma2", "gemma3"}
+"""Families whose caches forget what is far behind."""
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, *RECURRENT])
 def test_every_family_samples_from_itself(family: str) -> None:
     """Left padding, sliding windows, recurrent states, n > 1 and rows that finish early."""
@@ -323,13 +327,104 @@ def test_every_family_samples_from_itself(family: str) -> None:
     rng = np.random.default_rng(0)
     requests = [Request(str(n), tuple(rng.integers(2, VOCAB, size=n).tolist()), n) for n in (3, 11, 6)]
     sampler = TransformersSampler(model, Digits())
-    assert sampler._proven == (ONE_REGIME, WAYS.get(family, Ways()))
+    resumes = family in FAMILIES and family not in WINDOWS
+    assert sampler._proven == (ONE_REGIME, WAYS.get(family, Ways(resumes=resumes)))
     sampler.stop_ids = tuple(range(VOCAB // 8))  # about one row in eight ends with every token
     result = sampler.generate(requests, SamplingParams(max_tokens=16, n=2, seed=1))
     assert len({len(c.token_ids) for completions in result for c in completions}) > 1
     for request, completions in zip(requests, result, strict=True):
         for completion in completions:
             check_logprobs(model, request, completion)
+
+
+def take_turns(sampler: TransformersSampler, turns: int = 4) -> tuple[list[tuple[Request, Completion]], list[int]]:
+    """Chats of several turns, one of which ends early and one begins late; how many columns each pass had."""
+    rng = np.random.default_rng(1)
+    chats = {str(n): rng.integers(2, VOCAB, size=n).tolist() for n in (3, 11, 6)}
+    columns: list[int] = []
+    hook = sampler.model.register_forward_pre_hook(
+        lambda module, args, kwargs: columns.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = []
+    for turn in range(turns):
+        if turn == 2:
+            del chats["11"]
+            chats["late"] = rng.integers(2, VOCAB, size=9).tolist()
+        requests = [Request(name, tuple(ids), turn) for name, ids in chats.items()]
+        for request, (completion,) in zip(requests, sampler.generate(requests, PARAMS), strict=True):
+            found.append((request, completion))
+            following = rng.integers(2, VOCAB, size=int(rng.integers(1, 5))).tolist()
+            chats[request.id] += [*completion.token_ids.tolist(), *following]
+    hook.remove()
+    return found, columns
+
+
+PARAMS = SamplingParams(max_tokens=6, seed=1)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *RECURRENT])
+def test_the_turns_of_a_chat_are_sampled_from_the_model_itself(family: str) -> None:
+    model = make_family(family, True, scale=2.0).eval() if family in FAMILIES else None
+    if model is None:
+        torch.manual_seed(0)
+        model = hf.AutoModelForCausalLM.from_config(RECURRENT[family]()).eval()
+    sampler = TransformersSampler(model, Digits())
+    sampler.stop_ids = tuple(range(VOCAB // 8))
+    sampler.prove()
+    with sampler.chats():
+        found, columns = take_turns(sampler)
+    for request, completion in found:
+        check_logprobs(model, request, completion)
+    anew, whole = take_turns(sampler)  # outside every turn reads the whole chat
+    assert [c.token_ids.tolist() for _, c in found] == [c.token_ids.tolist() for _, c in anew]
+    if family in FAMILIES and family not in WINDOWS:
+        assert sum(columns) < 0.7 * sum(whole)
+    else:
+        assert columns == whole
+
+
+def test_a_turn_of_a_chat_costs_its_own_tokens(model: Any, sampler: TransformersSampler) -> None:
+    sampler.prove()
+    widths: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    ids = list(range(5, 25))
+    with sampler.chats():
+        for new in (20, 3, 7):
+            widths.clear()
+            ((said,),) = sampler.generate([Request("chat", tuple(ids))], SamplingParams(max_tokens=4))
+            assert widths[0] == (new if new == 20 else new + 1)  # the last token that was said was not read yet
+            ids += [*said.token_ids.tolist(), *range(30, 33 if new == 20 else 37)]
+    widths.clear()
+    sampler.generate([Request("chat", tuple(ids))], SamplingParams(max_tokens=4))
+    assert widths[0] == len(ids)  # nothing is kept beyond
+
+
+def test_what_was_read_is_of_the_same_tokens_and_within_the_budget(model: Any, sampler: TransformersSampler) -> None:
+    sampler.prove()
+    widths: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    params = SamplingParams(max_tokens=4)
+    first = [Request("a", tuple(range(5, 25))), Request("b", tuple(range(30, 40)))]
+    with sampler.chats():
+        (a,), (b,) = sampler.generate(first, params)
+        rewritten = (*first[0].token_ids[:-1], 99, *a.token_ids.tolist(), 7)  # a chat that a template cut otherwise
+        widths.clear()
+        ((said,),) = sampler.generate([Request("a", rewritten)], params)
+        assert widths[0] == len(rewritten)
+        check_logprobs(model, Request("a", rewritten), said)
+    sampler.max_batch_tokens = 24
+    with sampler.chats():
+        (a,), (b,) = sampler.generate(first, params)
+        following = [
+            Request(r.id, (*r.token_ids, *c.token_ids.tolist(), 7)) for r, c in zip(first, (a, b), strict=True)
+        ]
+        widths.clear()
+        sampler.generate(following, params)
+        assert min(widths[:5]) <= 2 and max(widths) >= 20  # one of them was kept, the other had no room
 
 
 def test_a_cache_that_confuses_copies_is_noticed_and_the_samples_are_right(caplog: pytest.LogCaptureFixture) -> None:

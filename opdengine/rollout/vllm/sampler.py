@@ -11,6 +11,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -181,6 +182,10 @@ class VLLMSampler:
                 if policy is not None:
                     self._send(policy)
             self._policy, self.policy_version = self._shared(self._policy), version
+
+    def chats(self) -> AbstractContextManager[None]:
+        """vLLM's own cache of prefixes does that."""
+        return nullcontext()
 
     def sleep(self) -> None:
         """Free the GPU for the trainer until the next call; does nothing on a CPU and where several ranks sample."""
