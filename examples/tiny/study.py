@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import random
 import shutil
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -360,7 +362,7 @@ def _run_all(
             TextColumn("{task.description:<40}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(), console=console,
         ) as progress,
-        ProcessPoolExecutor(max(1, count), mp_context=spawn, initializer=_quiet) as pool,
+        ProcessPoolExecutor(max(1, count), mp_context=spawn, initializer=_worker) as pool,
     ):  # fmt: skip
         bar = progress.add_task("runs", total=len(jobs))
         waiting = {
@@ -373,14 +375,23 @@ def _run_all(
     return runs
 
 
-def _quiet() -> None:
-    """Workers share the terminal: only warnings of the engine get through."""
+def _worker() -> None:
+    """Workers end with the study, also where it is killed; of its terminal they get errors only."""
     import logging
 
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Left alone, a worker would go on in a folder that the resumed study empties."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _table(results: Mapping[str, Any]) -> Table:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +160,20 @@ def test_a_study_that_was_stopped_runs_only_what_is_missing(tmp_path: Path) -> N
         study.main(stand_in(), "", [*common, "--arms", "opd", "--resume", str(folder), "--split", "dev"])
     with pytest.raises(SystemExit, match="there is no such folder"):
         study.main(stand_in(), "", [*common, "--resume", str(tmp_path / "nowhere")])
+
+
+def test_workers_end_with_a_study_that_is_killed() -> None:
+    """They hold its standard output, which is at its end when the last of them is gone."""
+    code = (
+        "import multiprocessing, os, signal, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from tiny import study\n"
+        "pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), study._worker)\n"
+        "print(pool.submit(os.getppid).result() == os.getpid(), flush=True)\n"
+        "pool.submit(time.sleep, 3600)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    places = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": places}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert (ended.stdout, ended.returncode) == ("True\n", -signal.SIGKILL)
