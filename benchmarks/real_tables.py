@@ -110,6 +110,17 @@ def real_sampled() -> str:
     return study("sampled_training") + "\n\nMedian over the seeds, " + "; ".join(cost) + "."
 
 
+def real_camopd() -> str:
+    """CaMOPD beside its controls, with what its own runs measured."""
+    from tiny.study_tables import measured
+
+    found = read("camopd")
+    if found is None:
+        return NONE
+    numbers = ", ".join(f"`{name}` {value:.3g}" for name, value in measured(found).items())
+    return study("camopd") + f"\n\nThe method's own runs, means over steps and seeds: {numbers}."
+
+
 def study(name: str) -> str:
     """The arms of a study and the models that it graded: over seeds, or of one seed with the questions' intervals."""
     from tiny.study_tables import headings, table_rows
@@ -275,6 +286,7 @@ def bench_real() -> str:
 TABLES = {
     "bench_real": bench_real,
     "demo_real": demo_real,
+    "real_camopd": real_camopd,
     "real_confidences": real_confidences,
     "real_debate": real_debate,
     "real_example": real_example,

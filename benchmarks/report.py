@@ -294,7 +294,7 @@ def study_results(name: str) -> dict[str, Any] | None:
 
 def study(name: str) -> str:
     """A method and its controls, with what the method's own runs measured."""
-    from tiny.study_tables import headings, table_rows
+    from tiny.study_tables import headings, measured, table_rows
 
     results = study_results(name)
     if results is None:
@@ -302,8 +302,6 @@ def study(name: str) -> str:
     names = headings(results)[:-1]
     lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
     lines += ["| " + " | ".join(cells[:-1]) + " |" for cells in table_rows(results)]
-    mine = [r["metrics"] for r in results["runs"] if r["arm"] == results["arms"][0]["name"]]
-    measured = {key: np.mean([m[key] for m in mine if key in m]) for key in sorted({k for m in mine for k in m})}
     settings = results["settings"]
     lines += [
         "",
@@ -313,7 +311,7 @@ def study(name: str) -> str:
         f"seed by seed. By the mean: {results['arms'][0]['title']} {place(results)}.",
         "",
         "The method's own runs, means over steps and seeds: "
-        + ", ".join(f"`{key}` {value:.3g}" for key, value in measured.items())
+        + ", ".join(f"`{key}` {value:.3g}" for key, value in measured(results).items())
         + ".",
     ]
     return "\n".join(lines)

@@ -71,6 +71,12 @@ def headings(results: Mapping[str, Any]) -> list[str]:
     return ["", *columns(results).values(), f"mean less {results['arms'][0]['title']}", "seconds"]
 
 
+def measured(results: Mapping[str, Any]) -> dict[str, float]:
+    """What the method's own runs report: means over steps, then over the seeds that have the metric."""
+    mine = [run["metrics"] for run in results["runs"] if run["arm"] == results["arms"][0]["name"]]
+    return {name: float(np.mean([m[name] for m in mine if name in m])) for name in sorted({k for m in mine for k in m})}
+
+
 def draw(results: Mapping[str, Any], file: Path) -> None:
     """Accuracy over steps, one panel per skill; bands are 95 % intervals over seeds."""
     metrics = columns(results)

@@ -17,7 +17,7 @@ from opdengine.config.train import TrainConfig
 from opdengine.methods.debate.debate import Debate
 from opdengine.methods.debate.prompts import debate_prompts, parse_confidence
 from opdengine.verifiers.number import numeric
-from real import build, demo, experts, lessons, market, sampled_study, study, uni_study
+from real import build, camopd_study, demo, experts, lessons, market, sampled_study, study, uni_study
 from tiny.study import filled, merged
 
 ROOT = Path(__file__).parents[2]
@@ -176,6 +176,39 @@ def test_sampled_columns_are_all_that_differs_between_the_two_trainings(tmp_path
     )
     assert (dense.vocab_sample, sampled.vocab_sample) == (0.0, 0.1) and dense.lora is None
     assert dataclasses.replace(sampled, vocab_sample=0.0) == dense
+
+
+def test_the_domain_adds_where_the_general_skill_multiplies() -> None:
+    for skill in (camopd_study.GENERAL, camopd_study.DOMAIN):
+        for row in (row for split in market.SPLITS for row in camopd_study.rows(split, skill)):
+            said = numbers(row["messages"][-1]["content"])
+            good = re.search(r"(\w+)s cost", row["messages"][-1]["content"])
+            expected = said[0] * said[1] if skill == camopd_study.GENERAL else said[0] + market.TODAY[good[1]]
+            assert (row["answer"], row["data_source"]) == (str(expected), skill)
+
+
+def test_the_student_is_specialised_on_training_questions_with_few_products() -> None:
+    rng, answers = random.Random(0), {}
+    for skill in (camopd_study.GENERAL, camopd_study.DOMAIN):
+        answers |= {r["messages"][-1]["content"]: r["answer"] for r in camopd_study.rows("train", skill)}
+    drawn = [camopd_study.lesson(rng) for _ in range(400)]
+    for taught in drawn:
+        assert str(numbers(taught.reply)[-1]) == answers[taught.messages[-1]["content"]] and not taught.given
+    products = sum("things" in taught.messages[-1]["content"] for taught in drawn)
+    assert 0 < products < 3 * camopd_study.REMEMBERED * len(drawn)
+
+
+@pytest.mark.parametrize("arm", camopd_study.ARMS, ids=lambda arm: arm.name)
+def test_recovery_starts_from_the_domain_teacher(arm, tmp_path: Path) -> None:
+    """Arms differ in the section of the method alone; the student is a copy of the domain teacher."""
+    config, first = (
+        from_mapping(TrainConfig, {**merged(camopd_study.settings(tmp_path, 0), own), "output_dir": "run"})
+        for own in (arm.settings, {})
+    )
+    by_name = {teacher.name: teacher for teacher in config.teachers}
+    assert by_name["domain"].model == config.model != by_name["general"].model
+    assert by_name["domain"].key == config.camopd.domain and not by_name["general"].key
+    assert dataclasses.replace(config, camopd=first.camopd) == first
 
 
 @pytest.mark.slow
