@@ -231,7 +231,12 @@ def stored_teacher() -> str:
 
 
 CASES = {"short": "at most 32 tokens", "long": "at most 160 tokens", "lora": "at most 32 tokens, LoRA"}
-TRAINERS = {"ours": "opdengine", "trl": "TRL `DistillationTrainer`", "trl gkd": "TRL `GKDTrainer`"}
+TRAINERS = {
+    "ours": "opdengine",
+    "ours sampled": "opdengine, `vocab_sample: 0.1`",
+    "trl": "TRL `DistillationTrainer`",
+    "trl gkd": "TRL `GKDTrainer`",
+}
 
 
 def real_steps() -> str:
@@ -243,7 +248,7 @@ def real_steps() -> str:
     for name, case in found["cases"].items():
         ours = case["ours"]
         tokens = f"{CASES[name]} ({case['completion_tokens']:g} in all)"
-        for trainer, title in TRAINERS.items():
+        for trainer, title in ((name, title) for name, title in TRAINERS.items() if name in case):
             run = case[trainer]
             rows.append(
                 [

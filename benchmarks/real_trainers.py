@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "long": {"tokens": 160},
     "lora": {"tokens": 32, "lora": 16},
 }
+TRAINERS = (*PROVIDERS, "ours sampled")
 SHARPER = 1.2
 FIGURES = ("step_s", "processor_s", "peak_bytes")
 
@@ -53,7 +54,7 @@ def measure(settings: dict[str, Any], folder: Path, rounds: int) -> dict[str, An
     """Medians over rounds of every trainer, in turns."""
     file = folder / "settings.json"
     file.write_text(json.dumps(settings))
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in PROVIDERS}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in TRAINERS}
     for _ in range(rounds):
         for name, runs in found.items():
             runs.append(launch(name, file))
