@@ -53,7 +53,7 @@ demo: $(VENV)/.demo
 demo-real: $(VENV)/.demo
 	$(PY) examples/real/demo.py $(ARGS)
 
-# The demo's numbers, what truncated teachers lose, and MAD-OPD beside its controls.
+# The demo's numbers, what truncated teachers lose, MAD-OPD beside its controls, and agents.
 real-results: $(VENV)/.demo
 	$(PY) examples/real/demo.py --save_results benchmarks/results/real/demo.json
 	$(PY) benchmarks/real_teachers.py --save
@@ -61,6 +61,9 @@ real-results: $(VENV)/.demo
 	$(PY) benchmarks/stored_teacher.py --save
 	$(PY) examples/real/study.py --seeds 3 --max_steps 40 \
 		--save_results benchmarks/results/real/debate.json
+	$(PY) examples/real/house/study.py sage --arms opd sage --seeds 3 --save_results benchmarks/results/real/sage.json
+	$(PY) examples/real/house/study.py opad --arms opad mt_opd --steps 16 \
+		--save_results benchmarks/results/real/opad.json
 	$(PY) benchmarks/report.py
 
 # Agents: SAGE-OPD and OPAD on tiny models in a little house.

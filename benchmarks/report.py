@@ -155,17 +155,28 @@ def draw_loss(results: list[tuple[str, dict[str, Any]]], file: Path) -> None:
             axis.legend(frameon=False, fontsize=8)
 
 
-def agents() -> str:
-    """Games won by the tiny agents before and after, for the methods of SAGE-OPD and then of OPAD."""
-    from tiny.agents.results import SPLITS, rows
+def agents(folder: str = ".") -> str:
+    """Games won by agents before and after, for the methods of SAGE-OPD and then of OPAD.
+
+    Args:
+        folder: of the results, in that of all.
+    """
+    from tiny.agents.results import SPLITS, interval, rows
 
     lines = ["| | seen games | unseen games | SKIP / WEAK / STRONG / failed | seeds |", "|---|---:|---:|---:|---:|"]
     notes = []
     for name in ("sage", "opad"):
-        file = ROOT / "benchmarks" / "results" / f"{name}.json"
+        file = ROOT / "benchmarks" / "results" / folder / f"{name}.json"
         if not file.is_file():
             continue
         results = json.loads(file.read_text())
+        for title, won in results.get("players", {}).items():
+            games = results["test_games"]
+            cells = [interval([won[f"{split}/success"]], games) for split in SPLITS]
+            line = (
+                f"| {title} | {' | '.join(f'{100 * m:.1f} [{100 * a:.0f}, {100 * b:.0f}]' for m, a, b in cells)} | | |"
+            )
+            lines += [line] * (line not in lines)
         for row in rows(results):
             if row["name"] == "before" and notes:
                 continue  # the same student
@@ -176,6 +187,14 @@ def agents() -> str:
             lines.append(f"| {row['title']} | {' | '.join(cells)} | {said} | {seeds} |")
         steps = f"{results['steps']} steps of {results['batch_size']} episodes"
         notes.append(f"{name.upper()}: {steps}, {results['test_games']} games a split")
+        if "judge" in results:
+            said = results["judge"]["confusion"]
+            right, all_ = (sum(said[k].get(j, 0) for k in said for j in said[k] if j == k or every) for every in (0, 1))
+            fine = sum(said["SKIP"].values())
+            notes[-1] += (
+                f"; asked about {all_} actions of unseen games the judge is right in {right}, where always SKIP would "
+                f"be in {fine}"
+            )
     ending = "Games won in percent, greedy, with 95 % intervals (over three seeds or more, else over one seed's games)"
     return "\n".join([*lines, "", f"{ending}. {'; '.join(notes)}."])
 
@@ -275,6 +294,7 @@ TABLES = {
     "findings": findings,
     "loss": loss,
     "agents": agents,
+    "real_house": functools.partial(agents, "real"),
     "opad_less": opad_less,
     "gpu": gpu,
     "scaling": scaling,

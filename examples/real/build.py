@@ -74,18 +74,12 @@ def teach(model: str, out: Path, expert: int, seed: int, steps: int | None = Non
         seed: of lessons and initialisation.
         steps: of each phase; None takes those of PHASES.
     """
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     rng, started = random.Random(f"{seed}/{EXPERTS[expert]}"), time.process_time()
     tokenizer, base = load_tokenizer(model), load_model(model, dtype="float32")
-    layers = list(range(FIRST_LAYER, base.config.num_hidden_layers))
-    lora = LoraConfig(
-        task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=LINEAR, layers_to_transform=layers
-    )
-    adapted = get_peft_model(base, lora)
+    adapted = with_adapter(base)
     weights = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.99))
     phases = [(steps or count, kinds) for count, kinds in PHASES]
@@ -112,6 +106,17 @@ def teach(model: str, out: Path, expert: int, seed: int, steps: int | None = Non
     save(adapted, out, {"seed": seed, "steps": total, "training_cpu_seconds": round(time.process_time() - started)})
 
 
+def with_adapter(base: Any) -> Any:
+    """The model with a fresh adapter on its upper layers, as PEFT wraps it."""
+    from peft import LoraConfig, get_peft_model
+
+    layers = list(range(FIRST_LAYER, base.config.num_hidden_layers))
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=LINEAR, layers_to_transform=layers
+    )
+    return get_peft_model(base, lora)
+
+
 def supervise(model: Any, tokenizer: Any, lessons: Sequence[Lesson]) -> torch.Tensor:
     """Mean negative log-likelihood of the replies' tokens, nats; one pass, padded on the right."""
     prefixes = [
@@ -122,15 +127,25 @@ def supervise(model: Any, tokenizer: Any, lessons: Sequence[Lesson]) -> torch.Te
         read = tokenizer(prefix + taught.reply[: taught.given], add_special_tokens=False)["input_ids"]
         learned = tokenizer(taught.reply[taught.given :], add_special_tokens=False)["input_ids"]
         learned.append(tokenizer.eos_token_id)
-        rows.append([*read, *learned])
+        rows.append([*read, *learned[:-1]])
         labels.append([-100] * (len(read) - 1) + learned)
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    wanted = torch.tensor([row + [-100] * (width - len(row)) for row in labels])
-    hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-    wanted = wanted[:, : width - 1]
+    return likelihood(model, rows, labels)
+
+
+def likelihood(model: Any, inputs: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Mean negative log-likelihood of the labels, nats; one pass, padded on the right.
+
+    Args:
+        model: as transformers loads it.
+        inputs: token ids of each row.
+        labels: what follows each of them; -100 where nothing is learned.
+    """
+    width = max(map(len, inputs))
+    ids = torch.tensor([[*row] + [0] * (width - len(row)) for row in inputs])
+    wanted = torch.tensor([[*row] + [-100] * (width - len(row)) for row in labels])
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     chosen = wanted >= 0
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[chosen]), wanted[chosen])
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[chosen]).float(), wanted[chosen])
 
 
 def save(adapted: Any, out: Path, made: dict[str, Any]) -> None:

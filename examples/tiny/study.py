@@ -368,26 +368,33 @@ def _run_all(
         waiting = {
             pool.submit(run, arm, seed, settings, study.reported): (arm, seed) for (arm, seed), settings in jobs.items()
         }
-        for job in as_completed(waiting):
-            arm, seed = waiting[job]
-            runs.append(job.result())
-            progress.update(bar, advance=1, description=f"finished: {arm}, seed {seed}")
+        try:
+            for job in as_completed(waiting):
+                arm, seed = waiting[job]
+                runs.append(job.result())
+                progress.update(bar, advance=1, description=f"finished: {arm}, seed {seed}")
+        finally:
+            pool.shutdown(cancel_futures=True)  # where one failed, the others do not begin
     return runs
 
 
 def _worker() -> None:
-    """Workers end with the study, also where it is killed; of its terminal they get errors only."""
+    """Workers end with the study; of its terminal they get errors only."""
     import logging
 
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
+    follow_parent()
+
+
+def follow_parent() -> None:
+    """Let this worker end with its study, also where that is killed: left alone it would go on for nobody."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Left alone, a worker would go on in a folder that the resumed study empties."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])

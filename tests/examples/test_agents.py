@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -26,6 +27,8 @@ from opdengine.methods import METHODS, build_method  # noqa: E402
 from opdengine.methods.sage_judge import Judge  # noqa: E402
 from opdengine.rollout.transformers import TransformersSampler  # noqa: E402
 from opdengine.types import Prompt, SamplingParams  # noqa: E402
+from real.house import lessons as real  # noqa: E402
+from real.house import study  # noqa: E402
 from tiny.agents import lessons, measure, opad, results, sage, world  # noqa: E402
 from tiny.agents.arms import MODELS, parser, shared_settings  # noqa: E402
 from tiny.agents.house import House  # noqa: E402
@@ -140,6 +143,39 @@ def test_episode_lessons_hold_the_experts_labels_where_the_agent_went_wrong(toke
             assert f"{moment.action.split(' ')[0]}{tokenizer.decode(said)}" in moment.possible
 
 
+def test_a_real_model_is_taught_right_actions_as_the_tiny_ones_are(tokenizer):
+    taught = {kind: kind(tokenizer, [TASK], random.Random(0)) for kind in (lessons.Pupil, real.RealPupil)}
+    moments = lessons.play(TASK, random.Random(3), 0.0)
+    plain, same = (pupil._episode(moments) for pupil in taught.values())
+    assert (plain.inputs, plain.labels) == (same.inputs, same.labels)
+    moments = lessons.play(TASK, random.Random(3), 0.5)
+    lesson = taught[real.RealPupil]._episode(moments)
+    assert lesson.inputs == taught[lessons.Pupil]._episode(moments).inputs
+    asked = [i for i, token in enumerate(lesson.inputs) if token == tokenizer.convert_tokens_to_ids("<|assistant|>")]
+    for place, moment in zip(asked, moments, strict=True):
+        verb, noun, end = tokenizer.encode(moment.right + "<|end|>", add_special_tokens=False)
+        said = lesson.inputs[place + 1 : place + 3]
+        wanted = [verb, noun, end] if said == [verb, noun] else [verb, noun if said[0] == verb else IGNORE, IGNORE]
+        assert lesson.labels[place : place + 3] == wanted
+    assert sum(label != IGNORE for label in lesson.labels) == sum(
+        3 if m.action == m.right else 1 + (m.action.split()[0] == m.right.split()[0]) for m in moments
+    )
+
+
+@pytest.mark.parametrize("name", ["sage", "opad"])
+def test_every_arm_of_a_real_model_can_be_run(name, tmp_path):
+    options = parser("", steps=2, learning_rate=1e-3, batch_size=2, test_games=2).parse_args([])
+    options.more, options.dtype, options.longest = study.SHARED, "bfloat16", real.MAX_TOKENS
+    options.student = str(MODELS / "student")
+    for arm in study.STUDIES[name](MODELS):
+        config = {**shared_settings(options, 0), **arm.settings, "output_dir": str(tmp_path / arm.name)}
+        file = tmp_path / f"{arm.name}.yaml"
+        file.write_text(yaml.safe_dump(config))
+        method = build_method(load_config(file))
+        assert method.config.max_completion_length == 6 and method.config.lora.r == 8
+        assert {Path(teacher.model).name for teacher in method.config.teachers} <= set(study.AGENTS[name])
+
+
 def test_lessons_about_foreign_tasks_do_not_tell_what_is_right(tokenizer):
     games = [t for t in House.tasks("train", **world.OPTIONS, count=300) if t["type"] == "open"]
     pupil = lessons.Pupil(tokenizer, games, random.Random(0), expert=0, foreign="open")
@@ -156,14 +192,15 @@ def test_lessons_about_foreign_tasks_do_not_tell_what_is_right(tokenizer):
     assert abs(np.mean(hits) - chance) < 4 * (0.25 / len(hits)) ** 0.5
 
 
+@pytest.mark.parametrize("prompt", [world.JUDGE_PROMPT, real.JUDGE_PROMPT])
 @pytest.mark.parametrize(("history", "later"), [(False, False), (True, False), (False, True)])
-def test_the_judge_is_taught_the_very_question_that_sage_asks(tokenizer, models, history, later):
+def test_the_judge_is_taught_the_very_question_that_sage_asks(tokenizer, models, history, later, prompt):
     episodes = Episodes(measure.Houses(2), tokenizer, {}, 6, 512)
     task = House.tasks("train", **world.OPTIONS, count=3)[2]
     job = Job("r", Prompt(task["id"], (), key=task["type"], extra={"task": task}), seed=1)
     params = SamplingParams(max_tokens=world.MAX_TOKENS, temperature=1.0)
     ((rollout,), _) = episodes.play(TransformersSampler(models["student"], tokenizer), [job], params)
-    judge = Judge(SageConfig(judge_prompt=world.JUDGE_PROMPT, judge_history=history, judge_next_observation=later))
+    judge = Judge(SageConfig(judge_prompt=prompt, judge_history=history, judge_next_observation=later))
     house = House(**world.OPTIONS)
     info = house.reset(seed=0, task=task).info
     turns = list(turns_of(rollout))
@@ -185,7 +222,7 @@ def test_the_judge_is_taught_the_very_question_that_sage_asks(tokenizer, models,
         info = house.step(turn.messages[0]).info
         moment.next_obs = info["observation"]
         (asked,) = judge.messages((rollout, index, turn, chat))
-        assert asked == {"role": "user", "content": lessons.question(moment, history, later)}
+        assert asked == {"role": "user", "content": lessons.question(moment, history, later, prompt)}
 
 
 @pytest.mark.parametrize("name", FOLDERS)

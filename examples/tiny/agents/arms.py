@@ -29,6 +29,7 @@ from opdengine.training.writer import read_metrics
 from tiny.agents import world
 from tiny.agents.house import HOUSE, House
 from tiny.agents.results import SPLITS, build_table, draw
+from tiny.study import follow_parent
 
 MODELS = Path(__file__).parent / "models"
 LEAST_SUCCESS = 0.03
@@ -48,7 +49,11 @@ class Arm:
 def parser(
     description: str | None, *, steps: int, learning_rate: float, batch_size: int, test_games: int
 ) -> argparse.ArgumentParser:
-    """The options of a demo."""
+    """The options of a demo.
+
+    Other models set the defaults ``dtype`` (of all models), ``longest`` (tokens of a turn), ``window`` (of a chat) and
+    ``more`` (settings of all arms).
+    """
     p = argparse.ArgumentParser(
         description=description,
         epilog="With --config FILE your own models and environment are trained instead.",
@@ -69,6 +74,7 @@ def parser(
     p.add_argument("--resume", action="store_true", help="keep the runs that --save_results holds already")
     p.add_argument("--figure", type=Path, help="also draw the figure to this file")
     p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    p.set_defaults(dtype="float32", longest=world.MAX_TOKENS, window=512, more={})
     return p
 
 
@@ -76,7 +82,7 @@ def shared_settings(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """What all arms have in common."""
     return {
         "model": options.student,
-        "dtype": "float32",
+        "dtype": options.dtype,
         "environment": {
             "name": HOUSE,
             "options": {**world.OPTIONS, "count": options.train_games},
@@ -88,7 +94,7 @@ def shared_settings(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         "top_p": 1.0,
         "top_k": 0,
         "repetition_penalty": 1.0,
-        "max_completion_length": world.MAX_TOKENS,
+        "max_completion_length": options.longest,
         "per_device_train_batch_size": options.batch_size,
         "max_steps": options.steps,
         "learning_rate": options.learning_rate,
@@ -97,6 +103,7 @@ def shared_settings(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         "weight_decay": 0.0,
         "seed": seed,
         "log_completions": False,
+        **options.more,
     }
 
 
@@ -109,9 +116,9 @@ def play_student(console: Console, options: argparse.Namespace) -> tuple[dict[st
     from tiny.agents.measure import play
 
     transformers_logging.disable_progress_bar()
-    student, tokenizer = load_model(options.student, dtype="float32"), load_tokenizer(options.student)
-    games = held_out(options.test_games)
-    sampled = play(student, tokenizer, games, 1.0)
+    student, tokenizer = load_model(options.student, dtype=options.dtype), load_tokenizer(options.student)
+    games, bounds = held_out(options.test_games), (options.longest, options.window)
+    sampled = play(student, tokenizer, games, 1.0, *bounds)
     shares = [sampled[f"{split}/success"] for split in SPLITS]
     enough = min(shares) >= LEAST_SUCCESS
     console.print(
@@ -125,10 +132,10 @@ def play_student(console: Console, options: argparse.Namespace) -> tuple[dict[st
             "becomes. Give it a longer warm start (examples/tiny/agents/build.py --student_steps), a stronger "
             "--student, or easier games; --force trains it anyway."
         )
-    return play(student, tokenizer, games), enough or options.force
+    return play(student, tokenizer, games, 0.0, *bounds), enough or options.force
 
 
-def run_arm(arm: Arm, seed: int, folder: Path, shared: Mapping[str, Any], games: int) -> dict[str, Any]:
+def run_arm(arm: Arm, seed: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Train one arm and let it play; returns what is kept of it. Runs in a process of its own."""
     import torch
     from transformers.utils import logging as transformers_logging
@@ -142,17 +149,23 @@ def run_arm(arm: Arm, seed: int, folder: Path, shared: Mapping[str, Any], games:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     name = f"{arm.name}_seed_{seed}"
-    config = {**shared, **arm.settings, "output_dir": str(folder / name), "run_name": name}
+    config = {**shared_settings(options, seed), **arm.settings, "output_dir": str(folder / name), "run_name": name}
     if "debate" in config:
         config["debate"] = {**config["debate"], "cache_dir": str(folder / "debate_cache")}
-    config["teachers"] = [{**teacher, "dtype": "float32"} for teacher in config["teachers"]]
+    config["teachers"] = [{**teacher, "dtype": options.dtype} for teacher in config["teachers"]]
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(config, sort_keys=False))
     start = time.perf_counter()
     result = train(load_config(file), progress=False)
     seconds = time.perf_counter() - start
+    learned = str(result.final_model)
     after = play(
-        load_model(str(result.final_model), dtype="float32"), load_tokenizer(str(result.final_model)), held_out(games)
+        load_model(learned, dtype=options.dtype),
+        load_tokenizer(learned),
+        held_out(options.test_games),
+        0.0,
+        options.longest,
+        options.window,
     )
     return summary(arm, seed, read_metrics(folder / name / "metrics.jsonl"), after, seconds)
 
@@ -248,19 +261,22 @@ def train_all(
     columns = (TextColumn("{task.description:<56}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
     with (
         Progress(*columns, TimeElapsedColumn(), console=console) as progress,
-        ProcessPoolExecutor(max(1, options.jobs), multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(max(1, options.jobs), multiprocessing.get_context("spawn"), follow_parent) as pool,
     ):
         jobs = {}
         for arm, seed in wanted:
-            job = pool.submit(run_arm, arm, seed, folder, shared_settings(options, seed), options.test_games)
+            job = pool.submit(run_arm, arm, seed, folder, options)
             jobs[job] = folder / f"{arm.name}_seed_{seed}" / "metrics.jsonl"
             progress.add_task(f"{arm.title}, seed {seed}", total=options.steps, start=False)
-        for number, job in enumerate(jobs):
-            while not job.done():
-                time.sleep(0.5)
-                for bar, (other, file) in enumerate(jobs.items()):
-                    if other.running() and file.is_file():
-                        progress.start_task(TaskID(bar))
-                        progress.update(TaskID(bar), completed=sum(1 for _ in file.open()))
-            progress.update(TaskID(number), completed=options.steps)
-            yield job.result()
+        try:
+            for number, job in enumerate(jobs):
+                while not job.done():
+                    time.sleep(0.5)
+                    for bar, (other, file) in enumerate(jobs.items()):
+                        if other.running() and file.is_file():
+                            progress.start_task(TaskID(bar))
+                            progress.update(TaskID(bar), completed=sum(1 for _ in file.open()))
+                progress.update(TaskID(number), completed=options.steps)
+                yield job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # where one failed, the others do not begin

@@ -90,11 +90,11 @@ def play(
     return moments
 
 
-def question(moment: Moment, history: bool, next_observation: bool) -> str:
+def question(moment: Moment, history: bool, next_observation: bool, judge_prompt: str = house.JUDGE_PROMPT) -> str:
     """The judge's question about a moment, word for word as SAGE-OPD asks it."""
     names = {"assistant": "agent", "user": "environment"}
     past = "\n".join(f"{names[m['role']]}: {m['content']}" for m in moment.chat[1:]) or "nothing yet"
-    return house.JUDGE_PROMPT.format(
+    return judge_prompt.format(
         **moment.query,
         history=f"So far:\n{past}\n" if history else "",
         next_obs=f"What happened: {moment.next_obs}" if next_observation else "",
@@ -113,6 +113,8 @@ class Pupil:
         expert: place in the debate (0 or 1), or None for one that never debates.
         foreign: the task type about which it knows nothing.
         haste: how often it is shown bad habits.
+        judge_prompt: the words of the judge's question.
+        end: the text of the token that ends a turn.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -122,6 +124,8 @@ class Pupil:
     expert: int | None = None
     foreign: str = ""
     haste: float = 0.0
+    judge_prompt: str = house.JUDGE_PROMPT
+    end: str = END
 
     def episodes(self, count: int) -> list[Lesson]:
         """Whole episodes, one lesson each."""
@@ -138,7 +142,9 @@ class Pupil:
                 if moment.verdict and (moment.verdict != "SKIP" or self.rng.random() < KEEP_SKIP):
                     kind = self.rng.random()
                     history, later = kind < HISTORY_SHARE, HISTORY_SHARE < kind < HISTORY_SHARE + NEXT_SHARE
-                    chat: list[Message] = [{"role": "user", "content": question(moment, history, later)}]
+                    chat: list[Message] = [
+                        {"role": "user", "content": question(moment, history, later, self.judge_prompt)}
+                    ]
                     lessons.append(self._reply(chat, moment.verdict))
         return lessons[:count]
 
@@ -200,7 +206,7 @@ class Pupil:
         return Lesson([*asked, *done[:-1]], [IGNORE] * (len(asked) - 1) + wanted)
 
     def _reply(self, chat: Sequence[Message], reply: str) -> Lesson:
-        asked, answer = self._ids(self._text(chat)), self._ids(reply + END)
+        asked, answer = self._ids(self._text(chat)), self._ids(reply + self.end)
         return Lesson([*asked, *answer[:-1]], [IGNORE] * (len(asked) - 1) + answer)
 
     def _turn(self, moment: Moment) -> tuple[list[int], list[int]]:
@@ -208,7 +214,7 @@ class Pupil:
 
         After a wrong verb the right noun is that of a possible action with this verb, if there is one.
         """
-        done, right = self._ids(moment.action + END), self._ids(moment.right + END)
+        done, right = self._ids(moment.action + self.end), self._ids(moment.right + self.end)
         noun = right[1]
         if done[0] != right[0]:
             verb = moment.action.split(" ")[0]

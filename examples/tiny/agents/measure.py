@@ -50,21 +50,23 @@ def play(
     tokenizer: PreTrainedTokenizerFast,
     games: Mapping[str, Sequence[Task]],
     temperature: float = 0.0,
+    longest: int = world.MAX_TOKENS,
+    window: int = 512,
 ) -> dict[str, float]:
     """The metrics of :func:`opdengine.training.evaluate.evaluate_episodes` over some games.
 
     Args:
         model: the agent.
-        tokenizer: of all tiny agents.
+        tokenizer: the model's.
         games: tasks by split.
         temperature: 0 is greedy.
+        longest: turn, in tokens.
+        window: tokens of the longest chat that is played on.
     """
-    episodes = Episodes(Houses(64), tokenizer, {}, world.MAX_TURNS, 512)
+    episodes = Episodes(Houses(64), tokenizer, {}, world.MAX_TURNS, window)
     splits = {s: [Prompt(t["id"], (), key=t["type"], extra={"task": t}) for t in tasks] for s, tasks in games.items()}
     sampler = TransformersSampler(model, tokenizer)
-    metrics, _ = evaluate_episodes(
-        episodes, sampler, splits, [temperature], SamplingParams(max_tokens=world.MAX_TOKENS)
-    )
+    metrics, _ = evaluate_episodes(episodes, sampler, splits, [temperature], SamplingParams(max_tokens=longest))
     return {name.removeprefix("eval/").partition("@")[0]: value for name, value in metrics.items()}
 
 
@@ -81,9 +83,25 @@ def success(
 
 
 def judge(
-    teacher: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, games: Sequence[Task], count: int, seed: int = 0
+    teacher: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    games: Sequence[Task],
+    count: int,
+    seed: int = 0,
+    judge_prompt: str = world.JUDGE_PROMPT,
+    longest: int = 2,
 ) -> dict[str, Any]:
-    """How often the judge says what it should, by what it is shown, and the confusion without history."""
+    """How often the judge says what it should, by what it is shown, and the confusion without history.
+
+    Args:
+        teacher: a causal LM.
+        tokenizer: the teacher's.
+        games: in which it is asked.
+        count: of the questions.
+        seed: of games and actions.
+        judge_prompt: the words of the question.
+        longest: reply, in tokens.
+    """
     rng = random.Random(seed)
     moments: list[lessons.Moment] = []
     while len(moments) < count:
@@ -92,10 +110,10 @@ def judge(
     sampler = TransformersSampler(teacher, tokenizer)
     result: dict[str, Any] = {}
     for name, history, later in (("plain", False, False), ("history", True, False), ("next_obs", False, True)):
-        chats = [[{"role": "user", "content": lessons.question(m, history, later)}] for m in moments]
+        chats = [[{"role": "user", "content": lessons.question(m, history, later, judge_prompt)}] for m in moments]
         ids = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
         requests = [Request(str(i), tuple(x)) for i, x in enumerate(ids)]
-        replies = sampler.generate(requests, SamplingParams(max_tokens=2, temperature=0.0))
+        replies = sampler.generate(requests, SamplingParams(max_tokens=longest, temperature=0.0))
         pairs = Counter((m.verdict, r[0].text.strip()) for m, r in zip(moments, replies, strict=True))
         result[name] = round(sum(n for (right, said), n in pairs.items() if right == said) / count, 4)
         if name == "plain":
