@@ -62,13 +62,18 @@ TEACH = "serve an exact teacher to trainers elsewhere: opdengine teacher-serve -
 SERVE = "run a vLLM server for vllm_mode: server; more arguments go to `vllm serve`"
 
 
+def quiet_imports() -> None:
+    """Leave out the lines that libraries print when they are imported."""
+    for noisy in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; user errors end with one message and status 2, signals with 128 and their number."""
     _prepare_output()
     for noisy in ("httpx", "transformers", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    for noisy in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):  # they speak when they are imported
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    quiet_imports()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if options.command in ("doctor", "settings", "fetch", "report", "teacher-serve") and rest:

@@ -29,6 +29,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from rich.console import Console
 from rich.table import Table
 
+from opdengine.cli import quiet_imports
 from real import market
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +40,7 @@ SKILLS = {"total": "what do 3 things at 7 coins cost", "both": "what do 3 lamps 
 
 def main(arguments: Sequence[str]) -> int:
     """Fetch, grade the experts, train, and tell."""
+    quiet_imports()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help="of training; default: those of the configuration")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo_real"), help="gets a folder for every demo")

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from opdengine.cli import quiet_imports
 from opdengine.methods.debate.prompts import parse_confidence
 from opdengine.metrics import write_jsonl
 from opdengine.tools.figures import curve, figure
@@ -265,6 +266,7 @@ def show_debate(console: Console, folder: Path, seed: int) -> None:
 
 def main(arguments: Sequence[str] = ()) -> int:
     """Run all arms and report."""
+    quiet_imports()
     parser = argparse.ArgumentParser(
         description="Every method on the bundled tiny models, measured on held-out prompts. With --config FILE it "
         "trains your own models instead.",

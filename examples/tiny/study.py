@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from opdengine.cli import quiet_imports
 from tiny.study_tables import draw, headings, table_rows
 
 HERE = Path(__file__).parent
@@ -269,6 +270,7 @@ def held_out(file: Path) -> dict[str, int]:
 
 def main(study: Study, description: str, arguments: Sequence[str]) -> int:
     """The demo, or all controls with ``--ablate``."""
+    quiet_imports()
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ablate", action="store_true", help="all controls (default 5 seeds) in place of the demo")
     parser.add_argument("--seeds", type=int, help="number of seeds (default 1)")
@@ -386,11 +388,12 @@ def _worker() -> None:
 
     transformers_logging.disable_progress_bar()
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
-    follow_parent()
+    begin_worker()
 
 
-def follow_parent() -> None:
+def begin_worker() -> None:
     """Let this worker end with its study, also where that is killed: left alone it would go on for nobody."""
+    quiet_imports()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

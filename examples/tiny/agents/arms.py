@@ -25,11 +25,12 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from opdengine.cli import quiet_imports
 from opdengine.training.writer import read_metrics
 from tiny.agents import world
 from tiny.agents.house import HOUSE, House
 from tiny.agents.results import SPLITS, build_table, draw
-from tiny.study import follow_parent
+from tiny.study import begin_worker
 
 MODELS = Path(__file__).parent / "models"
 LEAST_SUCCESS = 0.03
@@ -206,6 +207,7 @@ def main(title: str, arms: Sequence[Arm], options: argparse.Namespace) -> int:
     Returns:
         0; 1 where the student never succeeds; 2 where the options cannot be used.
     """
+    quiet_imports()
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)
@@ -261,7 +263,7 @@ def train_all(
     columns = (TextColumn("{task.description:<56}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
     with (
         Progress(*columns, TimeElapsedColumn(), console=console) as progress,
-        ProcessPoolExecutor(max(1, options.jobs), multiprocessing.get_context("spawn"), follow_parent) as pool,
+        ProcessPoolExecutor(max(1, options.jobs), multiprocessing.get_context("spawn"), begin_worker) as pool,
     ):
         jobs = {}
         for arm, seed in wanted:
