@@ -135,12 +135,13 @@ test-vllm: $(VENV)-vllm/.ready $(VENV)-vllm/smollm2
 	OMP_NUM_THREADS=1 SMOLLM2=$(abspath $(VENV)-vllm/smollm2) $(VLLM_PY) -m pytest tests/rollout tests/teachers -m vllm $(ARGS)
 
 # The environments without torch, in an environment of their own (0.6 GB, two minutes to install; needs gcc and make).
+# A package of theirs calls `python` while it is built, which not every system has under that name.
 ENVS_PY = $(VENV)-envs/bin/python
 $(VENV)-envs/.ready: pyproject.toml requirements/extras.py
 	test -x $(ENVS_PY) || $(PYTHON) -m venv $(VENV)-envs
 	$(ENVS_PY) -m pip install --quiet --upgrade pip
 	$(ENVS_PY) requirements/extras.py envs > $(VENV)-envs/requirements.txt
-	$(ENVS_PY) -m pip install --quiet -r $(VENV)-envs/requirements.txt "numpy>=1.26" "pydantic>=2.7" "pytest>=8" "pytest-xdist>=3.6"
+	PATH="$(abspath $(VENV)-envs/bin):$$PATH" $(ENVS_PY) -m pip install --quiet -r $(VENV)-envs/requirements.txt "numpy>=1.26" "pydantic>=2.7" "pytest>=8" "pytest-xdist>=3.6"
 	$(ENVS_PY) -m pip install --quiet --no-deps -e .
 	@touch $@
 
