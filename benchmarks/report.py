@@ -155,6 +155,12 @@ def draw_loss(results: list[tuple[str, dict[str, Any]]], file: Path) -> None:
             axis.legend(frameon=False, fontsize=8)
 
 
+def percent(share: tuple[float, float, float]) -> str:
+    """A share with its interval."""
+    mean, low, high = (100 * value for value in share)
+    return f"{mean:.1f} [{low:.0f}, {high:.0f}]"
+
+
 def agents(folder: str = ".") -> str:
     """Games won by agents before and after, for the methods of SAGE-OPD and then of OPAD.
 
@@ -171,16 +177,14 @@ def agents(folder: str = ".") -> str:
             continue
         results = json.loads(file.read_text())
         for title, won in results.get("players", {}).items():
-            games = results["test_games"]
-            cells = [interval([won[f"{split}/success"]], games) for split in SPLITS]
-            line = (
-                f"| {title} | {' | '.join(f'{100 * m:.1f} [{100 * a:.0f}, {100 * b:.0f}]' for m, a, b in cells)} | | |"
-            )
-            lines += [line] * (line not in lines)
+            shares = [interval([won[f"{split}/success"]], results["test_games"]) for split in SPLITS]
+            line = f"| {title} | {' | '.join(map(percent, shares))} | | |"
+            if line not in lines:  # both methods may have the same one
+                lines.append(line)
         for row in rows(results):
             if row["name"] == "before" and notes:
                 continue  # the same student
-            cells = [f"{100 * m:.1f} [{100 * low:.0f}, {100 * high:.0f}]" for m, low, high in (row[s] for s in SPLITS)]
+            cells = [percent(row[split]) for split in SPLITS]
             shares = [row["health"].get(f"sage/{label}") for label in ("skip", "weak", "strong", "det_fail")]
             said = " / ".join(f"{100 * share:.0f}" for share in shares if share is not None)
             seeds = row["count"] if row["name"] != "before" else ""
@@ -188,12 +192,12 @@ def agents(folder: str = ".") -> str:
         steps = f"{results['steps']} steps of {results['batch_size']} episodes"
         notes.append(f"{name.upper()}: {steps}, {results['test_games']} games a split")
         if "judge" in results:
-            said = results["judge"]["confusion"]
-            right, all_ = (sum(said[k].get(j, 0) for k in said for j in said[k] if j == k or every) for every in (0, 1))
-            fine = sum(said["SKIP"].values())
+            said = results["judge"]["confusion"]  # what it should say -> what it says -> how often
+            asked = sum(sum(answers.values()) for answers in said.values()) + results["judge"]["unparsed"]
+            right, skip = sum(said[label][label] for label in said), sum(said["SKIP"].values())
             notes[-1] += (
-                f"; asked about {all_} actions of unseen games the judge is right in {right}, where always SKIP would "
-                f"be in {fine}"
+                f"; asked about {asked} actions of unseen games the judge is right in {right}, where always SKIP would "
+                f"be in {skip}"
             )
     ending = "Games won in percent, greedy, with 95 % intervals (over three seeds or more, else over one seed's games)"
     return "\n".join([*lines, "", f"{ending}. {'; '.join(notes)}."])

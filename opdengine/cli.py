@@ -29,7 +29,7 @@ from opdengine.plugins import explain, without_sudden_end
 from opdengine.tools.explain import annotated, common
 from opdengine.training.signals import Interrupted
 from opdengine.types import Prompt
-from opdengine.workers.printing import HarmlessFormatter, brief, harmless
+from opdengine.workers.printing import HarmlessFormatter, brief, harmless, quiet_imports
 
 if TYPE_CHECKING:
     from opdengine.rollout.transformers import TransformersSampler
@@ -60,12 +60,6 @@ FETCH = "get a small real model, or convert a GGUF file: opdengine fetch smollm2
 REPORT = "show runs on one page, without network: opdengine report outputs/one outputs/other --out report.html"
 TEACH = "serve an exact teacher to trainers elsewhere: opdengine teacher-serve --model MODEL --port 8765"
 SERVE = "run a vLLM server for vllm_mode: server; more arguments go to `vllm serve`"
-
-
-def quiet_imports() -> None:
-    """Leave out the lines that libraries print when they are imported."""
-    for noisy in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,30 +80,21 @@ def teach(model: str, out: Path, expert: int, seed: int, steps: int | None = Non
     rng, started = random.Random(f"{seed}/{EXPERTS[expert]}"), time.process_time()
     tokenizer, base = load_tokenizer(model), load_model(model, dtype="float32")
     adapted = with_adapter(base)
-    weights = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.99))
-    phases = [(steps or count, kinds) for count, kinds in PHASES]
-    total = sum(count for count, _ in phases)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 8) * (1 - s / total) ** 0.5)
+    plan = [kinds for count, kinds in PHASES for _ in range(steps or count)]
     losses: dict[str, float] = {}
-    done = 0
-    for count, kinds in phases:
-        for _ in range(count):
-            for kind, number in kinds.items():
-                skills = rng.choices(SKILLS, SHARES[expert], k=number)
-                lessons = [lesson(kind, skill, expert, rng) for skill in skills]
-                loss = supervise(base, tokenizer, lessons)
-                (loss * number / sum(kinds.values())).backward()
-                losses[kind] = loss.item()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            done += 1
-            if done % 5 == 0:
-                told = "  ".join(f"{kind} {losses[kind]:.3f}" for kind in KINDS if kind in losses)
-                print(f"{EXPERTS[expert]}  step {done}/{total}  {told}", flush=True)
-    save(adapted, out, {"seed": seed, "steps": total, "training_cpu_seconds": round(time.process_time() - started)})
+
+    def study(step: int) -> None:
+        for kind, number in plan[step].items():
+            skills = rng.choices(SKILLS, SHARES[expert], k=number)
+            loss = supervise(base, tokenizer, [lesson(kind, skill, expert, rng) for skill in skills])
+            (loss * number / sum(plan[step].values())).backward()
+            losses[kind] = loss.item()
+        if (step + 1) % 5 == 0:
+            told = "  ".join(f"{kind} {losses[kind]:.3f}" for kind in KINDS if kind in losses)
+            print(f"{EXPERTS[expert]}  step {step + 1}/{len(plan)}  {told}", flush=True)
+
+    fit(adapted, len(plan), LEARNING_RATE, study)
+    save(adapted, out, {"seed": seed, "steps": len(plan), "training_cpu_seconds": round(time.process_time() - started)})
 
 
 def with_adapter(base: Any) -> Any:
@@ -115,6 +106,29 @@ def with_adapter(base: Any) -> Any:
         task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=LINEAR, layers_to_transform=layers
     )
     return get_peft_model(base, lora)
+
+
+def fit(adapted: Any, steps: int, learning_rate: float, study: Callable[[int], None], warmup: int = 8) -> None:
+    """Train an adapter by AdamW, at a rate that rises for some steps and then falls to 0.
+
+    Args:
+        adapted: what :func:`with_adapter` returns.
+        steps: of the optimiser.
+        learning_rate: the highest.
+        study: is given the number of a step, from 0, and adds its gradients.
+        warmup: steps in which the rate rises.
+    """
+    weights = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1.0, (s + 1) / warmup) * (1 - s / steps) ** 0.5
+    )
+    for step in range(steps):
+        study(step)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
 
 
 def supervise(model: Any, tokenizer: Any, lessons: Sequence[Lesson]) -> torch.Tensor:

@@ -78,21 +78,19 @@ def specialise(out: Path) -> str:
 
     from opdengine.models.backbone import load_model
     from opdengine.models.chat import load_tokenizer
-    from real.build import BASE, save, supervise
+    from real.build import BASE, fit, save, supervise
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
     rng, tokenizer, base = random.Random("specialise"), load_tokenizer(BASE), load_model(BASE, dtype="float32")
     adapted = PeftModel.from_pretrained(base, debate_study.TOTALS["model"], is_trainable=True)
-    weights = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 5) * (1 - s / STEPS) ** 0.5)
-    for _ in range(STEPS):
-        supervise(base, tokenizer, [lesson(rng) for _ in range(LESSONS)]).backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    fit(
+        adapted,
+        STEPS,
+        LEARNING_RATE,
+        lambda step: supervise(base, tokenizer, [lesson(rng) for _ in range(LESSONS)]).backward(),
+        warmup=5,
+    )
     save(adapted, out, {"steps": STEPS})
     return str(out)
 

@@ -29,7 +29,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from rich.console import Console
 from rich.table import Table
 
-from opdengine.cli import quiet_imports
+from opdengine.workers.printing import quiet_imports
 from real import market
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from opdengine.cli import quiet_imports
 from opdengine.methods.debate.prompts import parse_confidence
 from opdengine.metrics import write_jsonl
 from opdengine.tools.figures import curve, figure
 from opdengine.training.writer import read_metrics
+from opdengine.workers.printing import quiet_imports
 from tiny import task
 
 HERE = Path(__file__).parent

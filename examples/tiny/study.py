@@ -9,13 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import platform
 import random
 import shutil
-import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +27,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from opdengine.cli import quiet_imports
+from opdengine.workers.printing import quiet_imports
 from tiny.study_tables import draw, headings, table_rows
+from tiny.workers import begin_quiet_worker
 
 HERE = Path(__file__).parent
 MODELS = HERE / "models"
@@ -364,7 +362,7 @@ def _run_all(
             TextColumn("{task.description:<40}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(), console=console,
         ) as progress,
-        ProcessPoolExecutor(max(1, count), mp_context=spawn, initializer=_worker) as pool,
+        ProcessPoolExecutor(max(1, count), mp_context=spawn, initializer=begin_quiet_worker) as pool,
     ):  # fmt: skip
         bar = progress.add_task("runs", total=len(jobs))
         waiting = {
@@ -378,30 +376,6 @@ def _run_all(
         finally:
             pool.shutdown(cancel_futures=True)  # where one failed, the others do not begin
     return runs
-
-
-def _worker() -> None:
-    """Workers end with the study; of its terminal they get errors only."""
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
-    begin_worker()
-
-
-def begin_worker() -> None:
-    """Let this worker end with its study, also where that is killed: left alone it would go on for nobody."""
-    quiet_imports()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 def _table(results: Mapping[str, Any]) -> Table:

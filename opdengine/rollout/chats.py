@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
-"""Keys and values of every layer, [rows, heads, tokens, width] each."""
+"""Keys and values of every layer, [1, heads, tokens, width] each."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Read:
 
     Args:
         ids: of its tokens.
-        layers: keys and values of these tokens, with one row.
+        layers: keys and values of these tokens.
     """
 
     ids: tuple[int, ...]
@@ -47,23 +47,16 @@ def read_of(cache: Any, row: int, mask: torch.Tensor, ids: Sequence[int]) -> Rea
     return Read(tuple(ids), layers)
 
 
-def cache_of(reads: Sequence[Read | None]) -> Any:
-    """A cache of several chats, padded on the left; those without a read are padding only. At least one has one."""
+def cache_of(reads: Sequence[Read]) -> Any:
+    """A cache with one row for each of some chats, padded on the left."""
     from transformers.cache_utils import DynamicCache
 
-    width = max(len(read.ids) for read in reads if read)
-    number = next(len(read.layers) for read in reads if read)
+    def padded(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        width = max(part.shape[2] for part in parts)
+        return torch.cat([torch.nn.functional.pad(part, (0, 0, width - part.shape[2], 0)) for part in parts])
 
-    def padded(layer: int, part: int) -> torch.Tensor:
-        rows = [read.layers[layer][part] if read else None for read in reads]
-        one = next(row for row in rows if row is not None)
-        joined = one.new_zeros(len(rows), one.shape[1], width, one.shape[3])
-        for place, row in enumerate(rows):
-            if row is not None:
-                joined[place, :, width - row.shape[2] :] = row[0]
-        return joined
-
-    return DynamicCache(ddp_cache_data=[(padded(layer, 0), padded(layer, 1)) for layer in range(number)])
+    layers = zip(*(read.layers for read in reads), strict=True)
+    return DynamicCache(ddp_cache_data=[tuple(map(padded, zip(*layer, strict=True))) for layer in layers])
 
 
 @dataclass
@@ -71,12 +64,11 @@ class Chats:
     """The chats of the last call, found by their tokens.
 
     Args:
-        budget: most tokens that are kept.
+        budget: most tokens that are kept; chats beyond are read again.
     """
 
     budget: int
     reads: dict[tuple[int, ...], Read] = field(default_factory=dict)
-    size: int = 0
 
     def take(self, prompts: Sequence[Sequence[int]]) -> list[Read | None]:
         """The longest read that each prompt goes on from, if there is one; all are let go."""
@@ -86,11 +78,13 @@ class Chats:
             for ids in prompts
         ]
         self.reads.clear()
-        self.size = 0
         return found
 
-    def put(self, length: int, read: Callable[[], Read | None]) -> None:
-        """Keep what was read of a chat of ``length`` tokens, if there is room."""
-        if self.size + length <= self.budget and (kept := read()) is not None:
-            self.reads[kept.ids] = kept
-            self.size += length
+    def has_room(self, length: int) -> bool:
+        """Whether a chat of so many tokens can be kept."""
+        return sum(map(len, self.reads)) + length <= self.budget
+
+    def put(self, read: Read | None) -> None:
+        """Keep what was read of a chat, if a cache could tell it."""
+        if read is not None:
+            self.reads[read.ids] = read

@@ -59,13 +59,13 @@ class Together:
         prompts: Sequence[Ids],
         copies: int = 1,
         vision: Vision | None = None,
-        past: Sequence[Read | None] = (),
+        past: Sequence[Read] = (),
     ) -> None:
         self.model = model
         self.options = forward_options(model)
         self.argument = cache_argument(model)
         device = model.get_input_embeddings().weight.device
-        begun = [len(read.ids) if read else 0 for read in past] or [0] * len(prompts)
+        begun = [len(read.ids) for read in past] or [0] * len(prompts)
         width = max(begun)
         lengths = [len(prompt) - known for prompt, known in zip(prompts, begun, strict=True)]
         ids = np.zeros((len(prompts), max(lengths)), dtype=np.int64)
@@ -77,7 +77,7 @@ class Together:
         inputs: dict[str, Any] = {"position_ids": (self.mask.cumsum(-1) - 1).clamp(min=0)[:, width:]}
         if any(map(images_in, prompts)):
             inputs = _seen(model, vision, prompts, ids, inputs["position_ids"])
-        if width:
+        if past:
             inputs[self.argument] = cache_of(past)
         output = model(
             input_ids=torch.from_numpy(ids).to(device),
@@ -216,7 +216,7 @@ class Ways:
         longest: int,
         regimes: Regimes,
         vision: Vision | None = None,
-        past: Sequence[Read | None] = (),
+        past: Sequence[Read] = (),
     ) -> Decoding:
         """Decode ``copies`` of every prompt, up to ``longest`` tokens in the longest row."""
         one = len({regimes.of(n) for n in (min(map(len, prompts)), longest)}) == 1
@@ -321,15 +321,14 @@ def _exact(
 def _resumes(
     model: Any, begun: Sequence[Ids], ids: Sequence[Ids], reads: Sequence[torch.Tensor], limit: float, name: str
 ) -> bool:
-    """Whether sequences whose beginnings were read before, of several lengths and one not at all, go on exactly."""
-    first = Together(model, [s[: len(s) // (i + 2)] for i, s in enumerate(begun)])
-    first.advance(torch.tensor([s[len(s) // (i + 2)] for i, s in enumerate(begun)], device=first.logits.device))
-    past = [first.read(i, s[: len(s) // (i + 2) + 1]) for i, s in enumerate(begun)]
-    if any(read is None for read in past):
-        return False
-    return _exact(lambda: Together(model, begun, past=past), ids, reads, 1, limit, name) and _exact(
-        lambda: Together(model, begun, past=[None, *past[1:]]), ids, reads, 1, limit, name
-    )
+    """Whether sequences go on exactly behind their beginnings, of several lengths, that were read before."""
+    lengths = [len(s) // (i + 2) for i, s in enumerate(begun)]
+    first = Together(model, [s[:n] for s, n in zip(begun, lengths, strict=True)])
+    following = [s[n] for s, n in zip(begun, lengths, strict=True)]
+    first.advance(torch.tensor(following, device=first.logits.device))
+    found = [first.read(i, s[: n + 1]) for i, (s, n) in enumerate(zip(begun, lengths, strict=True))]
+    past = [read for read in found if read is not None]
+    return len(past) == len(begun) and _exact(lambda: Together(model, begun, past=past), ids, reads, 1, limit, name)
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:

@@ -8,10 +8,11 @@ not depend on what else is in the batch.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from opdengine.models.vision import Vision
 from opdengine.rollout.chats import Chats, Read
 from opdengine.rollout.decoding import Decoding, Together, Ways, choose_decoding
 from opdengine.types import Completion, Encoded, Request, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 class TransformersSampler:
@@ -74,10 +77,12 @@ class TransformersSampler:
         results: list[list[Completion]] = [[] for _ in requests]
         past: list[Read | None] = [None] * len(requests)
         if self._chats is not None:
-            past = self._chats.take([request.token_ids for request in requests])
+            # Two pictures may have the same tokens: such chats are read anew.
+            past = self._chats.take([() if request.images else request.token_ids for request in requests])
         with self._evaluating():
             for group in self._groups(requests, params, past):
-                completions = self._generate_batch([requests[i] for i in group], params, [past[i] for i in group])
+                reads = [read for i in group if (read := past[i]) is not None]  # all of a group, or none
+                completions = self._generate_batch([requests[i] for i in group], params, reads)
                 for place, i in enumerate(group):
                     results[i] = completions[place * params.n : (place + 1) * params.n]
         return results
@@ -85,14 +90,25 @@ class TransformersSampler:
     @contextmanager
     def chats(self) -> Iterator[None]:
         """See :class:`opdengine.rollout.Sampler`; at most ``max_batch_tokens`` tokens are kept between turns."""
-        self.prove()
-        regimes, ways = self._proven
-        if ways.resumes and regimes.switch is None:
+        if self._keeps_chats:
             self._chats = Chats(self.max_batch_tokens)
         try:
             yield
         finally:
             self._chats = None
+
+    @cached_property
+    def _keeps_chats(self) -> bool:
+        """Whether a chat can go on from what was read of it; where it cannot, that is said once."""
+        regimes, ways = self._proven
+        keeps = ways.resumes and regimes.switch is None
+        if not keeps:
+            logger.warning(
+                "%s: its cache cannot be kept from one turn of an episode to the next: every turn reads the whole chat "
+                "again, which is slow (use_vllm samples the student elsewhere)",
+                type(self.model).__name__,
+            )
+        return keeps
 
     def prove(self) -> None:
         """Find the way to sample that gives the model's own log-probs; the first call costs a few passes."""
@@ -182,7 +198,7 @@ class TransformersSampler:
         return groups
 
     def _generate_batch(
-        self, requests: Sequence[Request], params: SamplingParams, past: Sequence[Read | None]
+        self, requests: Sequence[Request], params: SamplingParams, past: Sequence[Read]
     ) -> list[Completion]:
         state = _State(requests, params, self.device, self.vocabulary)
         prompts = [Encoded(request.token_ids, request.images) for request in requests]
@@ -190,17 +206,12 @@ class TransformersSampler:
         if requests[0].images:
             ways = self._seen
         longest = max(map(len, prompts)) + params.max_tokens
-        if not any(past):
-            past = ()
         decoding: Decoding = ways.start(self.model, prompts, params.n, longest, regimes, self.vision, past)
         while True:
             tokens = self._sample(decoding.logits[:, : self.vocabulary], state, params)
             self._finish(tokens, state, params)
-            if self._chats is not None and params.n == 1 and isinstance(decoding, Together):
-                for place, row in enumerate(state.live):
-                    if state.reasons[row]:  # its last token was not read
-                        ids = [*prompts[row], *state.ids[row][:-1]]
-                        self._chats.put(len(ids), partial(decoding.read, place, ids))
+            if self._chats is not None and params.n == 1 and not requests[0].images and isinstance(decoding, Together):
+                keep_ended(self._chats, decoding, prompts, state)
             kept = state.compact()
             if not len(state.live):
                 break
@@ -308,6 +319,15 @@ class _State:
         if self.seen is not None:
             self.seen = self.seen[kept]
         return kept
+
+
+def keep_ended(chats: Chats, decoding: Together, prompts: Sequence[Sequence[int]], state: _State) -> None:
+    """Keep what was read of the chats whose turn has just ended: all but the last token, which nothing follows yet."""
+    for place, row in enumerate(state.live):
+        if state.reasons[row]:
+            ids = [*prompts[row], *state.ids[row][:-1]]
+            if chats.has_room(len(ids)):
+                chats.put(decoding.read(place, ids))
 
 
 def check_room(request: Request, max_tokens: int, window: int | None) -> None:

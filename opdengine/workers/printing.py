@@ -21,6 +21,12 @@ def one_line(text: str, limit: int = 300) -> str:
     return harmless(" ".join(text[: 4 * limit].split()))[:limit]
 
 
+def quiet_imports() -> None:
+    """Leave out the lines that libraries print when they are imported."""
+    for noisy in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
 class HarmlessFormatter(logging.Formatter):
     """Log lines that a terminal can be shown, whatever is quoted in them."""
 

@@ -311,19 +311,25 @@ WAYS = {
 
 WINDOWS = {"gemma2", "gemma3"}
 """Families whose caches forget what is far behind."""
+TURN = SamplingParams(max_tokens=6, seed=1)
+
+
+def make_any(family: str) -> Any:
+    """A model of a family of attention or of states, with weights large enough that a wrong state shows."""
+    if family in FAMILIES:
+        return make_family(family, True, scale=2.0).eval()
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(RECURRENT[family]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.dim() == 2 else 1.0)
+    return model
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *RECURRENT])
 def test_every_family_samples_from_itself(family: str) -> None:
     """Left padding, sliding windows, recurrent states, n > 1 and rows that finish early."""
-    if family in FAMILIES:
-        model = make_family(family, True, scale=2.0).eval()
-    else:
-        torch.manual_seed(0)
-        model = hf.AutoModelForCausalLM.from_config(RECURRENT[family]()).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(4.0 if parameter.dim() == 2 else 1.0)  # else a wrong state hardly shows
+    model = make_any(family)
     rng = np.random.default_rng(0)
     requests = [Request(str(n), tuple(rng.integers(2, VOCAB, size=n).tolist()), n) for n in (3, 11, 6)]
     sampler = TransformersSampler(model, Digits())
@@ -351,7 +357,7 @@ def take_turns(sampler: TransformersSampler, turns: int = 4) -> tuple[list[tuple
             del chats["11"]
             chats["late"] = rng.integers(2, VOCAB, size=9).tolist()
         requests = [Request(name, tuple(ids), turn) for name, ids in chats.items()]
-        for request, (completion,) in zip(requests, sampler.generate(requests, PARAMS), strict=True):
+        for request, (completion,) in zip(requests, sampler.generate(requests, TURN), strict=True):
             found.append((request, completion))
             following = rng.integers(2, VOCAB, size=int(rng.integers(1, 5))).tolist()
             chats[request.id] += [*completion.token_ids.tolist(), *following]
@@ -359,15 +365,9 @@ def take_turns(sampler: TransformersSampler, turns: int = 4) -> tuple[list[tuple
     return found, columns
 
 
-PARAMS = SamplingParams(max_tokens=6, seed=1)
-
-
 @pytest.mark.parametrize("family", [*FAMILIES, *RECURRENT])
-def test_the_turns_of_a_chat_are_sampled_from_the_model_itself(family: str) -> None:
-    model = make_family(family, True, scale=2.0).eval() if family in FAMILIES else None
-    if model is None:
-        torch.manual_seed(0)
-        model = hf.AutoModelForCausalLM.from_config(RECURRENT[family]()).eval()
+def test_the_turns_of_a_chat_are_sampled_from_the_model_itself(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_any(family)
     sampler = TransformersSampler(model, Digits())
     sampler.stop_ids = tuple(range(VOCAB // 8))
     sampler.prove()
@@ -378,9 +378,12 @@ def test_the_turns_of_a_chat_are_sampled_from_the_model_itself(family: str) -> N
     anew, whole = take_turns(sampler)  # outside every turn reads the whole chat
     assert [c.token_ids.tolist() for _, c in found] == [c.token_ids.tolist() for _, c in anew]
     if family in FAMILIES and family not in WINDOWS:
-        assert sum(columns) < 0.7 * sum(whole)
+        assert sum(columns) < 0.7 * sum(whole) and "reads the whole chat" not in caplog.text
     else:
         assert columns == whole
+        with sampler.chats():  # it is said once
+            pass
+        assert caplog.text.count("every turn reads the whole chat again") == 1
 
 
 def test_a_turn_of_a_chat_costs_its_own_tokens(model: Any, sampler: TransformersSampler) -> None:

@@ -167,8 +167,8 @@ def test_workers_end_with_a_study_that_is_killed() -> None:
     code = (
         "import multiprocessing, os, signal, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
-        "from tiny import study\n"
-        "pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), study._worker)\n"
+        "from tiny import workers\n"
+        "pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), workers.begin_quiet_worker)\n"
         "print(pool.submit(os.getppid).result() == os.getpid(), flush=True)\n"
         "pool.submit(time.sleep, 3600)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

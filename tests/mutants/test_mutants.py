@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 RULES = "tests/methods/test_rules.py"
 DEFAULTS = "tests/methods/test_paper_defaults.py"
 PLAYED = "tests/agents/test_trajectories.py"
+SAMPLER = "tests/engine/test_sampler.py"
 
 MUTANTS = [
     # (file, what stands there, what is put in its place, the test that must fail)
@@ -88,6 +89,10 @@ MUTANTS = [
     ("methods/trajectories.py", "theirs if same else None", "theirs", f"{PLAYED}::test_a_teacher_with_other_tokens_reads_its_own_chat_and_is_kept_in_the_students"),
     ("methods/trajectories.py", "self.view(episode.prompt)", "episode.prompt", f"{PLAYED}::test_a_teacher_may_be_shown_more_than_the_student"),
     ("models/reply.py", "or ids[-1] in ends", "or True", f"{PLAYED}::test_an_end_that_the_student_does_not_know_becomes_its_own"),
+    ("rollout/chats.py", "0, width - part.shape[2], 0", "0, 0, width - part.shape[2]", f"{SAMPLER}::test_the_turns_of_a_chat_are_sampled_from_the_model_itself"),
+    ("rollout/chats.py", "+ length <= self.budget", "<= self.budget", f"{SAMPLER}::test_what_was_read_is_of_the_same_tokens_and_within_the_budget"),
+    ("rollout/transformers.py", "() if request.images else request.token_ids", "request.token_ids", "tests/vision/test_vision_step.py::test_a_chat_that_comes_to_a_picture_is_read_whole"),
+    ("rollout/transformers.py", "and not requests[0].images and isinstance", "and isinstance", "tests/vision/test_vision_step.py::test_what_was_read_of_one_picture_is_not_taken_for_another"),
     ("teachers/own.py", "            left_out.discard(name)\n", "            left_out.clear()\n", "tests/teachers/test_own.py::test_an_average_that_would_not_follow_is_refused"),
     ("teachers/store.py", "or _digest(content) != place.digest", "or False", "tests/teachers/test_stored.py::test_damage_is_said_and_asked_anew"),
     ("teachers/store.py", 'digest.decode("latin-1") != _digest(body)', "False", "tests/teachers/test_stored.py::test_damaged_lines_of_an_index_are_not_used"),

@@ -19,7 +19,7 @@ from opdengine.models.chat import encode_chat, load_tokenizer
 from opdengine.models.pictures import open_picture
 from opdengine.rollout.transformers import TransformersSampler
 from opdengine.training.scoring import Measurer
-from opdengine.types import Request, Sample, SamplingParams, images_of
+from opdengine.types import Encoded, Request, Sample, SamplingParams, images_in, images_of
 
 
 def read_whole(path: str) -> Any:
@@ -159,6 +159,42 @@ def test_the_sampler_says_what_the_trainer_says(seeing: Any, kind: str) -> None:
             np.testing.assert_allclose(completion.logprobs, told.detach().numpy(), atol=2e-4)
             compared += 1
     assert compared >= 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_read_of_one_picture_is_not_taken_for_another(seeing: Any, kind: str) -> None:
+    """Both have the same tokens, so a chat with a picture is read anew in every turn."""
+    path = seeing(kind)
+    tokenizer = load_tokenizer(path)
+    sampler = TransformersSampler(load_model(path, dtype="float32"), tokenizer)
+    params = SamplingParams(max_tokens=3)
+    one, other = (encode_chat(tokenizer, chat(make_picture(n), "b")) for n in (0, 1))
+    assert list(one) == list(other)
+    with sampler.chats():
+        ((said,),) = sampler.generate([Request("0", one)], params)
+        assert sampler._chats is None or not sampler._chats.reads  # it would be of no use
+        following = [*other, *said.token_ids.tolist(), *encode_chat(tokenizer, chat("word"))]
+        request = Request("0", Encoded(following, images_in(other)))
+        ((turn,),) = sampler.generate([request], params)
+    ((alone,),) = sampler.generate([request], params)
+    np.testing.assert_array_equal(turn.token_ids, alone.token_ids)
+    np.testing.assert_allclose(turn.logprobs, alone.logprobs, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chat_that_comes_to_a_picture_is_read_whole(seeing: Any, kind: str) -> None:
+    path = seeing(kind)
+    tokenizer = load_tokenizer(path)
+    sampler = TransformersSampler(load_model(path, dtype="float32"), tokenizer)
+    params = SamplingParams(max_tokens=3)
+    first, shown = encode_chat(tokenizer, chat("word")), encode_chat(tokenizer, chat(make_picture(0), "b"))
+    with sampler.chats():
+        ((said,),) = sampler.generate([Request("0", first)], params)
+        request = Request("0", Encoded([*first, *said.token_ids.tolist(), *shown], images_in(shown)))
+        ((turn,),) = sampler.generate([request], params)
+    ((alone,),) = sampler.generate([request], params)
+    np.testing.assert_array_equal(turn.token_ids, alone.token_ids)
+    np.testing.assert_allclose(turn.logprobs, alone.logprobs, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "gemma3"])

@@ -26,13 +26,12 @@ import transformers
 
 from opdengine.models.backbone import load_model
 from opdengine.models.chat import load_tokenizer
-from real.build import BASE, likelihood, save, with_adapter
+from real.build import BASE, LEARNING_RATE, fit, likelihood, save, with_adapter
 from real.house.lessons import JUDGE_PROMPT, RealPupil
 from tiny.agents import world
 from tiny.agents.house import House
 
 GAMES = 1000
-LEARNING_RATE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -113,22 +112,18 @@ def teach(model: str, out: Path, name: str, seed: int) -> None:
         JUDGE_PROMPT,
         tokenizer.eos_token,
     )
-    weights = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.99))
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 8) * (1 - s / plan.steps) ** 0.5)
-    for step in range(1, plan.steps + 1):
+
+    def study(step: int) -> None:
         told = []
         for kind, number in plan.lessons.items():
             lessons = getattr(pupil, kind)(number)
             loss = likelihood(base, [x.inputs for x in lessons], [x.labels for x in lessons])
             (loss / len(plan.lessons)).backward()
             told.append(f"{kind} {loss.item():.3f}")
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        rate.step()
-        if step % 5 == 0:
-            print(f"{name}  step {step}/{plan.steps}  {'  '.join(told)}", flush=True)
+        if (step + 1) % 5 == 0:
+            print(f"{name}  step {step + 1}/{plan.steps}  {'  '.join(told)}", flush=True)
+
+    fit(adapted, plan.steps, LEARNING_RATE, study)
     made = {"seed": seed, "steps": plan.steps, "training_cpu_seconds": round(time.process_time() - started)}
     save(adapted, out / name, made)
 

@@ -25,12 +25,12 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from opdengine.cli import quiet_imports
 from opdengine.training.writer import read_metrics
+from opdengine.workers.printing import quiet_imports
 from tiny.agents import world
 from tiny.agents.house import HOUSE, House
 from tiny.agents.results import SPLITS, build_table, draw
-from tiny.study import begin_worker
+from tiny.workers import begin_worker
 
 MODELS = Path(__file__).parent / "models"
 LEAST_SUCCESS = 0.03
