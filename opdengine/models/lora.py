@@ -197,6 +197,10 @@ def _save_adapter(model: Any, folder: Path, identity: str, split: Mapping[str, A
     name = str(base.name_or_path)
     config = model.peft_config[ADAPTER]
     config.base_model_name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
+    # peft writes sets as they iterate, which differs between processes; the same run writes the same bytes.
+    for field, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, field, sorted(value))
     model.save_pretrained(folder, save_embedding_layers=False, **split)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
     note = {"name": config.base_model_name_or_path, "fingerprint": identity}

@@ -229,6 +229,21 @@ def test_a_saved_adapter_is_small_and_comes_back(family: str, tmp_path: Path) ->
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_same_adapter_is_written_with_the_same_bytes_whatever_the_order_of_a_set(tmp_path: Path) -> None:
+    make_model("qwen3", True).save_pretrained(tmp_path / "base")
+    student = add_adapter(load_model(str(tmp_path / "base")), from_mapping(LoRAConfig, LORA))
+    names = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    student.peft_config["default"].target_modules = names
+    student.peft_config["default"].exclude_modules = {"lm_head", "embed_tokens", "score"}
+    save_model(student, tmp_path / "adapter")
+    stored = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert stored["target_modules"] == sorted(names)
+    assert stored["exclude_modules"] == ["embed_tokens", "lm_head", "score"]
+    save_model(load_adapter(load_model(str(tmp_path / "base")), tmp_path / "adapter"), tmp_path / "again")
+    files = [(tmp_path / name / "adapter_config.json").read_bytes() for name in ("adapter", "again")]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "gpt2"])
 def test_saved_weights_come_back_in_place(family: str, adapted: bool, tmp_path: Path) -> None:
