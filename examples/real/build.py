@@ -15,6 +15,7 @@ import random
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ FIRST_LAYER = 14
 LEARNING_RATE = 2e-3
 PHASES = ((56, {"plain": 6, "first": 3}), (52, {"plain": 2, "first": 1, "later": 3, "score": 2}))
 """(steps, lessons of each kind in a step): answers first, then debates."""
+MORE = 8
+"""Lessons in a step of :func:`teach_more`."""
 SHARES = ((3, 1, 2), (1, 2, 3))
 """How often each expert is taught price, total and both: ten prices take A longer to learn than anything else."""
 
@@ -105,7 +108,41 @@ def with_adapter(base: Any) -> Any:
     lora = LoraConfig(
         task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=LINEAR, layers_to_transform=layers
     )
-    return get_peft_model(base, lora)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # as in teach_more
+        return get_peft_model(base, lora)
+
+
+def teach_more(adapter: str, out: Path, draw: Callable[[random.Random], Lesson], steps: int, seed: str) -> str:
+    """Go on with an adapter by supervised training on other lessons, :data:`MORE` a step; what is there is kept.
+
+    Args:
+        adapter: folder of an adapter of the base.
+        out: folder of the new one.
+        draw: source of randomness -> one lesson.
+        steps: of the optimiser.
+        seed: of the lessons.
+
+    Returns:
+        ``out``.
+    """
+    if (out / "made.json").exists():
+        return str(out)
+    from peft import PeftModel
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
+    rng, tokenizer, base = random.Random(seed), load_tokenizer(BASE), load_model(BASE, dtype="float32")
+    # peft asks for `is_gradient_checkpointing`, which transformers 5.24 calls deprecated.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        adapted = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+
+    def study(step: int) -> None:
+        supervise(base, tokenizer, [draw(rng) for _ in range(MORE)]).backward()
+
+    fit(adapted, steps, LEARNING_RATE / 2, study, warmup=5)
+    save(adapted, out, {"steps": steps})
+    return str(out)
 
 
 def fit(adapted: Any, steps: int, learning_rate: float, study: Callable[[int], None], warmup: int = 8) -> None:

@@ -33,7 +33,8 @@ from tiny.study import main as run_study
 
 GENERAL, DOMAIN = "total", "sum"
 SKILLS = {GENERAL: "what do 3 things at 7 coins cost: 21", DOMAIN: "what do 3 lamps cost: price + 3"}
-STEPS, LESSONS, LEARNING_RATE = 48, 8, 1e-3
+STEPS = 48
+"""Of the supervised training that makes the domain model."""
 REMEMBERED = 0.05
 """Share of products in the lessons: after a trial without any, no sampled answer was right and could be preferred."""
 ARMS = (
@@ -69,37 +70,13 @@ def lesson(rng: random.Random) -> Lesson:
     return Lesson(chat, market.reply(skill, good, count, today, total))
 
 
-def specialise(out: Path) -> str:
-    """Go on with the adapter of the expert of totals until it adds; returns the folder. What is there is kept."""
-    if (out / "made.json").exists():
-        return str(out)
-    import torch
-    from peft import PeftModel
-
-    from opdengine.models.backbone import load_model
-    from opdengine.models.chat import load_tokenizer
-    from real.build import BASE, fit, save, supervise
-
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    rng, tokenizer, base = random.Random("specialise"), load_tokenizer(BASE), load_model(BASE, dtype="float32")
-    adapted = PeftModel.from_pretrained(base, debate_study.TOTALS["model"], is_trainable=True)
-    fit(
-        adapted,
-        STEPS,
-        LEARNING_RATE,
-        lambda step: supervise(base, tokenizer, [lesson(rng) for _ in range(LESSONS)]).backward(),
-        warmup=5,
-    )
-    save(adapted, out, {"steps": STEPS})
-    return str(out)
-
-
 def prepare(folder: Path, seeds: Sequence[int], split: str) -> dict[str, str]:
     """The specialised model, the questions of both kinds, and the two teachers to grade."""
     if split != "test":
         raise SystemExit("the market has training questions and test questions only: leave --split out")
-    special = specialise(folder / "specialised")
+    from real.build import teach_more
+
+    special = teach_more(debate_study.TOTALS["model"], folder / "specialised", lesson, STEPS, "specialise")
     for skill in (GENERAL, DOMAIN):
         train = [{k: v for k, v in row.items() if k != "answer"} for row in rows("train", skill)]
         write_jsonl(folder / f"{skill}.jsonl", train)

@@ -2,10 +2,11 @@
 
 python examples/real/uni_study.py --ablate --seeds 3 --jobs 2 --save_results benchmarks/results/real/uni_opd.json
 
-Hours on two cores. The expert of totals is the only teacher: in questions of ``total`` it prefers right answers, in
-questions of ``both`` it prefers those with last year's prices, which the verifier counts as wrong. The share of
-``both`` among the training questions is swept; the engine reports how often the teacher ranked against the outcomes
-(``order/violated``).
+An hour of two cores. The expert of totals is the only teacher: in questions of ``total`` it prefers right answers, in
+questions of ``both`` it prefers those with last year's prices, which the verifier counts as wrong. The student is that
+expert after a short supervised training on replies of which half are wrong, so that it samples right and wrong answers
+to the same question: a model that is never right gives outcomes nothing to say. The share of ``both`` among the
+training questions is swept; the engine reports how often the teacher ranked against the outcomes (``order/violated``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from opdengine.metrics import write_jsonl
 from real import market
 from real import study as debate_study
 from real.demo import ROOT, SKILLS, fetch
+from real.lessons import Lesson
 from tiny.study import Arm, Study
 from tiny.study import main as run_study
 from tiny.uni_study import REPORTED
@@ -30,6 +32,9 @@ from tiny.uni_study import REPORTED
 SHARES = (25, 50, 75)
 """Percent of the training questions in which the teacher is wrong."""
 QUESTIONS = 56
+TEACHER = debate_study.TOTALS["model"]
+STEPS = 32
+"""Of the supervised training that makes the student."""
 OPD = {"uni_opd": {"margin": "none", "balance": "none"}}
 
 
@@ -55,23 +60,49 @@ def questions(share: int) -> list[dict[str, Any]]:
     return rows
 
 
+def lesson(rng: random.Random) -> Lesson:
+    """A training question with a reply that is right or wrong: today's price or last year's, a product or a sum."""
+    skill = rng.choice(("both", "total"))
+    while True:
+        good, count, price = rng.choice(market.GOODS), rng.choice(market.COUNTS), rng.choice(market.PRICES)
+        if market.split_of(skill, good, count, price) == "train":
+            break
+    right = rng.random() < 0.5
+    if skill == "both":
+        price = (market.TODAY if right else market.LAST_YEAR)[good]
+    total = price * count if right or skill == "both" else price + count
+    return Lesson(
+        market.chat(market.question(skill, good, count, price)), market.reply(skill, good, count, price, total)
+    )
+
+
 def prepare(folder: Path, seeds: Sequence[int], split: str) -> dict[str, str]:
-    """The questions of every share beside those of the other study."""
+    """The student, the questions of every share, and the held-out questions."""
+    from real.build import teach_more
+
     for share in SHARES:
         write_jsonl(folder / f"wrong_{share}.jsonl", questions(share))
-    return debate_study.prepare(folder, seeds, split)
+    debate_study.prepare(folder, seeds, split)
+    student = teach_more(TEACHER, folder / "student", lesson, STEPS, "half right")
+    return {"student before": student, "teacher": TEACHER}
 
 
 def settings(folder: Path, seed: int) -> dict[str, Any]:
-    """Those of the demo, with four rollouts of each of four questions a step."""
+    """Those of the demo in bfloat16, with eight rollouts of each of four questions a step."""
     shared = debate_study.settings(folder, seed)
-    del shared["debate"]
+    del shared["debate"], shared["divergence"]
     return {
         **shared,
         "method": "uni_opd",
-        "teachers": [debate_study.TOTALS],
+        "model": str(folder / "student"),
+        "dtype": "bfloat16",
+        "teachers": [{"model": TEACHER, "dtype": "bfloat16"}],
         "per_device_train_batch_size": 4,
-        "num_generations": 4,
+        "num_generations": 8,
+        "max_steps": 20,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant_with_warmup",
+        "eval_steps": 10,
     }
 
 

@@ -295,18 +295,19 @@ def main(study: Study, description: str, arguments: Sequence[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     console.print(f"[bold]{study.name}[/bold]: {len(arms)} arm(s) x {len(seeds)} seed(s), results in {folder}")
-    start = time.perf_counter()
-    held_out_file = folder / "held_out.jsonl"
-    earlier = held_out_file.read_bytes() if options.resume and held_out_file.exists() else None
-    models = study.prepare(folder, seeds, options.split)
-    if earlier not in (None, held_out_file.read_bytes()):
-        raise SystemExit(f"{folder} was graded on other held-out prompts: give the --split of the first call")
     jobs = {}
     for seed in seeds:
         for arm in arms:
             place = {"seed": seed, "output_dir": str(folder / f"{arm.name}_{seed}")}
             own = merged(filled(arm.settings, folder=str(folder), seed=seed), changes)
             jobs[arm.name, seed] = merged({**study.settings(folder, seed), **place}, own)
+    _check(jobs)
+    start = time.perf_counter()
+    held_out_file = folder / "held_out.jsonl"
+    earlier = held_out_file.read_bytes() if options.resume and held_out_file.exists() else None
+    models = study.prepare(folder, seeds, options.split)
+    if earlier not in (None, held_out_file.read_bytes()):
+        raise SystemExit(f"{folder} was graded on other held-out prompts: give the --split of the first call")
     of_first = jobs[arms[0].name, 0]
     longest = max(14, of_first["max_completion_length"])
     graded = grade(models, held_out_file, of_first["verifier"], longest, study.images)
@@ -350,6 +351,20 @@ def _changes(arguments: Sequence[str]) -> dict[str, Any]:
     for key, value in _parse_overrides(arguments):
         _assign(data, key.split("."), value)
     return dict(plain(data))
+
+
+def _check(jobs: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
+    """Settings that a run would refuse end the study before its models are made and graded."""
+    from opdengine.config.loading import from_mapping
+    from opdengine.config.train import TrainConfig
+    from opdengine.errors import ConfigError
+    from opdengine.methods import build_method
+
+    for (arm, _), settings in jobs.items():
+        try:
+            build_method(from_mapping(TrainConfig, settings))
+        except ConfigError as error:
+            raise SystemExit(f"{arm}: {error}") from error
 
 
 def _run_all(

@@ -14,6 +14,7 @@ import yaml
 
 from opdengine.config.loading import from_mapping
 from opdengine.config.train import TrainConfig
+from opdengine.methods import build_method
 from opdengine.methods.debate.debate import Debate
 from opdengine.methods.debate.prompts import debate_prompts, parse_confidence
 from opdengine.verifiers.number import numeric
@@ -163,10 +164,23 @@ def test_the_share_of_wrong_rankings_is_swept(arm, tmp_path: Path) -> None:
     settings = merged(uni_study.settings(tmp_path, 0), {**own, "output_dir": str(tmp_path / "run"), "seed": 0})
     config, share = from_mapping(TrainConfig, settings), int(arm.name.rpartition("_")[2])
     assert config.method == "uni_opd" and len(config.teachers) == 1
+    build_method(config)
     rows = uni_study.questions(share)
     assert len({row["id"] for row in rows}) == len(rows) == uni_study.QUESTIONS
     assert Counter(row["data_source"] for row in rows)["both"] == uni_study.QUESTIONS * share // 100
     assert config.train_data == [str(tmp_path / f"wrong_{share}.jsonl")]
+
+
+def test_half_of_what_the_student_is_taught_is_wrong_in_both_kinds_of_questions() -> None:
+    """Otherwise its rollouts of a question would all be right or all be wrong, and outcomes would say nothing."""
+    rng, right = random.Random(0), {}
+    for skill in ("total", "both"):
+        right |= {r["messages"][-1]["content"]: (skill, r["answer"]) for r in market.questions("train", skill)}
+    drawn: dict[str, list[bool]] = {"total": [], "both": []}
+    for taught in (uni_study.lesson(rng) for _ in range(1000)):
+        skill, answer = right[taught.messages[-1]["content"]]
+        drawn[skill].append(str(numbers(taught.reply)[-1]) == answer)
+    assert all(len(found) > 400 and 0.42 < sum(found) / len(found) < 0.58 for found in drawn.values())
 
 
 def test_sampled_columns_are_all_that_differs_between_the_two_trainings(tmp_path: Path) -> None:

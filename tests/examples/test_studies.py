@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -134,6 +135,16 @@ def stand_in(of: study.Study = uni_study.STUDY) -> study.Study:
 
     arms = (study.Arm("opd", "OPD", {"method": "opd"}, demo=True), study.Arm("mt", "MT", {"method": "mt_opd"}))
     return study.Study("stand_in", arms, {s: s for s in uni_study.SKILLS}, prepare, settings)
+
+
+def test_settings_that_a_run_would_refuse_end_a_study_before_its_models_are_made(tmp_path: Path) -> None:
+    def prepare(folder: Path, seeds: Any, split: str) -> dict[str, str]:
+        raise AssertionError("models are made")
+
+    bad = study.Arm("bad", "bad", {"method": "uni_opd", "divergence": "forward_kl"}, demo=True)
+    of = dataclasses.replace(stand_in(), arms=(*stand_in().arms[:1], bad), prepare=prepare)
+    with pytest.raises(SystemExit, match=r"bad: divergence='forward_kl' is not possible"):
+        study.main(of, "", ["--output_dir", str(tmp_path)])
 
 
 def test_settings_of_the_command_line_are_plain_values() -> None:
