@@ -230,7 +230,13 @@ def stored_teacher() -> str:
     )
 
 
-CASES = {"short": "at most 32 tokens", "long": "at most 160 tokens", "lora": "at most 32 tokens, LoRA"}
+CASES = {
+    "short": "at most 32 tokens",
+    "long": "at most 160 tokens",
+    "lora": "at most 32 tokens, LoRA",
+    "short bf16": "at most 32 tokens, bf16",
+    "long bf16": "at most 160 tokens, bf16",
+}
 TRAINERS = {
     "ours": "opdengine",
     "ours sampled": "opdengine, `vocab_sample: 0.1`",
@@ -263,8 +269,8 @@ def real_steps() -> str:
     headings = ["completions | trainer", "processor seconds a step", "by the clock", "", "memory", ""]
     return table(headings, rows).replace("|---|", "|---|---|", 1) + (
         f"\n\nMedians (rounds: {found['rounds']}, threads: {found['threads']}); {case['prompts']} prompts a step, "
-        "float32. Multiples are of ours, the first of processor seconds. Memory is the peak beyond the loaded "
-        "models."
+        "float32 where nothing else is said. Multiples are of ours, the first of processor seconds. Memory is the "
+        "peak beyond the loaded models."
     )
 
 

@@ -4,9 +4,11 @@
 
 Every trainer takes the likeliest token (``top_k: 1``), so that all train on the same completions, which end where
 the model ends them. The teacher is the same model with sharper distributions: its last norm is multiplied by 1.2. Each
-trainer runs in processes of its own, in turns. Every run is printed: time by the clock, processor seconds (which
-other programs hardly stretch), peak memory, and the first step's loss. Only the loss of
-``DistillationTrainer`` compares with ours: ``GKDTrainer`` divides by the tokens of the given answers, not of samples.
+trainer runs in processes of its own, in turns. In the cases with ``bf16`` all run under autocast to bfloat16 with
+float32 weights of the student and bfloat16 weights of the teacher; completions differ there where the likeliest token
+is a matter of rounding. Every run is printed: time by the clock, processor seconds (which other programs hardly
+stretch), peak memory, and the first step's loss. Only the loss of ``DistillationTrainer`` compares with ours:
+``GKDTrainer`` divides by the tokens of the given answers, not of samples.
 
 ``--save`` writes the medians over the rounds to ``benchmarks/results/real/steps.json``.
 """
@@ -33,6 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
     "short": {"tokens": 32},
     "long": {"tokens": 160},
     "lora": {"tokens": 32, "lora": 16},
+    "short bf16": {"tokens": 32, "bf16": True},
+    "long bf16": {"tokens": 160, "bf16": True},
 }
 TRAINERS = (*PROVIDERS, "ours sampled")
 SHARPER = 1.2

@@ -63,11 +63,13 @@ def ours(settings: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
     from opdengine.models.chat import load_tokenizer
     from opdengine.training.build import build_engine
 
+    bf16 = settings.get("bf16", False)
     config = from_mapping(
         TrainConfig,
         {
             "model": settings["student"],
-            "teachers": [{"model": settings["teacher"]}],
+            "teachers": [{"model": settings["teacher"], "dtype": "bfloat16" if bf16 else "float32"}],
+            "bf16": bf16,
             "method": "opd",
             "train_data": [settings["data"]],
             "output_dir": settings["folder"],
@@ -105,6 +107,7 @@ def trl(settings: dict[str, Any], watch: Stopwatch, kind: str) -> dict[str, Any]
         def on_step_end(self, *arguments: Any, **others: Any) -> None:
             watch.step()
 
+    bf16 = settings.get("bf16", False)
     data = load_dataset("json", data_files=settings["data"], split="train", cache_dir=settings["folder"])
     shared = {
         "output_dir": settings["folder"],
@@ -118,12 +121,13 @@ def trl(settings: dict[str, Any], watch: Stopwatch, kind: str) -> dict[str, Any]
         "save_strategy": "no",
         "report_to": [],
         "use_cpu": not torch.cuda.is_available(),
-        "bf16": False,
+        "bf16": bf16,
         "gradient_checkpointing": False,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    models = [AutoModelForCausalLM.from_pretrained(settings[name]) for name in ("student", "teacher")]
+    student = AutoModelForCausalLM.from_pretrained(settings["student"], dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(settings["teacher"], dtype=torch.bfloat16 if bf16 else torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(settings["student"], padding_side="left")
     columns: dict[str, Any] = {"args": None, "processing_class": tokenizer, "callbacks": [Watcher()]}
     if settings.get("lora"):
@@ -138,7 +142,7 @@ def trl(settings: dict[str, Any], watch: Stopwatch, kind: str) -> dict[str, Any]
         columns["args"] = DistillationConfig(
             **shared, max_completion_length=settings["tokens"], top_k=settings.get("top_k", 0)
         )
-        trainer = DistillationTrainer(models[0], models[1], train_dataset=data, **columns)
+        trainer = DistillationTrainer(student, teacher, train_dataset=data, **columns)
     else:
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -147,7 +151,7 @@ def trl(settings: dict[str, Any], watch: Stopwatch, kind: str) -> dict[str, Any]
             lambda row: {"messages": [*row["prompt"], {"role": "assistant", "content": "w7"}]},
             remove_columns=["prompt"],
         )
-        trainer = GKDTrainer(models[0], models[1], train_dataset=answered, **columns)
+        trainer = GKDTrainer(student, teacher, train_dataset=answered, **columns)
         trainer.generation_config.top_k = settings.get("top_k", 0)
     trainer.train()
     return {"losses": [row["loss"] for row in trainer.state.log_history if "loss" in row]}
