@@ -228,6 +228,7 @@ def grade(
     verifier: Any,
     longest: int = 14,
     images: Mapping[str, str] | None = None,
+    dtype: str = "float32",
 ) -> dict[str, dict[str, float]]:
     """Accuracy of each model by skill, greedy, in at most ``longest`` tokens.
 
@@ -237,6 +238,7 @@ def grade(
         verifier: as in a configuration.
         longest: answer.
         images: what a model reads of pictures, by title; "image" where nothing is said.
+        dtype: of the models.
     """
     from transformers.utils import logging
 
@@ -254,7 +256,7 @@ def grade(
     with Grader(verifier) as grader:
         for title, path in models.items():
             tokenizer = load_tokenizer(path, images=(images or {}).get(title, "image"))
-            sampler = TransformersSampler(load_model(path, dtype="float32"), tokenizer)
+            sampler = TransformersSampler(load_model(path, dtype=dtype), tokenizer)
             graded = evaluate(sampler, prompts, lambda p, t=tokenizer: encode_chat(t, p.messages), grader, greedy)
             found[title] = graded.metrics()
     return found
@@ -310,7 +312,7 @@ def main(study: Study, description: str, arguments: Sequence[str]) -> int:
         raise SystemExit(f"{folder} was graded on other held-out prompts: give the --split of the first call")
     of_first = jobs[arms[0].name, 0]
     longest = max(14, of_first["max_completion_length"])
-    graded = grade(models, held_out_file, of_first["verifier"], longest, study.images)
+    graded = grade(models, held_out_file, of_first["verifier"], longest, study.images, of_first["dtype"])
     runs = [found for settings in jobs.values() if (found := finished(settings))]
     have = {(found["arm"], found["seed"]) for found in runs}
     if options.resume:
