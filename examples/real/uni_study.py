@@ -99,10 +99,10 @@ def settings(folder: Path, seed: int) -> dict[str, Any]:
         "teachers": [{"model": TEACHER, "dtype": "bfloat16"}],
         "per_device_train_batch_size": 4,
         "num_generations": 8,
-        "max_steps": 20,
-        "learning_rate": 1e-3,
+        "max_steps": 24,
+        "learning_rate": 1.5e-3,
         "lr_scheduler_type": "constant_with_warmup",
-        "eval_steps": 10,
+        "eval_steps": 24,
     }
 
 
