@@ -28,6 +28,7 @@ from opdengine.models.batching import (
     forget_lengths,
     forward_options,
     probe_sequences,
+    prove_causal,
     relative,
     window_of,
 )
@@ -260,6 +261,7 @@ class Backbone:
         layout: in which sequences do not change each other; see :mod:`opdengine.models.packing`.
         image_layout: the same of sequences with pictures.
         regimes: which lengths may share a pass.
+        tolerance: the relative difference of hidden states that is rounding.
         has_dropout: whether its log-probs in training are not those of the model that is sampled; of a
             frozen model False.
 
@@ -297,6 +299,7 @@ class Backbone:
         self.with_weights(self._prove_head)
         with rounding(model):
             self.regimes = self.with_weights(self._find_regimes)
+            self.tolerance = self.with_weights(self._prove_causal)
             self.layout = self.with_weights(self._choose_layout)
         self.image_layout = "alone" if vision is None else self.with_weights(self._choose_image_layout)
         trained = any(p.requires_grad for p in model.parameters())
@@ -525,10 +528,15 @@ class Backbone:
         finally:
             self.model.train(training)
 
-    @property
-    def _tolerance(self) -> float:
-        """Relative difference of hidden states that is rounding."""
-        return 1e-4 if self.trunk.dtype == torch.float32 and not self.bf16 else 5e-2
+    def _prove_causal(self) -> float:
+        ids = self.probe_sequences()[-1]
+        exact = self.trunk.dtype == torch.float32 and not self.bf16
+
+        def states(part: np.ndarray) -> torch.Tensor:
+            (batch,) = pack([part], max_tokens=len(part), layout="alone")
+            return self.hidden(batch, [np.arange(1, len(part) + 1)])
+
+        return self._observe(lambda: prove_causal(self.name, self.model, ids, states, exact))
 
     def _find_regimes(self) -> Regimes:
         return self._observe(lambda: find_regimes(self.model, self._states))
@@ -548,7 +556,7 @@ class Backbone:
         if implementation == "sdpa" and self.device.type == "cuda":
             layout = "padded"
         sequences = self.probe_sequences()
-        return self._observe(lambda: choose_layout(self.name, sequences, self.hidden, layout, self._tolerance))
+        return self._observe(lambda: choose_layout(self.name, sequences, self.hidden, layout, self.tolerance))
 
     def _choose_image_layout(self) -> str:
         """Like :meth:`_choose_layout`, of sequences with pictures of several sizes."""
@@ -564,14 +572,14 @@ class Backbone:
             return pack(part, max_tokens=budget, images=own, image_layout=layout)
 
         return self._observe(
-            lambda: choose_image_layout(self.name, ids, lay_out, self.hidden, self.layout, self._tolerance)
+            lambda: choose_image_layout(self.name, ids, lay_out, self.hidden, self.layout, self.tolerance)
         )
 
     def _changes_in_training(self) -> bool:
         ids = torch.from_numpy(self.probe_sequences()[1])[None]
         positions = torch.arange(ids.shape[1])[None]
         with torch.no_grad():
-            return changes_in_training(self.model, lambda: self._states(ids, positions), self._tolerance)
+            return changes_in_training(self.model, lambda: self._states(ids, positions), self.tolerance)
 
 
 def _has_embeddings(model: Any) -> bool:

@@ -18,7 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdengine.models.batching import find_regimes, forward_options, probe_sequences, window_of
+from opdengine.models.batching import (
+    EXACT,
+    find_regimes,
+    forward_options,
+    probe_sequences,
+    relative,
+    tolerance,
+    window_of,
+)
 from opdengine.models.chat import stop_token_ids, text_of_completion, vocabulary_size
 from opdengine.models.lora import LowRank
 from opdengine.models.packing import Regimes
@@ -121,7 +129,7 @@ class TransformersSampler:
             vocabulary = self.model.get_input_embeddings().weight.shape[0]
             sequences = probe_sequences(self.model.config, vocabulary, regimes.switch)
             ids = [sequences[1].tolist(), sequences[-1].tolist()]
-            return regimes, choose_decoding(self.model, ids, self._limit)
+            return regimes, choose_decoding(self.model, ids, self._limit(ids[-1]))
 
     @cached_property
     def _seen(self) -> Ways:
@@ -132,12 +140,15 @@ class TransformersSampler:
         ids = probe_sequences(self.model.config, vocabulary)[1].tolist()
         probes = self.vision.probe(ids)[:2]
         with self._evaluating():
-            return choose_decoding(self.model, probes, self._limit, vision=self.vision)
+            return choose_decoding(self.model, probes, self._limit(ids), vision=self.vision)
 
-    @property
-    def _limit(self) -> float:
-        """Relative difference of logits that is rounding."""
-        return 1e-4 if self.model.dtype == torch.float32 and not self.bf16 else 5e-2
+    def _limit(self, ids: Sequence[int]) -> float:
+        """Relative difference of logits that is rounding, found by reading a third of some tokens alone."""
+        if self.model.dtype == torch.float32 and not self.bf16:
+            return EXACT
+        lengths = (len(ids), len(ids) // 3)
+        whole, part = (self._states(torch.tensor([ids[:n]]), torch.arange(n)[None])[0] for n in lengths)
+        return tolerance(relative(part, whole[: len(part)]))
 
     def _states(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         inputs = {"input_ids": ids.to(self.device), "position_ids": positions.to(self.device), "use_cache": False}

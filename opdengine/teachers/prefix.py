@@ -140,7 +140,6 @@ class PrefixScorer:
         except UNPROBED as reason:
             logger.warning("%s: prefixes are not shared (%s)", self.backbone.name, reason)
             return False
-        limit = 1e-4 if plain.dtype == self.backbone.trunk.dtype and not self.backbone.bf16 else 5e-2
-        if error > limit:
+        if error > self.backbone.tolerance:
             logger.warning("%s: prefixes are not shared (difference %.2g)", self.backbone.name, error)
-        return error <= limit
+        return error <= self.backbone.tolerance

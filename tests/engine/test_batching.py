@@ -218,6 +218,24 @@ def test_models_whose_tokens_see_later_ones_are_refused() -> None:
         Backbone(model)
 
 
+def test_in_16_bits_a_token_may_round_otherwise_in_a_longer_pass_and_may_not_see_later_tokens() -> None:
+    """The states move by some percent with the number of tokens, as those of a deep model do."""
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        noise = torch.rand(x.shape[-1], generator=torch.Generator().manual_seed(x.shape[1]))
+        return x + 0.4 * (x[:, :1].abs().amax(-1, keepdim=True) * (noise - 0.5)).to(x.dtype)
+
+    with pytest.raises(ValueError, match="depend on later tokens"):
+        Backbone(meddle(make_model("llama", True), rounded))
+    deep = Backbone(meddle(make_model("llama", True).bfloat16(), rounded))
+    assert 0.05 < deep.tolerance <= 0.2 and deep.layout != "alone"
+    meddled = meddle(make_model("llama", True).bfloat16(), lambda x: x + 0.1 * x.flip(1).cumsum(1).flip(1))
+    bert = hf.AutoModelForCausalLM.from_config(hf.BertGenerationConfig(**COMMON, is_decoder=False)).bfloat16()
+    for seeing in (meddled, bert):
+        with pytest.raises(ValueError, match="depend on later tokens"):
+            Backbone(seeing)
+
+
 def test_a_model_that_is_random_in_evaluation_mode_is_refused() -> None:
     model = meddle(make_model("llama", True), lambda x: x + 0.1 * torch.randn(x.shape))
     with pytest.raises(ValueError, match="student: the same tokens get different hidden states"):
