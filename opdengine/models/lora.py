@@ -96,9 +96,24 @@ def merge_adapter(model: Any, folder: Path) -> Any:
     if getattr(model, "is_quantized", False):
         merged = base_of(adapted)
     else:
+        _untie(base_of(adapted), folder)
         merged = adapted.merge_and_unload().requires_grad_(True)
     merged.name_or_path = str(folder)
     return merged
+
+
+def _untie(model: Any, folder: Path) -> None:
+    """Make tied embeddings two matrices where the adapter has a part of its own for either: merging that into a matrix
+    that both share would change the other one, too."""
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    own = getattr(outputs, "base_layer", outputs)
+    if not any(hasattr(layer, "base_layer") for layer in (inputs, outputs)):
+        return
+    if getattr(inputs, "base_layer", inputs).weight is own.weight:
+        logger.warning("the adapter in %s changes tied embeddings: its model has two matrices in their place", folder)
+        own.weight = torch.nn.Parameter(own.weight.detach().clone())
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def _with_adapter(model: Any, folder: Path, trained: bool) -> Any:
@@ -122,7 +137,8 @@ def _with_adapter(model: Any, folder: Path, trained: bool) -> Any:
     wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if missing := sorted(wanted - stored):
         raise ModelFileError(f"{where} lacks weights: {some(missing)}; they would be random: fetch or save it again")
-    if left := sorted(stored - wanted):
+    # peft saves an embedding that it adapts (or has resized) along with its adapter, and has read it back.
+    if left := sorted(stored - wanted - set(adapted.state_dict())):
         raise ModelFileError(f"{where} has weights that the model {name!r} has no place for: {some(left)}")
     return adapted
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from engine_helpers import loss_and_gradient, make_config, make_engine, make_samples
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_backbone import make_model
 from test_sampler import Digits
@@ -360,6 +361,29 @@ def test_an_adapter_as_peft_writes_it_teaches_and_is_trained(models: Models, pro
     assert (tmp_path / "other" / "final" / "tokenizer.json").is_file()
     settings |= {"model": models["student"], "teachers": [{"model": str(adapter)}], "lora": LORA}
     train(make_config(models, prompt_file, tmp_path / "third", **settings), progress=False)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layers", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_an_adapter_of_the_embeddings_is_what_peft_makes_of_it(
+    tiny: Any, tmp_path: Path, tied: bool, layers: list[str]
+) -> None:
+    """peft saves the embeddings beside such an adapter; of a tied pair each then has a change of its own."""
+    base = tiny.make_model(tmp_path / "base", tiny.make_tokenizer(), seed=0, tied=tied)
+    torch.manual_seed(1)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", *layers])
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = load_model(str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)
 
 
 def factors(folder: Path) -> dict[str, torch.Tensor]:
