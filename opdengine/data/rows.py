@@ -16,8 +16,10 @@ from opdengine.types import Message, Prompt, images_of
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
 """Who may speak in a chat; which of them a chat template knows is found out by rendering."""
 
-SPOKEN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""A message may hold one of these in place of content."""
+CALLS = {"tool_calls": "tool calls", "function_call": "function calls"}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+SPOKEN = (*CALLS, *THOUGHTS)
+"""A message may hold one of these in place of content; chat templates know some of the names."""
 
 NO_PROMPT = "neither 'prompt' nor 'messages'"
 ANSWERED = "the last message is the assistant's"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from opdengine.data.prompts import DataError, PromptSet
+from opdengine.data.rows import CALLS, SPOKEN
 from opdengine.models.chat import as_read, encode_answer, encode_chat
 from opdengine.models.rendering import MARK, image_part, parts_of, render, text_of, text_part, turn_end
 from opdengine.types import Message, Prompt, images_of
@@ -47,6 +48,7 @@ class Reader:
         self.keys = tuple(keys)
         self.debates = debates
         self._known: dict[Any, str] = {}
+        self._said: set[str] = set()
         self._encoded: dict[bytes, tuple[int, ...]] = {}
 
     def encode(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
@@ -79,7 +81,7 @@ class Reader:
     def left_out(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         """Return what the template leaves out of such a chat, or ""; chats of the same shape are examined once."""
         shape = (
-            *((m.get("role"), bool(text_of(m.get("content")).strip()), bool(m.get("tool_calls"))) for m in messages),
+            *((m.get("role"), *_filled(m)) for m in messages),
             *(tuple(part["type"] for part in parts_of(m["content"])) for m in messages if images_of([m])),
             bool(tools),
         )
@@ -117,7 +119,7 @@ class Reader:
         marked = self._text([_marked(m, marks[i]) if i in marks else m for i, m in enumerate(messages)], tools)
         lost = [messages[i] for i, mark in marks.items() if marked is not None and mark not in marked]
         if any(m.get("tool_calls") for m in lost):
-            logger.warning("the chat template of %s leaves out the text of messages that call tools", self.name)
+            self._warn("the text of messages that call tools")
         if roles := sorted({str(m["role"]) for m in lost if not m.get("tool_calls")}):
             return f"leaves out messages of the roles {roles}"
         if tools and self._text(messages, ()) == whole:
@@ -127,16 +129,38 @@ class Reader:
             and self._text([{**m, "content": text_of(m.get("content"))} for m in messages], tools) == whole
         ):
             return "leaves out the pictures"
-        silent = [{"content": "", **{k: v for k, v in m.items() if k != "tool_calls"}} for m in messages]
-        if any(m.get("tool_calls") for m in messages) and self._text(silent, tools) == whole:
-            return "leaves out the tool calls"
+        for field in SPOKEN:
+            if not self._shows(field, messages, tools, whole):
+                if field in CALLS:
+                    return f"leaves out the {CALLS[field]}"
+                if any(m.get(field) and not any(_filled(m, but=field)) for m in messages):
+                    return f"leaves out messages that hold nothing but {field!r}"
+                self._warn(f"the thoughts of earlier messages ({field!r})")
         return ""
+
+    def _shows(self, field: str, messages: Sequence[Message], tools: Tools, whole: str) -> bool:
+        """Whether a field of messages changes the text ``whole`` of their chat, if any of them has it."""
+        if not any(m.get(field) for m in messages):
+            return True
+        silent = [{"content": "", **{k: v for k, v in m.items() if k != field}} for m in messages]
+        return self._text(silent, tools) != whole
+
+    def _warn(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning("the chat template of %s leaves out %s", self.name, what)
 
     def _text(self, messages: Sequence[Message], tools: Tools) -> str | None:
         try:
             return render(self.tokenizer, messages, tools, self.template_kwargs)
         except ValueError:
             return None
+
+
+def _filled(message: Message, but: str = "") -> tuple[bool, ...]:
+    """Whether a message has words, and each of the fields beside them; ``but`` is passed over."""
+    fields = (bool(message.get(field)) for field in SPOKEN if field != but)
+    return (bool(text_of(message.get("content")).strip()), *fields)
 
 
 def _marked(message: Message, mark: str) -> Message:

@@ -16,6 +16,7 @@ import numpy as np
 
 from opdengine.config.train import TrainConfig
 from opdengine.data.prompts import PromptSet, drop_long
+from opdengine.data.rows import THOUGHTS
 from opdengine.errors import ConfigError
 from opdengine.methods.method import Method
 from opdengine.methods.mt_seqkd import MTSeqKD
@@ -160,7 +161,7 @@ def given_text(value: Any) -> str:
     """An answer of the data as text: a text, or the assistant's one message.
 
     Raises:
-        ValueError: it is neither; follows the name of its column.
+        ValueError: it is neither, or has a thought apart from its words; follows the name of its column.
     """
     if value is None or isinstance(value, str):
         return value or ""
@@ -168,6 +169,11 @@ def given_text(value: Any) -> str:
         value = [value]
     if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], dict):
         message = value[0]
+        if thought := next((field for field in THOUGHTS if message.get(field)), None):
+            raise ValueError(
+                f"has a thought beside the words ({thought!r}), which the student would not be given; write it before "
+                "them into 'content', between the tags of the student's model, or leave it out of the data"
+            )
         if message.get("role") == "assistant" and not message.get("tool_calls") and message.get("content") is not None:
             return text_of(message["content"])
     raise ValueError("holds neither text nor one message of the assistant in words alone")

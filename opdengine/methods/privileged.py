@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from opdengine.data.rows import THOUGHTS
 from opdengine.errors import ConfigError
-from opdengine.models.chat import text_of
+from opdengine.models.chat import written
 from opdengine.models.rendering import rewritten
 from opdengine.types import Message, Prompt
 
@@ -105,9 +106,10 @@ def column(prompt: Prompt, name: str) -> Any:
 
 
 def privileged_text(value: Any) -> str:
-    """A column as text: of a chat, what its messages say; of other lists and mappings, their JSON."""
+    """A column as text: of a chat, what its messages think, say and call; of other lists and mappings, their JSON."""
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, Sequence) and value and all(isinstance(m, Mapping) and "content" in m for m in value):
-        return "\n".join(text for m in value if (text := text_of(m["content"])))
+        said = [text for m in value for text in (*(str(m.get(field) or "") for field in THOUGHTS), written(m))]
+        return "\n".join(filter(None, said))
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (Mapping, Sequence)) else str(value)

@@ -321,6 +321,14 @@ CALLING = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]},
 LOSSES = {
     "tools": (FULL.replace("{% if tools %}", "{% if false %}"), [QUESTION], [TOOL], "leaves out the tools"),
     "calls": (FULL.replace("m.tool_calls or []", "[]"), CALLING, [], "leaves out the tool calls"),
+    "function": (
+        FULL, [QUESTION, {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}, QUESTION], [],
+        "leaves out the function calls",
+    ),
+    "thought": (
+        FULL, [QUESTION, {"role": "assistant", "reasoning_content": "1 + 1"}, QUESTION], [],
+        "leaves out messages that hold nothing but 'reasoning_content'",
+    ),
     "tool": (
         FULL.replace("{{ m.content }}", "{% if m.role != 'tool' %}{{ m.content }}{% endif %}"),
         CALLING, [TOOL], r"leaves out messages of the roles \['tool'\]",
@@ -345,7 +353,8 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_a_template_leaves_out_of_the_data_is_refused_or_counted(tiny: Any, name: str) -> None:
     template, messages, tools, problem = LOSSES[name]
-    good = Reader("teacher 'good'", with_template(tiny, FULL))
+    shown = "{{ m.content }}{{ m.reasoning_content }}{{ (m.function_call or {}).name }}"
+    good = Reader("teacher 'good'", with_template(tiny, FULL.replace("{{ m.content }}", shown)))
     bad = Reader("teacher 'bad'", with_template(tiny, template), keys=("a",))
     prompts = [Prompt(f"p{i}", tuple(messages), tuple(tools), key="ab"[i % 2]) for i in range(4)]
     if name != "breaks":
@@ -369,6 +378,18 @@ def test_text_beside_calls_that_a_template_leaves_out_is_pointed_out(
     chat = [QUESTION, {"role": "assistant", "content": "I look it up.", "tool_calls": [CALL]}, CALLING[2]]
     Reader("the student", with_template(tiny, template)).encode(chat)
     assert "the student leaves out the text of messages that call tools" in caplog.text
+
+
+def test_thoughts_that_a_template_leaves_out_are_pointed_out_once(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """As many do with those of earlier turns."""
+    thought = {"role": "assistant", "content": "2", "thinking": "1 + 1"}
+    shows = FULL.replace("{{ m.content }}", "{{ m.thinking }}{{ m.content }}")
+    Reader("the student", with_template(tiny, shows)).encode([QUESTION, thought, QUESTION])
+    assert "thoughts" not in caplog.text
+    reader = Reader("teacher 'T'", with_template(tiny, FULL))
+    reader.encode([QUESTION, thought, QUESTION])
+    reader.encode([QUESTION, thought, QUESTION, thought, QUESTION])
+    assert caplog.text.count("teacher 'T' leaves out the thoughts of earlier messages ('thinking')") == 1
 
 
 def test_a_judge_is_instructed_by_a_system_message(tiny: Any) -> None:

@@ -238,3 +238,7 @@ def test_given_texts() -> None:
     for bad in (4, [], ["a"], [said, said], [{**said, "tool_calls": [{}]}]):
         with pytest.raises(ValueError, match="neither text nor one message"):
             given_text(bad)
+    for field in ("reasoning_content", "reasoning", "thinking"):
+        with pytest.raises(ValueError, match=rf"a thought beside the words \('{field}'\).*write it before them"):
+            given_text([{**said, field: "a + b"}])
+        assert given_text({**said, field: None}) == "ab"

@@ -31,7 +31,7 @@ from opdengine.distributed import Ranks
 from opdengine.environments.setup import load_tasks
 from opdengine.methods import build_method
 from opdengine.methods.group_relative import add_advantages, advantages
-from opdengine.methods.privileged import Privileged
+from opdengine.methods.privileged import Privileged, privileged_text
 from opdengine.methods.sdpo import demonstration
 from opdengine.training.run import train
 from opdengine.types import Batch, Prompt, Sample, Turn
@@ -41,6 +41,14 @@ Models = dict[str, str]
 
 
 # ------------------------------------------------------------------------------------------------ contexts
+
+
+def test_a_demonstration_tells_thoughts_and_calls() -> None:
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
+    chat = [{"role": "assistant", "content": "I look.", "reasoning_content": "Is it day?", "tool_calls": [call]},
+            {"role": "tool", "content": "dark"}, {"role": "assistant", "content": "It is night."}]  # fmt: skip
+    shown = '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call>'
+    assert privileged_text(chat) == f"Is it day?\nI look.\n{shown}\ndark\nIt is night."
 
 
 def test_sdpo_shows_what_succeeded_and_what_was_said(models: Models, tmp_path: Path) -> None:
