@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -158,6 +159,57 @@ def test_the_mean_over_seeds_is_the_dense_gradient_and_the_noise_as_predicted(ki
         # Of a reverse KL, whose E_p[g] is drawn too, the op predicts what is linear in the draw.
         low, high = (0.75, 1.33) if kind == "reverse_kl" else (0.9, 1.1)
         assert low < mean_prediction * size / math.sqrt(variance) < high
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["plain", "none", "mixture", "softcap and log-probs"])
+def test_the_mean_over_every_draw_is_the_dense_gradient(kind, name):
+    """All 2^V draws of a small vocabulary, each by its probability: nothing is left to chance."""
+    g = torch.Generator().manual_seed(3)
+    rows, vocab = 5, 6
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    problem = [normal(rows, 4).requires_grad_(), normal(vocab, 4).requires_grad_()]
+    problem.append([TeacherHead(normal(rows, d), normal(vocab, d), normal(vocab)) for d in (5, 3)])
+    bias = normal(vocab).requires_grad_()
+    mix = torch.rand(rows, 2, generator=g)
+    mix[0, 0] = mix[1, 1] = 0.0
+    options = {"divergence": kind, "mix": mix, "student_bias": bias}
+    options |= {
+        "plain": {"reduction": "mean", "token_weight": torch.tensor([1.0, 0.0, 2.0, 0.5, -1.0])},
+        "none": {"reduction": "none", "temperature": 0.7},
+        "mixture": {"teacher_reduction": "mixture"},
+        "softcap and log-probs": {
+            "student_softcap": 2.0,
+            "labels": torch.tensor([0, 5, 5, 2, 1]),
+            "logprob_weight": torch.tensor([1.0, -2.0, 0.0, 0.5, 0.0]),
+        },
+    }[name]
+    _, exact = gradients(*problem, **options)
+    means, total, found = [torch.zeros_like(x) for x in exact], 0.0, []
+    real = sampling.Sampler._columns
+    for drawn in map(torch.tensor, itertools.product((False, True), repeat=vocab)):
+
+        def columns(self, keep, pi, most):
+            found.append(pi)
+            return real(self, keep, pi, most)
+
+        def numbers(*_, drawn=drawn):
+            return torch.where(drawn, -1.0, 2.0)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampling, "uniforms", numbers)
+            patch.setattr(sampling.Sampler, "_columns", columns)
+            _, got = gradients(*problem, vocab_sample=0.4, **options)
+        chance = torch.where(drawn, found[-1], 1.0 - found[-1]).prod().item()
+        total += chance
+        if chance:
+            means = [mean + chance * x for mean, x in zip(means, got, strict=True)]
+    assert total == pytest.approx(1.0) and (found[-1] < 1).sum() > 0
+    for mean, want in zip(means, exact, strict=True):
+        torch.testing.assert_close(mean, want, rtol=1e-10, atol=1e-12)
 
 
 def test_few_columns_are_unbiased_too():
