@@ -205,9 +205,8 @@ class LigerFusedLinearJSDLoss(nn.Module):
 
     def _cross_entropy(self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
         rows = torch.nonzero(labels != self.ignore_index)[:, 0]
-        if not rows.numel():
-            return hidden.sum() * 0.0
-        return -linear_logprob(hidden[rows], weight, labels[rows], bias=bias, **self.common).logprob.mean()
+        logprob = linear_logprob(hidden[rows], weight, labels[rows], bias=bias, **self.common).logprob
+        return -logprob.sum() / max(1, rows.numel())
 
 
 class LigerFusedLinearJSD(nn.Module):

@@ -58,7 +58,8 @@ def linear_divergence(
     weight of 0, so that no kernel is compiled within the capture.
 
     Args:
-        student_hidden: [N, d_s] float32, bfloat16, float16 (float64 for tests), row-major.
+        student_hidden: [N, d_s] float32, bfloat16, float16 (float64 for tests), row-major. Of no rows the loss is 0
+            and the gradients are zeros.
         student_weight: [V, d_s], same dtype, or float32 beside half-precision hidden states: products then use a
             copy in their precision, and its gradient is float32, never rounded; or an ``LMHead``,
             instead of the ``student_`` arguments below.

@@ -56,7 +56,7 @@ class LabelSets:
         weight, shards = head.weight, self.shards
         columns, scratch_tiles = row_layout(self.impl, head.vocab if shards is None else shards.widest)
         plan = plan_chunks(
-            rows=rows,
+            rows=max(1, rows),
             vocab=columns,
             hidden_sizes=(weight.shape[1],),
             buffers=1,

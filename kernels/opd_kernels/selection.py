@@ -102,6 +102,8 @@ def plan_rows(mix: Tensor, uniform: bool, row_weight: Tensor | None, others: Ten
         others: [N] or None; rows where it is not 0 are computed although they have no teacher.
     """
     rows, teachers = mix.shape
+    if rows == 0:
+        return RowPlan(None, 0, ())
     if capturing(mix.device):
         return RowPlan(None, rows, (Run(0, rows, (1 << teachers) - 1),))
     if uniform and others is None:

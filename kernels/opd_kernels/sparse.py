@@ -90,6 +90,7 @@ def topk_divergence(
     check_matrix("student_hidden", student_hidden, "[N, d]")
     rows, device = student_hidden.shape[0], student_hidden.device
     double = student_hidden.dtype == torch.float64
+    check_matrix("student_weight", head_weight, "[V, d]")
     dtype = torch.float64 if double else torch.float32
     weight = make_token_weight(token_weight, rows, dtype, device)
     check_values(torch.ones(rows, 1, device=device), weight, reduction, None, 0)
@@ -98,9 +99,6 @@ def topk_divergence(
     check_topk(topk_ids, topk_logprobs, rows, device, used, width)
 
     token_loss = student_hidden.new_full((rows,), math.nan, dtype=dtype)
-    if used is not None and used.numel() == 0:
-        nothing = (student_hidden.sum() + student_weight.sum()).to(dtype) * 0.0
-        return DivergenceOutput(nothing.expand(rows) if reduction == "none" else nothing, token_loss)
     hidden, ids, listed = student_hidden, topk_ids, topk_logprobs
     if used is not None and used.numel() < rows:
         hidden, ids, listed = hidden[used], ids[used], listed[used]
@@ -139,7 +137,8 @@ def topk_divergence(
     if reduction == "none":
         loss = weighted if used is None else weighted.new_zeros(rows).index_copy(0, used, weighted)
     else:
-        loss = weighted.sum() / (scale.sum() if reduction == "mean" else 1.0)
+        total = scale.sum()
+        loss = weighted.sum() / torch.where(total > 0, total, 1.0) if reduction == "mean" else weighted.sum()
     return DivergenceOutput(loss, token_loss)
 
 

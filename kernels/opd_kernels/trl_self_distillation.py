@@ -56,9 +56,6 @@ def trl_self_distillation_compute_loss(
 
     def loss(states: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
         states = states[rows]
-        if not len(states):  # the loss is 0, and every weight has a gradient
-            parts = [t.sum() for t in (states, head.weight, head.bias) if t is not None]
-            return torch.stack(parts).sum() * 0.0, weight
         ratio = torch.ones_like(weight)
         if args.distillation_is_clip is not None and old is not None:
             with torch.no_grad():

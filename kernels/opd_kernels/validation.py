@@ -47,7 +47,7 @@ def make_sampling(share: float, seed: int) -> Sampling | None:
 
 
 def check_matrix(name: str, tensor: object, dims: str) -> Tensor:
-    """A dense, non-empty, row-major 2-D tensor of a supported dtype."""
+    """A dense, row-major 2-D tensor of a supported dtype; hidden states, [N, d], may have no rows."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a torch.Tensor {dims}, got {type(tensor).__name__}")
     if tensor.dim() != 2:
@@ -56,8 +56,8 @@ def check_matrix(name: str, tensor: object, dims: str) -> Tensor:
         )
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {tensor.dtype}: use float32, bfloat16, float16 or float64")
-    if 0 in tensor.shape:
-        raise ValueError(f"{name} is empty, shape {list(tensor.shape)}: skip the call when there are no tokens")
+    if tensor.shape[1] == 0 or (tensor.shape[0] == 0 and dims != "[N, d]"):
+        raise ValueError(f"{name} is empty, shape {list(tensor.shape)}: pass a matrix {dims}")
     if (tensor.stride(1) != 1 and tensor.shape[1] > 1) or (tensor.stride(0) < tensor.shape[1] and tensor.shape[0] > 1):
         raise ValueError(f"{name} is not row-major, strides {tensor.stride()}: pass {name}.contiguous()")
     return tensor
@@ -319,7 +319,7 @@ def check_labels(labels: object, vocab: int, hidden: Tensor) -> Tensor:
     """[N] or [N, L] int64, dense, L at least 1, every label a column."""
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         labels = check_vector("labels", labels, hidden.shape[0], hidden.device, integer=True)
-    if labels.shape[0] != hidden.shape[0] or 0 in labels.shape:
+    if labels.shape[0] != hidden.shape[0] or 0 in labels.shape[1:]:
         raise ValueError(f"labels must have shape [{hidden.shape[0]}] or [{hidden.shape[0]}, L], got {[*labels.shape]}")
     check_vector("labels", labels.flatten(), labels.numel(), hidden.device, integer=True)
     bad = (labels < 0) | (labels >= vocab)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
-from opd_kernels import TeacherHead, from_trl_beta, linear_divergence
+from opd_kernels import TeacherHead, from_trl_beta, linear_divergence, linear_logprob, token_stats, topk_divergence
 
 KINDS = ["reverse_kl", "forward_kl", "jsd", "skew_kl"]
 SMALL = 30_000  # bytes: several chunks at the sizes used here
@@ -159,6 +160,38 @@ def test_nothing_to_compute_is_exactly_zero(make_case, reduction, cause):
         assert torch.equal(loss, torch.zeros_like(loss))
         assert token_loss.isnan().all()
         assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("op", ["divergence", "sampled", "logprob", "tail", "topk"])
+def test_no_rows_are_a_loss_of_zero_with_gradients_of_zero(make_case, impl, op):
+    """So that a micro-batch without a token that counts is no special case of a trainer."""
+    case, bias = make_case(2), torch.zeros(37, dtype=torch.float64, requires_grad=True)
+    inputs = [case.hidden, case.weight, bias]
+    hidden, labels = case.hidden[:0], case.labels[:0]
+    if op in ("logprob", "tail"):
+        labels = labels if op == "logprob" else labels[:, None]
+        out = linear_logprob(hidden, case.weight, labels, bias=bias, tail=op == "tail", impl=impl)
+        assert out.logprob.shape == labels.shape and out.entropy.shape == (0,)
+        losses = [out.logprob.sum() + out.entropy.sum()]
+    else:
+        teachers = [TeacherHead(head.hidden[:0], head.weight) for head in case.teachers]
+        options = {"student_bias": bias, "impl": impl}
+        losses = []
+        for reduction in ("sum", "mean", "none"):
+            if op == "topk":
+                listed = torch.zeros(0, 3)
+                out = topk_divergence(hidden, case.weight, listed.long(), listed, reduction=reduction, **options)
+            else:
+                share = {"vocab_sample": 0.2} if op == "sampled" else {"stats": True, "labels": labels}
+                out = linear_divergence(hidden, case.weight, teachers, reduction=reduction, **share, **options)
+                assert op == "sampled" or out.stats.gap.shape == (0, 2)
+            assert out.token_loss.shape == (0,) and out.loss.shape == ((0,) if reduction == "none" else ())
+            losses.append(out.loss.sum())
+        assert token_stats(hidden, case.weight, teachers, impl=impl).forward_kl.shape == (0, 2)
+    for loss in losses:
+        gradients = torch.autograd.grad(loss, inputs)
+        assert all(torch.equal(x, torch.zeros_like(x)) for x in (loss, *gradients))
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])

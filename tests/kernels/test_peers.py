@@ -67,6 +67,16 @@ def test_liger_chunked_loss_without_tokens(case):
         assert_same(with_gradients(loss, case.student), [torch.zeros(()), *map(torch.zeros_like, case.student)])
 
 
+def test_no_rows_and_ignored_rows_that_are_not_finite(case):
+    teacher, module = case.teachers[0], adapters.LigerFusedLinearJSDLoss()
+    hidden = torch.full_like(case.student[0], torch.inf).requires_grad_()
+    loss = module(hidden, case.student[1], teacher.hidden, teacher.weight, torch.full((12,), IGNORED))
+    inputs = hidden, case.student[1]
+    assert_same(with_gradients(loss, inputs), [torch.zeros(()), *map(torch.zeros_like, inputs)])
+    loss = module(hidden[:0], case.student[1], teacher.hidden[:0], teacher.weight, torch.full((0,), IGNORED))
+    assert_same(with_gradients(loss, (case.student[1],)), [torch.zeros(()), torch.zeros_like(case.student[1])])
+
+
 @pytest.mark.parametrize(
     ("module", "name"),
     [

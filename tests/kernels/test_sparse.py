@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from opd_kernels import TeacherHead, linear_divergence, linear_logprob, topk_divergence
+from opd_kernels import LMHead, TeacherHead, linear_divergence, linear_logprob, topk_divergence
 
 KINDS = ["reverse_kl", "forward_kl", "jsd", "skew_kl"]
 SMALL = 30_000
@@ -278,3 +280,36 @@ def test_bad_lists(make_case, change, message):
     case = make_case(1, rows=3)
     with pytest.raises(ValueError, match=message):
         topk_divergence(*case.student, *change(*listed(case.teachers[0], 4)))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rows_without_weight_do_not_reach_a_loss_of_no_rows(make_case, reduction, dtype):
+    """Neither inf in them nor a sum of them that overflows; every parameter has its gradient of zeros."""
+    case = make_case(1, dtype=dtype)
+    with torch.no_grad():
+        case.hidden[:] = 6e4
+        case.hidden[3] = torch.inf
+    bias = torch.zeros(37, dtype=dtype, requires_grad=True)
+    listed = torch.full((11, 1), -1.0), case.labels[:, None]
+    options = {"token_weight": torch.zeros(11), "reduction": reduction, "student_bias": bias}
+    out = topk_divergence(*case.student, *reversed(listed), **options)
+    assert torch.equal(out.loss, torch.zeros_like(out.loss)) and out.token_loss.isnan().all()
+    gradients = torch.autograd.grad(out.loss.sum(), (*case.student, bias))
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+    with pytest.raises(ValueError, match=r"temperature=-1\.0"):
+        topk_divergence(*case.student, *reversed(listed), **options, temperature=-1.0)
+
+
+def test_a_head_as_one_argument(make_case):
+    case = make_case(1)
+    bias = torch.linspace(-1, 1, 37, dtype=torch.float64)
+    ids, values = listed(case.teachers[0], 4)
+    head = LMHead(case.weight, bias, 1.3, 4.0)
+    got = topk_divergence(case.hidden, head, ids, values)
+    options = {"student_bias": bias, "student_logit_scale": 1.3, "student_softcap": 4.0}
+    assert torch.equal(got.loss, topk_divergence(*case.student, ids, values, **options).loss)
+    with pytest.raises(ValueError, match="do not pass them beside it"):
+        topk_divergence(case.hidden, head, ids, values, student_bias=bias)
+    with pytest.raises(ValueError, match=r"student_weight must be a torch\.Tensor.*got Linear"):
+        topk_divergence(case.hidden, torch.nn.Linear(6, 37), ids, values)

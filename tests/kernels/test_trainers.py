@@ -121,6 +121,21 @@ def test_a_collator_of_the_loss_is_needed():
         loss(student(**batch), labels)
     with pytest.raises(ValueError, match=r"\['reduction'\] cannot be set here"):
         TrainerLoss(student, [], reduction="none")
+    with pytest.raises(ValueError, match=r"\['vocab_sample'\] cannot be set here: each call needs a seed of its own"):
+        TrainerLoss(student, [], vocab_sample=0.1)
+
+
+def test_a_batch_without_a_token_that_counts():
+    """A prompt that fills the whole length; with several processes it is still part of the step."""
+    student = make(dtype=torch.float32)
+    loss = TrainerLoss(student, [make(seed=5, dtype=torch.float32)])
+    batch = loss.collator(collate)(examples(2))
+    batch["fused_labels"] = batch.pop("labels").fill_(-100)
+    for items in (None, torch.tensor(7)):
+        student.zero_grad()
+        value = loss(student(**batch), num_items_in_batch=items)
+        value.backward()
+        assert value == 0 and all(p.grad is not None and not p.grad.any() for p in student.parameters())
 
 
 def test_a_failed_pass_leaves_the_student_as_it_was():

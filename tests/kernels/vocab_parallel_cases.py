@@ -280,6 +280,27 @@ def check_topk(splits):
         labels = ids.clamp(min=0)
         out = linear_logprob(*leaves_of(world), labels, tail=True, group=dist.group.WORLD, **world.options)
         assert out.tail.isneginf().all() == (k == VOCAB)
+    far = [x.detach() * 1e3 if x.dim() == 2 and len(x) == ROWS else x for x in leaves_of(world)]
+    whole = [x.detach() * 1e3 if x.dim() == 2 and len(x) == ROWS else x for x in world.inputs(whole=True)[0]]
+    best = (whole[0] @ whole[1][:VOCAB].t()).topk(2, 1).indices
+    tails = [
+        linear_logprob(*leaves, best, tail=True, group=group, **world.options).tail.detach()
+        for leaves, group in ((far, dist.group.WORLD), (whole, None))
+    ]
+    assert tails[0].min() < -800  # exp of it is 0 in float64
+    same(tails[:1], tails[1:], "a small tail", rtol=1e-11, atol=1e-12)
+
+
+def check_no_rows(splits):
+    """Zeros on every rank, and nothing waits."""
+    world = World(splits[0], 2, seed=10)
+    leaves, heads = world.inputs(whole=False)
+    none = [TeacherHead(head.hidden[:0], head.weight) for head in heads]
+    group = {"group": dist.group.WORLD, **world.options}
+    out = linear_divergence(leaves[0][:0], leaves[1], none, **group)
+    found = linear_logprob(leaves[0][:0], leaves[1], world.labels[:0, None], tail=True, **group)
+    gradients = torch.autograd.grad(out.loss + found.logprob.sum() + found.tail.sum(), leaves)
+    assert out.loss == 0 and not any(x.any() for x in gradients)
 
 
 def check_compiled(splits):
@@ -385,6 +406,7 @@ CHECKS = [
     check_ties,
     check_logprob,
     check_topk,
+    check_no_rows,
     check_collectives,
     check_errors,
 ]
