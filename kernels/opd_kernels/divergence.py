@@ -95,7 +95,8 @@ def linear_divergence(
             gradients and the float32 accumulator of a half-precision weight gradient are not counted.
         vocab_size: number of valid leading vocabulary rows of every head; required when widths
             differ. With ``group``, of all ranks together.
-        student_bias: [V] or None; a -inf entry switches its column off (see ``types.FLOOR``).
+        student_bias: [V] or None; a -inf entry switches its column off (see ``types.FLOOR``), but with a softcap,
+            which makes its logit -softcap.
         student_logit_scale: positive factor of the student's logits.
         student_softcap: positive cap of the student's logits, or None.
         vocab_sample: share of the vocabulary, in [0, 1), from which gradients are computed: unbiased, with a noise

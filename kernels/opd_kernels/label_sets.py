@@ -116,10 +116,16 @@ class LabelSets:
             own = torch.where(here, z.gather(1, columns), 0.0)
         if self.head.vocab and self.tail:
             scratch, removed = z.new_empty(tile_rows, self.head.vocab), removal(here, z)
+            off = self.head.switched_off()
             for start, stop in spans(chunk.rows, tile_rows):
                 part = torch.sub(z[start:stop], table[TOP, start:stop, None], out=scratch[: stop - start])
                 part.scatter_add_(1, columns[start:stop], removed[start:stop])
-                rest[start:stop] = part.exp_().sum(1).log_()
+                if off is not None:
+                    part.masked_fill_(off, -math.inf)
+                # Relative to the tail's own largest logit: relative to the row's, exp would be 0 far below it.
+                top = part.amax(1)
+                top.masked_fill_(top.isneginf(), 0.0)
+                rest[start:stop] = part.sub_(top[:, None]).exp_().sum(1).log_().add_(top)
         if self.shards is not None:
             mine = torch.cat((table[:MERGED], own.t(), rest.view(-1, chunk.rows)))
             everyone = self.shards.gather(mine)

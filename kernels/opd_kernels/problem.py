@@ -42,6 +42,10 @@ class Head:
         """d logits / d (hidden W^T) before the softcap's own slope."""
         return self.scale / self.temperature
 
+    def switched_off(self) -> Tensor | None:
+        """[vocab] columns whose bias is -inf, or None where there is none."""
+        return torch.isneginf(self.bias[: self.vocab]) if self.floor and self.bias is not None else None
+
     def with_tensors(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
         bias = None if bias is None else bias.contiguous()
         return replace(self, hidden=hidden, weight=weight.to(self.weight.dtype), bias=bias)

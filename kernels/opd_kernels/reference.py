@@ -77,7 +77,9 @@ def reference_logprob(head: Head, labels: Tensor, tail: bool = False) -> Logprob
     logp = log_probs(head, every, dtype)
     columns = labels if labels.dim() == 2 else labels[:, None]
     logprob, entropy = logp.gather(1, columns), -(logp.exp() * logp).sum(1)
-    others = torch.ones_like(logp, dtype=torch.bool).scatter_(1, columns, False)
+    others, off = torch.ones_like(logp, dtype=torch.bool).scatter_(1, columns, False), head.switched_off()
+    if off is not None:
+        others &= ~off
     mass = torch.where(others, logp, -math.inf).logsumexp(1) if tail else None
     top1_prob = logp.detach().amax(1).exp()
     return LogprobOutput(logprob if labels.dim() == 2 else logprob[:, 0], entropy, top1_prob, mass)

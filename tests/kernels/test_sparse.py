@@ -79,6 +79,35 @@ def test_a_small_tail_keeps_its_precision(make_case):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("gap", [95.0, 104.0, 2000.0])
+def test_a_tail_below_the_smallest_float_keeps_its_log(make_case, gap):
+    """exp of it is denormal, or 0."""
+    case = make_case(dtype=torch.float32, rows=3)
+    bias = torch.full((37,), -gap)
+    bias[7], bias[11] = 0.0, -torch.inf
+    hidden, weight = (x.detach() * 0 for x in case.student)
+    for impl in ("torch", "reference"):
+        own = bias.clone().requires_grad_()
+        out = linear_logprob(hidden, weight, torch.full((3, 1), 7), bias=own, tail=True, impl=impl)
+        torch.testing.assert_close(out.tail, torch.full((3,), math.log(35) - gap), rtol=1e-6, atol=1e-6)
+        (gradient,) = torch.autograd.grad(out.tail.sum(), own)
+        want = torch.full((37,), 3 / 35)
+        want[7], want[11] = -3.0, 0.0
+        torch.testing.assert_close(gradient, want, rtol=2e-4, atol=1e-6)
+        listed = torch.full((3, 1), math.log(0.5))
+        loss = topk_divergence(hidden, weight, torch.full((3, 1), 7), listed, divergence="forward_kl", student_bias=own)
+        assert loss.token_loss.tolist() == pytest.approx([0.5 * (gap - math.log(35)) - math.log(2)] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_columns_that_are_switched_off_are_no_tail(make_case, impl):
+    case = make_case(rows=3, vocab=5)
+    bias = torch.zeros(5, dtype=torch.float64)
+    bias[3:] = -torch.inf
+    labels = torch.arange(3).expand(3, 3).contiguous()
+    assert linear_logprob(*case.student, labels, bias=bias, tail=True, impl=impl).tail.isneginf().all()
+
+
 def test_tail_without_columns(make_case):
     case = make_case(rows=3, vocab=5)
     out = linear_logprob(*case.student, torch.arange(5).expand(3, 5).contiguous(), tail=True)
