@@ -25,6 +25,8 @@ from .validation import check_impl, make_problem, make_student
 
 StudentArguments = tuple[Tensor, Tensor, Tensor | None, float, float | None]
 """hidden, weight, bias, logit scale and softcap, as the caller gave them."""
+Gradients = Sequence[Tensor | None]
+"""One for each input, None where there is none."""
 
 
 def prepare(
@@ -103,6 +105,60 @@ def reduce_loss(problem: Problem, outcome: Outcome, scales: Scales) -> tuple[Ten
     return weighted if problem.reduction == "none" else weighted.sum(), error
 
 
+class Unchanged:
+    """The constants of a call, by name, which a backward pass may read again and autograd does not watch."""
+
+    def __init__(self, constants: dict[str, Tensor | None]) -> None:
+        self.seen = [(name, x, x._version) for name, x in constants.items() if x is not None and not x.is_inference()]
+
+    def check(self) -> None:
+        """Raise RuntimeError where one was changed in place since."""
+        for name, tensor, version in self.seen:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"{name} was changed in place after the forward pass, and this backward pass reads it again: "
+                    "change it after the backward pass, or give the op a copy"
+                )
+
+
+def constants_of(problem: Problem) -> dict[str, Tensor | None]:
+    """The tensors of a problem that have no gradient, by the names of the arguments."""
+    found = {name: getattr(problem, name) for name in ("mix", "token_weight", "logprob_weight")}
+    if problem.logprob_weight is not None:
+        found["labels"] = problem.labels
+    for k, head in enumerate(problem.teachers):
+        found |= {f"teachers[{k}].{name}": getattr(head, name) for name in ("hidden", "weight", "bias")}
+    return found
+
+
+class FirstDerivative(torch.autograd.Function):
+    """Pass ``count`` gradients on, where the graph of the backward pass is recorded (``create_graph=True``): to
+    differentiate them again is refused, since they would count as constants.
+
+    The other arguments are what they depend on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:
+        raise RuntimeError(
+            "opd_kernels has first derivatives only: use impl='reference' for a loss that is differentiated twice"
+        )
+
+
+def recorded(
+    ctx: Any, gradients: Sequence[Tensor | None], upstream: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """``gradients``, as ``FirstDerivative`` passes them on where autograd records the backward pass."""
+    if not torch.is_grad_enabled():
+        return gradients
+    found: Gradients = FirstDerivative.apply(len(gradients), *gradients, *ctx.saved_tensors, *upstream)  # type: ignore[no-untyped-call]
+    return found
+
+
 class LinearDivergence(torch.autograd.Function):
     """Computes gradients in forward when the row weights are known there, else recomputes in
     backward."""
@@ -116,6 +172,7 @@ class LinearDivergence(torch.autograd.Function):
         loss, outcome = solve(problem, scales, wants)
         ctx.gradients = outcome if wants and problem.reduction != "none" else None
         ctx.problem, ctx.scales = replace(problem, stats=False), scales
+        ctx.constants = Unchanged(constants_of(problem))
         ctx.report = outcome.report if problem.reduction == "none" else None
         ctx.save_for_backward(hidden, weight, bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -127,12 +184,18 @@ class LinearDivergence(torch.autograd.Function):
         return loss, *extras
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
         if grad_loss is None:
             return None, None, None, None, None
+        with torch.no_grad():
+            gradients = LinearDivergence._gradients(ctx, grad_loss)
+        return *recorded(ctx, gradients, [grad_loss]), None, None
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         outcome, ctx.gradients = ctx.gradients, None
         if outcome is None:
+            ctx.constants.check()
             hidden, weight, bias = ctx.saved_tensors
             student = ctx.problem.student.with_tensors(hidden, weight, bias)
             outcome = recompute(replace(ctx.problem, student=student), ctx.scales, grad_loss, ctx.wants)
@@ -140,7 +203,7 @@ class LinearDivergence(torch.autograd.Function):
                 ctx.report[:3] = outcome.sampling
         else:
             _scale_gradients(outcome, grad_loss)
-        return *cast_gradients(ctx, outcome), None, None
+        return cast_gradients(ctx, outcome)
 
 
 def cast_gradients(ctx: Any, outcome: Outcome) -> tuple[Tensor | None, ...]:

@@ -122,6 +122,9 @@ def linear_divergence(
     Raises:
         ValueError: an argument is invalid, or a teacher's logits hold NaN or inf on a computed row.
     """
+        RuntimeError: in the backward pass, where its gradients are differentiated again, or where what it reads again
+            (with ``reduction="none"``, or a second time) was changed in place. ``impl="reference"`` is plain torch:
+            differentiable twice, and by ``torch.func``.
     student = student_arguments(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
     hidden, weight, bias, *_ = student
     wants = wanted(hidden, weight, bias)

@@ -108,6 +108,7 @@ def linear_logprob(
 
     Raises:
         ValueError: an argument is invalid.
+        RuntimeError: in the backward pass, as ``linear_divergence``.
     """
     hidden, weight, bias, logit_scale, softcap = student_arguments(hidden, weight, bias, logit_scale, softcap)
     wants = wanted(hidden, weight, bias)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import cast_gradients, exact_products
+from .call import Unchanged, cast_gradients, exact_products, recorded
 from .heads import Wants
 from .label_sets import LabelSets, SingleLabel, Upstream
 from .problem import STATS_ONLY, Problem
@@ -96,6 +96,7 @@ class LinearLogprob(torch.autograd.Function):
         with exact_products(hidden.device):
             logprob, tail, entropy, top1_prob = call.forward()
         ctx.call, ctx.wants = call, wants
+        ctx.constants = Unchanged({"labels": call.labels})
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(hidden, weight, bias, tail)
         ctx.mark_non_differentiable(top1_prob)
@@ -103,14 +104,20 @@ class LinearLogprob(torch.autograd.Function):
         return logprob, tail, entropy, top1_prob
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         if all(gradient is None for gradient in upstream):
             return None, None, None, None, None
+        with torch.no_grad():
+            gradients = LinearLogprob._gradients(ctx, upstream)
+        return *recorded(ctx, gradients, upstream), None, None
+
+    @staticmethod
+    def _gradients(ctx: Any, upstream: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        ctx.constants.check()
         hidden, weight, bias, tail = ctx.saved_tensors
         call: LabelSets = replace(ctx.call, head=ctx.call.head.with_tensors(hidden, weight, bias))
         with exact_products(hidden.device):
             grad_logprob, grad_tail, grad_entropy, _ = upstream
             gradients = Upstream.of(grad_logprob, grad_entropy, grad_tail, like=call.labels, dtype=tail.dtype)
             outcome = call.backward(tail, gradients, ctx.wants)
-        return *cast_gradients(ctx, outcome), None, None
+        return cast_gradients(ctx, outcome)

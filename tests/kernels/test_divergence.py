@@ -238,6 +238,68 @@ def test_frozen_inputs_and_repeated_backward(make_case, reduction):
         assert not linear_divergence(*case.student, case.teachers).loss.requires_grad
 
 
+@pytest.mark.parametrize("op", ["divergence", "rows", "logprob", "topk"])
+def test_second_derivatives_are_refused(make_case, op):
+    """The gradient would count as a constant where a penalty of it is differentiated."""
+    case = make_case(1)
+    if op in ("divergence", "rows"):
+        reduction = "none" if op == "rows" else "sum"
+        loss = linear_divergence(*case.student, case.teachers, reduction=reduction).loss.sum()
+    elif op == "logprob":
+        loss = linear_logprob(*case.student, case.labels).logprob.sum()
+    else:
+        loss = topk_divergence(*case.student, case.labels[:, None], torch.full((11, 1), -1.0)).loss
+    plain = torch.autograd.grad(loss, case.student, retain_graph=True)
+    gradients = torch.autograd.grad(loss, case.student, create_graph=True)
+    assert_same(gradients, plain)
+    with pytest.raises(RuntimeError, match="first derivatives only: use impl='reference'"):
+        (case.hidden.square().sum() + gradients[0].square().sum()).backward()
+    exact = linear_divergence(*case.student, case.teachers, impl="reference").loss
+    (gradient,) = torch.autograd.grad(exact, case.hidden, create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), case.hidden)[0].abs().sum() > 0
+
+
+CONSTANTS = ["mix", "token_weight", "labels", "logprob_weight", "teachers[1].hidden", "teachers[0].weight"]
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_constants_that_a_backward_pass_reads_again_may_not_change(make_case, name, reduction):
+    """A buffer that is filled anew before the backward pass would give another loss's gradient."""
+    case = make_case(2)
+    given = {"mix": case.mix.double(), "token_weight": case.token_weight.double(), "labels": case.labels}
+    given["logprob_weight"] = case.token_weight.double() + 1.0
+    out = linear_divergence(*case.student, case.teachers, reduction=reduction, **given)
+    if reduction == "sum":  # has its gradients already, for one backward pass
+        first = torch.autograd.grad(out.loss, case.student, retain_graph=True)
+    k = int(name[9]) if name.startswith("teachers") else 0
+    changed = given.get(name, getattr(case.teachers[k], name.rpartition(".")[2], None))
+    changed.mul_(1)
+    with pytest.raises(RuntimeError, match=rf"{re.escape(name)} was changed in place"):
+        torch.autograd.grad(out.loss.sum(), case.student)
+    if reduction == "sum":
+        again = linear_divergence(*case.student, case.teachers, reduction=reduction, **given)
+        changed.mul_(1)
+        assert_same(torch.autograd.grad(again.loss, case.student), first)
+
+
+def test_labels_of_log_probs_may_not_change_before_the_backward_pass(make_case):
+    case = make_case()
+    out = linear_logprob(*case.student, case.labels)
+    case.labels.zero_()
+    with pytest.raises(RuntimeError, match="labels was changed in place"):
+        out.logprob.sum().backward()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_teachers_of_inference_mode(make_case, reduction):
+    case = make_case(2)
+    with torch.inference_mode():
+        teachers = [TeacherHead(head.hidden.clone(), head.weight.clone()) for head in case.teachers]
+    case.teachers, plain = teachers, loss_and_gradients(case, "torch", reduction=reduction)
+    assert_same(loss_and_gradients(case, "torch", reduction=reduction), plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_half_precision_inputs_lose_only_the_final_rounding(make_case, dtype, reduction):
