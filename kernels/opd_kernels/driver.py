@@ -285,9 +285,10 @@ class Pass:
     def _finite(self, head: Head, row: int) -> bool:
         """Whether the logits of a row are, on every rank."""
         dtype, shards = self.problem.compute_dtype, self.problem.shards
-        hidden, wrong = head.hidden[row].to(dtype), head.hidden.new_zeros((), dtype=dtype)
+        hidden, wrong = head.hidden[row].to(dtype) * head.factor, head.hidden.new_zeros((), dtype=dtype)
         for start, stop in spans(head.vocab, 8192):
-            wrong += (~torch.isfinite(head.weight[start:stop].to(dtype) @ hidden)).sum()
+            logits = head.weight[start : min(stop, head.vocab)].to(dtype) @ hidden
+            wrong += (~torch.isfinite(logits if head.softcap is None else logits.tanh_())).sum()
         return not bool(wrong if shards is None else shards.sum_(wrong))
 
     def _bad_teacher(self, k: int, teacher: Head, row: int) -> str:

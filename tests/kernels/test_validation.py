@@ -122,6 +122,25 @@ def test_first_row_is_named_in_the_callers_order(make_case):
     case = make_case(2)
     case.teachers[1].hidden[4] = torch.nan
     case.teachers[1].hidden[6] = torch.nan
+def test_teacher_whose_factor_overflows_is_named(make_case):
+    """Its product is finite, its logits are not."""
+    case = make_case(2, dtype=torch.float32)
+    case.teachers[1] = replace(case.teachers[1], logit_scale=1e39)
+    with pytest.raises(ValueError, match=r"teachers\[1\] has NaN or inf logits, first at row 0"):
+        call(case, mix=torch.ones(11, 2))
+
+
+def test_a_softcap_makes_an_infinite_product_finite(make_case):
+    """The other teacher is to blame."""
+    case = make_case(2, dtype=torch.float32)
+    big = [x.abs() * 1e20 + 1e20 for x in (case.teachers[0].hidden, case.teachers[0].weight)]
+    case.teachers[0] = TeacherHead(*big, softcap=5.0)
+    assert call(case, mix=torch.ones(11, 2)).loss.isfinite()
+    case.teachers[1].hidden[4] = torch.nan
+    with pytest.raises(ValueError, match=r"teachers\[1\] has NaN or inf logits, first at row 4"):
+        call(case, mix=torch.ones(11, 2))
+
+
     mix = torch.ones(11, 2)
     mix[6, 0] = 0.0
     with pytest.raises(ValueError, match=r"teachers\[1\].*row 4"):
