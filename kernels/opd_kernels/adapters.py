@@ -43,7 +43,7 @@ Where they do not agree:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,6 +53,13 @@ from torch import Tensor, nn
 from .divergence import from_trl_beta, linear_divergence
 from .logprob import linear_logprob
 from .types import DivergenceOutput, TeacherHead
+
+
+def refuse_one_seed(options: Mapping[str, Any]) -> None:
+    """Raise ValueError where columns would be sampled with the same seed in every call: the noise would not average
+    out."""
+    if wrong := sorted({"vocab_sample", "sample_seed"} & set(options)):
+        raise ValueError(f"{wrong} cannot be set here: each call needs a seed of its own; call linear_divergence")
 
 
 class LinearDivergence(nn.Module):
@@ -65,13 +72,17 @@ class LinearDivergence(nn.Module):
         options: any other keyword argument of ``linear_divergence`` that is not per token:
             ``jsd_beta``, ``skew_alpha``, ``teacher_reduction``, ``temperature``, ``stats``, ``impl``,
             ``workspace_bytes``, ``vocab_size``, ``student_logit_scale``, ``student_softcap``,
-            ``group``; not ``vocab_sample``, whose seed differs in every step.
+            ``group``; not ``vocab_sample``, whose seed differs in every call.
+
+    Raises:
+        ValueError: ``vocab_sample`` is among the options.
     """
 
     def __init__(
         self, divergence: str = "reverse_kl", *, reduction: str = "mean", ignore_index: int = -100, **options: Any
     ) -> None:
         super().__init__()
+        refuse_one_seed(options)
         self.options: dict[str, Any] = {"divergence": divergence, "reduction": reduction, **options}
         self.ignore_index = ignore_index
 

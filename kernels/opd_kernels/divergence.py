@@ -106,7 +106,8 @@ def linear_divergence(
             rows (half the share of them, at least 32), and ``token_loss`` and what ``stats`` say about teachers
             are NaN on the others. Other divergences have exact values and statistics. Calls without a gradient
             and impl="reference" are exact.
-        sample_seed: of the draw; give every step another one. The same seed draws the same again.
+        sample_seed: of the draw; give every call another one, micro-batches too: the same seed draws the same again,
+            so that the noise of its calls would not average out.
         group: ``torch.distributed.ProcessGroup`` whose ranks each hold consecutive vocabulary rows
             of the student's and of every teacher's weight (and bias), split at the same ids; uneven
             shards are allowed, and padding beyond ``vocab_size`` on the last ranks. Everything else

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .adapters import refuse_one_seed
 from .causal_lm import Replaced, in_place_of_head, teacher_head, unwrapped
 from .divergence import from_trl_beta, linear_divergence
 from .logprob import linear_logprob
@@ -109,7 +110,7 @@ class TrainerLoss:
             ``temperature``, ``mix`` or ``vocab_size``.
 
     Raises:
-        ValueError: an option is per token.
+        ValueError: an option is per token or ``vocab_sample``, whose seed differs in every call.
     """
 
     KEY = "fused_labels"
@@ -118,6 +119,7 @@ class TrainerLoss:
     def __init__(self, model: nn.Module, teachers: Sequence[nn.Module], **options: Any) -> None:
         if wrong := sorted(set(options) & {"token_weight", "labels", "logprob_weight", "reduction", "stats"}):
             raise ValueError(f"{wrong} cannot be set here: the loss is a mean over the tokens that count")
+        refuse_one_seed(options)
         self.teachers = [teacher.eval() for teacher in teachers]
         self.options = options
         self.rows: Tensor | None = None

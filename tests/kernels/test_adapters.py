@@ -84,6 +84,11 @@ def test_liger_transformers_signature(case, labels, beta):
     assert_same(grads(loss, case), grads(want, case))
 
 
+def test_one_seed_for_every_call_is_refused():
+    with pytest.raises(ValueError, match="each call needs a seed of its own; call linear_divergence"):
+        LinearDivergence(vocab_sample=0.1, sample_seed=3)
+
+
 def test_liger_hard_loss_is_at_temperature_one(case):
     teacher = case.teachers[0]
     module = LigerFusedLinearJSDLoss(weight_hard_loss=1.0, weight_soft_loss=0.0, temperature=3.0)
