@@ -122,13 +122,12 @@ def linear_divergence(
 
     Raises:
         ValueError: an argument is invalid, or a teacher's logits hold NaN or inf on a computed row.
-    """
         RuntimeError: in the backward pass, where its gradients are differentiated again, or where what it reads again
             (with ``reduction="none"``, or a second time) was changed in place. ``impl="reference"`` is plain torch:
             differentiable twice, and by ``torch.func``.
+    """
     student = student_arguments(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
     hidden, weight, bias, *_ = student
-    wants = wanted(hidden, weight, bias)
     options: dict[str, Any] = {
         "divergence": divergence,
         "jsd_beta": jsd_beta,
@@ -149,10 +148,11 @@ def linear_divergence(
         "group": group,
     }
     if torch.compiler.is_compiling() and impl != "reference":
-        return library.divergence(student, teachers, wants, options)
+        return library.divergence(student, teachers, wanted(hidden, weight, bias), options)
     problem = prepare(student, teachers, **options)
     if problem.impl == "reference":
         return reference_divergence(problem)
+    wants = wanted(hidden, weight, bias)
     loss, token_loss, logprob, report, *found = LinearDivergence.apply(hidden, weight, bias, problem, wants)  # type: ignore[no-untyped-call]
     sampling = None if report is None else SampleReport(*report.unbind())
     return DivergenceOutput(loss, token_loss, TokenStats(*found) if stats else None, logprob, sampling)

@@ -111,7 +111,6 @@ def linear_logprob(
         RuntimeError: in the backward pass, as ``linear_divergence``.
     """
     hidden, weight, bias, logit_scale, softcap = student_arguments(hidden, weight, bias, logit_scale, softcap)
-    wants = wanted(hidden, weight, bias)
     options: dict[str, Any] = {
         "logit_scale": logit_scale,
         "softcap": softcap,
@@ -123,10 +122,11 @@ def linear_logprob(
         "group": group,
     }
     if torch.compiler.is_compiling() and impl != "reference":
-        return library.logprob(hidden, weight, bias, labels, wants, options)
+        return library.logprob(hidden, weight, bias, labels, wanted(hidden, weight, bias), options)
     call = prepare_logprob(hidden, weight, bias, labels, **options)
     if call.impl == "reference":
         return reference_logprob(call.head, labels, tail)
+    wants = wanted(hidden, weight, bias)
     values = LinearLogprob.apply(hidden, weight, bias, call, wants)  # type: ignore[no-untyped-call]
     logprob, mass, entropy, top1_prob = values
     return LogprobOutput(logprob if labels.dim() == 2 else logprob[:, 0], entropy, top1_prob, mass if tail else None)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import no_autocast
+from .call import no_autocast, student_arguments
 from .logprob import linear_logprob
 from .problem import Rule
-from .types import REDUCTIONS, DivergenceOutput
+from .types import REDUCTIONS, DivergenceOutput, LMHead
 from .validation import check_choice, check_constant, check_matrix, check_values, make_rule, make_token_weight
 
 # How far above 1 the probabilities of a list may sum: what half-precision log-probs lose.
@@ -37,7 +37,7 @@ NOTHING = -1.0e4
 
 def topk_divergence(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | LMHead,
     topk_ids: Tensor,
     topk_logprobs: Tensor,
     *,
@@ -64,7 +64,7 @@ def topk_divergence(
 
     Args:
         student_hidden: [N, d] float32, bfloat16, float16 or float64, row-major.
-        student_weight: [V, d], same dtype.
+        student_weight: [V, d], or an ``LMHead``, as in ``linear_divergence``.
         topk_ids: [N, k] int64 ids, different within a row; -1 where a row lists fewer than k.
         topk_logprobs: [N, k] floating point, the teacher's log-probs of these ids, normalised over
             its whole vocabulary at the temperature of the loss; -inf where the id is -1.
@@ -87,15 +87,17 @@ def topk_divergence(
     """
     rule = make_rule(divergence, jsd_beta, skew_alpha)
     check_choice("reduction", reduction, REDUCTIONS)
+    student = student_arguments(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
+    _, head_weight, bias, logit_scale, softcap = student
     check_matrix("student_hidden", student_hidden, "[N, d]")
+    check_matrix("student_weight", head_weight, "[V, d]")
     rows, device = student_hidden.shape[0], student_hidden.device
     double = student_hidden.dtype == torch.float64
-    check_matrix("student_weight", head_weight, "[V, d]")
     dtype = torch.float64 if double else torch.float32
     weight = make_token_weight(token_weight, rows, dtype, device)
     check_values(torch.ones(rows, 1, device=device), weight, reduction, None, 0)
     used = None if weight is None else torch.nonzero(weight)[:, 0]
-    width = student_weight.shape[0] if vocab_size is None and group is None else vocab_size
+    width = head_weight.shape[0] if vocab_size is None and group is None else vocab_size
     check_topk(topk_ids, topk_logprobs, rows, device, used, width)
 
     token_loss = student_hidden.new_full((rows,), math.nan, dtype=dtype)
@@ -107,13 +109,13 @@ def topk_divergence(
 
     # An unused place repeats the row's largest id, which changes nothing of the tail, and is masked below.
     unlisted = ids == UNLISTED
-    student = linear_logprob(
+    found = linear_logprob(
         hidden,
-        student_weight,
+        head_weight,
         torch.where(unlisted, ids.amax(1, keepdim=True), ids),
-        bias=student_bias,
-        logit_scale=student_logit_scale,
-        softcap=student_softcap,
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
         temperature=temperature,
         impl=impl,
         workspace_bytes=workspace_bytes,
@@ -122,10 +124,10 @@ def topk_divergence(
         group=group,
     )
     with no_autocast(device):
-        p = student.logprob.masked_fill(unlisted, NOTHING)
+        p = found.logprob.masked_fill(unlisted, NOTHING)
         q = listed.detach().to(dtype).masked_fill(unlisted, NOTHING)
-        if student.tail is not None:
-            p = torch.cat((p, student_tail(student.tail)[:, None]), 1)
+        if found.tail is not None:
+            p = torch.cat((p, student_tail(found.tail)[:, None]), 1)
             q = torch.cat((q, teacher_tail(listed.detach(), dtype)[:, None]), 1)
         value = bucket_divergence(rule, p, q)
         scale = value.new_ones(rows) if weight is None else weight

@@ -56,8 +56,8 @@ class TeacherHead:
 
     Attributes:
         hidden: [N, d_k] float32, bfloat16, float16 or float64, rows aligned with the student's.
-        weight: [V_k, d_k], dtype of ``hidden``.
-        bias: [V_k] floating point, or None.
+        weight: [V_k, d_k], dtype of ``hidden``, or float32 beside half-precision ``hidden``.
+        bias: [V_k] floating point, or None; -inf as in the student's.
         logit_scale: positive factor (for example Cohere's ``logit_scale``).
         softcap: positive cap (for example Gemma's ``final_logit_softcapping``), or None.
     """
@@ -147,9 +147,9 @@ class DivergenceOutput:
     """Result of ``linear_divergence``.
 
     Attributes:
-        loss: scalar, or [N] with ``reduction="none"``; differentiable; 0 where nothing was
+        loss: scalar, or [N] with ``reduction="none"``, in nats; differentiable; 0 where nothing was
             computed.
-        token_loss: [N] detached, before ``token_weight``; NaN where nothing was computed.
+        token_loss: [N] in nats, detached, before ``token_weight``; NaN where nothing was computed.
         stats: the statistics when ``stats=True``, else None.
         logprob: [N] detached log p(label) with ``logprob_weight``, else None; NaN where nothing was computed.
         sampling: with ``vocab_sample``, where a gradient is wanted; else None.

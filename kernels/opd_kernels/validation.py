@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """Raise ValueError unless a value is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}={value!r} must be a finite number greater than 0")
 
 
@@ -123,7 +124,8 @@ def make_head(
                 f"{name}bias holds NaN or +inf: only finite values and -inf (a column switched off) are allowed"
             )
         floor = softcap is None and (blind or bool(torch.isneginf(bias).any()))
-    return Head(hidden, weight, bias, float(scale), softcap, float(temperature), weight.shape[0], floor, stored)
+    cap = None if softcap is None else float(softcap)
+    return Head(hidden, weight, bias, float(scale), cap, float(temperature), weight.shape[0], floor, stored)
 
 
 def make_student(
@@ -207,6 +209,9 @@ def split_vocabularies(
 def make_rule(divergence: str, jsd_beta: float, skew_alpha: float) -> Rule:
     """Check the divergence and its parameter."""
     check_choice("divergence", divergence, DIVERGENCES)
+    for name, value in (("jsd_beta", jsd_beta), ("skew_alpha", skew_alpha)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ValueError(f"{name}={value!r} must be a number strictly between 0 and 1")
     if not 0.0 < jsd_beta < 1.0:
         raise ValueError(
             f"jsd_beta={jsd_beta} must lie strictly between 0 and 1; the limits are not a KL divergence: "
@@ -233,10 +238,7 @@ def make_mix(
     if mix is None:
         return torch.full((1, teachers), 1.0 / teachers, dtype=dtype, device=device).expand(rows, teachers), True
     if not isinstance(mix, Tensor):
-        flat = not any(isinstance(weight, (Sequence, Tensor)) for weight in mix)
-        # Filled on the device: a copy from the host would wait for it.
-        fill = [torch.full((), float(weight), dtype=dtype, device=device) for weight in mix] if flat and mix else None
-        mix = torch.stack(fill) if fill else torch.tensor(mix, dtype=dtype, device=device)
+        mix = mix_of_numbers(mix, dtype, device)
     if tuple(mix.shape) not in ((teachers,), (rows, teachers)):
         raise ValueError(f"mix has shape {list(mix.shape)}: pass [K] = [{teachers}] or [N, K] = [{rows}, {teachers}]")
     if not mix.is_floating_point():
@@ -248,6 +250,17 @@ def make_mix(
     if mix.dim() == 1:
         return mix.expand(rows, teachers), True
     return mix, False
+
+
+def mix_of_numbers(mix: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The tensor of numbers, or of lists of them, one list a row."""
+    try:
+        if mix and not any(isinstance(weight, (Sequence, Tensor)) for weight in mix):
+            # Filled on the device: a copy from the host would wait for it.
+            return torch.stack([torch.full((), float(weight), dtype=dtype, device=device) for weight in mix])
+        return torch.tensor(mix, dtype=dtype, device=device)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"mix={mix!r} is no list of numbers ({error}): pass K weights, or a tensor [N, K]") from None
 
 
 def make_token_weight(

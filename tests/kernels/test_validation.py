@@ -28,6 +28,8 @@ BAD = {
     "jsd_beta 0": (lambda c: {"divergence": "jsd", "jsd_beta": 0.0}, "jsd_beta=0.0.*forward_kl.*reverse_kl"),
     "jsd_beta 1": (lambda c: {"divergence": "jsd", "jsd_beta": 1.0}, "jsd_beta=1.0.*forward_kl.*reverse_kl"),
     "jsd_beta nan": (lambda c: {"divergence": "jsd", "jsd_beta": float("nan")}, "jsd_beta=nan"),
+    "jsd_beta text": (lambda c: {"divergence": "jsd", "jsd_beta": "0.5"}, "jsd_beta='0.5' must be a number"),
+    "skew_alpha None": (lambda c: {"divergence": "skew_kl", "skew_alpha": None}, "skew_alpha=None must be a number"),
     "jsd_beta unused": (lambda c: {"jsd_beta": 0.3}, "jsd_beta=0.3 has no effect"),
     "skew_alpha": (lambda c: {"divergence": "skew_kl", "skew_alpha": 1.0}, "skew_alpha=1.0"),
     "skew_alpha unused": (lambda c: {"skew_alpha": 0.3}, "skew_alpha=0.3 has no effect"),
@@ -73,6 +75,9 @@ BAD = {
     "vocab_size": (lambda c: {"vocab_size": 38}, r"vocab_size=38 must be an integer in \[1, 37\]"),
     "bias shape": (lambda c: {"student_bias": torch.zeros(5)}, r"student_bias must have shape \[37\]"),
     "bias nan": (lambda c: {"student_bias": torch.full((37,), torch.nan)}, "student_bias holds NaN"),
+    "mix number": (lambda c: {"mix": 0.5}, "mix=0.5 is no list of numbers.*pass K weights"),
+    "mix None": (lambda c: {"mix": [None, 1.0]}, r"mix=\[None, 1.0\] is no list of numbers"),
+    "mix ragged": (lambda c: {"mix": [[1.0], [2.0, 3.0]]}, "is no list of numbers"),
     "mix length": (lambda c: {"mix": [1.0]}, r"mix has shape \[1\]: pass \[K\] = \[2\]"),
     "mix rows": (lambda c: {"mix": torch.ones(10, 2)}, r"mix has shape \[10, 2\]"),
     "mix negative": (lambda c: {"mix": torch.tensor([0.5, -0.5])}, r"mix\[0, 1\] = -0.5"),
@@ -117,11 +122,6 @@ def test_teacher_that_is_not_finite_is_named(make_case, impl, value, divergence,
         token_stats(*case.student, case.teachers, impl=impl)
 
 
-def test_first_row_is_named_in_the_callers_order(make_case):
-    """Rows are regrouped by their teachers inside; the error speaks of the rows that were passed."""
-    case = make_case(2)
-    case.teachers[1].hidden[4] = torch.nan
-    case.teachers[1].hidden[6] = torch.nan
 def test_teacher_whose_factor_overflows_is_named(make_case):
     """Its product is finite, its logits are not."""
     case = make_case(2, dtype=torch.float32)
@@ -141,6 +141,11 @@ def test_a_softcap_makes_an_infinite_product_finite(make_case):
         call(case, mix=torch.ones(11, 2))
 
 
+def test_first_row_is_named_in_the_callers_order(make_case):
+    """Rows are regrouped by their teachers inside; the error speaks of the rows that were passed."""
+    case = make_case(2)
+    case.teachers[1].hidden[4] = torch.nan
+    case.teachers[1].hidden[6] = torch.nan
     mix = torch.ones(11, 2)
     mix[6, 0] = 0.0
     with pytest.raises(ValueError, match=r"teachers\[1\].*row 4"):
