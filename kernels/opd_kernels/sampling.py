@@ -13,8 +13,10 @@ smallest for a given number of columns where pi_v = min(1, c s_v) with s_v = ||d
 enough for pi, and ``sampled`` takes for dZ what is known of it before any teacher has worked. The sum is estimated
 from what is drawn.
 
-What is drawn is a function of the seed, the block's first row and the global id of a column: it is the same again in
-a resumed run, and on every device. Shapes: c rows of a block, V columns, k drawn columns, d hidden size.
+What is drawn is a function of the seed, the block's rows and the global id of a column: it is the same again in a
+resumed run, and on every device whose chunks have the same rows, which follow from ``workspace_bytes``.
+
+Shapes: c rows of a block, V columns, k drawn columns, d hidden size.
 """
 
 from __future__ import annotations

@@ -68,10 +68,6 @@ class Shards:
         here = (columns >= 0) & (columns < self.local)
         return torch.where(here, columns, 0), here
 
-    def owner(self, labels: Tensor) -> Tensor:
-        """Rank that holds each global id."""
-        return torch.bucketize(labels, torch.tensor(self.offsets[1:], device=labels.device), right=True)
-
 
 def check_group(group: object) -> bool:
     """Whether ``group`` splits the vocabulary over more than one process."""
