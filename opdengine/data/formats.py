@@ -72,7 +72,7 @@ def adapt(row: Any, source: DataConfig) -> Any:
         form.change(row, found)
     if source.data_source is not None:
         found["data_source"] = source.data_source
-    elif form.data_source and not found.get("data_source"):
+    elif form.data_source and found.get("data_source") in (None, ""):
         found["data_source"] = form.data_source
     suffix = form.suffix if source.suffix is None else source.suffix
     if suffix or source.system is not None:

@@ -54,7 +54,7 @@ def prompt_of(row: Any, default_id: str, pictures: Pictures | None = None) -> Pr
         id=str(row.get("id") if row.get("id") is not None else default_id),
         messages=messages,
         tools=tools,
-        key=str(key or ""),
+        key="" if key is None else str(key),
         answer=row.get("answer"),
         extra={k: v for k, v in row.items() if k not in DATA_COLUMNS},
     )

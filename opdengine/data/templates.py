@@ -230,7 +230,7 @@ def check_templates(readers: Sequence[Reader], *, converses: bool, judges: bool 
     """
     question = {"role": "user", "content": "?"}
     for place, reader in enumerate(readers):
-        reader.encode([question])
+        _warn_of_bos(reader, reader.encode([question]))
         if judges and place and (lost := reader.lost([{"role": "system", "content": "?"}, question])):
             raise ValueError(
                 f"the chat template of {reader.name} {lost}, with which a judge is instructed; give it another "
@@ -248,6 +248,22 @@ def check_templates(readers: Sequence[Reader], *, converses: bool, judges: bool 
                 reader.name,
                 reader.tokenizer.eos_token,
             )
+
+
+def _warn_of_bos(reader: Reader, ids: Sequence[int]) -> None:
+    """Point out a chat that does not begin with one bos where the tokenizer puts it before texts, as in training."""
+    bos = reader.tokenizer.bos_token_id
+    if bos is None or list(reader.tokenizer.encode("?"))[:1] != [bos]:
+        return
+    count = next((place for place, i in enumerate(ids) if i != bos), len(ids))
+    if count != 1:
+        logger.warning(
+            "the chat template of %s begins a chat with %s %r, which its tokenizer puts before every text once: models "
+            "answer worse where it differs from their training; see to {{ bos_token }} in the chat_template",
+            reader.name,
+            "no" if not count else f"{count} times",
+            reader.tokenizer.bos_token,
+        )
 
 
 def _some(unread: Mapping[str, str], problem: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +24,7 @@ from opdengine.models.rendering import (
     opens_thought,
     parts_of,
     plain_message,
+    preamble,
     render,
     shared_start,
     text_of,
@@ -39,6 +41,7 @@ __all__ = [
     "encode_answer",
     "encode_behind",
     "encode_chat",
+    "kept_marks",
     "load_tokenizer",
     "plain_message",
     "require_same_mode",
@@ -47,7 +50,6 @@ __all__ = [
     "stop_token_ids",
     "text_of",
     "text_of_completion",
-    "thought_marks",
     "vocabulary_size",
     "written",
 ]
@@ -55,6 +57,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+PAIRED = re.compile(r"</?[\w-]+>")
+"""A mark such as <answer> or </answer>."""
 
 PROBES = (
     "The quick brown fox jumps over 13 lazy dogs.",
@@ -278,20 +283,28 @@ def append_answer(sampled: Sequence[int], answer: Sequence[int]) -> list[int]:
 def text_of_completion(tokenizer: Any, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
     """Return the text of a completion, without special tokens and without the token that ended it.
 
-    Those around thoughts stay: without them nobody could tell the thought from the answer.
+    Those of :func:`kept_marks` stay: without them nobody could tell the thought from the answer, or find a call.
     """
     said = list(ids[:-1] if len(ids) and ids[-1] in stop_ids else ids)
-    marks = thought_marks(tokenizer)
+    marks = kept_marks(tokenizer)
     parts = [list(part) for _, part in groupby(said, key=lambda i: marks.get(i, ""))]
     plain: Any = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}  # which would change programs
     texts = [marks[p[0]] * len(p) if p[0] in marks else tokenizer.decode(p, **plain) for p in parts]
     return "".join(map(str, texts))
 
 
-def thought_marks(tokenizer: Any) -> dict[int, str]:
-    """The special tokens that begin and end thoughts, as of Magistral and Command A; most models have ordinary ones."""
+def kept_marks(tokenizer: Any) -> dict[int, str]:
+    """The special tokens that a text keeps; most models have ordinary ones in their place.
+
+    They begin and end thoughts, as those of Magistral and Command A, or are pairs such as <answer> and </answer>, which
+    environments and verifiers read.
+    """
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {i: token.content for i, token in added.items() if token.special and TAG.fullmatch(token.content)}
+    special = {i: token.content for i, token in added.items() if token.special}
+    roles = {getattr(tokenizer, f"{role}_token", None) for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+    pairs = {mark for mark in {*special.values()} - roles if PAIRED.fullmatch(mark)}
+    pairs = {mark for mark in pairs if {mark.replace("</", "<"), f"</{mark.strip('</')}"} <= pairs}
+    return {i: mark for i, mark in special.items() if mark in pairs or TAG.fullmatch(mark)}
 
 
 def vocabulary_size(tokenizer: Any) -> int:
@@ -397,6 +410,15 @@ def require_same_mode(
                     f"begins with {before[-60:]!r}, and would with {after[-60:]!r}; set {key} there as well, to the "
                     "value that you mean"
                 )
+    ours, theirs = preamble(student, student_kwargs), preamble(teacher, teacher_kwargs)
+    if ours != theirs:
+        logger.warning(
+            "the chat templates differ: without a system message a chat begins with %s for the student, and with %s "
+            "for teacher %r, which judges under that",
+            brief(ours),
+            brief(theirs),
+            name,
+        )
     ours, theirs = opening(student, student_kwargs), opening(teacher, teacher_kwargs)
     if ours == theirs:
         return

@@ -256,6 +256,11 @@ def opening(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) ->
     return text.rpartition(MARK)[2]
 
 
+def preamble(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> str:
+    """Return the text before the first words of a user, with the system message that a template writes by itself."""
+    return render(tokenizer, [{"role": "user", "content": MARK}], (), template_kwargs).partition(MARK)[0]
+
+
 def thought_opening(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> str:
     """The thought that the chat template leaves open before an answer, as ``<think>``; "" where it opens none."""
     return open_thought(opening(tokenizer, template_kwargs))

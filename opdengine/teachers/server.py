@@ -20,9 +20,9 @@ from opdengine.errors import ConfigError, ProbeError
 from opdengine.models.chat import (
     PROBES,
     encode_behind,
+    kept_marks,
     stop_token_ids,
     text_of_completion,
-    thought_marks,
 )
 from opdengine.models.rendering import opening, thought_opening, turn_end
 from opdengine.models.surrogates import without_surrogates
@@ -256,7 +256,7 @@ class ServedTeacher(Configured):
             raise BadAnswer("wrong_ids", f"no token ids: {brief(ids, 80)}")
         elif len(ids) > params.max_tokens:
             raise BadAnswer("wrong_ids", f"{len(ids)} token ids for max_tokens={params.max_tokens}: {ids[:8]}")
-        if thought_marks(self.tokenizer).keys() & set(ids):  # which the server may have left out of the text
+        if kept_marks(self.tokenizer).keys() & set(ids):  # which the server may have left out of the text
             text = text_of_completion(self.tokenizer, ids, self._ends)
         unknown = np.full(len(ids), np.nan, dtype=np.float32)
         return Completion(np.array(ids, dtype=np.int64), unknown, stop, text)

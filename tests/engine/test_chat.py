@@ -12,13 +12,14 @@ from engine_helpers import PROMPTS, make_config, make_engine
 
 from opdengine.config.train import TeacherConfig
 from opdengine.data.prompts import load_prompts
+from opdengine.environments.actions import Action, tool_action
 from opdengine.models.chat import (
     encode_chat,
+    kept_marks,
     load_tokenizer,
     require_same_tokenizer,
     text_of,
     text_of_completion,
-    thought_marks,
 )
 from opdengine.models.reply import own_turn
 from opdengine.models.thoughts import answer_part
@@ -56,7 +57,7 @@ def test_marks_of_thoughts_stay_in_a_text_also_where_they_are_special_tokens(
     tokenizer.add_tokens(["[THINK]", "[/THINK]"], special_tokens=special)
     eos = tokenizer.eos_token
     ids = tokenizer.encode(f"[THINK]is it 4?[/THINK]It is{eos} 5.{eos}", add_special_tokens=False)
-    assert set(thought_marks(tokenizer).values()) == ({"[THINK]", "[/THINK]"} if special else set())
+    assert set(kept_marks(tokenizer).values()) == ({"[THINK]", "[/THINK]"} if special else set())
     text = text_of_completion(tokenizer, ids, [tokenizer.eos_token_id])
     assert text == "[THINK]is it 4?[/THINK]It is 5."
     assert answer_part(text) == "It is 5."
@@ -65,6 +66,17 @@ def test_marks_of_thoughts_stay_in_a_text_also_where_they_are_special_tokens(
     told = {"text": "is it 4?It is 5." if special else text, "finish_reason": "stop", "token_ids": ids}
     answer = served._completion(Request("a", (1,)), SamplingParams(max_tokens=99), {"choices": [told]})
     assert answer.text == text
+
+
+def test_markup_stays_in_a_text_also_where_it_is_of_special_tokens(tiny: Any) -> None:
+    """What has a role or no partner is no markup."""
+    tokenizer = tiny.make_tokenizer(("<answer>", "</answer>", "<tool_call>", "</tool_call>", "<s>", "</s>", "<u0>"))
+    tokenizer.bos_token, tokenizer.unk_token = "<s>", "</s>"
+    said = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    ids = tokenizer.encode(f"<s>{said} <u0><answer>4</answer></s><|im_end|>", add_special_tokens=False)
+    text = text_of_completion(tokenizer, ids, [tokenizer.eos_token_id])
+    assert text == f"{said} <answer>4</answer>"
+    assert tool_action({"role": "assistant", "content": text}) == Action("f")
 
 
 def test_parts_tools_and_tool_results_are_rendered(strict: Any) -> None:

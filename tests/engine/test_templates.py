@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_helpers import make_config
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from opdengine.cli import _load_student
@@ -88,6 +89,17 @@ def test_an_empty_thought_on_one_side_is_pointed_out(tiny: Any, caplog: pytest.L
         assert "the chat templates differ: an answer of the student begins behind" in caplog.text
 
 
+def test_a_system_message_that_one_template_writes_by_itself_is_pointed_out(
+    tiny: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = "{% if messages[0].role != 'system' %}<|im_start|>system\nReason step by step.<|im_end|>\n{% endif %}"
+    plain, told = (with_template(tiny, begin + CHATML.replace("OPENING", "")) for begin in ("", own))
+    require_same_mode(plain, {}, plain, {}, "T")
+    assert not caplog.text
+    require_same_mode(plain, {}, told, {}, "T")
+    assert "Reason step by step." in caplog.text and "for teacher 'T', which judges under that" in caplog.text
+
+
 def test_settings_that_both_sides_state_are_meant(tiny: Any) -> None:
     template = CHATML.replace("OPENING", "{% if think %}<think>\n{% endif %}")
     both = with_template(tiny, template), with_template(tiny, template)
@@ -142,6 +154,25 @@ def test_a_template_without_an_end_is_pointed_out(tiny: Any, caplog: pytest.LogC
     assert "the student ends answers without a token of their own, so sampling stops at the eos token" in caplog.text
     caplog.clear()
     check_templates([Reader("the student", tiny.make_tokenizer())], converses=True)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(("begin", "said"), [("", "with no '<s>'"), ("{{ bos_token }}" * 2, "with 2 times '<s>'")])
+def test_a_chat_without_one_bos_is_pointed_out(
+    tiny: Any, caplog: pytest.LogCaptureFixture, begin: str, said: str
+) -> None:
+    """Only where the tokenizer puts it before other texts."""
+    tokenizer = with_template(tiny, begin + CHATML)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    check_templates([Reader("the student", tokenizer)], converses=False)
+    assert not caplog.text
+    single = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=single)
+    check_templates([Reader("the student", tokenizer)], converses=False)
+    assert f"the chat template of the student begins a chat {said}" in caplog.text
+    caplog.clear()
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    check_templates([Reader("the student", tokenizer)], converses=False)
     assert not caplog.text
 
 

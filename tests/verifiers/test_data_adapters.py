@@ -231,6 +231,12 @@ def test_rows_with_pictures_are_left_out_and_counted(tmp_path: Path) -> None:
     assert len(found.prompts) == 1 and found.dropped == {"not_selected/with images": 1}
 
 
+@pytest.mark.parametrize("source", [{"format": "prompts"}, {"format": "deepmath", "columns": {"data_source": "tag"}}])
+def test_a_data_source_of_0_is_one(tmp_path: Path, source: dict[str, Any]) -> None:
+    row = {"prompt": "2 + 2?", "question": "2 + 2?", "final_answer": "4", "data_source": 0, "tag": 0}
+    assert one(tmp_path, row, **source).key == "0"
+
+
 def test_columns_of_ones_own(tmp_path: Path) -> None:
     row = {"q": {"text": "2 + 2?"}, "solution": json.dumps({"final": ["4", "four"]}), "tag": "sums", "n": 17}
     columns = {"id": "n", "prompt": "q.text", "answer": "solution.final.1", "data_source": "tag"}
