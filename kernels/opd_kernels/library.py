@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .call import StudentArguments, exact_products, loss_scales, prepare, recompute, solve
+from .call import StudentArguments, exact_products, loss_scales, prepare, recompute, recorded, solve
 from .driver import Outcome
 from .heads import Wants
 from .label_sets import LabelSets, Upstream
@@ -207,7 +207,8 @@ def divergence_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[A
         # In float32: a factor of 1/3 rounded to bfloat16 is off by 0.2 %.
         found = [(x.to(grad_loss.dtype) * grad_loss).to(x.dtype) for x in ctx.saved_tensors]
     none = [None] * ctx.teachers
-    return *asked(found, ctx.wants, ctx.dtypes), none, none, none, *([None] * (ctx.inputs - 6))
+    found = recorded(ctx, asked(found, ctx.wants, ctx.dtypes), [grad_loss])
+    return *found, none, none, none, *([None] * (ctx.inputs - 6))
 
 
 def logprob_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -224,7 +225,8 @@ def logprob_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any,
     if any(x is not None for x in gradients[:3]):
         arguments = ctx.arguments.join(ctx.saved_tensors)
         found = linear_logprob_backward_op(*gradients[:3], *arguments)
-    return *asked(found, ctx.wants, ctx.dtypes), *([None] * (len(names_of(LOGPROB)) - 3))
+    found = recorded(ctx, asked(found, ctx.wants, ctx.dtypes), gradients[:3])
+    return *found, *([None] * (len(names_of(LOGPROB)) - 3))
 
 
 linear_divergence_op.register_autograd(divergence_backward, setup_context=divergence_context)  # type: ignore[attr-defined]

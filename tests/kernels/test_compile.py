@@ -84,6 +84,23 @@ def test_ops_stay_out_of_cuda_graphs():
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.opd_kernels, name).default.tags
 
 
+@pytest.mark.parametrize("op", ["sum", "none", "logprob"])
+def test_second_derivatives_are_refused(make_case, op):
+    """By a backend that leaves the backward pass to autograd; the others refuse them themselves."""
+    case = make_case(1)
+
+    def loss(hidden, weight):
+        if op == "logprob":
+            return linear_logprob(hidden, weight, case.labels).logprob.sum()
+        return linear_divergence(hidden, weight, case.teachers, reduction=op).loss.sum()
+
+    compiled = torch.compile(loss, backend="eager")
+    (gradient,) = torch.autograd.grad(compiled(*case.student), case.hidden, create_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(loss(*case.student), case.hidden)[0])
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        gradient.square().sum().backward()
+
+
 def test_options_that_are_left_out(make_case):
     case = make_case(1)
 
