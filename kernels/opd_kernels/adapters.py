@@ -288,7 +288,7 @@ def trl_chunked_divergence_loss(
         teacher_lm_head_weight: [V, d_t].
         completion_mask: [B, T], 1 where a token counts.
         beta: 0 forward KL, 1 reverse KL, between them JSD.
-        num_items_in_batch: denominator of the loss, default the tokens that count (at least 1).
+        num_items_in_batch: denominator of the loss, default the tokens that count; 1 in place of 0.
         student_lm_head_bias, teacher_lm_head_bias: [V] or None.
         student_logit_scale, teacher_logit_scale: factors of the logits.
         student_final_logit_softcapping, teacher_final_logit_softcapping: caps of the logits, or None.
@@ -332,8 +332,8 @@ def trl_chunked_divergence_loss(
     )
     assert output.stats is not None
     tokens = counted.sum()
-    denominator = tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    return output.loss / denominator, torch.where(counted, output.stats.student_entropy, 0.0).sum(), tokens
+    items = tokens if num_items_in_batch is None else num_items_in_batch
+    return output.loss / (items + (items == 0)), torch.where(counted, output.stats.student_entropy, 0.0).sum(), tokens
 
 
 def flat(hidden: Tensor) -> Tensor:

@@ -91,10 +91,10 @@ def predicting(labels: Tensor) -> Tensor:
 
 
 def denominator(rows: Tensor, items: Tensor | int | None) -> Tensor | int:
-    """What a sum over tokens is divided by: the number of items that the trainer counted, or the tokens that count."""
-    if items is None:
-        return rows.sum().clamp(min=1)
-    return items.to(rows.device) if isinstance(items, Tensor) else items
+    """What a sum over tokens is divided by: the number of items that the trainer counted, or the tokens that count;
+    1 for none, where the sum is 0, too."""
+    items = rows.sum() if items is None else items.to(rows.device) if isinstance(items, Tensor) else items
+    return items + (items == 0)
 
 
 class TrainerLoss:

@@ -89,6 +89,17 @@ def test_one_seed_for_every_call_is_refused():
         LinearDivergence(vocab_sample=0.1, sample_seed=3)
 
 
+@pytest.mark.parametrize("items", [None, 0, torch.tensor(0)])
+def test_trl_loss_of_a_step_without_tokens_is_zero(case, items):
+    hidden, weight = (x.detach().requires_grad_() for x in case.student)
+    teacher = case.teachers[0]
+    loss, entropy, tokens = trl_chunked_divergence_loss(
+        hidden[None], teacher.hidden[None], weight, teacher.weight, torch.zeros(1, 12), 0.5, items
+    )
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    assert loss == entropy == tokens == 0 and not any(g.any() for g in gradients)
+
+
 def test_liger_hard_loss_is_at_temperature_one(case):
     teacher = case.teachers[0]
     module = LigerFusedLinearJSDLoss(weight_hard_loss=1.0, weight_soft_loss=0.0, temperature=3.0)

@@ -131,7 +131,7 @@ def test_a_batch_without_a_token_that_counts():
     loss = TrainerLoss(student, [make(seed=5, dtype=torch.float32)])
     batch = loss.collator(collate)(examples(2))
     batch["fused_labels"] = batch.pop("labels").fill_(-100)
-    for items in (None, torch.tensor(7)):
+    for items in (None, torch.tensor(7), torch.tensor(0), 0):  # of the whole step
         student.zero_grad()
         value = loss(student(**batch), num_items_in_batch=items)
         value.backward()
