@@ -121,6 +121,33 @@ def real_camopd() -> str:
     return study("camopd") + f"\n\nThe method's own runs, means over steps and seeds: {numbers}."
 
 
+def real_uni() -> str:
+    """Uni-OPD beside OPD where the teacher is wrong in a share of the questions, and how often it ranked so."""
+    import numpy as np
+
+    from tiny.study_tables import columns, final, interval, shown, table_rows
+
+    found = read("uni_opd")
+    if found is None:
+        return NONE
+    metrics, titles = columns(found), {arm["name"]: arm["title"] for arm in found["arms"]}
+    rows = [[*row[: len(metrics) + 1], "", ""] for row in table_rows(found)[: len(found["models"])]]
+    for arm, title in titles.items():
+        cells = [shown(final(found, arm, metric), None) for metric in metrics]
+        less = final(found, arm, "eval/accuracy") - final(found, arm.replace("uni_opd", "opd"), "eval/accuracy")
+        paired = "" if arm.startswith("opd") else f"{less.mean():+.1f} ± {interval(less):.1f}"
+        ranked = [run["metrics"]["order/inverted_pairs"] for run in found["runs"] if run["arm"] == arm]
+        rows.append([title, *cells, paired, f"{100 * np.mean(ranked):.0f} %"])
+    settings = found["settings"]
+    headings = ["", *metrics.values(), "mean less OPD", "pairs ranked wrongly"]
+    return table(headings, rows) + (
+        f"\n\nAccuracy in percent on the held-out questions after {settings['max_steps']} steps of "
+        f"{settings['per_device_train_batch_size']} prompts x {settings['num_generations']} rollouts, mean ± 95 % "
+        f"interval over {len(found['seeds'])} seeds. Pairs are of a right and a wrong rollout of one prompt; the "
+        "teacher ranks them wrongly where the wrong one has the higher mean gap (means over steps and seeds)."
+    )
+
+
 def study(name: str) -> str:
     """The arms of a study and the models that it graded: over seeds, or of one seed with the questions' intervals."""
     from tiny.study_tables import headings, table_rows
@@ -304,6 +331,7 @@ TABLES = {
     "real_sampled": real_sampled,
     "real_steps": real_steps,
     "real_teachers": real_teachers,
+    "real_uni": real_uni,
     "stored_teacher": stored_teacher,
     "teacher_serve": teacher_serve,
 }
