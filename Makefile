@@ -53,7 +53,7 @@ demo: $(VENV)/.demo
 demo-real: $(VENV)/.demo
 	$(PY) examples/real/demo.py $(ARGS)
 
-# The demo's numbers, what truncated teachers lose, MAD-OPD beside its controls, and agents.
+# The demo's numbers, what truncated teachers lose, MAD-OPD and Uni-OPD beside their controls, and agents.
 real-results: $(VENV)/.demo
 	$(PY) examples/real/demo.py --save_results benchmarks/results/real/demo.json
 	$(PY) benchmarks/real_teachers.py --save
@@ -61,8 +61,9 @@ real-results: $(VENV)/.demo
 	$(PY) benchmarks/stored_teacher.py --save
 	$(PY) examples/real/study.py --seeds 3 --max_steps 40 \
 		--save_results benchmarks/results/real/debate.json
+	$(PY) examples/real/uni_study.py --ablate --seeds 3 --save_results benchmarks/results/real/uni_opd.json
 	$(PY) examples/real/house/study.py sage --arms opd sage --seeds 3 --save_results benchmarks/results/real/sage.json
-	$(PY) examples/real/house/study.py opad --arms opad mt_opd --steps 16 \
+	$(PY) examples/real/house/study.py opad --arms opad mt_opd --steps 16 --seeds 3 \
 		--save_results benchmarks/results/real/opad.json
 	$(PY) benchmarks/report.py
 
