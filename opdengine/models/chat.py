@@ -43,6 +43,7 @@ __all__ = [
     "encode_chat",
     "kept_marks",
     "load_tokenizer",
+    "note_ends",
     "plain_message",
     "require_same_mode",
     "require_same_tokenizer",
@@ -325,6 +326,17 @@ def stop_token_ids(
     if tokenizer is not None and (end := turn_end(tokenizer, template_kwargs)) is not None:
         ids.add(end)
     return tuple(sorted(ids))
+
+
+def note_ends(model: Any, ends: Sequence[int]) -> None:
+    """Have the generation config of a model, which is saved with it, know all tokens that end an answer.
+
+    That of a base model knows the end of a text alone: whoever generates with it would go on behind the answer.
+    """
+    generation = getattr(model, "generation_config", None)
+    known = getattr(generation, "eos_token_id", None)
+    if generation is not None and not {*ends} <= {*([known] if isinstance(known, int) else known or ())}:
+        generation.eos_token_id = list(ends)
 
 
 def require_same_tokenizer(student: Any, teacher: Any, name: str) -> None:

@@ -16,9 +16,9 @@ from opdengine.errors import ConfigError
 from opdengine.loss.vocab_parallel import VocabParallel
 from opdengine.methods.method import Method
 from opdengine.models.backbone import Backbone, default_device
-from opdengine.models.chat import shared_vocabulary, stop_token_ids
+from opdengine.models.chat import note_ends, shared_vocabulary, stop_token_ids
 from opdengine.models.given import is_given
-from opdengine.models.lora import require_peft
+from opdengine.models.lora import base_of, require_peft
 from opdengine.models.quantised import refuse_quantised
 from opdengine.models.rendering import thought_opening
 from opdengine.models.sharding import Sharded
@@ -92,7 +92,9 @@ def build_engine(
     student = Backbone(model, "student", config.max_tokens_per_batch, sharded, config.bf16, vision)
     session = Session(ranks) if many and any(t.shard for t in config.teachers) else None
     teachers = load_teachers(config, tokenizers, student, student_dtype(config), served, remote, device, session, ranks)
-    attach(teachers, alignments, stop_token_ids(tokenizer, model, config.chat_template_kwargs))
+    ends = stop_token_ids(tokenizer, model, config.chat_template_kwargs)
+    note_ends(base_of(model), ends)
+    attach(teachers, alignments, ends)
     if not method.writes:
         check_switch(config, student.regimes.switch)
     _require_rows("student", student.head, vocab_size)

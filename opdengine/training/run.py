@@ -25,6 +25,7 @@ from opdengine.methods.room import check_room
 from opdengine.methods.unused import unread
 from opdengine.metrics import write_jsonl
 from opdengine.models.backbone import check_model_path, load_model
+from opdengine.models.chat import note_ends, stop_token_ids
 from opdengine.models.checkpoint import copy_model, read_teachers, restore_optimizer, step_of, write_model
 from opdengine.models.given import is_given
 from opdengine.models.lora import restore_model
@@ -203,6 +204,7 @@ def _write_final(config: TrainConfig, loop: Loop, final: Path) -> None:
             trust_remote_code=config.trust_remote_code,
             sees=engine.tokenizer.vision is not None,
         )
+        note_ends(merged, stop_token_ids(engine.tokenizer, merged, config.chat_template_kwargs))
         write_model(final.with_name("merged"), merged, Ranks(), partial(save_tokenizer, engine.tokenizer))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from engine_helpers import make_config
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from opdengine.cli import _load_student
 from opdengine.config.train import TeacherConfig
@@ -201,6 +201,20 @@ def test_sampling_stops_at_the_end_of_a_turn(base: tuple[str, Any]) -> None:
             and completion.token_ids.tolist().index(end) == len(completion.token_ids) - 1
         )
         assert np.isfinite(completion.logprobs).all() and "<end>" not in completion.text
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2, "merge_final": True}])
+def test_a_trained_base_model_is_known_to_end_its_turns(
+    tiny: Any, base: tuple[str, Any], prompt_file: str, tmp_path: Path, lora: dict[str, Any] | None
+) -> None:
+    """Whoever generates with what a run has written stops where the run's sampler did."""
+    folder, tokenizer = base
+    other = tiny.make_model(tmp_path / "teacher", tokenizer, seed=4)
+    models = {"student": folder, "big": other, "small": other}
+    settings: dict[str, Any] = {"method": "opd", "teachers": [{"model": other}], "max_steps": 1, "lora": lora}
+    train(make_config(models, prompt_file, tmp_path / "run", **settings), progress=False)
+    written = GenerationConfig.from_pretrained(tmp_path / "run" / ("final" if lora is None else "merged"))
+    assert written.eos_token_id == sorted([tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end>")])
 
 
 def test_the_end_of_a_turn_is_that_of_the_runs_settings(
