@@ -30,6 +30,8 @@ ADAPTER = "default"
 BASE_FILE = "base_model.json"
 SAMPLES = 256
 
+UNMERGED = "which cannot be merged into the weights of its model; take one that can (LoRA, IA3, LoHa), or a whole model"
+
 LowRank = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 """Name of a weight -> (left [..., a, r], right [..., r, b]), float32: their product is added to the weight."""
 
@@ -89,6 +91,9 @@ def merge_adapter(model: Any, folder: Path) -> Any:
     """A plain model from a base and an adapter's folder, under the name of that folder.
 
     In a quantised base the adapter stays beside the weights, which merging would round to others.
+
+    Raises:
+        ModelFileError: the adapter does not fit the base, or is of a kind that changes no weights of it.
     """
     if trained_on := _other_base(model, folder):
         logger.warning("the adapter in %s was trained on other weights or another dtype (%s)", folder, trained_on)
@@ -96,8 +101,14 @@ def merge_adapter(model: Any, folder: Path) -> Any:
     if getattr(model, "is_quantized", False):
         merged = base_of(adapted)
     else:
+        if not hasattr(adapted, "merge_and_unload"):  # prompt and prefix tuning
+            kind = adapted.peft_config[ADAPTER].peft_type.value
+            raise ModelFileError(f"the adapter in {str(folder)!r} is of the kind {kind}, {UNMERGED}")
         _untie(base_of(adapted), folder)
-        merged = adapted.merge_and_unload().requires_grad_(True)
+        try:
+            merged = adapted.merge_and_unload().requires_grad_(True)
+        except (RuntimeError, NotImplementedError) as error:
+            raise ModelFileError(f"the adapter in {str(folder)!r} is one ({error}), {UNMERGED}") from error
     merged.name_or_path = str(folder)
     return merged
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from engine_helpers import loss_and_gradient, make_config, make_engine, make_samples
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_backbone import make_model
 from test_sampler import Digits
@@ -384,6 +384,19 @@ def test_an_adapter_of_the_embeddings_is_what_peft_makes_of_it(
     model.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "of the kind PROMPT_TUNING"),
+        (LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], lora_bias=True), "one .*lora_bias"),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_is_refused(models: Models, tmp_path: Path, config: Any, kind: str) -> None:
+    get_peft_model(AutoModelForCausalLM.from_pretrained(models["student"]), config).save_pretrained(tmp_path)
+    with pytest.raises(ModelFileError, match=f"{tmp_path.name}' is {kind}.*cannot be merged.*take one that can"):
+        load_model(str(tmp_path))
 
 
 def factors(folder: Path) -> dict[str, torch.Tensor]:
