@@ -359,7 +359,7 @@ def tokenizer_differences(student: Any, teacher: Any, name: str) -> list[str]:
 
     Encodes probe strings and every token that was added to either vocabulary (chat markup, tool
     markup, end of sequence) with both, and compares the ids of all tokens that both know; equal
-    widths prove nothing.
+    widths prove nothing. Other eos tokens are no difference where both templates end turns alike.
     """
     if student is teacher:
         return []
@@ -376,7 +376,9 @@ def tokenizer_differences(student: Any, teacher: Any, name: str) -> list[str]:
             differing.append(f"  {probe!r}: student {one[:12]}, {name} {other[:12]}")
     moved = [token for token, i in ours.items() if theirs.get(token, i) != i]
     differing += [f"  token {token!r}: student {ours[token]}, {name} {theirs[token]}" for token in sorted(moved)]
-    if student.eos_token_id != teacher.eos_token_id:
+    # A base model's eos is often another than that of the chat model beside it: chats end as their templates end them.
+    ends = [t.eos_token_id if (end := turn_end(t)) is None else end for t in (student, teacher)]
+    if student.eos_token_id != teacher.eos_token_id and ends[0] != ends[1]:
         differing.append(f"  eos: student {student.eos_token_id}, {name} {teacher.eos_token_id}")
     return differing
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_helpers import PROMPTS, make_config, make_engine
+from engine_helpers import PROMPTS, make_config, make_engine, make_samples
 
 from opdengine.config.train import TeacherConfig
 from opdengine.data.prompts import load_prompts
@@ -122,8 +122,28 @@ def test_the_same_tokenizer_with_another_template_is_the_same_tokenizer(tiny: An
     other.chat_template = TEMPLATE
     require_same_tokenizer(tokenizer, other, "t")
     other.eos_token = "<|im_start|>"
+    require_same_tokenizer(tokenizer, other, "t")
+    other.chat_template = TEMPLATE.replace("<|im_end|>", "<|im_start|>")
     with pytest.raises(ValueError, match="eos: student 300, t 302"):
         require_same_tokenizer(tokenizer, other, "t")
+    other.chat_template = TEMPLATE.replace("<|im_end|>", "")
+    with pytest.raises(ValueError, match="eos: student 300, t 302"):
+        require_same_tokenizer(tokenizer, other, "t")
+
+
+def test_a_base_model_is_judged_by_the_chat_model_beside_it(
+    tiny: Any, models: dict[str, str], prompt_file: str, tmp_path: Path
+) -> None:
+    """The eos of the one is that of texts, of the other that of turns; both templates end turns alike."""
+    base = tiny.make_tokenizer()
+    base.eos_token = "<|pad|>"
+    student = tiny.make_model(tmp_path / "base", base, seed=5)
+    config = make_config({**models, "student": student}, prompt_file, tmp_path / "run", method="opd",
+                         teachers=[{"model": models["big"]}])  # fmt: skip
+    engine = make_engine(config)
+    ends = {base.eos_token_id, base.convert_tokens_to_ids("<|im_end|>")}
+    assert {*engine.sampler.stop_ids} == ends
+    assert all({*s.target_ids[:-1]}.isdisjoint(ends) for s in make_samples(engine, load_prompts([prompt_file]).prompts))
 
 
 def test_a_mode_that_only_one_side_is_told_of_is_refused(models: dict[str, str], tmp_path: Path) -> None:
