@@ -50,14 +50,16 @@ class Job:
     Args:
         id: of the rollout.
         prompt: ``extra["task"]`` is the environment's task; its messages come from the reset.
-        seed: of the environment and of the sampling.
-        group: of the rollout.
+        seed: of the environment; and of the sampling, where that has none of its own.
+        group: of the rollout. Its members have one ``seed``, so that they begin alike and can be compared.
+        sampling_seed: of the sampling.
     """
 
     id: str
     prompt: Prompt
     seed: int
     group: str = ""
+    sampling_seed: int | None = None
 
 
 @dataclass
@@ -82,9 +84,8 @@ class Running:
 
     def request(self, token_ids: Sequence[int]) -> Request:
         """The next turn, to be sampled behind these ids."""
-        return Request(
-            f"{self.prompt.id} turn {self.taken}", tuple(token_ids), seed=_turn_seed(self.job.seed, self.taken)
-        )
+        seed = self.job.seed if self.job.sampling_seed is None else self.job.sampling_seed
+        return Request(f"{self.prompt.id} turn {self.taken}", tuple(token_ids), seed=_turn_seed(seed, self.taken))
 
 
 Taken = Completion | Failure | str

@@ -14,6 +14,9 @@ from opdengine.workers.printing import brief, one_line
 MOST_ABOVE = 1e-3
 """What rounding may add to a log-prob of 0 and to a probability of 1."""
 
+NOT_A_LOGPROB = -9999.0
+"""What servers write in place of -inf, which JSON lacks, and of what they do not know but hold for very unlikely."""
+
 MOST_OUTSIDE = 0.9
 """Probability that a row may give to ids beyond the tokenizer (the padding of a head)."""
 
@@ -25,8 +28,8 @@ def read_top_k(
 
     vLLM gives the k most likely tokens of every position and the actual token besides where it is
     not among them. Every row keeps at most k: the actual token and the most likely others; what is
-    cut off, and what a server leaves out, belongs to the tail. Columns beyond the tokenizer (the
-    padding of a head) are taken out of the distribution, as the exact loss does.
+    cut off, and what a server leaves out or gives :data:`NOT_A_LOGPROB`, belongs to the tail. Columns
+    beyond the tokenizer (the padding of a head) are taken out of the distribution, as the exact loss does.
 
     Args:
         choice: of the answer; has ``prompt_logprobs``.
@@ -74,6 +77,10 @@ def _row(row: Mapping[str, Any], actual: int, k: int, vocab_size: int) -> TopK:
     if not all(isinstance(value, float) or (type(value) is int and abs(value) < 1e6) for value in values):
         raise BadAnswer("bad_logprobs", f"are not numbers: {brief(values, 60)}")
     logprobs = np.array(values, dtype=np.float64)
+    if (logprobs[ids == actual] == NOT_A_LOGPROB).any():
+        raise BadAnswer("bad_logprobs", f"hold {NOT_A_LOGPROB:g} for token {actual}, which stands for -inf or unknown")
+    told = logprobs != NOT_A_LOGPROB
+    ids, logprobs = ids[told], logprobs[told]
     if not (np.isfinite(logprobs).all() and logprobs.max() <= MOST_ABOVE):
         worst = logprobs[~(np.isfinite(logprobs) & (logprobs <= MOST_ABOVE))][0]
         raise BadAnswer("bad_logprobs", f"hold {worst:g}, which is no log-prob")

@@ -62,9 +62,13 @@ class Best:
             )
 
     def look(self, step: int, measured: Mapping[str, float]) -> bool:
-        """Take an evaluation into account; return whether it is the best so far. The first of equals stays the best."""
-        self.require(measured)
-        value = measured[self.metric]
+        """Take an evaluation into account; return whether it is the best so far. The first of equals stays the best.
+
+        One that lacks the metric, since every episode broke, say, is no better than the ones before.
+        """
+        value = measured.get(self.metric, math.nan)
+        if self.metric not in measured:
+            logger.warning("step %d: this evaluation gave no %s, and is not the best one", step, self.metric)
         gain = math.nan if math.isnan(value) else math.inf
         if self.value is not None:
             gain = value - self.value if self.greater else self.value - value

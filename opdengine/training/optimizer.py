@@ -14,8 +14,10 @@ from opdengine.errors import ConfigError
 
 def build_optimizer(config: TrainConfig, model: Any) -> torch.optim.AdamW:
     """AdamW, fused, which needs one pass over the weights and no copies of them; norms and biases are not decayed."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    plain = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    plain, decayed = list[torch.nn.Parameter](), list[torch.nn.Parameter]()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (plain if parameter.dim() < 2 or _is_norm_or_bias(name) else decayed).append(parameter)
     if not decayed and not plain:
         raise ConfigError(
             f"the student {config.model!r} has no parameter to train (freeze_head={config.freeze_head}, "
@@ -31,6 +33,12 @@ def build_optimizer(config: TrainConfig, model: Any) -> torch.optim.AdamW:
         eps=config.adam_epsilon,
         fused=True,
     )
+
+
+def _is_norm_or_bias(name: str) -> bool:
+    """Whether a parameter is one by its name: biases of experts, and norms of heads, are matrices in some models."""
+    *_, module, last = ("", *name.split("."))
+    return last.endswith("bias") or "norm" in module.lower()
 
 
 def build_scheduler(

@@ -206,7 +206,13 @@ class Engine:
         assert self.episodes is not None
         count = self.config.num_generations
         jobs = [
-            Job(f"{place}.{i}", prompts[place], _seed(batch.number, place * count + i), group=str(place))
+            Job(
+                f"{place}.{i}",
+                prompts[place],
+                _seed(batch.number, place * count),
+                group=str(place),
+                sampling_seed=_seed(batch.number, place * count + i),
+            )
             for place in mine
             for i in range(count)
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -262,6 +262,32 @@ def test_evaluation_greedy_and_sampled(tokenizer: Any) -> None:
     assert len(records) == 7 and records[0]["messages"][0]["role"] == "assistant"
     temperatures = [(p.temperature, p.top_p) for p in sampler.params]
     assert set(temperatures) == {(0.0, 1.0), (0.7, 0.9)}
+
+
+class Guess(Countdown):
+    """Draws what is to be guessed in its reset, as environments do whose tasks leave something open."""
+
+    def reset(self, *, seed: int, task: Any) -> Observation:
+        start = super().reset(seed=seed, task=task)
+        return Observation(start.messages, info={**start.info, "drawn": int(np.random.default_rng(seed).integers(1e9))})
+
+
+def test_the_rollouts_of_a_group_begin_alike_and_are_sampled_apart(models: dict[str, str], tmp_path: Path) -> None:
+    """Rewards are compared within a group: another start would count as a better or worse rollout."""
+    config = make_config(models, "", tmp_path, environment={"name": HOUSE}, num_generations=3, max_completion_length=6)
+    engine = make_engine(config)
+    assert engine.episodes is not None
+    engine.episodes.pool.close()
+    engine.episodes.pool = LocalPool(Guess, 2)
+    sampler = Scripted(engine.tokenizer, lambda request: "a")
+    engine.sampler = cast(Any, sampler)
+    batch = Batch(5)
+    engine.play([job.prompt for job in make_jobs(2)], [0, 1], batch)
+    drawn: dict[str, set[int]] = {}
+    for sample in batch.samples:
+        drawn.setdefault(sample.group, set()).add(sample.info["drawn"])
+    assert [len(found) for found in drawn.values()] == [1, 1] and len(set.union(*drawn.values())) == 2
+    assert len({request.seed for request in sampler.requests}) == len(sampler.requests) == 18
 
 
 def test_steps_have_their_true_prefix_and_share_one_forward_pass(

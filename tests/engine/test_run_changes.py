@@ -413,6 +413,16 @@ def test_which_evaluation_is_the_best(
     assert ends == exhausted
 
 
+def test_an_evaluation_without_the_metric_is_no_better_and_ends_no_run(caplog: pytest.LogCaptureFixture) -> None:
+    """As where every episode of one evaluation broke."""
+    found = Best("eval/seen/success", True, patience=2)
+    assert found.look(1, {"eval/seen/success": 0.2}) and not found.look(2, {"eval/seen/broken": 4.0})
+    assert (found.step, found.waited) == (1, 1) and "step 2: this evaluation gave no eval/seen/success" in caplog.text
+    assert found.look(3, {"eval/seen/success": 0.3}) and found.step == 3
+    lost = Best("eval/seen/success", True)
+    assert not lost.look(1, {"eval/seen/broken": 4.0}) and lost.step is None
+
+
 def test_a_metric_that_is_not_measured_is_refused_before_the_first_step(
     models: dict[str, str], prompt_file: str, tmp_path: Path
 ) -> None:

@@ -22,9 +22,11 @@ from engine_helpers import (
     make_samples,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CohereConfig, CohereForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from opdengine.data.prompts import load_prompts
 from opdengine.models.chat import load_tokenizer, vocabulary_size
+from opdengine.training.optimizer import build_optimizer
 from opdengine.types import Completion, Prompt, Request, Sample, SamplingParams, TeacherContext
 
 Models = dict[str, str]
@@ -548,3 +550,22 @@ def test_norms_and_biases_are_not_decayed(models: Models, prompt_file: str, tmp_
     assert len(decay) == len(parameters)
     for name, parameter in parameters.items():
         assert decay[id(parameter)] == (0.0 if "norm" in name else 0.5), name
+
+
+def test_biases_of_experts_and_norms_of_heads_are_matrices_and_not_decayed(
+    models: Models, prompt_file: str, tmp_path: Path
+) -> None:
+    """gpt-oss has one bias for each expert in a matrix, Cohere one norm for each head."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "vocab_size": 32}  # fmt: skip
+    config = make_config(models, prompt_file, tmp_path, weight_decay=0.5)
+    for model, kept in (
+        (GptOssForCausalLM(GptOssConfig(**small, head_dim=8, num_local_experts=4)), ("bias", "sinks")),
+        (CohereForCausalLM(CohereConfig(**small, use_qk_norm=True, pad_token_id=0)), ("q_norm", "k_norm")),
+    ):
+        optimizer = build_optimizer(config, model)
+        decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        names = dict(model.named_parameters())
+        assert any(p.dim() > 1 for name, p in names.items() if kept[0] in name)
+        for name, parameter in names.items():
+            assert decay[parameter] == (0.0 if "norm" in name or any(part in name for part in kept) else 0.5), name

@@ -49,6 +49,12 @@ def test_every_row_holds_the_actual_token_and_the_likeliest_others() -> None:
     assert read_top_k({"prompt_logprobs": ROWS}, IDS, np.array([], dtype=int), 2, 10).ids.shape[0] == 0
 
 
+def test_other_tokens_of_which_a_server_knows_nothing_belong_to_the_tail() -> None:
+    """As log-probs they would make the reverse KL, and its gradient, thousands of nats."""
+    found = read([None, row(_9=-3.0, _1=-9999.0), ROWS[2]])
+    assert found.ids.tolist() == [[9, -1], [2, 7]] and found.logprobs[0].tolist() == [-3.0, -np.inf]
+
+
 def test_padding_columns_of_a_head_are_taken_out_of_the_distribution() -> None:
     half = float(np.log(0.5))
     found = read([None, row(_9=half - 1e-7, _11=half), row(_2=-0.1)], k=2)
@@ -72,6 +78,8 @@ def test_padding_columns_of_a_head_are_taken_out_of_the_distribution() -> None:
         ([None, {"9": {"prob": 1.0}}, ROWS[2]], {}, "bad_logprobs"),
         ([None, {"9": None}, ROWS[2]], {}, "bad_logprobs"),
         ([None, row(_9=-np.inf), ROWS[2]], {}, "bad_logprobs"),
+        ([None, row(_9=-9999.0, _1=-0.5), ROWS[2]], {}, "bad_logprobs"),  # vLLM's -inf, OpenAI's "very unlikely"
+        ([None, row(_9=-9999), ROWS[2]], {}, "bad_logprobs"),
         ([None, row(_9="-0.1"), ROWS[2]], {}, "bad_logprobs"),
         ([None, row(_9=True), ROWS[2]], {}, "bad_logprobs"),
         ([None, row(_9=-(10**400)), ROWS[2]], {}, "bad_logprobs"),
