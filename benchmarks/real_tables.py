@@ -139,12 +139,16 @@ def real_uni() -> str:
         ranked = [run["metrics"]["order/inverted_pairs"] for run in found["runs"] if run["arm"] == arm]
         rows.append([title, *cells, paired, f"{100 * np.mean(ranked):.0f} %"])
     settings = found["settings"]
+    own = [run["metrics"] for run in found["runs"] if run["arm"].startswith("uni_opd")]
+    kept, shift = (np.mean([metrics[name] for metrics in own]) for name in ("completions/kept", "margin/shift"))
     headings = ["", *metrics.values(), "mean less OPD", "pairs ranked wrongly"]
     return table(headings, rows) + (
         f"\n\nAccuracy in percent on the held-out questions after {settings['max_steps']} steps of "
         f"{settings['per_device_train_batch_size']} prompts x {settings['num_generations']} rollouts, mean ± 95 % "
         f"interval over {len(found['seeds'])} seeds. Pairs are of a right and a wrong rollout of one prompt; the "
-        "teacher ranks them wrongly where the wrong one has the higher mean gap (means over steps and seeds)."
+        "teacher ranks them wrongly where the wrong one has the higher mean gap (means over steps and seeds). "
+        f"Uni-OPD keeps {kept:.0f} rollouts a step and moves the right and the wrong ones of a prompt {shift:.2f} nats "
+        "a token apart, in the mean."
     )
 
 
