@@ -122,7 +122,7 @@ class Environment(Protocol):
         ...
 
     def reset(self, *, seed: int, task: Task) -> Observation:
-        """Begin an episode; the same seed and task give the same episode. All rollouts of a group have the same of both.
+        """Begin an episode; the same seed and task give the same episode. All rollouts of a group have one seed.
 
         Raises:
             InfrastructureError: it cannot be set up.
