@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from openai import DefaultAsyncHttpxClient
 
@@ -29,10 +32,13 @@ class BoundedClient(DefaultAsyncHttpxClient):
     Args:
         limit: most bytes of the body of one answer.
         timeout: seconds without progress; the whole of a call is bounded by its caller.
+        url: of the server. One on this machine is not asked by way of the proxy that the environment names.
     """
 
-    def __init__(self, limit: int, timeout: float) -> None:
-        super().__init__(timeout=timeout, follow_redirects=False, headers={"Accept-Encoding": "identity"})
+    def __init__(self, limit: int, timeout: float, url: str) -> None:
+        here = is_here(url)
+        headers = {"Accept-Encoding": "identity"}
+        super().__init__(timeout=timeout, follow_redirects=False, headers=headers, trust_env=not here)
         self._limit = limit
 
     async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
@@ -64,3 +70,21 @@ class BoundedClient(DefaultAsyncHttpxClient):
         coding = response.headers.get("content-encoding", "identity").strip().lower()
         if coding not in ("", "identity"):
             raise RefusedAnswerError("compressed", "a compressed answer, though none was asked for")
+
+
+def is_here(url: str) -> bool:
+    """Whether an address is this machine's own, which no proxy can reach."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def proxy_of(url: str) -> str | None:
+    """Host and port of the proxy that the environment names for an address, without its password."""
+    parts, proxies = urlsplit(url), getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or is_here(url) or proxy_bypass(parts.netloc.rpartition("@")[2]):
+        return None
+    return urlsplit(proxy if "://" in proxy else f"//{proxy}").netloc.rpartition("@")[2]

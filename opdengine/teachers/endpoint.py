@@ -174,12 +174,12 @@ class Endpoint:
             cause = error if isinstance(error, RefusedAnswerError) else error.__cause__
             if isinstance(cause, RefusedAnswerError):
                 raise _AttemptFailed(cause.reason, f"{self.base_url}: {cause}", may_pass=False) from error
-            raise _AttemptFailed("connection", f"{self.base_url}: {one_line(str(cause or error))}") from error
+            raise _AttemptFailed("connection", f"{self._place()}: {one_line(str(cause or error))}") from error
         except openai.APIStatusError as error:
             status = error.status_code
             raise _AttemptFailed(
                 f"http_{status}",
-                f"{self.base_url} refused with status {status}: {one_line(error.message, 500)}",
+                f"{self._place()} refused with status {status}: {one_line(error.message, 500)}",
                 may_pass=status >= 500 or status in RETRIED_STATUS,
                 wait=_seconds(error.response.headers.get("retry-after")),
             ) from error
@@ -188,6 +188,13 @@ class Endpoint:
         if not isinstance(answer, Mapping):
             raise _AttemptFailed("bad_json", f"the answer is no JSON object: {brief(answer, 80)}")
         return answer
+
+    def _place(self) -> str:
+        """The address, and the proxy between, which may be the one that does not answer."""
+        from opdengine.teachers.bounded import proxy_of
+
+        proxy = proxy_of(self.base_url)
+        return self.base_url + (f" (by way of the proxy {proxy}; no_proxy leaves addresses out)" if proxy else "")
 
     @asynccontextmanager
     async def _client(self, limit: int) -> AsyncIterator[AsyncOpenAI]:
@@ -202,7 +209,7 @@ class Endpoint:
             api_key=self.api_key or "none",
             timeout=self.timeout,
             max_retries=0,
-            http_client=BoundedClient(limit, self.timeout),
+            http_client=BoundedClient(limit, self.timeout, self.base_url),
         ) as client:
             yield client
 

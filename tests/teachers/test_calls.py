@@ -12,6 +12,7 @@ from teacher_helpers import Server, context, serve, served
 
 from opdengine.config.train import ConfigError
 from opdengine.teachers import TeacherError
+from opdengine.teachers.endpoint import Endpoint
 from opdengine.types import Completion, Failure, Request, SamplingParams, TopK
 
 PARAMS = SamplingParams(
@@ -175,3 +176,24 @@ def test_a_crash_is_told_with_what_it_said_first(tokenizer: Any) -> None:
         (failure,) = score(served(server, tokenizer))
     assert isinstance(failure, Failure) and failure.reason == "connection"
     assert "at first http_500" in failure.detail and "scripted 500" in failure.detail
+
+
+def test_a_server_on_this_machine_is_not_asked_by_way_of_a_proxy(
+    bigrams: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clusters set one for everything; of another server a failure names it, without its password."""
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:9")
+
+    def models(url: str) -> Any:
+        return asyncio.run(Endpoint("t", url, max_retries=0, timeout=20).request("get", "/models"))
+
+    assert models(bigrams.url)["data"]
+    assert models(bigrams.url.replace("127.0.0.1", "localhost"))["data"]
+    failure = models("http://teacher.invalid:8000/v1")
+    assert isinstance(failure, Failure) and failure.reason == "connection"
+    assert "http://teacher.invalid:8000/v1 (by way of the proxy 127.0.0.1:9; no_proxy" in failure.detail
+    assert "secret" not in failure.detail
+    monkeypatch.setenv("no_proxy", "teacher.invalid")
+    assert "proxy" not in models("http://teacher.invalid:8000/v1").detail
