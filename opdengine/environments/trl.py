@@ -209,7 +209,8 @@ class TRLEnvironment:
 
     As in TRL, the episode goes on while the student calls tools, several in one turn if it likes, and a tool that
     raises is answered with the error. ``random`` and ``numpy.random`` are seeded before each reset, since TRL's
-    reset knows no seed. The score is the reward, limited to [0, 1].
+    reset knows no seed. The score, which methods with rewards train on, is the reward limited to [0, 1]; the metric
+    ``episodes/raw_score`` is the mean of what it was.
     """
 
     option_class = Options
@@ -306,7 +307,8 @@ class TRLEnvironment:
         except ValueError as error:
             raise InfrastructureError(f"get_reward gave no number, {error}: this episode cannot be scored") from error
         reward = float(reward)
-        more = {"success": reward >= self.options.success_reward, "score": min(max(reward, 0.0), 1.0)}
+        score = min(max(reward, 0.0), 1.0)
+        more = {"success": reward >= self.options.success_reward, "score": score, "raw_score": reward}
         return Step(step.messages, reward, step.terminated, step.truncated, {**step.info, **more})
 
     def _await(self, value: Any) -> Any:

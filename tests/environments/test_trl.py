@@ -249,6 +249,7 @@ def test_rewards_become_scores(game_files, amount, reward, score, success):
     world.reset(seed=0, task=TRLEnvironment.tasks("train", **game_files)[0])
     step = world.step(say("", ("add", {"amount": amount})))
     assert step.truncated and (step.reward, step.info["score"], step.info["success"]) == (reward, score, success)
+    assert step.info["raw_score"] == reward
     world.close()
 
 
