@@ -305,6 +305,22 @@ def real_steps() -> str:
     )
 
 
+def real_steps_short() -> str:
+    """A row for every case of :func:`real_steps`, with the others as multiples of ours."""
+    found = read("steps")
+    if found is None:
+        return NONE
+    rows = []
+    for name, case in found["cases"].items():
+        ours, cells = case["ours"], []
+        for trainer in ("trl", "trl gkd"):
+            run = case[trainer]
+            cells += [f"{run[key] / ours[key]:.2f}×" for key in ("processor_s", "peak_bytes")]
+        rows.append([CASES[name], f"{ours['processor_s']:.1f} s", *cells])
+    headings = ["completions", "opdengine", "`DistillationTrainer`", "its memory", "`GKDTrainer`", "its memory"]
+    return table(headings, rows)
+
+
 def real_rollout() -> str:
     """Tokens per second of the samplers beside ``model.generate``."""
     document = read("rollout")
@@ -353,6 +369,7 @@ TABLES = {
     "real_sampled": real_sampled,
     "real_rollout": real_rollout,
     "real_steps": real_steps,
+    "real_steps_short": real_steps_short,
     "real_teachers": real_teachers,
     "real_uni": real_uni,
     "stored_teacher": stored_teacher,
