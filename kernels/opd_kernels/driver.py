@@ -287,7 +287,7 @@ class Pass:
         dtype, shards = self.problem.compute_dtype, self.problem.shards
         hidden, wrong = head.hidden[row].to(dtype) * head.factor, head.hidden.new_zeros((), dtype=dtype)
         for start, stop in spans(head.vocab, 8192):
-            logits = head.weight[start : min(stop, head.vocab)].to(dtype) @ hidden
+            logits = head.weight[start:stop].to(dtype) @ hidden
             wrong += (~torch.isfinite(logits if head.softcap is None else logits.tanh_())).sum()
         return not bool(wrong if shards is None else shards.sum_(wrong))
 

@@ -116,7 +116,7 @@ def tolerance(noise: float) -> float:
 def prove_causal(
     name: str, model: Any, ids: np.ndarray, states: Callable[[np.ndarray], torch.Tensor], exact: bool
 ) -> float:
-    """Raise an error if a token's hidden state depends on later tokens.
+    """Find what counts as rounding in a model's hidden states, and refuse it where they depend on later tokens.
 
     In float32 a sequence is read without its last tokens. In 16 bits a pass over fewer tokens rounds otherwise, which
     hides what is seen of later ones, so that these are replaced by others: that changes no bit of what comes before,
@@ -130,10 +130,10 @@ def prove_causal(
         exact: whether it computes in float32.
 
     Returns:
-        The relative difference that is rounding in this model's hidden states.
+        The relative difference that is rounding.
 
     Raises:
-        ValueError: it does.
+        ValueError: a token's hidden state depends on later tokens.
     """
     whole = states(ids)
     cuts = [len(ids) * part // 3 for part in (1, 2)]
