@@ -25,6 +25,7 @@ DEMO = ROOT / "benchmarks" / "results" / "demo.json"
 
 import real_tables
 from findings import confidences, findings, opad_less, place
+from targets import compared
 
 from opdengine.tools.figures import figure
 
@@ -84,7 +85,10 @@ def loss_results() -> list[tuple[str, dict[str, Any]]]:
         document = json.loads(file.read_text())
         if document.get("smoke"):
             continue
-        cases = document["results"].get("speed", document["results"])
+        results = document["results"]
+        cases = results
+        if "speed" in results:
+            cases = compared(results) | results.get("shapes", {})
         timed = {name: c for name, c in cases.items() if "ms" in c.get("ours", {}) and name.split()[-1] in KINDS}
         if timed:
             found.append((document["device"].replace("_", " "), timed))

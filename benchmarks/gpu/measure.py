@@ -121,8 +121,8 @@ def _traced_bytes(call: Call) -> int:
     return peak
 
 
-def kernels(call: Call) -> list[str] | None:
-    """Names of the kernels and copies that one call puts on the device."""
+def kernels(call: Call) -> list[tuple[str, float]] | None:
+    """Name and milliseconds of every kernel and copy that one call puts on the device."""
     if not torch.cuda.is_available():
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -130,12 +130,18 @@ def kernels(call: Call) -> list[str] | None:
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         call()
         synchronise()
-    return [e.name for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return [(e.name, e.time_range.elapsed_us() / 1e3) for e in events]
 
 
-def launches(call: Call) -> int | None:
-    found = kernels(call)
-    return None if found is None else len(found)
+def by_kernel(found: list[tuple[str, float]], most: int = 16) -> dict[str, list[float]]:
+    """[launches, milliseconds] of the kernels that take longest, by the beginning of their names."""
+    total: dict[str, list[float]] = {}
+    for name, ms in found:
+        entry = total.setdefault(name[:90], [0, 0.0])
+        entry[0] += 1
+        entry[1] = round(entry[1] + ms, 4)
+    return dict(sorted(total.items(), key=lambda item: -item[1][1])[:most])
 
 
 def clocks() -> dict[str, str] | None:

@@ -1,7 +1,7 @@
 """The whole GPU session, unattended; one JSON and a table.
 
-    python benchmarks/gpu/run.py [--out FILE] [--minutes 9] [--smoke]    tests, ceilings, correctness, speed
-    python benchmarks/gpu/run.py --more                                  a whole step, peers, the rest
+    python benchmarks/gpu/run.py [--out FILE] [--minutes 9] [--smoke]    gate, ceilings, speed, tests, peers, errors
+    python benchmarks/gpu/run.py --more                                  a whole step, the engine, the rest
 
 Needs torch, triton and pytest, and transformers for the whole step; TRL and Liger are measured where
 they can be imported. Every section runs in a process of its own and within its share of the time;
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,23 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(HERE.parent)]
 
+import gate
 from conftest import device_name, environment
 from table import lines
 
-SECTIONS = {"tests": 150, "ceilings": 100, "correctness": 90, "speed": 600}
-MORE = {"step": 240, "engine": 100, "screened": 40, "one_read_call": 60, "peers": 180, "sanitizer": 600}
+SECTIONS = {"gate": 90, "ceilings": 60, "speed": 240, "tests": 160, "liger": 120, "correctness": 600}
+MORE = {
+    "step": 150,
+    "engine": 100,
+    "kernels": 90,
+    "shapes": 60,
+    "one_read_call": 60,
+    "peers": 180,
+    "screened": 40,
+    "sanitizer": 600,
+}
 """Seconds each may take; the last one has what is left."""
+MODULES = {"liger": "speed", "shapes": "speed", "peers": "speed", "kernels": "ceilings"}
 GRACE = 30
 
 
@@ -45,18 +57,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--more", action="store_true", help=f"the second half: {', '.join(MORE)}")
-    parser.add_argument("--section", choices=[*SECTIONS, *MORE], help="run one of them only")
+    parser.add_argument("--section", nargs="+", choices=[*SECTIONS, *MORE], help="run these only, in this order")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     out = options.out or HERE.parent / "results" / device_name() / "loss.json"
     if options.deadline:
-        run_section(options.section, out, options.deadline, options.smoke)
+        run_section(options.section[0], out, options.deadline, options.smoke)
         return 0
     out.parent.mkdir(parents=True, exist_ok=True)
     begin(out, {**environment(), "driver": driver(), "smoke": options.smoke}, options.more or bool(options.section))
     end = time.time() + 60 * options.minutes - GRACE
     every = SECTIONS | MORE
-    for name in [options.section] if options.section else MORE if options.more else SECTIONS:
+    for name in options.section or (MORE if options.more else SECTIONS):
         start_section(name, out, min(end, time.time() + every[name]), options.smoke)
     print("\n".join(lines(json.loads(out.read_text()))))
     print(f"written to {out}")
@@ -81,6 +93,14 @@ def start_section(name: str, out: Path, deadline: float, smoke: bool) -> None:
     if name == "tests":
         record(out, name, "gpu", test_run(deadline, smoke))
         return
+    if name == "gate":
+        found = gate.run_all(smoke, deadline)
+        for case, figures in found.items():
+            record(out, name, case, figures)
+            print(f"gate: {case}: {'passed' if figures['passed'] else figures}", flush=True)
+        if not all(figures["passed"] for figures in found.values()):
+            os.environ[gate.STAGES] = "1"
+        return
     command = [sys.executable, str(Path(__file__)), "--section", name, "--out", str(out), "--deadline", str(deadline)]
     try:
         code = subprocess.run(
@@ -96,6 +116,10 @@ def run_section(name: str, out: Path, deadline: float, smoke: bool) -> None:
     """Run the cases of a section one by one; those after the deadline are recorded as left out."""
     from measure import release
 
+    if gate.in_stages():
+        from opd_kernels import triton_impl
+
+        triton_impl.one_read = lambda *_: False  # type: ignore[assignment]
     for case, function in cases(name, out, smoke):
         if time.time() > deadline:
             record(out, name, case, {"skipped": "no time left"})
@@ -111,15 +135,18 @@ def run_section(name: str, out: Path, deadline: float, smoke: bool) -> None:
 
 
 def cases(name: str, out: Path, smoke: bool) -> Iterator[tuple[str, Any]]:
-    module = importlib.import_module("speed" if name == "peers" else name)
+    module = importlib.import_module(MODULES.get(name, name))
     if name == "correctness":
         return module.cases(smoke, seed=int(time.time()))
-    if name not in ("speed", "peers"):
+    if name == "kernels":
+        return module.kernel_cases(smoke)
+    if MODULES.get(name, name) != "speed":
         return module.cases(smoke)
     measured = json.loads(out.read_text())["results"].get("ceilings", {})
     squares = [figures.get("tflops") for case, figures in measured.items() if case.startswith("matmul")]
     ceiling = squares[0] if squares else None
-    return module.cases(smoke, ceiling) if name == "speed" else module.best_cases(smoke, ceiling)
+    makers = {"speed": "cases", "liger": "liger_cases", "shapes": "shape_cases", "peers": "best_cases"}
+    return getattr(module, makers[name])(smoke, ceiling)
 
 
 def test_run(deadline: float, smoke: bool) -> dict[str, Any]:
@@ -127,9 +154,11 @@ def test_run(deadline: float, smoke: bool) -> dict[str, Any]:
     if smoke:
         return {"skipped": "smoke"}
     paths = os.pathsep.join([str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"]
+    options = ["-m", "gpu", "-vv", "-p", "no:cacheprovider", "--durations=8"]
+    command = [sys.executable, "-m", "pytest", "tests/gpu", *options]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", "4"]  # most of their time is Triton's compiler
+        # Most of their time is Triton's compiler, and each needs a few GB of the device.
+        command += ["-n", str(max(1, min(10, (os.cpu_count() or 1) - 2)))]
     env = {**os.environ, "PYTHONPATH": paths}
     try:
         run = subprocess.run(
@@ -138,9 +167,11 @@ def test_run(deadline: float, smoke: bool) -> dict[str, Any]:
         text, code = run.stdout, run.returncode
     except subprocess.TimeoutExpired as found:
         text, code = (found.stdout or b"").decode(errors="replace"), "ended at its deadline"
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", text)}
-    failures = re.findall(r"^(?:FAILED|ERROR) (.*)$", text, re.MULTILINE)
-    return {"exit": code, **counts, "failures": failures, "tail": text[-2000:] if code else ""}
+    outcomes = re.findall(r"(PASSED|FAILED|ERROR|SKIPPED) (tests/\S+)|(tests/\S+) (PASSED|FAILED|ERROR|SKIPPED)", text)
+    by_test = {one or other: word or last for word, one, other, last in outcomes}
+    counts = Counter(word.lower() for word in by_test.values())
+    failures = [name for name, word in by_test.items() if word in ("FAILED", "ERROR")]
+    return {"exit": code, **counts, "failures": failures, "tail": text[-30000:] if code else text[-1500:]}
 
 
 def record(out: Path, section: str, case: str, figures: dict[str, Any]) -> None:
@@ -161,7 +192,7 @@ def failed(results: dict[str, Any]) -> bool:
     """Whether a test, a bound on an error or a whole section failed."""
     if results.get("tests", {}).get("gpu", {}).get("exit", 0) != 0:
         return True
-    checks = [c for name in ("correctness", "sanitizer", "engine") for c in results.get(name, {}).values()]
+    checks = [c for name in ("gate", "correctness", "sanitizer", "engine") for c in results.get(name, {}).values()]
     return any("error" in c or not c.get("passed", True) for c in checks) or any("exit" in s for s in results.values())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from targets import tables
+from targets import compared, tables
 
 HEADER = "| case | provider | ms | of the floor | memory, GB | kernels | gradient error |"
 
@@ -15,19 +15,20 @@ def lines(document: Mapping[str, Any]) -> list[str]:
     results = document["results"]
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
     out = [f"{document['device']}: {versions}", ""]
-    for section in ("tests", "sanitizer", "engine", "screened", "one_read_call"):
+    for section in ("gate", "tests", "sanitizer", "engine", "screened", "one_read_call"):
         for case, figures in results.get(section, {}).items():
             parts = {key: value for key, value in figures.items() if isinstance(value, Mapping)}
             plain = {k: v for k, v in figures.items() if k not in (*parts, "tail", "seconds") and v != []}
             for name, found in [(f"{section}, {case}", plain), *((f"  {k}", v) for k, v in parts.items())]:
                 out.append(f"{name}: " + ", ".join(f"{k} {number(v)}" for k, v in found.items()))
     out += step_lines(results.get("step", {}))
-    for case, figures in results.get("ceilings", {}).items():
+    for case, figures in (results.get("ceilings", {}) | results.get("kernels", {})).items():
         plain = {k: v for k, v in figures.items() if isinstance(v, (int, float, str)) and k != "seconds"}
         out.append(f"{case}: " + ", ".join(f"{k} {number(v)}" for k, v in plain.items()))
         out += [f"  {name}: {s['TB/s']:.2f} TB/s" for name, s in figures.get("sweeps", {}).items()]
     out += ["", HEADER, "|---|---|---:|---:|---:|---:|---:|"]
-    for case, figures in [*results.get("speed", {}).items(), *results.get("peers", {}).items()]:
+    parts = [compared({"speed": {}, **results}), results.get("shapes", {}), results.get("peers", {})]
+    for case, figures in (item for part in parts for item in part.items()):
         out += rows(case, figures, results.get("correctness", {}))
     bad = [case for case, figures in results.get("correctness", {}).items() if not figures.get("passed", False)]
     out += ["", "correctness: " + ("failed: " + "; ".join(bad) if bad else "passed")]

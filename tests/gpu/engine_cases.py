@@ -16,10 +16,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from engine_helpers import assert_same_gradients, loss_and_gradient, make_config, make_samples
 
 from opdengine.data.prompts import load_prompts
+from opdengine.distributed import Ranks
 from opdengine.methods import build_method
+from opdengine.models.backbone import Backbone
 from opdengine.models.chat import load_tokenizer
 from opdengine.models.checkpoint import read_state, restore_optimizer, save_checkpoint
 from opdengine.models.random_state import random_state
+from opdengine.models.sharding import Sharded, whole
 from opdengine.training import build
 from opdengine.training.step import Engine
 from opdengine.training.step_result import StepResult
@@ -99,6 +102,31 @@ def checkpointing_changes_nothing(bench: Bench) -> None:
     again, others = loss_and_gradient(bench.engine(bf16=True, gradient_checkpointing=True), samples)
     assert again == pytest.approx(loss, rel=1e-5)
     assert_same_gradients(others, gradients, rtol=1e-2)
+
+
+def a_split_student_has_the_same_gradients(bench: Bench, bf16: bool) -> None:
+    """FSDP2 over one process: what it gathers and reduces changes neither the loss nor a gradient."""
+    plain = bench.engine(bf16=bf16)
+    samples = make_samples(plain, bench.prompts[:4])
+    loss, gradients = loss_and_gradient(plain, samples)
+    backend = "nccl" if bench.device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, init_method=f"file://{bench.folder / 'store'}", rank=0, world_size=1)
+    try:
+        engine = bench.engine(bf16=bf16)
+        model = engine.student.model
+        sharded = Sharded(model, Ranks(), bench.device, bf16)
+        engine.student = Backbone(model, "student", engine.student.max_tokens, sharded, bf16)
+        again, split = loss_and_gradient(engine, samples)
+        assert all(isinstance(gradient, torch.distributed.tensor.DTensor) for gradient in split.values())
+        others = {name: whole(gradient) for name, gradient in split.items()}
+    finally:
+        torch.distributed.destroy_process_group()
+    assert again == pytest.approx(loss, rel=1e-3 if bf16 else 1e-5)
+    if not bf16:
+        assert_same_gradients(others, gradients, rtol=1e-3)
+        return
+    one, other = (torch.cat([named[name].flatten() for name in gradients]) for named in (gradients, others))
+    assert torch.cosine_similarity(one, other, dim=0) > 0.99
 
 
 def a_resumed_run_goes_on(bench: Bench, **changes: Any) -> None:

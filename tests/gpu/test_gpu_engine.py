@@ -59,6 +59,11 @@ def test_checkpointing_changes_nothing(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
+def test_a_split_student_has_the_same_gradients(bench: Bench, bf16: bool) -> None:
+    engine_cases.a_split_student_has_the_same_gradients(bench, bf16)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
 def test_a_resumed_run_goes_on(bench: Bench, bf16: bool) -> None:
     engine_cases.a_resumed_run_goes_on(bench, bf16=bf16)
 

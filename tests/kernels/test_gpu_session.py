@@ -33,22 +33,23 @@ def test_every_case_leaves_its_figures(tmp_path):
         run, document = session(tmp_path / "loss.json", *half)
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     results = document["results"]
-    assert {case.split()[0] for case in results["speed"]} == {f"S{i}" for i in range(1, 8)}
-    for section in ("ceilings", "correctness", "speed", "step", "engine", "screened", "peers", "sanitizer"):
+    assert {case.split()[0] for part in ("speed", "shapes") for case in results[part]} == {f"S{i}" for i in range(1, 8)}
+    every = ("gate", "ceilings", "speed", "liger", "correctness", "step", "engine", "shapes", "peers", "screened")
+    for section in (*every, "sanitizer"):
         assert results[section]
         for case, figures in results[section].items():
             assert "error" not in figures, (case, figures)
             assert "skipped" not in figures, case
-    assert all(figures["passed"] for s in ("correctness", "engine") for figures in results[s].values())
-    for case, figures in [*results["speed"].items(), *results["peers"].items()]:
+    assert all(figures["passed"] for s in ("gate", "correctness", "engine") for figures in results[s].values())
+    for case, figures in (c for part in ("speed", "liger", "shapes", "peers") for c in results[part].items()):
         for name, found in figures.items():
             assert name == "seconds" or "error" not in found, (case, name, found)
     assert "| S2 jsd | ours |" in run.stdout
     assert "correctness: passed" in run.stdout
     losses = [figures["loss"] for case, figures in results["step"].items() if case.startswith("update")]
     assert len(losses) == 3 and max(losses) - min(losses) <= 1e-5 * max(losses)
-    for peer in ("trl", "liger"):
-        assert f"ours at the memory of {peer}" in results["speed"]["S1 reverse_kl"]
+    for part, peer in (("speed", "trl"), ("liger", "liger")):
+        assert f"ours at the memory of {peer}" in results[part]["S1 reverse_kl"]
         assert any(
             name.startswith(f"ours at the memory of {peer}, ")
             for name in results["peers"]["S1 jsd, peers at their best"]
