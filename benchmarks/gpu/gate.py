@@ -17,9 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parents[1] / "kernels"), str(HERE.parent)]
+
 from problems import KINDS, S1, S2, Shape
 
-HERE = Path(__file__).parent
 SECONDS = 90
 STAGES = "OPD_GPU_SESSION_IN_STAGES"
 """Set to 1 where one read of the logits hung or failed: the sections then take the stages."""
@@ -67,5 +69,4 @@ def main(kind: str, teachers: int, smoke: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(HERE.parents[1] / "kernels"), str(HERE.parent)]
     main(sys.argv[1], int(sys.argv[2]), "--smoke" in sys.argv)
