@@ -67,7 +67,7 @@ def define(
         mutates_args=(),
         schema=f"({arguments}) -> Tensor[]",
         # Checks and row selection read data on the host.
-        tags=torch.Tag.cudagraph_unsafe,
+        tags=[torch.Tag.cudagraph_unsafe],  # a list: torch 2.11 takes no single one
     )
     op.register_fake(lambda *values: fake(dict(zip(names, values, strict=True))))
     return op
