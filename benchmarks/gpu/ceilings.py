@@ -2,8 +2,7 @@
 
 1. fp32-output against bf16-output GEMMs for logits.  2. The library's choice for dX, whose inner
 dimension is the vocabulary, against splits of it.  3. Bandwidth of the row kernels.
-4. A cooperative kernel that reads logits once against two reads.  5. A Triton GEMM against the
-library.  6. Sustained clocks.
+4. A Triton GEMM against the library.  5. Sustained clocks.
 """
 
 from __future__ import annotations
@@ -114,33 +113,8 @@ def row_kernels(rows: int, vocab: int) -> dict[str, Any]:
     return {"sweeps": out}
 
 
-def one_read(rows: int, vocab: int, kind: str, teachers: int) -> dict[str, Any]:
-    """Question 4: the row work of one chunk in stages and in one read."""
-    from gpu_rows import in_stages, operations, problem
-
-    from opd_kernels.table import MEAN_P, VALUE
-
-    chunk = problem(rows, vocab, teachers)
-    ops, terms = operations(kind, chunk), kind not in ("reverse_kl", "forward_kl")
-    passes = 3 if terms else 2
-    stages = median_ms(lambda: in_stages(ops, chunk))
-    want, value = chunk.out.float(), chunk.table[0, VALUE] if terms else chunk.table[1, MEAN_P]
-    value = value.clone()
-    once = median_ms(lambda: ops.solve(chunk))
-    found = chunk.table[0, VALUE] if terms else chunk.table[1, MEAN_P]
-    read = 4 * (1 + teachers) * rows * vocab
-    return {
-        "in_stages_ms": stages,
-        "in_stages_TB/s": (passes * read + 2 * rows * vocab) / stages / 1e9,
-        "one_read_ms": once,
-        "one_read_TB/s": (read + 2 * rows * vocab) / once / 1e9,
-        "error": ((chunk.out.float() - want).norm() / want.norm()).item(),
-        "value_error": ((found - value).abs().max() / value.abs().max().clamp(min=1e-30)).item(),
-    }
-
-
 def triton_gemm(rows: int, vocab: int, width: int) -> dict[str, Any]:
-    """Question 5."""
+    """Question 4."""
     from gap_gemm import matmul_gap
 
     hidden, weight = normal(rows, width), normal(vocab, width)
@@ -166,7 +140,7 @@ def triton_gemm(rows: int, vocab: int, width: int) -> dict[str, Any]:
 
 
 def sustained(seconds: float, size: int) -> dict[str, Any]:
-    """Question 6: rate and clocks at the start and at the end of a long run."""
+    """Question 5: rate and clocks at the start and at the end of a long run."""
     a, b = normal(size, size), normal(size, size)
     out = torch.empty_like(a)
     stop, rates, seen = time.monotonic() + seconds, [], []
@@ -197,6 +171,3 @@ def kernel_cases(smoke: bool) -> Iterator[Case]:
     if CUDA:
         yield "row kernels", lambda: row_kernels(rows, vocab)
         yield "Triton GEMM", lambda: triton_gemm(1024, vocab, width)
-    # Last: programs that wait for each other could wait for ever.
-    for kind, teachers in (("reverse_kl", 1), ("reverse_kl", 2), ("jsd", 2)) if CUDA else ():
-        yield f"one read, {kind}, K={teachers}", lambda k=kind, t=teachers: one_read(rows, vocab, k, t)

@@ -2,14 +2,13 @@
 
     python benchmarks/gpu/gate.py KIND TEACHERS [--smoke]        one of them, as JSON
 
-Every divergence with one and two teachers against float64, each in a process of its own: a kernel that waits for
-ever is ended with its process, and the rest of the session then does the row work in stages.
+Every divergence with one and two teachers against float64, each in a process of its own, so that one that fails ends
+no other.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -23,8 +22,6 @@ sys.path[:0] = [str(HERE.parents[1] / "kernels"), str(HERE.parent)]
 from problems import KINDS, S1, S2, Shape
 
 SECONDS = 90
-STAGES = "OPD_GPU_SESSION_IN_STAGES"
-"""Set to 1 where one read of the logits hung or failed: the sections then take the stages."""
 
 
 def command(kind: str, teachers: int, smoke: bool) -> list[str]:
@@ -52,19 +49,11 @@ def run_all(smoke: bool, deadline: float) -> dict[str, dict[str, Any]]:
     return {f"{kind}, K={teachers}": figures for (kind, teachers), figures in zip(cases, found, strict=True)}
 
 
-def in_stages() -> bool:
-    return os.environ.get(STAGES) == "1"
-
-
 def main(kind: str, teachers: int, smoke: bool) -> None:
     import correctness
     import torch
     from problems import neighbours
 
-    if in_stages():
-        from opd_kernels import triton_impl
-
-        triton_impl.one_read = lambda *_: False  # type: ignore[assignment]
     one = {1: S1, 2: S2}[teachers]
     shape = one.smaller() if smoke else Shape(one.name, 512, one.vocab, one.width, one.teachers)
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)

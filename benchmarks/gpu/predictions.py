@@ -22,33 +22,37 @@ from problems import KINDS, S1, S2, Shape
 from opd_kernels.chunking import LARGEST_DEFAULT_BYTES, ChunkPlan, plan_chunks
 
 COUNTED = {
-    ("reverse_kl", 1): (64, 3.3),
-    ("reverse_kl", 2): (92, 4.3),
-    ("forward_kl", 1): (68, 4.3),
-    ("forward_kl", 2): (101, 6.3),
-    ("jsd", 1): (101, 6.3),
-    ("jsd", 2): (150, 10.6),
+    ("reverse_kl", 1): {"statistics": (41, 2.1), "gradient": (25, 1.1)},
+    ("reverse_kl", 2): {"statistics": (68, 3.1), "gradient": (32, 1.1)},
+    ("forward_kl", 1): {"statistics": (42, 2.1), "gradient": (24, 2.1)},
+    ("forward_kl", 2): {"statistics": (64, 3.1), "gradient": (35, 3.1)},
+    ("jsd", 1): {"statistics": (45, 2.1), "terms": (44, 4.2), "gradient": (34, 3.2)},
+    ("jsd", 2): {"statistics": (68, 3.1), "terms": (71, 7.3), "gradient": (49, 5.3)},
 }
-"""(instructions, special-function instructions) of one read for every logit of the student, by kind and teachers."""
+"""(instructions, special-function instructions) of every stage for each logit of the student, by kind and teachers."""
 
 TILE, WIDE_TILE = 128, 256
 FLOAT32_RESULT = 0.96
 """Rate of a product whose result is float32 over one in half precision."""
-WAITING = 1.1
-"""Time of the cooperative kernel over that of its bytes or instructions."""
+STAGE = 1.2
+"""Time of a stage over that of its bytes or instructions."""
 LAUNCH = 3e-6
 SMALL_LAUNCHES = 8
-"""Of a chunk: gathers, the counters, the merge."""
+"""Of a chunk: gathers, the merge."""
+HOST = 2e-3
+"""Seconds in which the device waits for the host: before the first product, and after the last one."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """Rates of one GPU: products in half precision (FLOP/s), memory (bytes/s), clock of its multiprocessors."""
+    """Rates of one GPU: products in half precision (FLOP/s), ``flops`` of ten in a row and ``sustained`` while it draws
+    all the power it may; memory (bytes/s), clock of its multiprocessors then."""
 
     name: str
     flops: float = 790e12
+    sustained: float = 690e12
     memory: float = 3.0e12
-    clock: float = 1.755e9
+    clock: float = 1.53e9
     multiprocessors: int = 132
 
 
@@ -75,25 +79,26 @@ def product(device: Device, rows: int, columns: int, inner: int, result_bytes: i
     tiles = math.ceil(rows / TILE) * math.ceil(columns / WIDE_TILE)
     waves = math.ceil(tiles / device.multiprocessors) * device.multiprocessors / tiles
     padded = math.ceil(rows / TILE) * TILE / rows
-    rate = device.flops * (FLOAT32_RESULT if result_bytes == 4 else 1.0)
+    rate = device.sustained * (FLOAT32_RESULT if result_bytes == 4 else 1.0)
     moved = 2 * inner * (rows + columns) + result_bytes * rows * columns
     return max(2 * rows * columns * inner / rate * max(padded, waves), moved / device.memory)
 
 
 def row_work(device: Device, shape: Shape, kind: str) -> float:
-    """Seconds of the row kernel over all rows."""
-    logits, teachers = shape.rows * shape.vocab, len(shape.teachers)
-    instructions, special = COUNTED[kind, teachers]
-    lanes = device.multiprocessors * device.clock
-    moved = (4 * (1 + teachers) + 2) * logits / device.memory
-    return WAITING * max(moved, instructions * logits / (128 * lanes), special * logits / (16 * lanes))
+    """Seconds of the row kernels over all rows."""
+    logits, read = shape.rows * shape.vocab, 4 * (1 + len(shape.teachers))
+    lanes, total = device.multiprocessors * device.clock, 0.0
+    for stage, (instructions, special) in COUNTED[kind, len(shape.teachers)].items():
+        moved = (read + 2 * (stage == "gradient")) * logits / device.memory
+        total += STAGE * max(moved, instructions * logits / (128 * lanes), special * logits / (16 * lanes))
+    return total
 
 
 def seconds(device: Device, shape: Shape, kind: str, budget: int = LARGEST_DEFAULT_BYTES) -> float:
     """Of forward and backward."""
     sizes = plan(shape, budget)
     chunks = math.ceil(shape.rows / sizes.chunk_rows)
-    total = row_work(device, shape, kind) + chunks * (SMALL_LAUNCHES + 2 * len(shape.teachers)) * LAUNCH
+    total = HOST + row_work(device, shape, kind) + chunks * (SMALL_LAUNCHES + 2 * len(shape.teachers)) * LAUNCH
     for width in (shape.width, *shape.teachers):
         total += chunks * product(device, shape.rows // chunks, shape.vocab, width, 4)
     blocks = math.ceil(shape.rows / sizes.gradient_rows)

@@ -41,7 +41,6 @@ MORE = {
     "engine": 100,
     "kernels": 90,
     "shapes": 60,
-    "one_read_call": 60,
     "peers": 180,
     "screened": 40,
     "sanitizer": 600,
@@ -108,16 +107,11 @@ def start_section(name: str, out: Path, deadline: float, smoke: bool) -> None:
 
 
 def pass_gate(out: Path, deadline: float, smoke: bool) -> None:
-    """Whether the loss is right here. Where one read of the logits fails, the rest of the session takes the stages;
-    where nothing runs at all, there is no rest."""
-    for way in ("", ", in stages"):
-        found = gate.run_all(smoke, deadline)
-        for case, figures in found.items():
-            record(out, "gate", case + way, figures)
-            print(f"gate: {case}{way}: {'passed' if figures['passed'] else figures}", flush=True)
-        if all(figures["passed"] for figures in found.values()):
-            return
-        os.environ[gate.STAGES] = "1"
+    """Whether the loss is right here; where nothing runs at all, there is no rest."""
+    found = gate.run_all(smoke, deadline)
+    for case, figures in found.items():
+        record(out, "gate", case, figures)
+        print(f"gate: {case}: {'passed' if figures['passed'] else figures}", flush=True)
     if all("error" in figures for figures in found.values()):
         sys.exit(f"the fused loss does not run on this device; {out} holds the errors")
 
@@ -126,10 +120,6 @@ def run_section(name: str, out: Path, deadline: float, smoke: bool) -> None:
     """Run the cases of a section one by one; those after the deadline are recorded as left out."""
     from measure import release
 
-    if gate.in_stages():
-        from opd_kernels import triton_impl
-
-        triton_impl.one_read = lambda *_: False  # type: ignore[assignment]
     for case, function in cases(name, out, smoke):
         if time.time() > deadline:
             record(out, name, case, {"skipped": "no time left"})

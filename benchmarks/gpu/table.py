@@ -15,7 +15,7 @@ def lines(document: Mapping[str, Any]) -> list[str]:
     results = document["results"]
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
     out = [f"{document['device']}: {versions}", ""]
-    for section in ("gate", "tests", "sanitizer", "engine", "screened", "one_read_call"):
+    for section in ("gate", "tests", "sanitizer", "engine", "screened"):
         for case, figures in results.get(section, {}).items():
             parts = {key: value for key, value in figures.items() if isinstance(value, Mapping)}
             plain = {k: v for k, v in figures.items() if k not in (*parts, "tail", "seconds") and v != []}

@@ -100,21 +100,6 @@ def sweep(results: Results, name: str) -> float:
     return results["kernels"]["row kernels"]["sweeps"][name]["TB/s"] / results["ceilings"]["copy"]["TB/s"]
 
 
-def saved(results: Results, teachers: int) -> float:
-    found = results["kernels"][f"one read, reverse_kl, K={teachers}"]
-    if not found["error"] <= 1e-2:
-        return math.nan
-    return found["one_read_ms"] / found["in_stages_ms"]
-
-
-def one_read_call(results: Results, case: str) -> float:
-    """Milliseconds of the whole op with one read of the logits over those in stages."""
-    figures = results["one_read_call"][case]
-    if not figures["passed"]:
-        return math.nan
-    return figures["one read"]["ms"] / figures["in stages"]["ms"]
-
-
 def whole_step(results: Results, figure: str, case: str = "update, fused loss") -> float:
     return results["step"][case][figure]
 
@@ -198,8 +183,6 @@ PREDICTIONS = [
         lambda r: sweep(r, "gradient, reverse_kl, K=1"),
         lambda x: x >= 0.85,
     ),
-    Line("one read over two, K=1", "time 0.56 (bytes) to 0.8 (waiting)", lambda r: saved(r, 1), lambda x: x <= 0.8),
-    Line("one read over two, K=2", "time 0.47 (bytes) to 0.7 (waiting)", lambda r: saved(r, 2), lambda x: x <= 0.7),
     Line(
         "gap-domain GEMM over the library",
         "time 1.1 to 1.3",
@@ -209,12 +192,6 @@ PREDICTIONS = [
     Line("K=1 (S1), ms on an H100", "42 to 46", lambda r: ours(r, "S1 reverse_kl"), lambda x: 42 <= x <= 46, "{:.1f}"),
     Line("K=2 (S2), ms on an H100", "61 to 67", lambda r: ours(r, "S2 reverse_kl"), lambda x: 61 <= x <= 67, "{:.1f}"),
     Line("K=2 JSD (S2), ms on an H100", "61 to 68", lambda r: ours(r, "S2 jsd"), lambda x: 61 <= x <= 68, "{:.1f}"),
-    Line(
-        "K=2 (S2) with one read of the logits, over stages",
-        "time 0.88 to 0.95",
-        lambda r: one_read_call(r, "S2 reverse_kl"),
-        lambda x: 0.88 <= x <= 0.95,
-    ),
     Line(
         "K=2 (S2) in 4 GiB over 1 GiB",
         "time 0.75 to 0.9: large chunks, and one block of dZ for all rows",

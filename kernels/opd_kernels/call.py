@@ -92,11 +92,13 @@ def loss_scales(problem: Problem) -> Scales:
 
 def reduce_loss(problem: Problem, outcome: Outcome, scales: Scales) -> tuple[Tensor, Tensor]:
     """(loss of per-token values, which are NaN where they do not count; its standard error)."""
-    computed = (scales.divergence != 0) & (problem.mix > 0).any(1)
     some, error = outcome.some, scales.divergence.new_zeros(())
-    if some is not None:
-        computed = computed & some.chosen
-    weighted = torch.where(computed, outcome.token_loss * scales.divergence, 0.0)
+    weighted = outcome.token_loss * scales.divergence
+    if problem.token_weight is not None or some is not None or not problem.known_teachers:
+        computed = (scales.divergence != 0) & (problem.mix > 0).any(1)
+        if some is not None:
+            computed = computed & some.chosen
+        weighted = torch.where(computed, weighted, 0.0)
     if some is not None:
         error = some.error(weighted)
         weighted = weighted * (some.exact * (some.total / some.count))
@@ -254,13 +256,15 @@ SCALED_ELEMENTS = 1 << 22
 def solve(problem: Problem, scales: Scales, wants: Wants) -> tuple[Tensor, Outcome]:
     """(loss, outcome) of a problem with its ``loss_scales``; with gradients when they are known in
     forward, that is unless the reduction is "none"."""
-    rows = plan_rows(problem.mix, problem.mix_is_uniform, problem.token_weight, problem.logprob_weight)
+    known = problem.known_teachers
+    rows = plan_rows(problem.mix, problem.mix_is_uniform, problem.token_weight, problem.logprob_weight, known)
     with exact_products(problem.mix.device):
         outcome = run_divergence(problem, rows, scales, wants if problem.reduction != "none" else Wants())
     loss, error = reduce_loss(problem, outcome, scales)
     if problem.sampling is not None and wants:
         unknown = error.new_full((3,), float("nan"))
         outcome.report = torch.cat([unknown if outcome.sampling is None else outcome.sampling, error[None]])
+    outcome.check()
     return loss, outcome
 
 
@@ -268,7 +272,10 @@ def recompute(problem: Problem, scales: Scales, grad_loss: Tensor, wants: Wants)
     """Gradients for an upstream gradient [N] or scalar that was unknown in forward, or for a
     second backward; ``scales`` as in ``solve``."""
     scales = scales.times(grad_loss.to(scales.divergence.dtype))
-    rows: RowPlan = plan_rows(problem.mix, problem.mix_is_uniform, scales.divergence, scales.logprob)
+    weights = scales.divergence, scales.logprob
+    rows: RowPlan = plan_rows(problem.mix, problem.mix_is_uniform, *weights, problem.known_teachers)
     labels = None if scales.logprob is None else problem.labels
     with exact_products(problem.mix.device):
-        return run_divergence(replace(problem, labels=labels, stats=False), rows, scales, wants, values=False)
+        outcome = run_divergence(replace(problem, labels=labels, stats=False), rows, scales, wants, values=False)
+    outcome.check()
+    return outcome

@@ -10,7 +10,7 @@ statistic follow from the table, once, after the last chunk.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -73,6 +73,61 @@ class Outcome:
     sampling: Tensor | None = None
     some: SomeRows | None = None
     report: Tensor | None = None
+    checks: list[TeacherCheck] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Wait for the device and raise where a teacher's logits are not finite: the last thing of a call.
+
+        Raises:
+            ValueError: a teacher's logits hold NaN or inf; names the teacher and the first row.
+        """
+        for check in self.checks:
+            check()
+        self.checks.clear()
+
+
+class TeacherCheck:
+    """Whether a teacher's logits are finite wherever the student's are.
+
+    A student that is not finite makes its own loss NaN instead: gradient scalers rely on seeing it.
+    """
+
+    def __init__(self, problem: Problem, rows: RowPlan, table: Tensor) -> None:
+        self.problem, self.rows = problem, rows
+        sums = table[:, :MERGED].sum((0, 1))
+        self.bad = ~torch.isfinite(sums) & torch.isfinite(table[0, : DOT + 1].sum(0))
+        self.any = self.bad.any()
+
+    def __call__(self) -> None:
+        """Raise for the first teacher row whose logits are NaN or inf while the student's are finite."""
+        if not bool(self.any):
+            return
+        places = torch.nonzero(self.bad)[:, 0]
+        index = places if self.rows.index is None else self.rows.index[places]
+        index, order = torch.sort(index)
+        teachers = [next(run.teachers for run in self.rows.runs if at < run.stop) for at in places[order].tolist()]
+        used = list(zip(index.tolist(), teachers, strict=True))
+        for k, teacher in enumerate(self.problem.teachers):
+            for row, names in used:
+                if names >> k & 1 and not self._finite(teacher, row) and self._finite(self.problem.student, row):
+                    raise ValueError(self._bad_teacher(k, teacher, row))
+
+    def _finite(self, head: Head, row: int) -> bool:
+        """Whether the logits of a row are, on every rank."""
+        dtype, shards = self.problem.compute_dtype, self.problem.shards
+        hidden, wrong = head.hidden[row].to(dtype) * head.factor, head.hidden.new_zeros((), dtype=dtype)
+        for start, stop in spans(head.vocab, 8192):
+            logits = head.weight[start:stop].to(dtype) @ hidden
+            wrong += (~torch.isfinite(logits if head.softcap is None else logits.tanh_())).sum()
+        return not bool(wrong if shards is None else shards.sum_(wrong))
+
+    def _bad_teacher(self, k: int, teacher: Head, row: int) -> str:
+        where = " on some rank" if self.problem.shards is not None else ""
+        finite = bool(torch.isfinite(teacher.hidden[row]).all())
+        return (
+            f"teachers[{k}] has NaN or inf logits{where}, first at row {row} (hidden finite: {finite}): give the row "
+            f"token_weight 0 or mix[{row}, {k}] = 0, or repair the teacher's hidden states or weight"
+        )
 
 
 class Workspace:
@@ -169,7 +224,8 @@ class Pass:
         self.sink.flush()
         for run in self.rows.runs:
             self._report(run)
-        self._check_teachers()
+        if not capturing(self.table.device):
+            self.outcome.checks.append(TeacherCheck(self.problem, self.rows, self.table))
 
     def _chunk(self, start: int, stop: int) -> None:
         problem, rows, logits = self.problem, self.rows, self.workspace.logits
@@ -258,46 +314,6 @@ class Pass:
         of = fields.reverse_kl if self.task.kind == KL[0] else fields.forward_kl
         heads = range(1, table.shape[0])
         return torch.stack([table[head, WEIGHT] * of(table, head) for head in heads]).sum(0)
-
-    def _check_teachers(self) -> None:
-        """Raise for the first teacher row whose logits are NaN or inf while the student's are finite; not
-        while a CUDA graph is captured.
-
-        A student that is not finite makes its own loss NaN instead: gradient scalers rely on seeing it.
-        """
-        table = self.table
-        if capturing(table.device):
-            return
-        sums = table[:, :MERGED].sum((0, 1))
-        bad = ~torch.isfinite(sums) & torch.isfinite(table[0, : DOT + 1].sum(0))
-        if not bool(bad.any()):
-            return
-        places = torch.nonzero(bad)[:, 0]
-        index = places if self.rows.index is None else self.rows.index[places]
-        index, order = torch.sort(index)
-        teachers = [next(run.teachers for run in self.rows.runs if at < run.stop) for at in places[order].tolist()]
-        used = list(zip(index.tolist(), teachers, strict=True))
-        for k, teacher in enumerate(self.problem.teachers):
-            for row, names in used:
-                if names >> k & 1 and not self._finite(teacher, row) and self._finite(self.problem.student, row):
-                    raise ValueError(self._bad_teacher(k, teacher, row))
-
-    def _finite(self, head: Head, row: int) -> bool:
-        """Whether the logits of a row are, on every rank."""
-        dtype, shards = self.problem.compute_dtype, self.problem.shards
-        hidden, wrong = head.hidden[row].to(dtype) * head.factor, head.hidden.new_zeros((), dtype=dtype)
-        for start, stop in spans(head.vocab, 8192):
-            logits = head.weight[start:stop].to(dtype) @ hidden
-            wrong += (~torch.isfinite(logits if head.softcap is None else logits.tanh_())).sum()
-        return not bool(wrong if shards is None else shards.sum_(wrong))
-
-    def _bad_teacher(self, k: int, teacher: Head, row: int) -> str:
-        where = " on some rank" if self.problem.shards is not None else ""
-        finite = bool(torch.isfinite(teacher.hidden[row]).all())
-        return (
-            f"teachers[{k}] has NaN or inf logits{where}, first at row {row} (hidden finite: {finite}): give the row "
-            f"token_weight 0 or mix[{row}, {k}] = 0, or repair the teacher's hidden states or weight"
-        )
 
 
 class GradientSink:

@@ -47,8 +47,11 @@ def compute_stats(problem: Problem) -> TokenStats:
         if problem.impl == "reference":
             stats = reference_divergence(problem).stats
         else:
-            rows = plan_rows(problem.mix, problem.mix_is_uniform, problem.token_weight)
-            stats = run_divergence(replace(problem, rule=STATS_ONLY), rows, None, Wants()).stats
+            known = problem.known_teachers
+            rows = plan_rows(problem.mix, problem.mix_is_uniform, problem.token_weight, known=known)
+            outcome = run_divergence(replace(problem, rule=STATS_ONLY), rows, None, Wants())
+            outcome.check()
+            stats = outcome.stats
     assert stats is not None
     return stats
 

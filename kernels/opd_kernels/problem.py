@@ -83,6 +83,7 @@ class Problem:
         mix: [N, K] weights in the compute dtype (maybe an expanded view); rows sum to 1 or 0 when
             ``mixture``.
         mix_is_uniform: every row has the same weights.
+        known_teachers: where the host knows who works on every row, their bits; None: it has to read ``mix``.
         token_weight: [N] in the compute dtype, or None for ones.
         labels: [N] int64 or None; checked on the rows that are computed.
         logprob_weight: [N] in the compute dtype, or None: the loss has -logprob_weight * log p(label) too.
@@ -107,6 +108,7 @@ class Problem:
     impl: str = "torch"
     shards: Shards | None = None
     sampling: Sampling | None = None
+    known_teachers: int | None = None
 
     @property
     def rows(self) -> int:

@@ -1,9 +1,7 @@
 """Triton row kernels: sweeps over [1 + K, c, V] float32 logits of a student and K teachers.
 
 A program works on one block of columns of one row. Sums over a row are therefore kept as partials, one per block,
-and merged afterwards (``table``): a few rows still fill a GPU. The kernels here do one stage each; ``rows_one_read``
-does all of them in one read. These serve ranks that exchange partials in between, rows that do not fit on the device
-together, and calls without a gradient.
+and merged afterwards (``table``): a few rows still fill a GPU. Every stage is a kernel of its own.
 
 Symbols: z student logits / T, p its softmax; t teacher logits / T, q its softmax; g = z - t; r = log q - log p; a = d
 divergence / d p up to a constant per row, so that d divergence / d z = p (a - E_p[a]), a taken relative to its value

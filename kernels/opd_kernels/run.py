@@ -35,8 +35,7 @@ def run_divergence(
             the hidden states is summed over the ranks.
         values: whether losses and statistics are needed beside gradients.
 
-    Raises:
-        ValueError: a teacher's logits hold NaN or inf; names the teacher and the first row.
+    ``Outcome.check`` is left to the caller, when everything else has been given to the device.
     """
     like = problem.student.hidden.new_empty(0, dtype=problem.compute_dtype)
     nothing = like.new_full((problem.rows,), float("nan"))
@@ -79,7 +78,7 @@ def values_of_some(
     order = uniforms(index, problem.sampling.seed, NO_BLOCK).argsort()
     chosen = torch.zeros_like(scales.divergence, dtype=torch.bool)
     chosen[index[order[:count]]] = True
-    some = plan_rows(problem.mix, problem.mix_is_uniform, chosen)
+    some = plan_rows(problem.mix, problem.mix_is_uniform, chosen, known=problem.known_teachers)
     plain = replace(problem, sampling=None, logprob_weight=None)
     gradient = HeadGradient(problem.student, Wants(), some, problem.compute_dtype)
     Pass(plain, some, None, Wants(), outcome, gradient, like).run()

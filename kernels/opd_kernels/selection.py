@@ -91,7 +91,13 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def plan_rows(mix: Tensor, uniform: bool, row_weight: Tensor | None, others: Tensor | None = None) -> RowPlan:
+def plan_rows(
+    mix: Tensor,
+    uniform: bool,
+    row_weight: Tensor | None,
+    others: Tensor | None = None,
+    known: int | None = None,
+) -> RowPlan:
     """Drop rows without weight or teacher and group the rest by the set of their teachers. In a CUDA
     graph every teacher works on every row, whatever the weights of a replay.
 
@@ -100,6 +106,7 @@ def plan_rows(mix: Tensor, uniform: bool, row_weight: Tensor | None, others: Ten
         uniform: all rows of ``mix`` are the same.
         row_weight: [N] or None; rows with 0 have no teacher.
         others: [N] or None; rows where it is not 0 are computed although they have no teacher.
+        known: of a uniform ``mix`` the bits of its teachers; None reads them from the device.
     """
     rows, teachers = mix.shape
     if rows == 0:
@@ -107,7 +114,9 @@ def plan_rows(mix: Tensor, uniform: bool, row_weight: Tensor | None, others: Ten
     if capturing(mix.device):
         return RowPlan(None, rows, (Run(0, rows, (1 << teachers) - 1),))
     if uniform and others is None:
-        code = sum(1 << k for k, used in enumerate((mix[0] > 0).tolist()) if used)
+        code = known
+        if code is None:
+            code = sum(1 << k for k, used in enumerate((mix[0] > 0).tolist()) if used)
         index = None if row_weight is None else torch.nonzero(row_weight)[:, 0]
         count = 0 if code == 0 else rows if index is None else index.numel()
         if count == rows:

@@ -1,33 +1,29 @@
 """Row operations of a GPU: the Triton kernels of ``rows``, behind ``chunk.RowOps``.
 
 Logits are read as they are and never written back, except to finish a head with bias, softcap or floor, 8 bytes a
-logit. In bytes read and written a logit of the student, dZ in half precision, K teachers:
+logit. In bytes read and written a logit of the student, dZ in half precision, K teachers: 4 (1 + K) for the
+statistics, the same for the terms of JSD, skew KL and mixtures, and 4 (1 + K) + 2 for the gradient.
 
-- one read, where a gradient is wanted and no other rank holds columns: 4 (1 + K) + 2;
-- stage by stage: 4 (1 + K) for the statistics, the same for the terms of JSD, skew KL and mixtures, and
-  4 (1 + K) + 2 for the gradient.
+One kernel that does all stages with one read of the logits, its programs waiting for each other, moves half the bytes
+and takes longer: on an H200 11.1 ms against 6.4 for the reverse KL of S1, since waiting programs load nothing
+(``benchmarks/NOTES.md``).
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from . import rows, rows_one_read
+from . import rows
 from . import table as fields
 from .chunk import Chunk, Task
 from .chunking import ALIGNMENT
 from .heads import write_product
 from .problem import Head
-from .rows_math import INTERPRETED
 from .table import MEAN, MERGED, VALUE
-
-MOST_HELD = 3
-"""Teachers whose logits a program holds in its registers while it waits."""
 
 
 class TritonRowOps:
@@ -152,39 +148,11 @@ class TritonRowOps:
         )
 
     def solve(self, chunk: Chunk) -> None:
-        terms = not self.task.one_sweep and chunk.teachers > 0
-        if not self.task.gradient or not one_read(chunk.logits.device, chunk.teachers, self.splits):
-            self.statistics(chunk)
-            if terms:
-                self.terms(chunk)
-            if self.task.gradient:
-                self.gradient(chunk)
-            return
-        partial = self._partials(chunk, MERGED * (1 + chunk.teachers) + 2)
-        # One program after the other cannot wait for the next: the interpreter starts again for every stage,
-        # and finds what the last time was posted.
-        starts = 2 + terms if INTERPRETED else 1
-        for start in range(starts):
-            self._launch(
-                rows_one_read.one_read_kernel,
-                chunk.rows,
-                chunk.teachers,
-                chunk.logits,
-                partial_ptr=partial,
-                ticket_ptr=torch.zeros(1 + 2 * chunk.rows, dtype=torch.int32, device=partial.device),
-                rows=chunk.rows,
-                TERMS=terms,
-                LABEL_TERM=self.task.label_term,
-                WAIT=not INTERPRETED,
-                WRITE=start + 1 == starts,
-                SPLITS=self.padded_splits,
-                **self._labels(chunk),
-                **self._out(chunk),
-                **self._logits(chunk),
-                **self._table(chunk),
-                **(self._rule(chunk) | self._statistics(chunk)),
-            )
-        self._merge(chunk, partial)
+        self.statistics(chunk)
+        if not self.task.one_sweep and chunk.teachers > 0:
+            self.terms(chunk)
+        if self.task.gradient:
+            self.gradient(chunk)
 
     def logprob_gradient(self, chunk: Chunk, entropy_scale: Tensor | None) -> None:
         if self.vocab == 0:
@@ -247,20 +215,6 @@ class TritonRowOps:
             kernel[(count * self.splits,)](
                 splits=self.splits, vocab=self.vocab, BLOCK=self.block, **arguments, **rows.options(teachers)
             )
-
-
-@functools.cache
-def one_read(device: torch.device, teachers: int, splits: int) -> bool:
-    """Whether the programs of a row, ``splits``, can wait for each other: at least twice as many are resident, so
-    that those of a row on another stream fit beside them. A multiprocessor holds two programs or more, and one of
-    those with many registers."""
-    if teachers > MOST_HELD:
-        return False
-    if teachers >= rows.MANY_TEACHERS:
-        splits *= 2
-    if device.type != "cuda":
-        return True
-    return splits <= torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def scale_on_device(x: Tensor, factor: Tensor) -> None:

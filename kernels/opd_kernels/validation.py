@@ -233,10 +233,12 @@ def make_rule(divergence: str, jsd_beta: float, skew_alpha: float) -> Rule:
 
 def make_mix(
     mix: Tensor | Sequence[float] | None, rows: int, teachers: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, bool]:
-    """Weights [N, K] in the compute dtype, and whether all rows are the same."""
+) -> tuple[Tensor, bool, int | None]:
+    """Weights [N, K] in the compute dtype, whether all rows are the same, and, where the host knows it, the bits of the
+    teachers that have a weight: then no check needs to wait for the device."""
     if mix is None:
-        return torch.full((1, teachers), 1.0 / teachers, dtype=dtype, device=device).expand(rows, teachers), True
+        equal = torch.full((1, teachers), 1.0 / teachers, dtype=dtype, device=device)
+        return equal.expand(rows, teachers), True, (1 << teachers) - 1
     if not isinstance(mix, Tensor):
         mix = mix_of_numbers(mix, dtype, device)
     if tuple(mix.shape) not in ((teachers,), (rows, teachers)):
@@ -248,8 +250,8 @@ def make_mix(
     check_constant("mix", mix)
     mix = mix.detach().to(dtype)
     if mix.dim() == 1:
-        return mix.expand(rows, teachers), True
-    return mix, False
+        return mix.expand(rows, teachers), True, None
+    return mix, False, None
 
 
 def mix_of_numbers(mix: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -281,10 +283,11 @@ def check_values(
     labels: Tensor | None,
     vocab: int,
     logprob_weight: Tensor | None = None,
+    known: bool = False,
 ) -> None:
-    """Checks that read data, with one device synchronisation while everything is in order; left out
-    while a CUDA graph is captured."""
-    if capturing(mix.device):
+    """Checks that read data, with one device synchronisation while everything is in order, and none where there is
+    nothing to read; left out while a CUDA graph is captured. ``known``: ``mix`` is in order."""
+    if capturing(mix.device) or (known and token_weight is None and logprob_weight is None and labels is None):
         return
     bad_mix = ~(torch.isfinite(mix) & (mix >= 0))
     flags = {"mix": bad_mix.any()}
@@ -394,16 +397,15 @@ def make_problem(
             "is captured"
         )
     rows = student.hidden.shape[0]
-    weights, uniform = make_mix(mix, rows, len(others), dtype, device)
+    weights, uniform, known = make_mix(mix, rows, len(others), dtype, device)
     token_weight = make_token_weight(token_weight, rows, dtype, device)
     logprob_weight = make_token_weight(logprob_weight, rows, dtype, device, "logprob_weight")
     if logprob_weight is not None and labels is None:
         raise ValueError("logprob_weight needs labels=, the tokens whose log-probs it weighs")
     if labels is not None:
         labels = check_vector("labels", labels, rows, device, integer=True)
-    check_values(
-        weights, token_weight, reduction, labels, student.vocab if shards is None else shards.vocab, logprob_weight
-    )
+    vocab = student.vocab if shards is None else shards.vocab
+    check_values(weights, token_weight, reduction, labels, vocab, logprob_weight, known is not None)
     mixture = teacher_reduction == "mixture"
     if mixture:
         total = weights.sum(1, keepdim=True)
@@ -424,6 +426,7 @@ def make_problem(
         compute_dtype=dtype,
         shards=shards,
         sampling=sampling,
+        known_teachers=known,
     )
 
 

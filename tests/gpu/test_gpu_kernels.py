@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from triton_cases import *  # noqa: E402, F403
 from triton_cases import KINDS, REDUCTIONS  # noqa: E402
 
-from opd_kernels import TeacherHead, linear_divergence, linear_logprob, token_stats, topk_divergence, triton_impl  # noqa: E402
+from opd_kernels import TeacherHead, linear_divergence, linear_logprob, token_stats, topk_divergence  # noqa: E402
 from opd_kernels import table as fields  # noqa: E402
 from opd_kernels.chunk import Chunk, Task  # noqa: E402
 from opd_kernels.problem import STATS_ONLY  # noqa: E402
@@ -365,14 +365,3 @@ def test_more_than_2_to_the_31_logits():
         torch.testing.assert_close(mine[some].double(), exact_.detach())
     ops.logprob_gradient(chunk, None)
     torch.testing.assert_close(z[some].double(), want, rtol=1e-4, atol=1e-9)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("teachers", [1, 2])
-def test_one_read_is_what_the_stages_give(kind, teachers, monkeypatch):
-    """Many rows, whose programs wait for each other."""
-    call = (*student(), strangers(teachers))
-    options = {"divergence": kind, "workspace_bytes": 400 << 20, **masked(teachers)}
-    once = fused(*call, **options)
-    monkeypatch.setattr(triton_impl, "one_read", lambda *_: False)
-    assert_near(once, [x.double() for x in fused(*call, **options)], values=2e-6, gradients=2e-3)

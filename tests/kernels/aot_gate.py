@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from opd_kernels import rows, rows_one_read
+from opd_kernels import rows
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 
@@ -32,7 +32,6 @@ from gap_gemm import gap_kernel
 
 ARCHITECTURES = (80, 90, 100)
 KINDS = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
-WIDE = {"SPLITS": 128, "BLOCK": rows.BLOCK}
 
 
 def needs(kind: str, mixture: bool, full: bool) -> dict:
@@ -42,24 +41,15 @@ def needs(kind: str, mixture: bool, full: bool) -> dict:
 
 
 def statistics() -> Iterator[dict]:
-    for teachers, kind, full in ((0, "jsd", True), (1, "reverse_kl", False), (2, "jsd", False), (2, "jsd", True)):
+    for teachers, kind, full in (
+        (0, "jsd", True),
+        (1, "reverse_kl", False),
+        (1, "forward_kl", False),
+        (2, "jsd", False),
+        (2, "jsd", True),
+    ):
         yield {"TEACHERS": teachers, "LABELS": full, **needs(kind, False, full)}
     yield {"TEACHERS": 8, "LABELS": True, **needs("jsd", False, True)}
-
-
-def one_reads() -> Iterator[dict]:
-    for kind, mixture, teachers, full in (
-        *((kind, False, teachers, False) for kind in KINDS for teachers in (1, 2)),
-        ("reverse_kl", False, 0, True),
-        ("reverse_kl", False, 1, True),
-        ("jsd", False, 2, True),
-        ("reverse_kl", True, 2, False),
-        ("jsd", True, 3, False),
-        ("jsd", False, 3, True),
-    ):
-        terms = teachers > 0 and (mixture or kind not in KINDS[:2])
-        flags = {"KIND": kind, "MIXTURE": mixture, "TEACHERS": teachers, "TERMS": terms, **needs(kind, mixture, full)}
-        yield {**flags, "LABELS": full, "LABEL_TERM": full, "CAP": full, "WAIT": True, "WRITE": True, **WIDE}
 
 
 def rules(mixtures: bool) -> Iterator[dict]:
@@ -68,7 +58,6 @@ def rules(mixtures: bool) -> Iterator[dict]:
 
 
 VARIANTS = {
-    "one_read_kernel": [{**flags, "out_ptr": "*fp32" if flags["CAP"] else "*bf16"} for flags in one_reads()],
     "statistics_kernel": [{**flags, "BLOCK": rows.BLOCK} for flags in statistics()],
     "merge_kernel": [{**flags, "SPLITS": 128, "num_warps": 1} for flags in statistics()],
     "terms_kernel": [
@@ -106,8 +95,7 @@ SESSION_ALIGNED = ("width", "z_width", "t_width", "stride")
 
 def kernels() -> dict[str, triton.JITFunction]:
     """What takes part in a launch ends in ``_kernel``, helpers do not."""
-    found = vars(rows) | vars(rows_one_read)
-    return {name: value for name, value in found.items() if name.endswith("_kernel")}
+    return {name: value for name, value in vars(rows).items() if name.endswith("_kernel")}
 
 
 def build(name: str, variant: dict, capability: int):

@@ -44,5 +44,7 @@ def test_few_variants_of_the_kernels():
     run = subprocess.run([sys.executable, "-W", "ignore", VARIANTS], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     counts = {name: int(count) for name, count in (line.split() for line in run.stdout.splitlines())}
-    assert counts["one_read_kernel"] == 2, counts  # for one and for two teachers of a row
+    assert counts["statistics_kernel"] == counts["gradient_kernel"] == 2, (
+        counts
+    )  # for one and for two teachers of a row
     assert sum(counts.values()) <= 8, counts

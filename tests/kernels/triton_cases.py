@@ -384,8 +384,8 @@ def test_student_that_is_not_finite():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("whole", [False, True])
 def test_gradient_in_half_precision(kind, dtype, whole):
-    """dZ rounded on the way out, into rows of another stride, in stages and in one read; columns beyond V are
-    not read."""
+    """dZ rounded on the way out, into rows of another stride, stage by stage and as a whole; columns beyond V
+    are not read."""
     g = torch.Generator().manual_seed(1)
     logits = torch.full((2, 4, 48 + (VOCAB // 16) * 16), torch.nan, device=DEVICE)[..., :VOCAB]
     logits.copy_(torch.randn(2, 4, VOCAB, generator=g))
@@ -412,9 +412,8 @@ def test_gradient_in_half_precision(kind, dtype, whole):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("teachers", [1, 3])
-def test_stages(kind, teachers, monkeypatch):
-    """What runs where the programs of a row do not fit on a device."""
-    monkeypatch.setattr(triton_impl, "one_read", lambda *_: False)
+def test_everything_at_once(kind, teachers):
+    """Statistics, the log-prob term and the divergence in one call; and a mixture."""
     check(make(teachers), divergence=kind, stats=True, logprob_weight=LOGPROB_WEIGHT)
     check(make(teachers), divergence=kind, teacher_reduction="mixture")
 
