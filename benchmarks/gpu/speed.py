@@ -149,9 +149,13 @@ def at_their_best(shape: Shape, kind: str, ceiling: float | None, smoke: bool) -
 
 
 def memory(shape: Shape, kind: str) -> dict[str, Any]:
+    """Peak of one call at small budgets, and the time of one at the default."""
     problem = strangers(shape, *setting())
-    step = providers.ours(problem, kind, workspace_bytes=1 << 30)
-    return {"ours": {"peak_bytes": temporary_bytes(step, problem.gradient_bytes)}}
+    steps = {f"ours, {g} GiB": providers.ours(problem, kind, workspace_bytes=int(g * 2**30)) for g in (0.5, 1)}
+    out: dict[str, Any] = {
+        name: {"peak_bytes": temporary_bytes(step, problem.gradient_bytes)} for name, step in steps.items()
+    }
+    return out | measure(problem, {"ours": providers.ours(problem, kind)}, None, warmups=0, rounds=3)
 
 
 def workspaces(shape: Shape, ceiling: float | None, smoke: bool) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class Line:
         value = self.measured(results)
         if value is None:
             return f"| {self.name} | {self.expected} | not measured | |"
+        if math.isnan(value):
+            return f"| {self.name} | {self.expected} | not possible | {no} |"
         return f"| {self.name} | {self.expected} | {self.form.format(value)} | {yes if self.holds(value) else no} |"
 
 
@@ -65,7 +67,7 @@ def advantage(results: Results, peer: str, case: str = "S1 reverse_kl") -> float
     """Time of a peer over ours at no more than its memory."""
     figures = compared(results)[case]
     mine, theirs = figures[f"ours at the memory of {peer}"], figures[peer]
-    if mine["peak_bytes"] > 1.02 * theirs["peak_bytes"]:
+    if "error" in mine or mine["peak_bytes"] > 1.02 * theirs["peak_bytes"]:
         return math.nan  # it cannot be had at that memory
     return theirs["ms"] / mine["ms"]
 
@@ -131,9 +133,9 @@ TARGETS = [
         lambda x: x <= 0.55,
     ),
     Line(
-        "32,768 tokens in 1 GiB, GB beyond inputs and gradients",
+        "32,768 tokens in half a GiB, GB beyond inputs and gradients",
         "at most 2.5",
-        lambda r: ours(r, "S6 memory", "peak_bytes") / 1e9,
+        lambda r: r["speed"]["S6 memory"]["ours, 0.5 GiB"]["peak_bytes"] / 1e9,
         lambda x: x <= 2.5,
     ),
     Line("as fast as TRL 1.16 at its memory, times", "at least 1.8", lambda r: advantage(r, "trl"), lambda x: x >= 1.8),
