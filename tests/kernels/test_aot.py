@@ -100,7 +100,7 @@ def test_machine_code_on_the_oldest_triton(tmp_path):
 def test_predicted_share_of_the_floor():
     """By counted bytes and instructions; the table is in the notes."""
     for device, shape, kind in itertools.product((H100, H200), (S1, S2), KINDS):
-        assert floor(device, shape) / seconds(device, shape, kind) >= 0.62, (device, shape.name, kind)
+        assert floor(device, shape) / seconds(device, shape, kind) >= 0.6, (device, shape.name, kind)
     notes = (Path(__file__).parents[2] / "benchmarks" / "NOTES.md").read_text()
     for line in table():
         assert line in notes, "run benchmarks/gpu/predictions.py and put its table into benchmarks/NOTES.md"
