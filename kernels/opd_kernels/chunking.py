@@ -101,7 +101,7 @@ def plan_chunks(
         fixed_bytes: part of it that sampled gradients need; 0 without them.
         block_bytes: most that it may use for a block of columns, an eighth of the budget if that is
             less.
-        block_rows: rows that share a sample of columns; a CPU's chunk has as many if they fit.
+        block_rows: rows that share a sample of columns; a CPU's chunk has as many if they fit, a GPU's whole blocks.
 
     Raises:
         ValueError: one row does not fit; states the bytes that are needed.
@@ -138,10 +138,11 @@ def plan_chunks(
     # In half precision dZ of all rows is one block where that leaves room for chunks that fill the products
     # (the weight gradient is then one product); else it gathers about four chunks of logits.
     whole = half_gradient and budget - rows * gradient_row >= min(rows, WHOLE_CHUNK_ROWS) * logits_row
-    if whole:
-        chunk_rows = balanced(rows, max(1, min(most, (budget - rows * gradient_row) // logits_row)), step)
-    else:
-        chunk_rows = balanced(rows, max(1, min(most, budget // (logits_row + 4 * gradient_row))), step)
+    fitting = (budget - rows * gradient_row) // logits_row if whole else budget // (logits_row + 4 * gradient_row)
+    largest = max(1, min(most, fitting))
+    if device.type == "cuda" and 0 < block_rows <= largest:
+        step = block_rows
+    chunk_rows = balanced(rows, largest, step)
     gradient_rows = rows if whole else 0
     if half_gradient and not whole:
         fitting = (budget - chunk_rows * logits_row) // (chunk_rows * gradient_row)

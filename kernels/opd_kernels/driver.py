@@ -22,7 +22,7 @@ from .chunking import ChunkPlan, plan_chunks, spans
 from .heads import HeadGradient, Wants, gather, half_gradient, needs_upcast
 from .problem import KL, STATS_ONLY, Head, Problem
 from .row_ops import make_row_ops, row_layout
-from .sampling import BLOCK_ROWS, Sampler, block_bytes, scratch_bytes
+from .sampling import Sampler, block_bytes, block_rows, scratch_bytes
 from .selection import RowPlan, Run, capturing
 from .table import ARG, DOT, LABEL_SCALE, LOG, MEAN, MERGED, SCALE, VALUE, WEIGHT
 from .types import TokenStats
@@ -172,7 +172,7 @@ class Pass:
         self.labels = self._labels()
         self.sampler = None
         if problem.sampling is not None and wants:
-            self.sampler = Sampler(problem.sampling, student, problem.shards, plan, like)
+            self.sampler = Sampler(problem.sampling, student, problem.shards, plan, like, problem.impl)
         self.gradient = gradient
         self.sink = GradientSink(self.workspace, gradient, student, rows, self.sampler)
         self.table = self._table(self._scaled(scales) if scales and wants else None, like)
@@ -397,7 +397,8 @@ def make_workspace(problem: Problem, rows: RowPlan, wants: Wants, like: Tensor, 
     fixed = blocks = 0
     if sampling is not None:
         scratch_tiles += 1
-        fixed, blocks = scratch_bytes(sampling.share, columns, rows.count, like.itemsize), block_bytes(like.device)
+        device, blocks = like.device, block_bytes(like.device)
+        fixed = scratch_bytes(sampling.share, columns, rows.count, like.itemsize, device)
     plan = plan_chunks(
         rows=rows.count,
         vocab=columns,
@@ -411,7 +412,7 @@ def make_workspace(problem: Problem, rows: RowPlan, wants: Wants, like: Tensor, 
         workspace_bytes=problem.workspace_bytes,
         fixed_bytes=fixed,
         block_bytes=blocks,
-        block_rows=0 if sampling is None else BLOCK_ROWS,
+        block_rows=0 if sampling is None else block_rows(like.device),
     )
     width, _ = row_layout(problem.impl, student.vocab)
     return Workspace(plan, student.vocab, like, buffers, max(widths), width, student.weight.dtype)

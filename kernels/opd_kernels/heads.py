@@ -93,6 +93,14 @@ def accumulate(left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
 
 
+def multiplied(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """``left @ right`` in a dtype that may be wider than that of the factors, added to ``out`` if that is given."""
+    if out is not None:
+        accumulate(left, right, out)
+        return out
+    return torch.mm(left, right) if left.dtype == dtype else torch.mm(left, right, out_dtype=dtype)
+
+
 @dataclass(frozen=True)
 class Wants:
     """Which gradients are asked for."""
@@ -168,20 +176,21 @@ class HeadGradient:
         else:
             self.hidden[self.index[start:stop]] = rows.to(self.hidden.dtype)
 
-    def add_weight_rows(self, dz: Tensor, hidden: Tensor, index: Tensor) -> Tensor:
-        """Add the vocabulary rows ``index`` [k] from ``dz`` [c, k] and ``hidden`` [c, d] of its dtype; returns what
-        was added, [k, d]."""
-        if self.weight is None:
-            self.weight = dz.new_zeros(self.head.weight.shape, dtype=self.dtype)
-        same = dz.dtype == self.dtype
-        own = torch.mm(dz.t(), hidden) if same else torch.mm(dz.t(), hidden, out_dtype=self.dtype)
-        self.weight.index_add_(0, index, own)
-        return own
+    def weight_rows(self, dz: Tensor, hidden: Tensor) -> Tensor:
+        """[k, d] what the columns of ``dz`` [c, k] add to as many rows of the weight; ``hidden`` [c, d] is of its
+        dtype."""
+        return multiplied(dz.t(), hidden, self.dtype)
 
-    def add_bias_columns(self, dz: Tensor, index: Tensor) -> None:
-        """Add the columns ``index`` [k] of dZ, ``dz`` [c, k]."""
+    def weight_accumulator(self, like: Tensor) -> Tensor:
+        """The weight's gradient in the compute dtype, zeros at first."""
+        if self.weight is None:
+            self.weight = like.new_zeros(self.head.weight.shape, dtype=self.dtype)
+        return self.weight
+
+    def add_bias_columns(self, sums: Tensor, index: Tensor) -> None:
+        """Add the sums [k] of the columns ``index`` [k] of dZ."""
         if self.bias is not None:
-            self.bias.index_add_(0, index, dz.sum(0, dtype=self.dtype))
+            self.bias.index_add_(0, index, sums)
 
     def _add_hidden(self, dz: Tensor, start: int, stop: int, tile: Tensor | None) -> None:
         assert self.hidden is not None

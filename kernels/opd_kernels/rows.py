@@ -155,20 +155,25 @@ def squares_kernel(
     vocab,
     stride,
     field_stride,
+    block_rows,
+    parts,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums [parts, splits * BLOCK] over ROWS rows each of factor p^2."""
+    """Sums [B * parts, splits * BLOCK] over ROWS rows each of factor p^2, of B blocks of ``block_rows`` rows with
+    ``parts`` sums each."""
     logits = (logits_ptr, 0, stride)
     table = (table_ptr, 0, field_stride)
     part, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
     cols, stored, valid = columns(split, vocab, BLOCK)
+    begin = part // parts * block_rows + part % parts * ROWS
+    end = tl.minimum((part // parts + 1) * block_rows, rows)
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(ROWS):
-        row = tl.minimum(part * ROWS + i, rows - 1)
+        row = tl.minimum(begin + i, rows - 1)
         z = load(logits, 0, row, cols, stored, valid)
         p = probability(z, table, row, 0)
-        total += tl.where(part * ROWS + i < rows, tl.load(factor_ptr + row), 0.0) * p * p
+        total += tl.where(begin + i < end, tl.load(factor_ptr + row) * p * p, 0.0)
     tl.store(partial_ptr + (part * splits + split) * BLOCK + tl.arange(0, BLOCK), total)
 
 

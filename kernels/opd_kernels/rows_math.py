@@ -39,7 +39,8 @@ WEIGHT, LABEL_SCALE = tl.constexpr(table.WEIGHT), tl.constexpr(table.LABEL_SCALE
 MERGED = tl.constexpr(table.MERGED)
 
 NUMBERS = ["rows", "splits", "vocab", "slot_stride", "stride", "head_stride", "field_stride", "out_stride", "first"]
-VECTORS = ["label_ptr", "table_ptr", "entropy_scale_ptr", "bias_ptr", "factor_ptr"]
+NUMBERS += ["start", "block_rows", "parts", "count"]
+VECTORS = ["label_ptr", "table_ptr", "entropy_scale_ptr", "bias_ptr", "factor_ptr", "total_ptr", "sums_ptr"]
 
 
 def among(names: list[str], function) -> list[str]:

@@ -11,8 +11,8 @@ from .driver import Outcome, Pass, Scales, SomeRows
 from .heads import HeadGradient, ShardGradient, Wants
 from .problem import Problem
 from .sampled import SampledPass
-from .sampling import uniforms
 from .selection import RowPlan, plan_rows
+from .splitmix import uniforms
 from .types import TokenStats
 
 LEAST_VALUES = 32

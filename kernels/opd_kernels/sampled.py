@@ -24,11 +24,11 @@ from torch import Tensor
 
 from . import table as fields
 from .chunk import Chunk, Task
-from .chunking import spans
+from .chunking import ALIGNMENT, spans
 from .driver import Pass, make_task
-from .heads import Wants, gather, write_logits
+from .heads import Wants, gather, needs_upcast, write_logits
 from .problem import STATS_ONLY, Head, Problem
-from .sampling import BLOCK_ROWS, Draw, Sampler
+from .sampling import DRAWN_TOGETHER, Draw, Sampler
 from .selection import RowPlan, Run
 from .table import LABEL_SCALE, LOG, MERGED, SCALE, TOP, VALUE
 
@@ -69,18 +69,48 @@ class SampledPass(Pass):
             self.ops.statistics(chunk)
             merged = chunk.table[:, :MERGED]
             merged.copy_(fields.merge(shards.gather(merged)))
-        for first, last in spans(stop - start, BLOCK_ROWS):
-            self._block(chunk.part(first, last), hidden[first:last], start + first, fresh=shards is None)
-
-    def _block(self, chunk: Chunk, hidden: Tensor, start: int, fresh: bool) -> None:
-        """Gradients of rows that share a draw; ``fresh``: their statistics are still to be computed."""
-        table, stop = chunk.table[0], start + chunk.rows
-        factor = (table[SCALE] * self.total[start:stop]).square() + table[LABEL_SCALE].square()
-        squares = factor.new_zeros(self.problem.student.vocab)
-        self.ops.squares(chunk, factor, squares, fresh)
         sampler = self._sampler()
-        labels, weighted = self._labelled(chunk) if self.task.label_term else (None, None)
-        draw = sampler.draw(squares, start, labels, weighted)
+        if sampler.on("draw"):
+            self._blocks(chunk, hidden, start, fresh=shards is None)
+            return
+        for first, last in spans(stop - start, sampler.block_rows):
+            self._block(chunk.part(first, last), hidden[first:last], start + first, shards is None)
+
+    def _blocks(self, chunk: Chunk, hidden: Tensor, start: int, fresh: bool) -> None:
+        """As ``_block`` for every block of ``chunk``; the columns of several are drawn together."""
+        sampler, table = self._sampler(), chunk.table[0]
+        if fresh:
+            self.ops.statistics(chunk)
+        labels = chunk.labels if self.task.label_term else None
+        for first, last in spans(chunk.rows, DRAWN_TOGETHER * sampler.block_rows):
+            part = chunk.part(first, last)
+            squares = self.ops.squares_of_blocks(part, self._factor(part, start + first), sampler.block_rows)
+            own = None if labels is None else labels[first:last]
+            draws = sampler.draw_blocks(squares, start + first, own, table[:, first:last])
+            for draw, (left, right) in zip(draws, spans(last - first, sampler.block_rows), strict=True):
+                block, states = part.part(left, right), hidden[first + left : first + right]
+                self._block(block, states, start + first + left, False, draw)
+
+    def _factor(self, chunk: Chunk, start: int) -> Tensor:
+        """[c] sums of squares of what p is multiplied with in dZ."""
+        table, total = chunk.table[0], self.total[start : start + chunk.rows]
+        return (table[SCALE] * total).square() + table[LABEL_SCALE].square()
+
+    def _block(self, chunk: Chunk, hidden: Tensor, start: int, fresh: bool, draw: Draw | None = None) -> None:
+        """Gradients of rows that share a draw; ``fresh``: their statistics are still to be computed."""
+        table, stop, sampler = chunk.table[0], start + chunk.rows, self._sampler()
+        factor = self._factor(chunk, start)
+        if draw is None:
+            squares = factor.new_zeros(self.problem.student.vocab)
+            self.ops.squares(chunk, factor, squares, fresh)
+            labels, weighted = self._labelled(chunk) if self.task.label_term else (None, None)
+            draw = sampler.draw(squares, start, labels, weighted)
+        if sampler.on("ratio") and draw.columns.numel() % ALIGNMENT == 0:
+            dz, sums = self._by_kernels(chunk, factor, draw, start)
+            if self.gradient.bias is not None:
+                self.gradient.add_bias_columns(sums[2], draw.columns)
+            sampler.products(self.gradient, draw, dz, sums[:2], hidden, start, stop)
+            return
         z = chunk.logits[0].index_select(1, draw.columns)
         p = (z - table[TOP, :, None]).sub_(table[LOG, :, None]).exp_()
         share = p * draw.inverse
@@ -89,9 +119,34 @@ class SampledPass(Pass):
             self._add_labels(dz, share, draw, chunk)
         if self.task.softcap is not None:
             dz.mul_(1.0 - (z / self.task.softcap).square_())
-        self.gradient.add_bias_columns(dz, draw.columns)
+        if self.gradient.bias is not None:
+            self.gradient.add_bias_columns(dz.sum(0), draw.columns)
         weights = (factor.sqrt()[None] @ share)[0]
-        sampler.products(self.gradient, draw, dz, hidden, start, stop, weights)
+        sums = torch.stack([dz.square().sum(0) * draw.spread, weights])
+        sampler.products(self.gradient, draw, dz, sums, hidden, start, stop)
+
+    def _by_kernels(self, chunk: Chunk, factor: Tensor, draw: Draw, start: int) -> tuple[Tensor, Tensor]:
+        """(dZ [c, k] in the drawn columns, sums over its rows [2, k] or with a bias [3, k]), see ``triton_columns``."""
+        sampler, total = self._sampler(), self.total[start : start + chunk.rows]
+        assert sampler.kernels is not None
+        gap, single = self._teachers(draw, start, start + chunk.rows)
+        z, sums = sampler.kernels.pick(chunk, draw.columns, draw.inverse, total, gap, single)
+        if self.problem.shards is not None:
+            sums = self.problem.shards.sum_(sums)
+        found: tuple[Tensor, Tensor] = sampler.kernels.ratio(
+            chunk,
+            draw.columns,
+            draw.inverse,
+            factor,
+            z,
+            gap,
+            sums,
+            sampler.operand,
+            self.task.softcap,
+            self.task.label_term,
+            self.gradient.bias is not None,
+        )
+        return found
 
     def _sampler(self) -> Sampler:
         assert self.sampler is not None
@@ -105,17 +160,44 @@ class SampledPass(Pass):
     def _gap(self, z: Tensor, draw: Draw, start: int, stop: int) -> Tensor:
         """[c, k] g in the drawn columns, of rows ``start:stop``."""
         gap = z * self.total[start:stop, None]
-        for k, teacher in enumerate(self.problem.teachers):
-            for left, right, _ in self.rows.places(k, start, stop):
-                own = gather(teacher.hidden, self.rows.index, left, right)
-                weight = gather(self.problem.mix[:, k], self.rows.index, left, right)
-                gap[left - start : right - start].addcmul_(self._logits(teacher, own, draw), -weight[:, None])
+        for k, left, right in self._places(start, stop):
+            part = gap[left - start : right - start]
+            part.addcmul_(self._teacher(k, left, right, draw), -self._weight(k, left, right)[:, None])
         return gap
+
+    def _teachers(self, draw: Draw, start: int, stop: int) -> tuple[Tensor, bool]:
+        """[c, k] weighted sum of the teachers' logits in the drawn columns, of rows ``start:stop``; or the logits of
+        the only teacher of all of them, and True."""
+        places = self._places(start, stop)
+        if len(places) == 1 and places[0][1:] == (start, stop):
+            return self._teacher(*places[0], draw), True
+        out = self.table.new_zeros(stop - start, draw.columns.numel())
+        for k, left, right in places:
+            part = out[left - start : right - start]
+            part.addcmul_(self._teacher(k, left, right, draw), self._weight(k, left, right)[:, None])
+        return out, False
+
+    def _places(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(teacher, start, stop) of its rows within ``start:stop``."""
+        names = range(len(self.problem.teachers))
+        return [(k, left, right) for k in names for left, right, _ in self.rows.places(k, start, stop)]
+
+    def _weight(self, k: int, start: int, stop: int) -> Tensor:
+        """[m] of a teacher on the rows ``start:stop``."""
+        return gather(self.problem.mix[:, k], self.rows.index, start, stop)
+
+    def _teacher(self, k: int, start: int, stop: int, draw: Draw) -> Tensor:
+        """[m, k] logits of a teacher on the rows ``start:stop`` in the drawn columns."""
+        teacher = self.problem.teachers[k]
+        return self._logits(teacher, gather(teacher.hidden, self.rows.index, start, stop), draw)
 
     def _logits(self, head: Head, hidden: Tensor, draw: Draw) -> Tensor:
         """[m, k] logits of ``hidden`` [m, d] in the drawn columns."""
         out = self.table.new_empty(hidden.shape[0], draw.columns.numel())
-        for left, right in self._sampler().pieces(draw, head.weight.shape[1]):
+        sampler, item = self._sampler(), 3 * self.table.itemsize
+        if sampler.on("rows") and not needs_upcast(head.weight, self.table.dtype):
+            item = head.weight.itemsize
+        for left, right in sampler.pieces(draw, head.weight.shape[1], item):
             columns = draw.columns[left:right]
             bias = None if head.bias is None else head.bias.index_select(0, columns)
             part = replace(head, weight=head.weight.index_select(0, columns), bias=bias, vocab=right - left)

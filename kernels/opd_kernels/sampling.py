@@ -23,17 +23,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .chunking import ALIGNMENT, WEIGHT_TILE_BYTES, ChunkPlan, spans
-from .heads import HeadGradient, accumulate, half_gradient
+from .heads import HeadGradient, half_gradient, multiplied
 from .problem import Head, Sampling
 from .shards import Shards
+from .splitmix import uniforms
 
-BLOCK_ROWS = 256
-"""Rows that share a draw: fewer need fewer columns for the same noise, more pay less for gathered weights."""
+BLOCK_ROWS = {"cpu": 256, "cuda": 512}
+"""Rows that share a draw. Fewer need fewer columns for the same noise, more pay less for gathered weights: of these and
+of the rows of dW as many bytes move for a block of 256 rows as for one of 1024. On a GPU the products are so fast that
+256 rows would wait for those bytes. Twice the rows cost up to 2.5 times the noise where the share of the columns is
+small beside the number of live ones, which is why it is not 1024 (``benchmarks/NOTES.md``)."""
+DRAWN_TOGETHER = 8
+"""Most blocks for which a GPU draws at once."""
 ROUNDS = 24
 """Of the search for the constant in pi; in each the columns that are certain can only grow in number."""
 DEVIATIONS = 8
@@ -41,34 +48,6 @@ DEVIATIONS = 8
 draws, and would lose the last columns."""
 WIDTH = 64
 """Components of W_v that stand for its size in pi: reading all of W would cost more than the better pi saves."""
-
-WORD = (1 << 64) - 1
-GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-
-
-def signed(word: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit number."""
-    return word - (1 << 64) if word >> 63 else word
-
-
-def scrambled(word: int) -> int:
-    """The finaliser of SplitMix64."""
-    word = (word ^ word >> 30) * FIRST & WORD
-    word = (word ^ word >> 27) * SECOND & WORD
-    return word ^ word >> 31
-
-
-def uniforms(ids: Tensor, seed: int, block: int) -> Tensor:
-    """float64 numbers in [0, 1), one for every id (int64), by SplitMix64 as a counter."""
-    key = scrambled((seed & WORD) ^ scrambled(block * GOLDEN + 1 & WORD))
-
-    def shifted(x: Tensor, places: int) -> Tensor:
-        return (x >> places) & ((1 << 64 - places) - 1)
-
-    x = ids * signed(GOLDEN) + signed(key)
-    x = (x ^ shifted(x, 30)) * signed(FIRST)
-    x = (x ^ shifted(x, 27)) * signed(SECOND)
-    return shifted(x ^ shifted(x, 31), 11).double() * 2.0**-53
 
 
 def inclusion(score: Tensor, budget: float) -> Tensor:
@@ -92,19 +71,22 @@ class Draw:
     Attributes:
         columns: [k] ascending.
         inverse: [k] 1 / pi in the compute dtype; 0 for places that hold no column (on a GPU).
-        certain: [k] whether pi is 1.
-        keep: [V] whether a column is drawn.
+        known: [V] more than 0 where a column is drawn, and else 0 or False.
     """
 
     columns: Tensor
     inverse: Tensor
-    certain: Tensor
-    keep: Tensor
+    known: Tensor
+
+    @property
+    def certain(self) -> Tensor:
+        """[k] whether pi is 1."""
+        return self.inverse == 1.0
 
     @property
     def places(self) -> Tensor:
         """[V] where a drawn column is among them."""
-        return self.keep.cumsum(0) - 1
+        return (self.known > 0).cumsum(0) - 1
 
     @property
     def spread(self) -> Tensor:
@@ -112,9 +94,19 @@ class Draw:
         return torch.where(self.inverse > 0, 1.0 - self.inverse.clamp(min=1.0).reciprocal(), 0.0)
 
 
-def scratch_bytes(share: float, vocab: int, rows: int, item: int) -> int:
+def block_rows(device: torch.device) -> int:
+    """Rows that share a draw on a device."""
+    return BLOCK_ROWS.get(device.type, BLOCK_ROWS["cuda"])
+
+
+def scratch_bytes(share: float, vocab: int, rows: int, item: int, device: torch.device) -> int:
     """Bytes a sampler needs besides the blocks of its products: what it knows of columns, and about eight [c, k]."""
-    return vocab * (3 * item + 48) + most_columns(share, vocab) * 8 * min(rows, BLOCK_ROWS) * item
+    block = min(rows, block_rows(device))
+    known = 3 * item + 48
+    if device.type == "cuda":
+        # Of every block that is drawn with others sums of squares of 32 rows each, scores, and what is drawn.
+        known = min(DRAWN_TOGETHER, -(-rows // block)) * (4 * -(-block // 32) + 3 * item + 1) if rows else 0
+    return vocab * known + most_columns(share, vocab) * 8 * block * item
 
 
 def block_bytes(device: torch.device) -> int:
@@ -137,19 +129,32 @@ class Sampler:
         shards: over which it is split, or None.
         plan: of the pass.
         like: of the compute dtype.
+        impl: whose operations run, "torch" or "triton".
     """
 
-    def __init__(self, sampling: Sampling, head: Head, shards: Shards | None, plan: ChunkPlan, like: Tensor) -> None:
+    def __init__(
+        self, sampling: Sampling, head: Head, shards: Shards | None, plan: ChunkPlan, like: Tensor, impl: str
+    ) -> None:
         self.sampling, self.head, self.shards, self.like = sampling, head, shards, like
         self.tile_rows, self.block_bytes = plan.tile_rows, plan.block_bytes
+        self.block_rows, self.kernels = block_rows(like.device), make_kernels(impl, head.vocab)
         weight = head.weight[: head.vocab]
         self.sizes = torch.linalg.vector_norm(weight[:, :WIDTH], dim=1, dtype=like.dtype)
-        self.touched = torch.zeros_like(self.sizes, dtype=torch.bool)
-        start = 0 if shards is None else shards.start
-        self.ids = torch.arange(start, start + head.vocab, device=like.device)
+        self.first = 0 if shards is None else shards.start
         self.operand = weight.dtype if half_gradient(weight, like.dtype) else like.dtype
-        self.hidden_variance, self.weight_variance, self.drawn = (like.new_zeros(()) for _ in range(3))
+        self.weight_variance, self.drawn = (like.new_zeros(()) for _ in range(2))
+        self.moments: list[list[Tensor]] = []
         self.blocks = 0
+        if self.on("draw"):
+            assert self.kernels is not None
+            self.seed = self.kernels.seed_on_device(sampling.seed, like.device)
+        else:
+            self.touched = torch.zeros_like(self.sizes, dtype=torch.bool)
+            self.ids = torch.arange(self.first, self.first + head.vocab, device=like.device)
+
+    def on(self, part: str) -> bool:
+        """Whether ``triton_columns`` does this part."""
+        return self.kernels is not None and part in self.kernels.ON
 
     def draw(self, squares: Tensor, start: int, labels: Tensor | None = None, weighted: Tensor | None = None) -> Draw:
         """What is drawn for the block from computed row ``start`` on.
@@ -159,7 +164,7 @@ class Sampler:
             labels: [c] columns that are drawn in any case where ``weighted`` [c].
         """
         share, vocab = self.sampling.share, self.head.vocab
-        pi = inclusion(squares.clamp(min=0.0).sqrt() * self.sizes, max(1.0, share * vocab))
+        pi = inclusion(squares.clamp(min=0.0).sqrt() * self.sizes, self.budget)
         if labels is not None and weighted is not None and vocab:
             pi.scatter_reduce_(0, labels, weighted.to(pi.dtype), "amax")
         keep = uniforms(self.ids, self.sampling.seed, start) < pi
@@ -168,7 +173,35 @@ class Sampler:
         self.drawn += (inverse > 0).sum()
         self.blocks += 1
         self.touched |= keep
-        return Draw(columns, inverse, inverse == 1.0, keep)
+        return Draw(columns, inverse, keep)
+
+    @property
+    def budget(self) -> float:
+        """Expected number of drawn columns."""
+        return max(1.0, self.sampling.share * self.head.vocab)
+
+    def draw_blocks(
+        self, squares: Tensor, start: int, labels: Tensor | None = None, table: Tensor | None = None
+    ) -> list[Draw]:
+        """What ``draw`` gives for each of the blocks from computed row ``start`` on, by kernels.
+
+        Args:
+            squares: [B, V rounded up], a dense tensor that is overwritten; 0 in columns that do not exist.
+            labels: [c] int64, columns or -1; drawn in any case where LABEL_SCALE is not 0.
+            table: [FIELDS, c] of the student; read with ``labels`` only.
+        """
+        assert self.kernels is not None
+        vocab = self.head.vocab
+        squares[:, :vocab].clamp_(min=0.0).sqrt_().mul_(self.sizes)
+        extra = 0 if labels is None else min(self.block_rows, labels.numel())
+        most = -(-min(vocab, most_columns(self.sampling.share, vocab) + extra) // ALIGNMENT) * ALIGNMENT
+        found = self.kernels.draw(
+            squares, vocab, self.budget, self.seed, start, self.block_rows, self.first, most, labels, table
+        )
+        self.drawn += found.counts.sum()
+        self.blocks += len(squares)
+        known = found.known[:, :vocab]
+        return [Draw(*parts) for parts in zip(found.columns, found.inverse, known, strict=True)]
 
     def _columns(self, keep: Tensor, pi: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """The kept columns and 1 / pi; on a GPU ``most`` places, so that the host does not wait."""
@@ -184,88 +217,134 @@ class Sampler:
         gradient.add_bias(dz)
         if not (gradient.wants.hidden or gradient.wants.weight):
             return
-        for first, last in spans(dz.shape[0], BLOCK_ROWS):
+        draws: list[Draw] = []
+        for first, last in spans(dz.shape[0], self.block_rows):
             block, states = dz[first:last], hidden[first:last]
-            squares = column_squares(block, self.tile_rows, self.like)
-            draw = self.draw(squares, start + first)
-            self.products(gradient, draw, self.scaled(block, draw), states, start + first, start + last)
+            if not self.on("draw"):
+                draws = [self.draw(column_squares(block, self.tile_rows, self.like), start + first)]
+            elif not draws:
+                assert self.kernels is not None
+                together = dz[first : first + DRAWN_TOGETHER * self.block_rows]
+                draws = self.draw_blocks(self.kernels.squares_of_dz(together, self.block_rows), start + first)
+            draw = draws.pop(0)
+            self.products(gradient, draw, *self.scaled(block, draw), states, start + first, start + last)
 
-    def scaled(self, dz: Tensor, draw: Draw) -> Tensor:
-        """[c, k] the drawn columns of ``dz``, divided by their pi."""
-        return dz.index_select(1, draw.columns).to(self.like.dtype).mul_(draw.inverse)
+    def scaled(self, dz: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """([c, k] the drawn columns of ``dz``, divided by their pi; [1, k] as ``products`` takes it)."""
+        if self.on("ratio") and draw.columns.numel() % ALIGNMENT == 0:
+            assert self.kernels is not None
+            found: tuple[Tensor, Tensor] = self.kernels.scaled(dz, draw.columns, draw.inverse, self.operand)
+            return found
+        scaled = dz.index_select(1, draw.columns).to(self.like.dtype).mul_(draw.inverse)
+        return scaled, (scaled.square().sum(0) * draw.spread)[None]
 
     def products(
         self,
         gradient: HeadGradient,
         draw: Draw,
         dz: Tensor,
+        sums: Tensor,
         hidden: Tensor,
         start: int,
         stop: int,
-        weights: Tensor | None = None,
     ) -> None:
         """Add the gradients of a block from its drawn columns ``dz`` [c, k], which pi has divided.
 
-        With ``weights`` [k], of the columns in E_p[W], dZ holds an E_p[g] from the same draw: what a column adds to
-        the noise is then dZ_v (W_v - E_p[W]), to first order.
+        ``sums`` [1 or 2, k] has the sums of the squares of dZ's columns times 1 - pi, and, where dZ holds an E_p[g]
+        from the same draw, the weights of the columns in E_p[W]: what a column adds to the noise is then
+        dZ_v (W_v - E_p[W]), to first order.
         """
-        weight, count, wants = self.head.weight, dz.shape[0], gradient.wants
-        moments = None
-        if wants.hidden:
-            moments = Moments(dz.square().sum(0) * draw.spread, weights, weight.shape[1])
+        weight, wants = self.head.weight, gradient.wants
         dz, hidden = dz.to(self.operand), hidden.to(self.operand)
-        rows = self.like.new_zeros(count, weight.shape[1]) if wants.hidden else None
-        for left, right in self.pieces(draw, weight.shape[1]):
+        moments, rows = Moments(sums, weight.shape[1]), None
+        for left, right in self.pieces(draw, weight.shape[1], self._bytes()):
             part, columns = dz[:, left:right], draw.columns[left:right]
-            if rows is not None:
-                own = weight.index_select(0, columns).to(self.operand)
-                accumulate(part, own, rows)
-                assert moments is not None
-                moments.add(own, left, right)
+            if wants.hidden:
+                own, sizes = self._take(columns)
+                rows = multiplied(part, own, self.like.dtype, rows)
+                moments.add(own, sizes, left, right)
                 del own
             if wants.weight:
-                added = gradient.add_weight_rows(part, hidden, columns)
-                sizes = torch.linalg.vector_norm(added, dim=1).square_()
-                self.weight_variance += (draw.spread[left:right] * sizes).sum()
-        if moments is not None:
-            self.hidden_variance += moments.variance(self.shards)
-        if rows is not None:
+                self._add_weight(gradient, part, hidden, draw, left, right)
+        if wants.hidden:
+            self.moments.append(moments.known())
+            if rows is None:  # a shard without columns
+                rows = self.like.new_zeros(dz.shape[0], weight.shape[1])
             gradient.put_hidden(rows, start, stop)
 
-    def pieces(self, draw: Draw, width: int) -> list[tuple[int, int]]:
-        """Places of the drawn columns whose rows of weights of ``width`` are gathered together."""
-        return list(spans(draw.columns.numel(), self._step(width)))
+    def _take(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows of the weight as the products take them, their squared 2-norms)."""
+        if self.on("rows"):
+            assert self.kernels is not None
+            found: tuple[Tensor, Tensor] = self.kernels.take(self.head.weight, columns, self.operand)
+            return found
+        own = self.head.weight.index_select(0, columns).to(self.operand)
+        return own, torch.linalg.vector_norm(own, dim=1, dtype=self.like.dtype).square_()
 
-    def _step(self, width: int) -> int:
-        step = max(ALIGNMENT, self.block_bytes // (3 * width * self.like.itemsize))
+    def _add_weight(
+        self, gradient: HeadGradient, dz: Tensor, hidden: Tensor, draw: Draw, left: int, right: int
+    ) -> None:
+        """Add to the weight's gradient, and to its noise, what the drawn columns ``left:right`` give."""
+        added, target = gradient.weight_rows(dz, hidden), gradient.weight_accumulator(dz)
+        columns, inverse = draw.columns[left:right], draw.inverse[left:right]
+        if self.on("rows"):
+            assert self.kernels is not None
+            self.weight_variance += self.kernels.add_rows(added, columns, inverse, target).sum()
+            return
+        target.index_add_(0, columns, added)
+        sizes = torch.linalg.vector_norm(added, dim=1).square_()
+        self.weight_variance += (draw.spread[left:right] * sizes).sum()
+
+    def pieces(self, draw: Draw, width: int, item: int) -> list[tuple[int, int]]:
+        """Places of the drawn columns whose rows of ``width`` elements of ``item`` bytes are gathered together."""
+        return list(spans(draw.columns.numel(), self._step(width, item)))
+
+    def _bytes(self) -> int:
+        """Of an element of the weight and of what is added to its gradient."""
+        return self.operand.itemsize + self.like.itemsize if self.on("rows") else 3 * self.like.itemsize
+
+    def _step(self, width: int, item: int) -> int:
+        step = max(ALIGNMENT, self.block_bytes // (item * width))
         return step - step % ALIGNMENT
 
-    def _size(self, weight: Tensor, index: Tensor) -> Tensor:
-        """Squared 2-norm of rows of a matrix."""
-        size: Tensor = torch.linalg.vector_norm(weight.index_select(0, index), dtype=self.like.dtype)
-        return size.square()
+    def _size(self, weight: Tensor) -> Tensor:
+        """Squared 2-norm of a gradient of the weight."""
+        if self.on("draw"):
+            whole: Tensor = torch.linalg.vector_norm(weight[: self.head.vocab], dtype=self.like.dtype)
+            return whole.square()
+        drawn, none = torch.nonzero(self.touched)[:, 0], self.like.new_zeros(())
+        parts = drawn.split(self._step(weight.shape[1], 3 * self.like.itemsize))
+        dtype = self.like.dtype
+        return sum((torch.linalg.vector_norm(weight.index_select(0, x), dtype=dtype).square() for x in parts), none)
 
     def report(self, hidden: Tensor | None, weight: Tensor | None, unscale: Tensor | None) -> Tensor:
         """[3] share of the columns that were drawn, and the relative noise of the finished gradients ``hidden`` and
         ``weight``, NaN for what is None; ``unscale`` as in ``HeadGradient``."""
-        variances = torch.stack([self.hidden_variance, self.weight_variance])
+        variances = torch.stack([total_variance(self.moments, self.shards, self.like), self.weight_variance])
         if unscale is not None:
             variances = variances * unscale.square()
-        none = self.like.new_zeros(())
+        none, unknown = self.like.new_zeros(()), self.like.new_full((), math.nan)
         size = [none if hidden is None else row_norms(hidden, self.like.dtype).square().sum(), none]
         if weight is not None:
-            drawn = torch.nonzero(self.touched)[:, 0]
-            size[1] = sum((self._size(weight, part) for part in drawn.split(self._step(weight.shape[1]))), none)
-        counts = torch.stack([self.drawn, self.like.new_tensor(float(self.blocks * self.head.vocab))])
+            size[1] = self._size(weight)
+        counts = torch.stack([self.drawn, self.like.new_full((), float(self.blocks * self.head.vocab))])
         if self.shards is not None:
             # Every rank has the sum of the hidden states' gradient.
             sums = self.shards.sum_(torch.cat([variances, counts, size[1][None]]))
             variances, counts, size[1] = sums[:2], sums[2:4], sums[4]
         signal = (torch.stack(size) - variances).clamp(min=0.0)
         relative = torch.where(variances > 0, (variances / signal).sqrt(), 0.0)
-        unknown = torch.tensor([x is None for x in (hidden, weight)], device=relative.device)
-        share = counts[0] / counts[1].clamp(min=1.0)
-        return torch.cat([share[None], torch.where(unknown, math.nan, relative)])
+        known = [unknown if x is None else y for x, y in zip((hidden, weight), relative, strict=True)]
+        return torch.stack([counts[0] / counts[1].clamp(min=1.0), *known])
+
+
+def make_kernels(impl: str, vocab: int) -> Any:
+    """``triton_columns`` where its kernels run, else None."""
+    if impl != "triton" or vocab == 0:
+        return None
+    from . import triton_columns
+
+    return triton_columns
 
 
 def row_norms(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -284,30 +363,48 @@ def column_squares(dz: Tensor, tile_rows: int, like: Tensor) -> Tensor:
 
 
 class Moments:
-    """Sum over columns of a_v ||W_v - mean||^2 with the mean of W under other weights, from parts of W.
+    """What is known of a block's sum over columns of a_v ||W_v - mean||^2 with the mean of W under other weights, from
+    parts of W.
 
     Args:
-        sizes: [k] a.
-        weights: [k] of the mean, not negative; None for a mean of 0.
+        sums: [1, k] a, or [2, k] with the weights of the mean, which are not negative; without them it is 0.
         width: d.
     """
 
-    def __init__(self, sizes: Tensor, weights: Tensor | None, width: int) -> None:
-        self.centred, tiny = weights is not None, torch.finfo(sizes.dtype).tiny
-        weights = sizes.new_zeros(sizes.shape) if weights is None else weights
-        self.sizes, self.total, self.mass = sizes, sizes.sum(), weights.sum()
-        self.shares = torch.stack([sizes / self.total.clamp(min=tiny), weights / self.mass.clamp(min=tiny)])
-        self.means, self.square = sizes.new_zeros(2, width), sizes.new_zeros(())
+    def __init__(self, sums: Tensor, width: int) -> None:
+        self.sizes, self.totals, self.width = sums[0], sums.sum(1), width
+        self.shares: Tensor | None = None
+        if len(sums) > 1:
+            self.shares = sums / self.totals.clamp(min=torch.finfo(sums.dtype).tiny)[:, None]
+        self.means: Tensor | None = None
+        self.square: Tensor | None = None
 
-    def add(self, weight: Tensor, left: int, right: int) -> None:
-        """Rows ``left:right`` of W, ``weight``."""
-        norms = torch.linalg.vector_norm(weight, dim=1, dtype=self.sizes.dtype)
-        self.square += self.sizes[left:right] @ norms.square()
-        accumulate(self.shares[:, left:right].to(weight.dtype), weight, self.means)
+    def add(self, weight: Tensor, squares: Tensor, left: int, right: int) -> None:
+        """Rows ``left:right`` of W, ``weight``, and their squared norms."""
+        square = self.sizes[left:right] @ squares
+        self.square = square if self.square is None else self.square + square
+        if self.shares is not None:
+            shares = self.shares[:, left:right].to(weight.dtype)
+            self.means = multiplied(shares, weight, self.sizes.dtype, self.means)
 
-    def variance(self, shards: Shards | None) -> Tensor:
-        mean = self.means[1]
-        if shards is not None and self.centred:
-            sums = shards.sum_(torch.cat([mean * self.mass, self.mass[None]]))
-            mean = sums[:-1] / sums[-1].clamp(min=torch.finfo(sums.dtype).tiny)
-        return (self.square + self.total * (mean.square().sum() - 2.0 * self.means[0] @ mean)).clamp(min=0.0)
+    def known(self) -> list[Tensor]:
+        """Sum of a ||W||^2, [1 or 2] sums of the rows of ``sums``, and with weights [2, d] the means of W."""
+        zeros = self.sizes.new_zeros
+        found = [zeros(()) if self.square is None else self.square, self.totals]
+        if self.shares is not None:
+            found.append(zeros(2, self.width) if self.means is None else self.means)
+        return found
+
+
+def total_variance(blocks: list[list[Tensor]], shards: Shards | None, like: Tensor) -> Tensor:
+    """The sum of the sums of blocks, each from ``Moments.known``; with ``shards`` a mean is over all columns."""
+    if not blocks:
+        return like.new_zeros(())
+    square, totals, *means = (torch.stack(parts) for parts in zip(*blocks, strict=True))
+    if means:
+        mean, mass = means[0][:, 1], totals[:, 1:]
+        if shards is not None:
+            sums = shards.sum_(torch.cat([mean * mass, mass], 1))
+            mean = sums[:, :-1] / sums[:, -1:].clamp(min=torch.finfo(sums.dtype).tiny)
+        square = square + totals[:, 0] * ((mean - 2.0 * means[0][:, 0]) * mean).sum(1)
+    return square.clamp(min=0.0).sum()

@@ -92,14 +92,17 @@ class TritonRowOps:
     def squares(self, chunk: Chunk, factor: Tensor, out: Tensor, fresh: bool) -> None:
         if fresh:
             self.statistics(chunk)
-        if self.vocab == 0:
-            return
-        parts = triton.cdiv(chunk.rows, rows.ROWS)
-        partial = chunk.table.new_empty(parts, self.splits * self.block)
+        if self.vocab:
+            out += self.squares_of_blocks(chunk, factor, chunk.rows)[0, : self.vocab]
+
+    def squares_of_blocks(self, chunk: Chunk, factor: Tensor, block_rows: int) -> Tensor:
+        """[B, V rounded up] sums of ``factor`` [c] p^2 over every ``block_rows`` rows."""
+        blocks, parts = triton.cdiv(chunk.rows, block_rows), triton.cdiv(min(block_rows, chunk.rows), rows.ROWS)
+        partial = chunk.table.new_empty(blocks, parts, self.splits * self.block)
         logits, table = self._logits(chunk), self._table(chunk)
         self._launch(
             rows.squares_kernel,
-            parts,
+            blocks * parts,
             0,
             chunk.logits,
             logits_ptr=logits["logits_ptr"],
@@ -109,9 +112,11 @@ class TritonRowOps:
             factor_ptr=factor,
             partial_ptr=partial,
             rows=chunk.rows,
+            block_rows=block_rows,
+            parts=parts,
             ROWS=rows.ROWS,
         )
-        out += partial.sum(0)[: self.vocab]
+        return partial.sum(1)
 
     def terms(self, chunk: Chunk) -> None:
         if self.vocab == 0 or chunk.teachers == 0:

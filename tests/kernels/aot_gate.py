@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from opd_kernels import rows
+from opd_kernels import columns, rows, triton_columns
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 
@@ -32,6 +32,7 @@ from gap_gemm import gap_kernel
 
 ARCHITECTURES = (80, 90, 100)
 KINDS = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
+PICKED = {"ROWS": columns.ROWS, "BLOCK": columns.PLACES}
 
 
 def needs(kind: str, mixture: bool, full: bool) -> dict:
@@ -74,11 +75,27 @@ VARIANTS = {
         {"HAS_ENTROPY": True, "CAP": True, "out_ptr": "*fp32", "BLOCK": rows.BLOCK},
     ],
     "squares_kernel": [{"ROWS": rows.ROWS, "BLOCK": rows.BLOCK}],
+    "dz_squares_kernel": [{"ROWS": rows.ROWS, "BLOCK": rows.BLOCK, "x_ptr": kind} for kind in ("*bf16", "*fp32")],
+    "inclusion_kernel": [{"ROUNDS": triton_columns.ROUNDS, "BLOCK": columns.SWEEP, "num_warps": columns.SWEEP_WARPS}],
+    "mark_kernel": [{"BLOCK": 128}],
+    "keep_kernel": [{"FORCED": forced, "BLOCK": rows.BLOCK} for forced in (False, True)],
+    "compact_kernel": [WIDE],
+    "pick_kernel": [{"SINGLE": single, "BLOCK": columns.PLACES} for single in (True, False)],
+    "ratio_kernel": [
+        {"LABELS": more, "CAP": more, "BIAS": more, "out_ptr": out, **PICKED}
+        for more, out in ((False, "*bf16"), (True, "*fp32"))
+    ],
+    "scaled_kernel": [{"x_ptr": kind, "out_ptr": kind, **PICKED} for kind in ("*bf16", "*fp32")],
+    "take_kernel": [{"BLOCK": columns.WIDTH, "weight_ptr": kind, "out_ptr": kind} for kind in ("*bf16", "*fp32")],
+    "add_rows_kernel": [{"BLOCK": columns.WIDTH}],
     "scale_kernel": [{"BLOCK": 4096, "x_ptr": "*bf16"}],
 }
 """Ways in which the row operations launch each kernel, as constants and pointer types that matter."""
 
-POINTERS = {"label_ptr": "*i64", "ticket_ptr": "*i32", "bias_ptr": "*bf16"}
+POINTERS = {"label_ptr": "*i64", "ticket_ptr": "*i32", "bias_ptr": "*bf16", "column_ptr": "*i64", "seed_ptr": "*i64"}
+POINTERS |= {"forced_ptr": "*i8", "count_ptr": "*i32"}
+DOUBLES = ("inclusion_kernel", "keep_kernel")
+"""Kernels whose factor is in float64."""
 SESSION = {
     "gap_kernel": [
         {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages, "pointers": "*bf16"}
@@ -89,13 +106,25 @@ SESSION = {
 
 NUMBERS = ("parameter", "cap", "factor")
 LARGE = ("logits_ptr", "out_ptr", "partial_ptr", "x_ptr")
+LARGE += (
+    "score_ptr",
+    "forced_ptr",
+    "known_ptr",
+    "z_ptr",
+    "gap_ptr",
+    "own_ptr",
+    "weight_ptr",
+    "column_ptr",
+    "inverse_ptr",
+)
 """Pointers that are always aligned; the others are not specialised."""
 SESSION_ALIGNED = ("width", "z_width", "t_width", "stride")
 
 
 def kernels() -> dict[str, triton.JITFunction]:
     """What takes part in a launch ends in ``_kernel``, helpers do not."""
-    return {name: value for name, value in vars(rows).items() if name.endswith("_kernel")}
+    found = vars(rows) | vars(columns)
+    return {name: value for name, value in found.items() if name.endswith("_kernel")}
 
 
 def build(name: str, variant: dict, capability: int):
@@ -112,11 +141,13 @@ def build(name: str, variant: dict, capability: int):
             signature[argument] = "constexpr"
             constants[(index,)] = variant.pop(argument)
         elif argument.endswith("_ptr"):
-            signature[argument] = variant.pop(argument, pointers or POINTERS.get(argument, "*fp32"))
+            kind = "*fp64" if argument == "factor_ptr" and name in DOUBLES else POINTERS.get(argument, "*fp32")
+            signature[argument] = variant.pop(argument, pointers or kind)
             aligned |= session
         else:
             signature[argument] = "fp32" if argument in NUMBERS else "i32"
             aligned |= session and (argument in SESSION_ALIGNED or (name, argument) == ("gap_kernel", "vocab"))
+            aligned |= argument in ("pitch", "width")
         if aligned:
             hints[(index,)] = [["tt.divisibility", 16]]
     assert not variant, f"{name} has no arguments {sorted(variant)}"
