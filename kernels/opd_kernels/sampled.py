@@ -84,27 +84,30 @@ class SampledPass(Pass):
         labels = chunk.labels if self.task.label_term else None
         for first, last in spans(chunk.rows, DRAWN_TOGETHER * sampler.block_rows):
             part = chunk.part(first, last)
-            squares = self.ops.squares_of_blocks(part, self._factor(part, start + first), sampler.block_rows)
+            factor = self._factor(part, start + first)
+            squares = self.ops.squares_of_blocks(part, factor, sampler.block_rows)
             own = None if labels is None else labels[first:last]
             draws = sampler.draw_blocks(squares, start + first, own, table[:, first:last])
             for draw, (left, right) in zip(draws, spans(last - first, sampler.block_rows), strict=True):
                 block, states = part.part(left, right), hidden[first + left : first + right]
-                self._block(block, states, start + first + left, False, draw)
+                self._drawn(block, states, start + first + left, factor[left:right], draw)
 
     def _factor(self, chunk: Chunk, start: int) -> Tensor:
         """[c] sums of squares of what p is multiplied with in dZ."""
         table, total = chunk.table[0], self.total[start : start + chunk.rows]
         return (table[SCALE] * total).square() + table[LABEL_SCALE].square()
 
-    def _block(self, chunk: Chunk, hidden: Tensor, start: int, fresh: bool, draw: Draw | None = None) -> None:
+    def _block(self, chunk: Chunk, hidden: Tensor, start: int, fresh: bool) -> None:
         """Gradients of rows that share a draw; ``fresh``: their statistics are still to be computed."""
-        table, stop, sampler = chunk.table[0], start + chunk.rows, self._sampler()
         factor = self._factor(chunk, start)
-        if draw is None:
-            squares = factor.new_zeros(self.problem.student.vocab)
-            self.ops.squares(chunk, factor, squares, fresh)
-            labels, weighted = self._labelled(chunk) if self.task.label_term else (None, None)
-            draw = sampler.draw(squares, start, labels, weighted)
+        squares = factor.new_zeros(self.problem.student.vocab)
+        self.ops.squares(chunk, factor, squares, fresh)
+        labels, weighted = self._labelled(chunk) if self.task.label_term else (None, None)
+        self._drawn(chunk, hidden, start, factor, self._sampler().draw(squares, start, labels, weighted))
+
+    def _drawn(self, chunk: Chunk, hidden: Tensor, start: int, factor: Tensor, draw: Draw) -> None:
+        """Gradients of the rows of ``draw``; ``factor`` [c] from ``_factor``."""
+        table, stop, sampler = chunk.table[0], start + chunk.rows, self._sampler()
         if sampler.on("ratio") and draw.columns.numel() % ALIGNMENT == 0:
             dz, sums = self._by_kernels(chunk, factor, draw, start)
             if self.gradient.bias is not None:

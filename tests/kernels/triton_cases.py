@@ -13,15 +13,21 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import jit
 
 from opd_kernels import (
     TeacherHead,
+    columns,
     driver,
     linear_divergence,
     linear_logprob,
     rows,
+    sampled,
+    sampling,
     selection,
     token_stats,
+    triton_columns,
     triton_impl,
     validation,
 )
@@ -232,10 +238,14 @@ def test_widths(vocab):
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
-@pytest.mark.parametrize("budget", [None, 3 * SMALL])
-def test_sampled_gradients_are_those_of_torch(kind, budget):
-    """The same columns are drawn, on rows without a teacher or weight and with a label, too."""
-    case = make(2, spread=4.0)
+@pytest.mark.parametrize(("budget", "block"), [(None, 256), (3 * SMALL, 256), (None, 2)])
+def test_sampled_gradients_are_those_of_torch(kind, budget, block, monkeypatch):
+    """The same columns are drawn, on rows without a teacher or weight and with a label, too; in one block and in
+    several of them that are drawn together or after each other."""
+    monkeypatch.setitem(sampling.BLOCK_ROWS, DEVICE, block)
+    monkeypatch.setattr(sampling, "DRAWN_TOGETHER", 2)
+    monkeypatch.setattr(sampled, "DRAWN_TOGETHER", 2)
+    case = make(2, spread=4.0, bias=True)
     options = {
         "divergence": kind,
         "mix": torch.tensor([[0.3, 0.5], [0.9, 0.4], [0.7, 0.0], [0.0, 0.0], [0.2, 0.9], [1.0, 2.0]], device=DEVICE),
@@ -250,12 +260,182 @@ def test_sampled_gradients_are_those_of_torch(kind, budget):
     }
 
     def step(impl: str) -> tuple[Tensor, ...]:
-        out = linear_divergence(case.hidden, case.weight, case.teachers, impl=impl, **options)
-        noise = (out.sampling.hidden_noise, out.sampling.weight_noise)
-        return out.loss, out.stats.student_entropy, *noise, *torch.autograd.grad(out.loss, (case.hidden, case.weight))
+        out = linear_divergence(case.hidden, case.weight, case.teachers, student_bias=case.bias, impl=impl, **options)
+        assert out.sampling.columns > 0
+        noise = (out.sampling.hidden_noise, out.sampling.weight_noise, out.sampling.columns)
+        return out.loss, out.stats.student_entropy, *noise, *torch.autograd.grad(out.loss, case.inputs())
 
     for mine, other in zip(step("triton"), step("torch"), strict=True):
         torch.testing.assert_close(mine, other, rtol=2e-4, atol=2e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("part", ["draw", "ratio", "rows"])
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+def test_each_part_of_sampled_columns_can_be_torchs(part, kind, monkeypatch):
+    """One teacher of all rows, no labels; columns whose number is no multiple of 16 where torch draws on a CPU."""
+    case, results = make(1, spread=4.0), []
+    for on in (triton_columns.ON, triton_columns.ON - {part}, set()):
+        monkeypatch.setattr(triton_columns, "ON", on)
+        out = linear_divergence(
+            case.hidden, case.weight, case.teachers, divergence=kind, impl="triton", vocab_sample=0.3
+        )
+        noise = (out.sampling.hidden_noise, out.sampling.weight_noise)
+        results.append((*noise, *torch.autograd.grad(out.loss, (case.hidden, case.weight))))
+    for mine, other in itertools.product(results[:2], results[2:]):
+        for x, y in zip(mine, other, strict=True):
+            torch.testing.assert_close(x, y, rtol=2e-4, atol=2e-5)
+
+
+def scores(blocks: int, vocab: int, power: float) -> Tensor:
+    """[B, V rounded up] positive float32 numbers over some orders of magnitude, 0 in columns that do not exist."""
+    g = torch.Generator().manual_seed(4)
+    out = torch.zeros(blocks, -(-vocab // 16) * 16)
+    out[:, :vocab] = torch.rand(blocks, vocab, generator=g) ** power
+    return out.to(DEVICE)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("seed", [3, 2**63 + 12345, -7])
+def test_a_draw_is_that_of_torch(labelled, seed, monkeypatch):
+    """In every block; one has fewer columns with a score than may be drawn, one none, one a score that is NaN."""
+    monkeypatch.setattr(columns, "SWEEP", 64)
+    vocab, block_rows, start, first, share = 301, 3, 40, 1000, 0.2
+    score = scores(5, vocab, 8.0)
+    score[1, 7:] = 0.0
+    score[2] = 0.0
+    score[3, 5] = torch.nan
+    budget, most = share * vocab, 112
+    labels = torch.arange(-1, 13, device=DEVICE) * 20 % vocab
+    labels[0] = -1
+    table = torch.zeros(table_fields.FIELDS, 14, device=DEVICE)
+    table[table_fields.LABEL_SCALE, ::2] = 1.0
+    device_seed = triton_columns.seed_on_device(seed, score.device)
+    options = {"labels": labels, "table": table} if labelled else {}
+    got = triton_columns.draw(score.clone(), vocab, budget, device_seed, start, block_rows, first, most, **options)
+    ids = torch.arange(first, first + vocab, device=DEVICE)
+    for block in range(5):
+        pi = sampling.inclusion(score[block, :vocab], budget)
+        if labelled:
+            rows_of = slice(3 * block, min(14, 3 * block + 3))
+            own = labels[rows_of][table[table_fields.LABEL_SCALE, rows_of] != 0]
+            pi[own[own >= 0]] = 1.0
+        keep = sampling.uniforms(ids, seed, start + 3 * block) < pi
+        want = torch.nonzero(keep)[:, 0]
+        count = want.numel()
+        assert got.counts[block].sum() == count <= most
+        assert torch.equal(got.columns[block, :count], want) and not got.columns[block, count:].any()
+        torch.testing.assert_close(got.inverse[block, :count], pi[want].reciprocal().float())
+        assert not got.inverse[block, count:].any()
+        assert torch.equal(got.known[block, :vocab] > 0, keep)
+
+
+def test_the_draw_leaves_out_what_has_no_place():
+    score = scores(1, 301, 1.0)
+    seed = triton_columns.seed_on_device(0, score.device)
+    many, few = (triton_columns.draw(score, 301, 100.0, seed, 0, 8, 0, most) for most in (160, 32))
+    assert many.counts.sum() > 32 and torch.equal(many.columns[:, :32], few.columns)
+    assert torch.equal(many.inverse[:, :32], few.inverse)
+
+
+@pytest.mark.parametrize("power", [1.0, 20.0])
+def test_inclusion_probabilities_sum_up_to_the_budget(power):
+    """To the rounding of float64 sums, whatever the order of magnitude of a score, and as torch finds them, which takes
+    the budget in float32."""
+    vocab, budget = 20_011, 2001.1
+    score = scores(2, vocab, power)
+    factor = torch.full((2,), budget, dtype=torch.float64, device=DEVICE)
+    columns.inclusion_kernel[(2,)](
+        score, factor, vocab, score.shape[1] // 16, ROUNDS=triton_columns.ROUNDS, BLOCK=4096, num_warps=16
+    )
+    for own, line in zip(factor, score, strict=True):
+        pi = (line.double() * own).clamp(max=1.0)[:vocab]
+        assert abs(pi.sum().item() / budget - 1) < 1e-12
+        torch.testing.assert_close(pi, sampling.inclusion(line[:vocab], budget), rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_columns_of_dz(dtype, monkeypatch):
+    """Sums of squares of every block, the last one with fewer rows, and drawn columns divided by pi."""
+    monkeypatch.setattr(rows, "ROWS", 4)
+    monkeypatch.setattr(columns, "ROWS", 4)
+    monkeypatch.setattr(columns, "PLACES", 16)
+    g = torch.Generator().manual_seed(2)
+    dz = torch.full((19, 64), torch.nan)[:, :37]
+    dz.copy_(torch.randn(19, 37, generator=g))
+    dz = torch.empty(19, 64, dtype=dtype, device=DEVICE)[:, :37].copy_(dz)
+    found = triton_columns.squares_of_dz(dz, 7)
+    want = torch.stack([part.double().square().sum(0) for part in dz.split(7)])
+    torch.testing.assert_close(found[:, :37].double(), want, rtol=1e-5, atol=1e-6)
+    assert found.shape[1] % 16 == 0 and not found[:, 37:48].any()
+    column = torch.zeros(32, dtype=torch.int64, device=DEVICE)
+    inverse = torch.zeros(32, device=DEVICE)
+    column[:20], inverse[:20] = torch.arange(3, 23, device=DEVICE), torch.linspace(1, 4, 20, device=DEVICE)
+    got, sums = triton_columns.scaled(dz, column, inverse, dtype)
+    want = dz[:, column].float() * inverse
+    torch.testing.assert_close(got, want.to(dtype))
+    spread = torch.where(inverse > 0, 1 - 1 / inverse.clamp(min=1), 0.0)
+    torch.testing.assert_close(sums, (want.square().sum(0) * spread)[None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [5, 40])
+def test_rows_of_weights(dtype, width, monkeypatch):
+    """Taken from a weight whose rows lie apart, and added to a gradient; places without a column change nothing."""
+    monkeypatch.setattr(columns, "WIDTH", 16)
+    g = torch.Generator().manual_seed(2)
+    weight = torch.randn(50, 48, generator=g).to(DEVICE, dtype)[:, :width]
+    column = torch.tensor([3, 4, 49, 0, 0], device=DEVICE)
+    inverse = torch.tensor([1.0, 2.0, 5.0, 0.0, 0.0], device=DEVICE)
+    own, sizes = triton_columns.take(weight, column, torch.float32)
+    assert torch.equal(own, weight[column].float())
+    torch.testing.assert_close(sizes, own.square().sum(1))
+    target = torch.randn(50, width, generator=g).to(DEVICE)
+    want = target.clone().index_add_(0, column[:3], own[:3])
+    own[3:] = torch.nan
+    spreads = triton_columns.add_rows(own, column, inverse, target)
+    assert torch.equal(target, want)
+    torch.testing.assert_close(spreads, sizes * torch.tensor([0, 0.5, 0.8, 0, 0], device=DEVICE))
+
+
+class Launches(TorchDispatchMode):
+    """Counts what starts kernels on a GPU: torch operations that are not views, and launches of Triton kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.within = 0, False
+
+    def launch(self, kernel, *args, **kwargs):
+        """Run a kernel; what the interpreter does with torch does not count."""
+        self.count, self.within = self.count + 1, True
+        kernel(*args, **kwargs)
+        self.within = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        empty = func.overloadpacket.__name__ in ("empty", "empty_like", "new_empty", "empty_strided", "detach")
+        self.count += not (func.is_view or empty or self.within)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kind", "most"), [("reverse_kl", 20), ("jsd", 12)])
+def test_launches_for_a_block(kind, most, monkeypatch):
+    """What another block of rows costs the host. The search for pi alone, in torch operations, would take hundreds."""
+    case, counts = make(1, count=8, spread=4.0), []
+
+    def get(kernel, grid):
+        return lambda *args, **kwargs: mode.launch(plain(kernel, grid), *args, **kwargs)
+
+    plain = jit.KernelInterface.__getitem__
+    monkeypatch.setattr(jit.KernelInterface, "__getitem__", get)
+    for block in (8, 2):
+        monkeypatch.setitem(sampling.BLOCK_ROWS, DEVICE, block)
+        with Launches() as mode:
+            out = linear_divergence(
+                case.hidden, case.weight, case.teachers, divergence=kind, impl="triton", vocab_sample=0.3
+            )
+            torch.autograd.grad(out.loss, (case.hidden, case.weight))
+        counts.append(mode.count)
+    assert (counts[1] - counts[0]) / 3 <= most, counts
+    assert counts[0] <= 300, counts
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1])
