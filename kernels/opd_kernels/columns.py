@@ -54,7 +54,9 @@ def places_of(split, count, BLOCK: tl.constexpr):
 
 
 @kernel
-def inclusion_kernel(score_ptr, factor_ptr, vocab, stride, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
+def inclusion_kernel(
+    score_ptr, factor_ptr, vocab, stride, ROUNDS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
+):
     """The constant in pi = min(1, factor score), [B] float64, in place of the budget of each block; minus the pi of
     all columns where a score is not finite. One program for each block; ``score`` [B, V rounded up to STEP, there 0] is
     float32, all sums are float64, and the rounds end when none finds another column that is certain."""
@@ -69,8 +71,8 @@ def inclusion_kernel(score_ptr, factor_ptr, vocab, stride, ROUNDS: tl.constexpr,
     while turn < ROUNDS:
         rest = tl.zeros([BLOCK], tl.float64)
         count = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, width, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
+        for tile in range(TILES):
+            cols = tile * BLOCK + tl.arange(0, BLOCK)
             score = tl.load(line + cols, mask=cols < width, other=0.0).to(tl.float64)
             sure = score * factor >= 1.0
             rest += tl.where(sure, 0.0, score)
@@ -348,14 +350,14 @@ def scaled_kernel(
 
 
 @triton.jit
-def take_kernel(weight_ptr, column_ptr, out_ptr, size_ptr, pitch, width, BLOCK: tl.constexpr):
+def take_kernel(weight_ptr, column_ptr, out_ptr, size_ptr, pitch, width, TILES: tl.constexpr, BLOCK: tl.constexpr):
     """Rows ``column`` [n] of a weight [V, d] whose rows lie ``pitch`` elements apart, ``out`` [n, d], and their squared
     2-norms, ``size`` [n]."""
     place = tl.program_id(0).to(tl.int64)
     line = weight_ptr + tl.load(column_ptr + place) * pitch
     squares = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, width, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+    for tile in range(TILES):
+        at = tile * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(line + at, mask=at < width, other=0.0)
         tl.store(out_ptr + place * width + at, x.to(out_ptr.dtype.element_ty), mask=at < width)
         x = x.to(tl.float32)
@@ -364,16 +366,19 @@ def take_kernel(weight_ptr, column_ptr, out_ptr, size_ptr, pitch, width, BLOCK: 
 
 
 @triton.jit
-def add_rows_kernel(own_ptr, column_ptr, inverse_ptr, weight_ptr, size_ptr, width, BLOCK: tl.constexpr):
+def add_rows_kernel(
+    own_ptr, column_ptr, inverse_ptr, weight_ptr, size_ptr, width, TILES: tl.constexpr, BLOCK: tl.constexpr
+):
     """Add ``own`` [n, d] to rows ``column`` [n] of a float32 gradient ``weight`` [V, d], and store in ``size`` [n] the
     squared 2-norms of what was added times 1 - pi. The columns differ, except at places that hold none."""
     place = tl.program_id(0).to(tl.int64)
     inverse = tl.load(inverse_ptr + place)
     line = weight_ptr + tl.load(column_ptr + place) * width
     squares = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, tl.where(inverse > 0.0, width, 0), BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        x = tl.load(own_ptr + place * width + at, mask=at < width, other=0.0)
-        tl.store(line + at, tl.load(line + at, mask=at < width, other=0.0) + x, mask=at < width)
-        squares += x * x
+    if inverse > 0.0:
+        for tile in range(TILES):
+            at = tile * BLOCK + tl.arange(0, BLOCK)
+            x = tl.load(own_ptr + place * width + at, mask=at < width, other=0.0)
+            tl.store(line + at, tl.load(line + at, mask=at < width, other=0.0) + x, mask=at < width)
+            squares += x * x
     tl.store(size_ptr + place, tl.sum(squares, 0) * spread_of(inverse))

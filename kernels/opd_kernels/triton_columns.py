@@ -8,7 +8,6 @@ where its name is not in ``ON``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -100,7 +99,14 @@ def draw(
     forced = score
     with device_of(score):
         columns.inclusion_kernel[(blocks,)](
-            score, factor, vocab, stride, ROUNDS=ROUNDS, BLOCK=columns.SWEEP, num_warps=columns.SWEEP_WARPS
+            score,
+            factor,
+            vocab,
+            stride,
+            ROUNDS=ROUNDS,
+            TILES=triton.cdiv(vocab, columns.SWEEP),
+            BLOCK=columns.SWEEP,
+            num_warps=columns.SWEEP_WARPS,
         )
         if labels is not None:
             assert table is not None
@@ -258,7 +264,15 @@ def take(weight: Tensor, column: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     sizes = torch.empty(count, dtype=torch.float32, device=weight.device)
     with device_of(weight):
         columns.take_kernel[(count,)](
-            weight, column, out, sizes, weight.stride(0), width, BLOCK=columns.WIDTH, num_warps=4
+            weight,
+            column,
+            out,
+            sizes,
+            weight.stride(0),
+            width,
+            TILES=triton.cdiv(width, columns.WIDTH),
+            BLOCK=columns.WIDTH,
+            num_warps=4,
         )
     return out, sizes
 
@@ -268,7 +282,9 @@ def add_rows(own: Tensor, column: Tensor, inverse: Tensor, weight: Tensor) -> Te
     added times 1 - pi, [n]. Nothing is added at places whose ``inverse`` is 0."""
     count, width = own.shape
     sizes = torch.empty(count, dtype=torch.float32, device=own.device)
-    arguments: tuple[Any, ...] = (own, column, inverse, weight, sizes, width)
+    tiles = triton.cdiv(width, columns.WIDTH)
     with device_of(own):
-        columns.add_rows_kernel[(count,)](*arguments, BLOCK=columns.WIDTH, num_warps=4)
+        columns.add_rows_kernel[(count,)](
+            own, column, inverse, weight, sizes, width, TILES=tiles, BLOCK=columns.WIDTH, num_warps=4
+        )
     return sizes

@@ -32,6 +32,8 @@ from gap_gemm import gap_kernel
 
 ARCHITECTURES = (80, 90, 100)
 KINDS = ("reverse_kl", "forward_kl", "jsd", "skew_kl")
+WIDE = {"SPLITS": 128, "BLOCK": rows.BLOCK}
+ROW = {"TILES": 3, "BLOCK": columns.WIDTH}
 PICKED = {"ROWS": columns.ROWS, "BLOCK": columns.PLACES}
 
 
@@ -76,7 +78,9 @@ VARIANTS = {
     ],
     "squares_kernel": [{"ROWS": rows.ROWS, "BLOCK": rows.BLOCK}],
     "dz_squares_kernel": [{"ROWS": rows.ROWS, "BLOCK": rows.BLOCK, "x_ptr": kind} for kind in ("*bf16", "*fp32")],
-    "inclusion_kernel": [{"ROUNDS": triton_columns.ROUNDS, "BLOCK": columns.SWEEP, "num_warps": columns.SWEEP_WARPS}],
+    "inclusion_kernel": [
+        {"ROUNDS": triton_columns.ROUNDS, "TILES": 19, "BLOCK": columns.SWEEP, "num_warps": columns.SWEEP_WARPS}
+    ],
     "mark_kernel": [{"BLOCK": 128}],
     "keep_kernel": [{"FORCED": forced, "BLOCK": rows.BLOCK} for forced in (False, True)],
     "compact_kernel": [WIDE],
@@ -86,8 +90,8 @@ VARIANTS = {
         for more, out in ((False, "*bf16"), (True, "*fp32"))
     ],
     "scaled_kernel": [{"x_ptr": kind, "out_ptr": kind, **PICKED} for kind in ("*bf16", "*fp32")],
-    "take_kernel": [{"BLOCK": columns.WIDTH, "weight_ptr": kind, "out_ptr": kind} for kind in ("*bf16", "*fp32")],
-    "add_rows_kernel": [{"BLOCK": columns.WIDTH}],
+    "take_kernel": [{**ROW, "weight_ptr": kind, "out_ptr": kind} for kind in ("*bf16", "*fp32")],
+    "add_rows_kernel": [ROW],
     "scale_kernel": [{"BLOCK": 4096, "x_ptr": "*bf16"}],
 }
 """Ways in which the row operations launch each kernel, as constants and pointer types that matter."""

@@ -345,7 +345,7 @@ def test_inclusion_probabilities_sum_up_to_the_budget(power):
     score = scores(2, vocab, power)
     factor = torch.full((2,), budget, dtype=torch.float64, device=DEVICE)
     columns.inclusion_kernel[(2,)](
-        score, factor, vocab, score.shape[1] // 16, ROUNDS=triton_columns.ROUNDS, BLOCK=4096, num_warps=16
+        score, factor, vocab, score.shape[1] // 16, ROUNDS=triton_columns.ROUNDS, TILES=5, BLOCK=4096, num_warps=16
     )
     for own, line in zip(factor, score, strict=True):
         pi = (line.double() * own).clamp(max=1.0)[:vocab]
