@@ -101,7 +101,8 @@ def plan_chunks(
         fixed_bytes: part of it that sampled gradients need; 0 without them.
         block_bytes: most that it may use for a block of columns, an eighth of the budget if that is
             less.
-        block_rows: rows that share a sample of columns; a CPU's chunk has as many if they fit, a GPU's whole blocks.
+        block_rows: rows that share a sample of columns; a CPU's chunk has as many if they fit, a GPU's
+            whole blocks where they are drawn from its logits.
 
     Raises:
         ValueError: one row does not fit; states the bytes that are needed.
@@ -140,7 +141,7 @@ def plan_chunks(
     whole = half_gradient and budget - rows * gradient_row >= min(rows, WHOLE_CHUNK_ROWS) * logits_row
     fitting = (budget - rows * gradient_row) // logits_row if whole else budget // (logits_row + 4 * gradient_row)
     largest = max(1, min(most, fitting))
-    if device.type == "cuda" and 0 < block_rows <= largest:
+    if device.type == "cuda" and not half_gradient and 0 < block_rows <= largest:
         step = block_rows
     chunk_rows = balanced(rows, largest, step)
     gradient_rows = rows if whole else 0

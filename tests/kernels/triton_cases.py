@@ -272,18 +272,33 @@ def test_sampled_gradients_are_those_of_torch(kind, budget, block, monkeypatch):
 @pytest.mark.parametrize("part", ["draw", "ratio", "rows"])
 @pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
 def test_each_part_of_sampled_columns_can_be_torchs(part, kind, monkeypatch):
-    """One teacher of all rows, no labels; columns whose number is no multiple of 16 where torch draws on a CPU."""
+    """One teacher of all rows; columns whose number is no multiple of 16 where torch draws on a CPU."""
     case, results = make(1, spread=4.0), []
+    options = {"divergence": kind, "impl": "triton", "vocab_sample": 0.3}
+    options |= {"labels": case.labels, "logprob_weight": LOGPROB_WEIGHT}
     for on in (triton_columns.ON, triton_columns.ON - {part}, set()):
         monkeypatch.setattr(triton_columns, "ON", on)
-        out = linear_divergence(
-            case.hidden, case.weight, case.teachers, divergence=kind, impl="triton", vocab_sample=0.3
-        )
+        out = linear_divergence(case.hidden, case.weight, case.teachers, **options)
         noise = (out.sampling.hidden_noise, out.sampling.weight_noise)
         results.append((*noise, *torch.autograd.grad(out.loss, (case.hidden, case.weight))))
     for mine, other in itertools.product(results[:2], results[2:]):
         for x, y in zip(mine, other, strict=True):
             torch.testing.assert_close(x, y, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+def test_sampled_columns_of_what_is_not_finite(kind):
+    """A student's NaN reaches loss and gradient, a teacher's is named."""
+    case = make(1)
+    case.teachers[0].hidden[4, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"teachers\[0\] has NaN or inf logits, first at row 4"):
+        solve(case, "triton", divergence=kind, vocab_sample=0.3)
+    case = make(1)
+    with torch.no_grad():
+        case.hidden[3, 0] = torch.nan
+    out = linear_divergence(case.hidden, case.weight, case.teachers, divergence=kind, impl="triton", vocab_sample=0.3)
+    rows_of, weight = torch.autograd.grad(out.loss, (case.hidden, case.weight))
+    assert out.loss.isnan() and rows_of[3].isnan().any() and weight.isnan().any()
 
 
 def scores(blocks: int, vocab: int, power: float) -> Tensor:
