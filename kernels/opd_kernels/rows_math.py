@@ -67,6 +67,10 @@ if INTERPRETED:
     def log(x):
         return tl.log(x)
 
+    @triton.jit
+    def reciprocal(x):
+        return 1.0 / x
+
 else:
 
     @triton.jit
@@ -81,6 +85,13 @@ else:
         """As ``exp``; absolute error 1e-7 where x is near 1."""
         return LN_2 * tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def reciprocal(x):
+        """Within a unit of rounding in one instruction; a division takes several and many more registers."""
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
 
 
@@ -264,7 +275,7 @@ def slope_of(r, parameter, KIND: tl.constexpr):
         a = (parameter - 1.0) * jsd_log(r, parameter)
     else:
         tl.static_assert(KIND == "skew_kl")
-        a = (parameter - 1.0) / skew_ratio(r, parameter)
+        a = (parameter - 1.0) * reciprocal(skew_ratio(r, parameter))
     return a
 
 

@@ -180,6 +180,7 @@ def measure(name: str, variant: dict, capability: int) -> dict:
         "kernel": name,
         "variant": variant,
         "capability": capability,
+        "warps": compiled.metadata.num_warps,
         "registers": used["REG"],
         "spilled": used["STACK"] + used["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "shared": compiled.metadata.shared,

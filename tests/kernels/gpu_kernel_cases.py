@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from triton.runtime import interpreter
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "gpu")]
@@ -24,6 +25,20 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(rows, "BLOCK", 16)
 
 
+@pytest.fixture
+def loops_over_numbers(monkeypatch):
+    """The interpreter holds a number as an array of one. Triton 3.6 gives it to ``int``, which NumPy refuses from 2.4
+    on, where a kernel loops up to an argument; later ones squeeze it first, as is done here."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_squeeze(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_squeeze)
+
+
+@pytest.mark.usefixtures("loops_over_numbers")
 def test_gap_product():
     """Odd numbers of rows and columns; widths of several blocks."""
     x, w, y, v = (torch.randn(*shape) for shape in ((19, 32), (37, 32), (19, 48), (37, 48)))

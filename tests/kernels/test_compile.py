@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opd_kernels import TeacherHead, library, linear_divergence, linear_logprob, token_stats, topk_divergence
+from opd_kernels import (
+    TeacherHead,
+    TokenStats,
+    library,
+    linear_divergence,
+    linear_logprob,
+    token_stats,
+    topk_divergence,
+)
 
 SMALL = 30_000
+STATISTICS = [field.name for field in fields(TokenStats)]
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +69,21 @@ def test_divergence(make_case, kind, reduction, dtype):
             vocab_sample=0.0 if reduction == "none" else 0.3,
             sample_seed=3,
         )
-        return out.loss * 2.0, out.token_loss, *(x for x in vars(out.stats).values() if x is not None)
+        return out.loss * 2.0, out.token_loss, *[getattr(out.stats, name) for name in STATISTICS]
 
     assert_same(call, (*case.student, bias))
+
+
+def test_reading_one_statistic(make_case):
+    """As a user writes it: an attribute within the compiled function, None where there are no labels."""
+    case = make_case(2)
+
+    def call(hidden, weight):
+        out = linear_divergence(hidden, weight, case.teachers, stats=True)
+        assert out.stats.gap is None
+        return (out.token_loss * out.stats.student_entropy).nansum() + out.loss, out.stats.teacher_entropy.mean(1)
+
+    assert_same(call, case.student)
 
 
 @pytest.mark.parametrize("compile_", [False, True])

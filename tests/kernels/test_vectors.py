@@ -21,15 +21,20 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def results(view, **options) -> list[Tensor]:
+def results(view, device: str = "cpu", **options) -> list[Tensor]:
     """Everything the ops return when every vector argument went through ``view``."""
-    hidden, weight = normal(ROWS, WIDTH).requires_grad_(), normal(VOCAB, WIDTH, seed=1).requires_grad_()
-    bias, teacher_bias = view(normal(VOCAB, seed=2)), view(normal(VOCAB, seed=3))
-    labels = view(torch.arange(1, ROWS + 1) * 4)
-    token_weight, mix = view(torch.linspace(0.5, 2.0, ROWS)), view(torch.tensor([0.4, 0.9]))
+
+    def normal_there(*shape: int, seed: int = 0) -> Tensor:
+        return normal(*shape, seed=seed).to(device)
+
+    hidden, weight = (normal_there(n, WIDTH, seed=seed).requires_grad_() for seed, n in enumerate((ROWS, VOCAB)))
+    bias, teacher_bias = view(normal_there(VOCAB, seed=2)), view(normal_there(VOCAB, seed=3))
+    labels = view(torch.arange(1, ROWS + 1, device=device) * 4)
+    token_weight = view(torch.linspace(0.5, 2.0, ROWS, device=device))
+    mix = view(torch.tensor([0.4, 0.9], device=device))
     teachers = [
-        TeacherHead(normal(ROWS, WIDTH, seed=4), normal(VOCAB, WIDTH, seed=5), teacher_bias),
-        TeacherHead(normal(ROWS, WIDTH, seed=6), normal(VOCAB, WIDTH, seed=7)),
+        TeacherHead(normal_there(ROWS, WIDTH, seed=4), normal_there(VOCAB, WIDTH, seed=5), teacher_bias),
+        TeacherHead(normal_there(ROWS, WIDTH, seed=6), normal_there(VOCAB, WIDTH, seed=7)),
     ]
     shared = {"labels": labels, "token_weight": token_weight, "mix": mix, "student_bias": bias, **options}
     found: list[Tensor] = []

@@ -514,8 +514,9 @@ def test_views_of_vectors(view):
     """Labels, biases and weights that are not dense."""
     from test_vectors import VIEWS, results
 
-    dense = results(lambda x: VIEWS[view](x).contiguous(), impl="triton")
-    for mine, other in zip(results(VIEWS[view], impl="triton"), dense, strict=True):
+    options = {"device": DEVICE, "impl": "triton"}
+    dense = results(lambda x: VIEWS[view](x).contiguous(), **options)
+    for mine, other in zip(results(VIEWS[view], **options), dense, strict=True):
         torch.testing.assert_close(mine, other, equal_nan=True)
 
 
