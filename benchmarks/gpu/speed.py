@@ -161,7 +161,7 @@ def memory(shape: Shape, kind: str) -> dict[str, Any]:
 def workspaces(shape: Shape, ceiling: float | None, smoke: bool) -> dict[str, Any]:
     """Ours at several budgets: what larger chunks would buy."""
     problem = strangers(shape, *setting())
-    sizes = (0.5, 1, 1.5, 2, 4) if not smoke else (0.001, 0.01)
+    sizes = (0.5, 1, 2, 4) if not smoke else (0.001, 0.01)
     steps = {f"ours, {g} GiB": providers.ours(problem, "reverse_kl", workspace_bytes=int(g * 2**30)) for g in sizes}
     return measure(problem, steps, ceiling, **rounds_of(smoke))
 

@@ -220,7 +220,7 @@ def describe(world: World) -> dict[str, Any]:
 
 
 def cases(smoke: bool) -> Iterator[Case]:
-    world, rounds = World(smoke), 1 if smoke else 3
+    world, rounds = World(smoke), 1 if smoke else 2
     whole = world.sizes.sequences * world.sizes.response
     some = 4 if smoke else SLICE
 
