@@ -95,5 +95,5 @@ class NoText:
     def get_vocab(self) -> dict[str, int]:
         return {"last": self.vocab - 1}
 
-    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: list[int], **options: bool) -> str:
         return ""
