@@ -16,7 +16,8 @@ help:
 	@echo "make demo-agents  agents in a little house: SAGE-OPD, then OPAD (minutes, 2 cores)"
 	@echo "make demo-vision  a tiny vision-language student learns to name shapes: Uni-OPD beside OPD (minutes, 2 cores)"
 	@echo "make test     linters, type checker and the whole test suite"
-	@echo "make test-oldest  what touches transformers, on the oldest release that is supported"
+	@echo "make test-oldest  the kernels and what touches transformers, on the oldest torch, triton and transformers"
+	@echo "              that are supported (own environment; 4.6 GB with torch's GPU build)"
 	@echo "make test-vllm  the tests that sample with real vLLM (CPU build, own environment)"
 	@echo "make test-envs  the tests that play ALFWorld, TextWorld and ScienceWorld (own environment)"
 	@echo "make test-bench  the tests of the harnesses of benchmarks (own environment)"
@@ -106,16 +107,22 @@ check: $(VENV)/.dev
 test: check
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
-# What touches transformers, again on the oldest release that is supported; `make test` takes the newest.
-OLDEST = $(VENV)/oldest
-$(OLDEST)/.ready: pyproject.toml | $(VENV)/.dev
-	rm -rf $(OLDEST)
-	$(PY) -m pip install --quiet --target $(OLDEST) "transformers==$$(sed -n 's/.*"transformers>=\([^,"]*\).*/\1/p' pyproject.toml)"
+# The kernels' tests and what touches transformers, in an environment of its own with the oldest torch, triton and
+# transformers that pyproject.toml admits; `make test` takes newer ones. The GPU build of torch needs 4.6 GB on disk;
+# the options of TORCH, as of the CPU build above, are taken here, too.
+OLDEST_PY = $(VENV)-oldest/bin/python
+OLDEST_TXT = $(VENV)-oldest/oldest.txt
+$(VENV)-oldest/.ready: pyproject.toml requirements/oldest.py
+	test -x $(OLDEST_PY) || $(PYTHON) -m venv $(VENV)-oldest
+	$(OLDEST_PY) -m pip install --quiet --upgrade pip
+	$(OLDEST_PY) requirements/oldest.py > $(OLDEST_TXT)
+	$(OLDEST_PY) -m pip install --quiet "$$(grep ^torch= $(OLDEST_TXT))" $(wordlist 2,$(words $(TORCH)),$(TORCH))
+	$(OLDEST_PY) -m pip install --quiet -c $(OLDEST_TXT) -e ".[dev]"
 	@touch $@
 
-test-oldest: $(OLDEST)/.ready
-	PYTHONPATH=$(abspath $(OLDEST)) $(PY) -c "import transformers; print('transformers', transformers.__version__)"
-	PYTHONPATH=$(abspath $(OLDEST)) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 \
+test-oldest: $(VENV)-oldest/.ready
+	$(OLDEST_PY) requirements/oldest.py --check
+	OMP_NUM_THREADS=1 $(OLDEST_PY) -m pytest -n 2 tests/kernels \
 		$(addprefix tests/engine/test_, $(addsuffix .py, backbone batching chat half_precision hub_names lora model_files \
 		probes resume sampler step templates)) tests/teachers/test_local.py tests/teachers/test_prefix.py $(ARGS)
 

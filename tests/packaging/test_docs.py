@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,3 +96,13 @@ def test_the_workflow_runs_what_ci_runs() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     targets = workflow["jobs"]["test"]["strategy"]["matrix"]["target"]
     assert lines and set(lines) <= set(targets)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_oldest_versions_that_are_named_are_those_of_pyproject(page: str) -> None:
+    command = [sys.executable, str(ROOT / "requirements" / "oldest.py")]
+    oldest = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert len(oldest) == 3
+    for line in oldest:
+        name, version = line.split("==")
+        assert re.search(rf"\b{name} {re.escape(version)}\b", (ROOT / page).read_text(), re.IGNORECASE), line
