@@ -17,7 +17,7 @@ help:
 	@echo "make demo-vision  a tiny vision-language student learns to name shapes: Uni-OPD beside OPD (minutes, 2 cores)"
 	@echo "make test     linters, type checker and the whole test suite"
 	@echo "make test-oldest  the kernels and what touches transformers, on the oldest torch, triton and transformers"
-	@echo "              that are supported (own environment; 4.6 GB with torch's GPU build)"
+	@echo "              that are supported (own environment; 6 GB with torch's GPU build)"
 	@echo "make test-vllm  the tests that sample with real vLLM (CPU build, own environment)"
 	@echo "make test-envs  the tests that play ALFWorld, TextWorld and ScienceWorld (own environment)"
 	@echo "make test-bench  the tests of the harnesses of benchmarks (own environment)"
@@ -108,7 +108,7 @@ test: check
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
 # The kernels' tests and what touches transformers, in an environment of its own with the oldest torch, triton and
-# transformers that pyproject.toml admits; `make test` takes newer ones. The GPU build of torch needs 4.6 GB on disk;
+# transformers that pyproject.toml admits; `make test` takes newer ones. With the GPU build of torch it needs 6 GB on disk;
 # the options of TORCH, as of the CPU build above, are taken here, too.
 OLDEST_PY = $(VENV)-oldest/bin/python
 OLDEST_TXT = $(VENV)-oldest/oldest.txt
@@ -123,8 +123,8 @@ $(VENV)-oldest/.ready: pyproject.toml requirements/oldest.py
 test-oldest: $(VENV)-oldest/.ready
 	$(OLDEST_PY) requirements/oldest.py --check
 	OMP_NUM_THREADS=1 $(OLDEST_PY) -m pytest -n 2 tests/kernels \
-		$(addprefix tests/engine/test_, $(addsuffix .py, backbone batching chat half_precision hub_names lora model_files \
-		probes resume sampler step templates)) tests/teachers/test_local.py tests/teachers/test_prefix.py $(ARGS)
+		$(addprefix tests/engine/test_, $(addsuffix .py, backbone batching chat fetch half_precision hub_names lora \
+		model_files probes resume sampler step templates)) tests/teachers/test_local.py tests/teachers/test_prefix.py $(ARGS)
 
 # Real vLLM on the CPU, in an environment of its own (3.4 GB, some minutes to install; Linux x86-64).
 VLLM_PY = $(VENV)-vllm/bin/python

@@ -139,7 +139,7 @@ def convert(file: Path, output: Path) -> Path:
             f"{str(file)!r} cannot be converted: {said}; transformers reads GGUF files of some architectures only"
         ) from error
     tokenizer.model_max_length = read.config.max_position_embeddings
-    _split_digits(tokenizer, file)
+    _complete(tokenizer, file)
     if tokenizer.chat_template is None:
         raise FetchError(
             f"{str(file)!r} has no chat template, so nobody can talk to this model; use one of a chat model"
@@ -149,13 +149,19 @@ def convert(file: Path, output: Path) -> Path:
     return output
 
 
-def _split_digits(tokenizer: Any, file: Path) -> None:
-    """Set the pre-tokenizer that a GGUF file names and transformers does not restore."""
+def _complete(tokenizer: Any, file: Path) -> None:
+    """Set what a GGUF file names and not every version of transformers restores: 5.16 and 5.17 take the token that
+    begins a text for the one that ends it, and no version splits digits."""
     from gguf import GGUFReader
     from tokenizers.pre_tokenizers import ByteLevel, Digits
     from tokenizers.pre_tokenizers import Sequence as Steps
 
-    field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
+    fields = GGUFReader(file).fields
+    for token, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if field is not None:
+            setattr(tokenizer, f"{token}_token", tokenizer.convert_ids_to_tokens(int(field.contents())))
+    field = fields.get("tokenizer.ggml.pre")
     if field is not None and field.contents() == "smollm":
         steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
         tokenizer.backend_tokenizer.pre_tokenizer = Steps(steps)

@@ -22,6 +22,7 @@ from opdengine.tools.fetch import MODELS, FetchError, Package, download, fetch
 HEADS, GROUPS, WIDTH, LAYERS = 4, 2, 32, 2
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MERGED = ["12", "34"]  # several: transformers 5.16 and 5.17 read a list of one as its only element
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -45,9 +46,9 @@ def write_gguf(file: Path, model: LlamaForCausalLM, template: str | None = TEMPL
     writer.add_vocab_size(model.config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([*SPECIAL, *letters, "12"])
-    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(letters) + 1))
-    writer.add_token_merges(["1 2"])
+    writer.add_token_list([*SPECIAL, *letters, *MERGED])
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(letters) + len(MERGED)))
+    writer.add_token_merges([" ".join(token) for token in MERGED])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
@@ -75,7 +76,7 @@ def source() -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS, "head_dim": WIDTH // HEADS}
     config = LlamaConfig(
-        vocab_size=len(SPECIAL) + 256 + 1,
+        vocab_size=len(SPECIAL) + 256 + len(MERGED),
         num_attention_heads=HEADS,
         num_key_value_heads=GROUPS,
         max_position_embeddings=64,
@@ -105,7 +106,8 @@ def test_the_folder_computes_what_the_file_says(source: Any, file: Path, tmp_pat
     assert model.dtype == torch.float32 and not hasattr(model.config, "quantization_config")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("a12")) == ["a", "1", "2"]  # digits stay alone: "smollm"
-    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.model_max_length == 64
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (SPECIAL[1], SPECIAL[2], SPECIAL[2])
+    assert tokenizer.model_max_length == 64
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
     assert chat == "<|im_start|>user\nx<|im_end|>\n"
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
