@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "gpu"), str(ROOT / "benchmarks")]
 DEMO = ROOT / "benchmarks" / "results" / "demo.json"
 
+import gpu_tables
 import real_tables
 from findings import confidences, findings, opad_less, place
 from targets import compared
@@ -151,6 +152,7 @@ def draw_loss(results: list[tuple[str, dict[str, Any]]], file: Path) -> None:
                     [case[provider]["ms"] / case["gemms"]["ms"] for _, case in there],
                     width,
                     label=PEERS.get(provider, provider),
+                    color=f"C{['ours', *PEERS].index(provider)}",  # the same in every panel
                 )
             axis.axhline(1.0, color="black", lw=0.8, ls="--")
             axis.set_xticks([x + 0.3 for x in range(len(cases))], list(cases), fontsize=8)
@@ -231,19 +233,6 @@ def scaling() -> str:
     return "\n".join(lines)
 
 
-def gpu() -> str:
-    """Targets and predictions of the kernels on every GPU that was measured."""
-    from targets import tables
-
-    lines: list[str] = []
-    for file in sorted((ROOT / "benchmarks" / "results").glob("*/loss.json")):
-        document = json.loads(file.read_text())
-        if not document.get("smoke", True):
-            lines += [f"{document['device'].replace('_', ' ')}, driver {document['driver']}:", ""]
-            lines += [*tables(document["results"]), ""]
-    return "\n".join(lines or tables({})).rstrip()
-
-
 def sampled() -> str:
     """Gradients from sampled columns beside dense ones, on rows of a real model."""
     document = json.loads((ROOT / "benchmarks" / "results" / "cpu_1_threads" / "real_rows.json").read_text())
@@ -304,7 +293,6 @@ TABLES = {
     "agents": agents,
     "real_house": functools.partial(agents, "real"),
     "opad_less": opad_less,
-    "gpu": gpu,
     "scaling": scaling,
     "trainers": trainers,
 }
@@ -345,7 +333,8 @@ def study(name: str) -> str:
     return "\n".join(lines)
 
 
-TABLES |= {name: functools.partial(study, name) for name in STUDIES} | real_tables.TABLES
+TABLES |= {name: functools.partial(study, name) for name in STUDIES}
+TABLES |= real_tables.TABLES | gpu_tables.TABLES
 
 
 def paper(method: str) -> str:

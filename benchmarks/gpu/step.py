@@ -100,6 +100,10 @@ class World:
         return torch.optim.AdamW(self.student.model.parameters(), lr=0.0, fused=True)
 
     @cached_property
+    def sampler(self) -> TransformersSampler:
+        return TransformersSampler(self.student.model, NoText(self.sizes.vocab), 4 * MICRO_TOKENS)
+
+    @cached_property
     def hidden(self) -> dict[str, list[Tensor]]:
         """What the teachers said, by teacher and sequence; ``judge`` sets it."""
         self.judge(Phases())
@@ -129,10 +133,9 @@ class World:
 
     def rollout(self, phases: Phases) -> None:
         """One token and then several, from which the seconds a token follow."""
-        sampler = TransformersSampler(self.student.model, NoText(self.sizes.vocab), 4 * MICRO_TOKENS)
         for name, count in (("rollout: first token", 1), ("rollout: all tokens", self.sizes.sampled)):
             with phases(name):
-                sampler.generate(self.sizes.requests(), SamplingParams(max_tokens=count))
+                self.sampler.generate(self.sizes.requests(), SamplingParams(max_tokens=count))
 
     def update(self, phases: Phases, loss_of: Loss) -> float:
         """One micro-batch with every response; returns the loss."""

@@ -103,7 +103,7 @@ def test_pages_and_figure_of_a_result(tmp_path, monkeypatch):
     """What ``report.py`` makes of a file of the session."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
-    report = importlib.import_module("report")
+    report, gpu_tables = importlib.import_module("report"), importlib.import_module("gpu_tables")
     figures = {"ms": 40.0, "iqr": 0.1, "peak_bytes": 2e9, "of_floor": 0.9}
     case = {"ours": figures, "gemms": {**figures, "ms": 38.0}, "trl": {**figures, "ms": 80.0}}
     speed = {"S1 reverse_kl": case | {"ours at the memory of trl": {**figures, "ms": 42.0}}, "S7 reverse_kl": case}
@@ -112,9 +112,10 @@ def test_pages_and_figure_of_a_result(tmp_path, monkeypatch):
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(document))
     monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_tables, "ROOT", tmp_path)
     row = "| 8192 tokens, half of them masked, 2560 <- 4096, V = 151936, reverse KL | 40.0 ms | 90 % | 0.95× | 2.00× |"
     assert row in report.loss()
-    page = report.gpu()
+    page = gpu_tables.gpu()
     assert "some gpu, driver 1.0" in page
     assert "| as fast as TRL 1.16 at its memory, times | at least 1.8 | 1.90 | yes |" in page
     assert "| half of the rows masked, over all rows | at most 0.55 | 1.00 | no |" in page
