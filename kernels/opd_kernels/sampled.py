@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import table as fields
 from .chunk import Chunk, Task
-from .chunking import ALIGNMENT, spans
+from .chunking import spans
 from .driver import Pass, make_task
 from .heads import Wants, gather, needs_upcast, write_logits
 from .problem import STATS_ONLY, Head, Problem
@@ -70,7 +70,7 @@ class SampledPass(Pass):
             merged = chunk.table[:, :MERGED]
             merged.copy_(fields.merge(shards.gather(merged)))
         sampler = self._sampler()
-        if sampler.on("draw"):
+        if sampler.kernels is not None:
             self._blocks(chunk, hidden, start, fresh=shards is None)
             return
         for first, last in spans(stop - start, sampler.block_rows):
@@ -108,7 +108,7 @@ class SampledPass(Pass):
     def _drawn(self, chunk: Chunk, hidden: Tensor, start: int, factor: Tensor, draw: Draw) -> None:
         """Gradients of the rows of ``draw``; ``factor`` [c] from ``_factor``."""
         table, stop, sampler = chunk.table[0], start + chunk.rows, self._sampler()
-        if sampler.on("ratio") and draw.columns.numel() % ALIGNMENT == 0:
+        if sampler.kernels is not None:
             dz, sums = self._by_kernels(chunk, factor, draw, start)
             if self.gradient.bias is not None:
                 self.gradient.add_bias_columns(sums[2], draw.columns)
@@ -198,7 +198,7 @@ class SampledPass(Pass):
         """[m, k] logits of ``hidden`` [m, d] in the drawn columns."""
         out = self.table.new_empty(hidden.shape[0], draw.columns.numel())
         sampler, item = self._sampler(), 3 * self.table.itemsize
-        if sampler.on("rows") and not needs_upcast(head.weight, self.table.dtype):
+        if sampler.kernels is not None and not needs_upcast(head.weight, self.table.dtype):
             item = head.weight.itemsize
         for left, right in sampler.pieces(draw, head.weight.shape[1], item):
             columns = draw.columns[left:right]

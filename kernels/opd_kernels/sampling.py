@@ -145,16 +145,11 @@ class Sampler:
         self.weight_variance, self.drawn = (like.new_zeros(()) for _ in range(2))
         self.moments: list[list[Tensor]] = []
         self.blocks = 0
-        if self.on("draw"):
-            assert self.kernels is not None
+        if self.kernels is not None:
             self.seed = self.kernels.seed_on_device(sampling.seed, like.device)
         else:
             self.touched = torch.zeros_like(self.sizes, dtype=torch.bool)
             self.ids = torch.arange(self.first, self.first + head.vocab, device=like.device)
-
-    def on(self, part: str) -> bool:
-        """Whether ``triton_columns`` does this part."""
-        return self.kernels is not None and part in self.kernels.ON
 
     def draw(self, squares: Tensor, start: int, labels: Tensor | None = None, weighted: Tensor | None = None) -> Draw:
         """What is drawn for the block from computed row ``start`` on.
@@ -220,10 +215,9 @@ class Sampler:
         draws: list[Draw] = []
         for first, last in spans(dz.shape[0], self.block_rows):
             block, states = dz[first:last], hidden[first:last]
-            if not self.on("draw"):
+            if self.kernels is None:
                 draws = [self.draw(column_squares(block, self.tile_rows, self.like), start + first)]
             elif not draws:
-                assert self.kernels is not None
                 together = dz[first : first + DRAWN_TOGETHER * self.block_rows]
                 draws = self.draw_blocks(self.kernels.squares_of_dz(together, self.block_rows), start + first)
             draw = draws.pop(0)
@@ -231,8 +225,7 @@ class Sampler:
 
     def scaled(self, dz: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         """([c, k] the drawn columns of ``dz``, divided by their pi; [1, k] as ``products`` takes it)."""
-        if self.on("ratio") and draw.columns.numel() % ALIGNMENT == 0:
-            assert self.kernels is not None
+        if self.kernels is not None:
             found: tuple[Tensor, Tensor] = self.kernels.scaled(dz, draw.columns, draw.inverse, self.operand)
             return found
         scaled = dz.index_select(1, draw.columns).to(self.like.dtype).mul_(draw.inverse)
@@ -274,8 +267,7 @@ class Sampler:
 
     def _take(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """(rows of the weight as the products take them, their squared 2-norms)."""
-        if self.on("rows"):
-            assert self.kernels is not None
+        if self.kernels is not None:
             found: tuple[Tensor, Tensor] = self.kernels.take(self.head.weight, columns, self.operand)
             return found
         own = self.head.weight.index_select(0, columns).to(self.operand)
@@ -287,8 +279,7 @@ class Sampler:
         """Add to the weight's gradient, and to its noise, what the drawn columns ``left:right`` give."""
         added, target = gradient.weight_rows(dz, hidden), gradient.weight_accumulator(dz)
         columns, inverse = draw.columns[left:right], draw.inverse[left:right]
-        if self.on("rows"):
-            assert self.kernels is not None
+        if self.kernels is not None:
             self.weight_variance += self.kernels.add_rows(added, columns, inverse, target).sum()
             return
         target.index_add_(0, columns, added)
@@ -301,7 +292,7 @@ class Sampler:
 
     def _bytes(self) -> int:
         """Of an element of the weight and of what is added to its gradient."""
-        return self.operand.itemsize + self.like.itemsize if self.on("rows") else 3 * self.like.itemsize
+        return 3 * self.like.itemsize if self.kernels is None else self.operand.itemsize + self.like.itemsize
 
     def _step(self, width: int, item: int) -> int:
         step = max(ALIGNMENT, self.block_bytes // (item * width))
@@ -309,7 +300,7 @@ class Sampler:
 
     def _size(self, weight: Tensor) -> Tensor:
         """Squared 2-norm of a gradient of the weight."""
-        if self.on("draw"):
+        if self.kernels is not None:
             whole: Tensor = torch.linalg.vector_norm(weight[: self.head.vocab], dtype=self.like.dtype)
             return whole.square()
         drawn, none = torch.nonzero(self.touched)[:, 0], self.like.new_zeros(())

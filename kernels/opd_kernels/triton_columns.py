@@ -1,8 +1,7 @@
 """What samples columns on a GPU: launches of the kernels of ``columns``. Symbols as there.
 
 Every buffer is float32 and has rows that are a multiple of ``ALIGNMENT`` elements long, except dZ [c, k] in the dtype
-of the products' operands. Each function stands for torch operations of ``sampling`` or ``sampled``, which run instead
-where its name is not in ``ON``.
+of the products' operands. Each function stands for torch operations of ``sampling`` or ``sampled``.
 """
 
 from __future__ import annotations
@@ -19,9 +18,6 @@ from .chunking import ALIGNMENT
 from .splitmix import WORD, signed
 from .triton_impl import device_of
 
-ON = {"draw", "ratio", "rows"}
-"""What runs in kernels: the draw of all blocks of a chunk, dZ in the drawn columns, rows of weights and of dW. Take a
-name out, and torch does that part."""
 ROUNDS = 64
 """Most rounds of ``inclusion_kernel``; a dozen is what distributions of models take."""
 
