@@ -1,12 +1,15 @@
 """CaMOPD on the market: a model that learned to add and forgot to multiply gets its products back.
 
-python examples/real/camopd_study.py --seeds 3 --jobs 1 --save_results benchmarks/results/real/camopd.json
-python examples/real/camopd_study.py --ablate --seeds 3       also 3:1 in one batch, r_g 1, no domain branch
+python examples/real/camopd_study.py --seeds 3 --jobs 1
+python examples/real/camopd_study.py --ablate --seeds 3 --jobs 1 --save_results benchmarks/results/real/camopd.json
+
+The second call also has 3:1 in one batch, r_g 1 and no domain branch.
 
 The general model is the expert of totals. A short supervised training on ``One lamp costs 4 coins, so 3 cost 7
 coins.``, today's price plus the number of pieces, makes it the domain model: it knows the prices and often adds where
 it should multiply. That is the student, and a frozen copy of it is the domain teacher. The two kinds of questions are
-answered in the same words and want different arithmetic. Half an hour of one core that is idle.
+answered in the same words and want different arithmetic. Half an hour of one core that is idle; with
+``--ablate`` an hour.
 """
 
 from __future__ import annotations
