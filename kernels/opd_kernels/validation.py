@@ -289,24 +289,30 @@ def check_values(
     nothing to read; left out while a CUDA graph is captured. ``known``: ``mix`` is in order."""
     if capturing(mix.device) or (known and token_weight is None and logprob_weight is None and labels is None):
         return
-    bad_mix = ~(torch.isfinite(mix) & (mix >= 0))
-    flags = {"mix": bad_mix.any()}
-    active = (mix > 0).any(1)
+    flags = {}
+    if not known:
+        bad_mix = ~(torch.isfinite(mix) & (mix >= 0))
+        flags["mix"] = bad_mix.any()
     if token_weight is not None:
         flags["weight"] = (~torch.isfinite(token_weight)).any()
         if reduction == "mean":
-            others = torch.zeros_like(token_weight) if logprob_weight is None else logprob_weight
-            flags["total"] = (token_weight.sum() <= 0) & ((token_weight != 0) | (others != 0)).any()
-        active = active & (token_weight != 0)
+            used = token_weight != 0
+            if logprob_weight is not None:
+                used = used | (logprob_weight != 0)
+            flags["total"] = (token_weight.sum() <= 0) & used.any()
     if logprob_weight is not None:
         flags["logprob"] = (~torch.isfinite(logprob_weight)).any()
-        active = active | (logprob_weight != 0)
     if labels is not None:
+        active = (mix > 0).any(1)
+        if token_weight is not None:
+            active = active & (token_weight != 0)
+        if logprob_weight is not None:
+            active = active | (logprob_weight != 0)
         bad_label = active & ((labels < 0) | (labels >= vocab))
         flags["label"] = bad_label.any()
     if not bool(torch.stack(list(flags.values())).any()):
         return
-    if bool(flags["mix"]):
+    if not known and bool(flags["mix"]):
         row, column = torch.nonzero(bad_mix)[0].tolist()
         raise ValueError(f"mix[{row}, {column}] = {mix[row, column].item()}: weights must be finite and not negative")
     if token_weight is not None and bool(flags["weight"]):
