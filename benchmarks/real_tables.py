@@ -267,6 +267,7 @@ CASES = {
     "lora": "at most 32 tokens, LoRA",
     "short bf16": "at most 32 tokens, bf16",
     "long bf16": "at most 160 tokens, bf16",
+    "short, 2 processes": "at most 32 tokens, 2 processes",
 }
 TRAINERS = {
     "ours": "opdengine",

@@ -59,8 +59,10 @@ def make_model(folder: Path, tokenizer, hidden: int, layers: int, seed: int) -> 
 
 
 def launch(provider: str, settings: Path) -> dict:
+    processes = json.loads(settings.read_text()).get("processes", 1)
+    several = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     done = subprocess.run(
-        [sys.executable, str(WORKER), provider, str(settings)],
+        [sys.executable, *several, str(WORKER), provider, str(settings)],
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "HF_HUB_OFFLINE": "1"},
         capture_output=True, text=True, timeout=3600, check=False,
     )  # fmt: skip

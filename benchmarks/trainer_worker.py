@@ -6,12 +6,14 @@ Every provider does the same: sample the student on all prompts, ask the teacher
 completions' tokens, backward, AdamW. Steps after the first are timed, by the clock and in seconds of all processors.
 Memory is the process's peak beyond what it held with both models loaded, before the first step. With ``top_k: 1`` all
 trainers get the same completions; ``lora`` is the rank of an adapter on every linear layer. "ours sampled" takes the
-gradient of the loss from a tenth of the columns.
+gradient of the loss from a tenth of the columns. With several ``processes`` torchrun starts this in each of them, the
+prompts and threads are divided among them, and the figures are those of the first.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -53,12 +55,19 @@ class Stopwatch:
         return {"step_s": wall, "processor_s": processor, "peak_bytes": memory("VmHWM") - self.begun}
 
 
+def share_of_prompts(settings: dict[str, Any]) -> int:
+    """Prompts of one process in a step."""
+    share: int = settings["prompts"] // settings.get("processes", 1)
+    return share
+
+
 def ours(settings: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
     import asyncio
 
     from opdengine.config.loading import from_mapping
     from opdengine.config.train import TrainConfig
     from opdengine.data.prompts import load_prompts
+    from opdengine.distributed import start
     from opdengine.methods import build_method
     from opdengine.models.chat import load_tokenizer
     from opdengine.training.build import build_engine
@@ -74,7 +83,7 @@ def ours(settings: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
             "train_data": [settings["data"]],
             "output_dir": settings["folder"],
             "max_completion_length": settings["tokens"],
-            "per_device_train_batch_size": settings["prompts"],
+            "per_device_train_batch_size": share_of_prompts(settings),
             "learning_rate": settings["learning_rate"],
             "max_steps": settings["steps"],
             "warmup_ratio": 0.0,
@@ -85,14 +94,15 @@ def ours(settings: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
             **({"lora": {"r": settings["lora"], "lora_alpha": settings["lora"]}} if settings.get("lora") else {}),
         },
     )
-    engine = build_engine(config, build_method(config), load_tokenizer(config.model))
-    batch = load_prompts(config.train_data).prompts
-    watch.begin()
     losses = []
-    for _ in range(settings["steps"]):
-        metrics = asyncio.run(engine.step(batch)).metrics
-        losses.append(metrics["loss"])
-        watch.step()
+    with start() as ranks:
+        engine = build_engine(config, build_method(config), load_tokenizer(config.model), ranks=ranks)
+        batch = load_prompts(config.train_data).prompts
+        watch.begin()
+        for _ in range(settings["steps"]):
+            metrics = asyncio.run(engine.step(batch)).metrics
+            losses.append(metrics["loss"])
+            watch.step()
     return {"losses": losses, "tokens": metrics["completions/mean_length"] * settings["prompts"]}
 
 
@@ -111,7 +121,7 @@ def trl(settings: dict[str, Any], watch: Stopwatch, kind: str) -> dict[str, Any]
     data = load_dataset("json", data_files=settings["data"], split="train", cache_dir=settings["folder"])
     shared = {
         "output_dir": settings["folder"],
-        "per_device_train_batch_size": settings["prompts"],
+        "per_device_train_batch_size": share_of_prompts(settings),
         "max_steps": settings["steps"],
         "learning_rate": settings["learning_rate"],
         "lr_scheduler_type": "constant",
@@ -125,6 +135,7 @@ def trl(settings: dict[str, Any], watch: Stopwatch, kind: str) -> dict[str, Any]
         "gradient_checkpointing": False,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
+        **({"ddp_backend": "gloo"} if settings.get("processes", 1) > 1 else {}),
     }
     student = AutoModelForCausalLM.from_pretrained(settings["student"], dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(settings["teacher"], dtype=torch.bfloat16 if bf16 else torch.float32)
@@ -167,10 +178,11 @@ PROVIDERS: dict[str, Callable[[dict[str, Any], Stopwatch], dict[str, Any]]] = {
 
 def main(provider: str, file: str) -> None:
     settings = json.loads(Path(file).read_text())
-    torch.set_num_threads(settings["threads"])
+    torch.set_num_threads(max(1, settings["threads"] // settings.get("processes", 1)))
     watch = Stopwatch()
     found = PROVIDERS[provider](settings, watch)
-    print(json.dumps({**watch.figures(), **found}))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps({**watch.figures(), **found}))
 
 
 if __name__ == "__main__":
