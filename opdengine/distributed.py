@@ -264,3 +264,4 @@ def _settle() -> None:
             logger.warning("gloo has not let go of an exchange for 10 s: this finished process may abort as it ends")
             return
         time.sleep(0.001)
+    time.sleep(0.1)  # the thread that let go of the last one may still be on its way out of the interpreter
