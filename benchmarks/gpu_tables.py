@@ -89,13 +89,15 @@ def gpu_sampled() -> str:
                 alone = sum(ms for _, ms in figures["by_kernel"].values())
                 lines.append(row(f"{shape}, {KINDS[kind]}", words, figures["ms"], dense, alone, figures["launches"]))
     for document in documents("sampled"):
-        results = document["results"]
-        for name, figures in results.items():
-            kind, share = name.split(", ", 1)
-            words = share.replace("dense", "all").replace("share 0.1", "10 %")
-            dense = results[f"{kind}, dense"]["ms"]
-            case = f"S1, {KINDS[kind]}, another machine"
-            lines.append(row(case, words, figures["ms"], dense, figures["kernels_ms"], figures["launches"]))
+        parts = {"another machine": document["results"]}
+        parts["torch operations, before"] = document["in_torch_operations"]["results"]
+        for where, results in parts.items():
+            for name, figures in results.items():
+                kind, share = name.split(", ", 1)
+                words = share.replace("dense", "all").replace("share 0.1", "10 %")
+                dense = results[f"{kind}, dense"]["ms"]
+                case = f"S1, {KINDS[kind]}, {where}"
+                lines.append(row(case, words, figures["ms"], dense, figures["kernels_ms"], figures["launches"]))
     return "\n".join(lines)
 
 

@@ -75,13 +75,14 @@ def main(arguments: list[str]) -> int:
 
 
 def begin(out: Path, about: dict[str, Any], add: bool) -> None:
-    """An empty file, or with ``add`` the one that is there if it was measured with the same software."""
-    kept: dict[str, Any] = {}
+    """An empty file, or with ``add`` the one that is there if it was measured with the same software, with what else
+    stands in it."""
+    kept: dict[str, Any] = {"results": {}}
     if add and out.is_file():
         before = json.loads(out.read_text())
         if all(before.get(key) == about[key] for key in ("device", "versions", "driver", "smoke")):
-            kept = before["results"]
-    write(out, {**about, "results": kept})
+            kept = before
+    write(out, {**kept, **about})
 
 
 def start_section(name: str, out: Path, deadline: float, smoke: bool) -> None:

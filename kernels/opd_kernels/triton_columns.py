@@ -19,7 +19,7 @@ from .splitmix import WORD, signed
 from .triton_impl import device_of
 
 ROUNDS = 64
-"""Most rounds of ``inclusion_kernel``; a dozen is what distributions of models take."""
+"""Most rounds of ``inclusion_kernel``, which ends before them when no further column becomes certain."""
 
 
 def squares_of_dz(dz: Tensor, block_rows: int) -> Tensor:
