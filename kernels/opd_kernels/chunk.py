@@ -103,9 +103,6 @@ class RowOps(Protocol):
         """Add to ``out`` [V] the sums over the rows of ``factor`` [c] p^2; with ``fresh``, where every column is
         here, after ``statistics``."""
 
-    def squares_of_blocks(self, chunk: Chunk, factor: Tensor, block_rows: int) -> Tensor:
-        """[B, at least V] the same sums of every ``block_rows`` rows, their statistics known."""
-
     def terms(self, chunk: Chunk) -> None:
         """VALUE and MEAN of the columns that are here; the statistics are those of the whole rows."""
 

@@ -85,7 +85,8 @@ class SampledPass(Pass):
         for first, last in spans(chunk.rows, DRAWN_TOGETHER * sampler.block_rows):
             part = chunk.part(first, last)
             factor = self._factor(part, start + first)
-            squares = self.ops.squares_of_blocks(part, factor, sampler.block_rows)
+            assert sampler.kernels is not None
+            squares = sampler.kernels.squares_of_p(self.ops, part, factor, sampler.block_rows)
             own = None if labels is None else labels[first:last]
             draws = sampler.draw_blocks(squares, start + first, own, table[:, first:last])
             for draw, (left, right) in zip(draws, spans(last - first, sampler.block_rows), strict=True):

@@ -68,12 +68,6 @@ class TorchRowOps:
             squares = torch.square(self._e(tile, 0), out=self._scratch(1, tile))
             torch.addmv(out, squares.t(), own, out=out)
 
-    def squares_of_blocks(self, chunk: Chunk, factor: Tensor, block_rows: int) -> Tensor:
-        out = factor.new_zeros(-(-chunk.rows // block_rows), self.vocab)
-        for block, (start, stop) in zip(out, spans(chunk.rows, block_rows), strict=True):
-            self.squares(chunk.part(start, stop), factor[start:stop], block, fresh=False)
-        return out
-
     def terms(self, chunk: Chunk) -> None:
         chunk.table[0, VALUE : MEAN + 1] = 0.0
         for tile in self._tiles(chunk):

@@ -16,10 +16,15 @@ from . import columns, rows
 from .chunk import Chunk
 from .chunking import ALIGNMENT
 from .splitmix import WORD, signed
-from .triton_impl import device_of
+from .triton_impl import TritonRowOps, device_of
 
 ROUNDS = 64
 """Most rounds of ``inclusion_kernel``, which ends before them when no further column becomes certain."""
+
+
+def squares_of_p(ops: TritonRowOps, chunk: Chunk, factor: Tensor, block_rows: int) -> Tensor:
+    """[B, V rounded up] sums of ``factor`` [c] p^2 for every ``block_rows`` rows, whose statistics are known."""
+    return ops.squares_of_blocks(chunk, factor, block_rows)
 
 
 def squares_of_dz(dz: Tensor, block_rows: int) -> Tensor:

@@ -98,7 +98,7 @@ def test_a_sample_cannot_be_captured(make_case, captured):
 
 @pytest.mark.parametrize("given", [False, True])
 def test_the_host_does_not_wait_for_chunks(make_case, monkeypatch, given):
-    """As many values are read for many chunks as for one, and few."""
+    """As many values are read for many chunks as for one, and few; without weights only whether a teacher is finite."""
     case = make_case(3, rows=64, dtype=torch.float32)
     options = {"mix": case.mix, "token_weight": case.token_weight, "labels": case.labels} if given else {}
     counts = []
@@ -108,4 +108,7 @@ def test_the_host_does_not_wait_for_chunks(make_case, monkeypatch, given):
             linear_divergence(*case.student, case.teachers, workspace_bytes=budget, impl="torch", **options)
         counts.append(seen)
     assert counts[0] == counts[1]
-    assert len(counts[0]) <= (5 if given else 3), counts[0]
+    if given:
+        assert len(counts[0]) <= 5, counts[0]
+    else:
+        assert counts[0] == ["__bool__"]
